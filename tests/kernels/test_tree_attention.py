@@ -1,0 +1,194 @@
+"""Tree attention: the reference against a loop over rows, the Triton kernels against the reference.
+
+Without a GPU the kernels run in Triton's interpreter on CPU tensors (``tests/conftest.py`` selects
+it), and are besides compiled, not run, for GPUs.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tree_batch import CHAIN, DEVICE, ROOT, STAR, Batch, random_tree
+
+from vllm_specplus.kernels import tree_attention as module
+from vllm_specplus.kernels.tree_attention import tree_attention, tree_attention_reference
+
+#: Error of an output, absolute and relative. 16-bit kernels round their weights and output; the
+#: interpreter truncates to bfloat16.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+BATCHES = {
+    "root only, no context": Batch([ROOT], [0]),
+    "chain, context of one": Batch([CHAIN], [1], group=3),
+    "star ends its block": Batch([STAR], [11], group=4, layout="HND"),
+    "star starts a block": Batch([STAR], [16], group=8, num_kv_heads=1, dtype=torch.float16),
+    "contexts about a block": Batch([CHAIN, STAR, random_tree(9, 1)], [15, 16, 17], group=4),
+    "blocks of 32": Batch(
+        [random_tree(20, 2), ROOT, STAR], [70, 0, 33], 32, 2, 4, 80, torch.bfloat16
+    ),
+    "several blocks of rows": Batch(
+        [random_tree(40, 3), STAR], [70, 17], group=8, head_size=128, num_kv_heads=1, layout="HND"
+    ),
+    "several tiles of nodes": Batch(
+        [random_tree(67, 4), CHAIN], [130, 1], 16, 2, 3, 80, torch.bfloat16, "HND"
+    ),
+}
+
+
+@pytest.fixture(params=BATCHES.values(), ids=BATCHES.keys())
+def batch(request) -> Batch:
+    return request.param
+
+
+def run(batch: Batch, part: str, num_splits: int = 1):
+    return tree_attention(
+        *batch.arguments,
+        part=part,
+        max_rows=batch.max_rows,
+        max_context_len=max(batch.contexts),
+        num_splits=num_splits,
+    )
+
+
+def assert_close(actual, expected, dtype):
+    (output, lse), (expected_output, expected_lse) = actual, expected
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(output.float(), expected_output, atol=tolerance, rtol=tolerance)
+    # The LSE is computed from exact products of the inputs.
+    torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-5)
+
+
+def merge(first, second):
+    """Join attention over two disjoint sets of keys, given the (output, LSE) over each."""
+    lse = torch.logaddexp(first[1], second[1])
+    output = sum(out.float() * (part - lse).exp().T[..., None] for out, part in (first, second))
+    return output, lse
+
+
+def test_reference_is_softmax_over_visible_keys(batch):
+    query, key_cache, value_cache, starts, _, block_table, _, scale = batch.arguments
+    output, lse = tree_attention_reference(*batch.arguments)
+    for request, (parents, context) in enumerate(zip(batch.trees, batch.contexts, strict=True)):
+        for row in range(len(parents)):
+            positions = list(range(context))
+            node = row
+            while node >= 0:
+                positions.append(context + node)
+                node = parents[node]
+            positions = torch.tensor(positions, device=DEVICE)
+            blocks = block_table[request, positions // batch.block_size]
+            offsets = positions % batch.block_size
+            index = int(starts[request]) + row
+            for head in range(query.shape[1]):
+                keys = key_cache[blocks, offsets, head // batch.group].float()
+                values = value_cache[blocks, offsets, head // batch.group].float()
+                weights = (keys @ query[index, head].float() * scale).exp()
+                torch.testing.assert_close(output[index, head], weights @ values / weights.sum())
+                torch.testing.assert_close(lse[head, index], weights.sum().log())
+
+
+def test_reference_parts_join_to_the_whole(batch):
+    context, tree, whole = (
+        tree_attention_reference(*batch.arguments, part=part) for part in ("context", "tree", "all")
+    )
+    assert_close(merge(context, tree), whole, torch.float32)
+
+
+def test_kernel_of_the_tree_part(batch):
+    tree = run(batch, "tree")
+    assert tree[0].dtype == batch.dtype
+    assert_close(tree, tree_attention_reference(*batch.arguments, part="tree"), batch.dtype)
+
+    context = tree_attention_reference(*batch.arguments, part="context")
+    whole = tree_attention_reference(*batch.arguments)
+    assert_close(merge(context, tree), whole, batch.dtype)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_kernel_of_context_and_tree(batch, num_splits):
+    whole = tree_attention_reference(*batch.arguments)
+    assert_close(run(batch, "all", num_splits), whole, batch.dtype)
+
+
+@pytest.mark.parametrize("part", ["tree", "all"])
+def test_a_causal_mask_is_not_a_tree(part):
+    """Negative control: the comparisons above notice a wrong mask."""
+    batch = Batch([STAR, random_tree(9, 1)], [17, 3])
+    expected = tree_attention_reference(*batch.arguments, part=part)
+    _, _, _, starts, _, _, ancestors, _ = batch.arguments
+    for start, end in itertools.pairwise(starts):
+        ancestors[start:end] = True
+        ancestors[start:end].tril_()
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(run(batch, part), expected, batch.dtype)
+
+
+def test_padded_and_strided_arguments():
+    """Queries cut out of a fused QKV projection, an ancestor matrix wider than any tree."""
+    batch = Batch([STAR, CHAIN], [17, 3], group=2)
+    expected = tree_attention_reference(*batch.arguments)
+    query, *cache_and_lengths, ancestors, scale = batch.arguments
+    qkv = torch.full((query.shape[0], 3, *query.shape[1:]), torch.nan, device=DEVICE)
+    qkv[:, 1] = query
+    ancestors = torch.nn.functional.pad(ancestors, (0, 5), value=True)
+    batch.arguments = (qkv[:, 1], *cache_and_lengths, ancestors, scale)
+    assert_close(run(batch, "all"), expected, batch.dtype)
+
+
+def test_default_splits_fill_the_gpu(monkeypatch):
+    monkeypatch.setattr(module, "_num_processors", lambda device: 132)
+    splits = module._default_num_splits
+    assert splits(8, 32768, None) == module.MAX_SPLITS
+    assert splits(64, 32768, None) == 4
+    assert splits(512, 32768, None) == 1
+    assert splits(8, 1024, None) == 4
+    assert splits(8, 0, None) == 1
+
+
+#: Run with the compiler instead of the interpreter.
+COMPILE = """
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_specplus.kernels.tree_attention import (
+    _merge_splits_kernel, _tile_shape, _tree_attention_kernel
+)
+
+capability = int(sys.argv[1])
+
+def compile(kernel, pointers, constants, num_warps=4):
+    types = {name: "i32" for name in kernel.arg_names} | {"scale_log2": "fp32"}
+    types |= {name: "*" + pointer for name, pointer in pointers.items()}
+    types |= {name: "constexpr" for name in constants}
+    signature = {name: types[name] for name in kernel.arg_names}
+    target = GPUTarget("cuda", capability, 32)
+    options = dict(num_warps=num_warps, num_stages=2)
+    return triton.compile(ASTSource(kernel, signature, constants), target, options)
+
+for dtype, size, group, head_size in (("bf16", 2, 4, 128), ("fp16", 2, 3, 80), ("fp32", 4, 1, 64)):
+    m, n, d, num_warps = _tile_shape(group, 64, head_size, size)
+    pointers = dict.fromkeys(["output", "query", "key_cache", "value_cache"], dtype)
+    pointers |= dict.fromkeys(["query_start_loc", "context_lens", "block_table"], "i32")
+    pointers |= dict(lse="fp32", ancestors="i1")
+    constants = dict(CONTEXT=True, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=16)
+    constants |= dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d)
+    kernel = compile(_tree_attention_kernel, pointers, constants, num_warps)
+    assert kernel.metadata.shared <= 99 * 1024, (dtype, kernel.metadata.shared)
+
+pointers = dict(output="bf16", lse="fp32", split_output="fp32", split_lse="fp32")
+compile(_merge_splits_kernel, pointers, dict(HEAD_SIZE=80, BLOCK_S=32, BLOCK_D=128))
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_for_gpus(capability):
+    """The interpreter accepts what the compiler rejects. Compiling needs no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, str(capability)]
+    subprocess.run(command, check=True, env=environment)

@@ -1,0 +1,386 @@
+"""The child process that runs one engine: `python -m vllm_specplus.bench.engine`.
+
+It reads an `EngineSetup` and then requests from standard input and answers on standard output
+(see `protocol`); everything that vLLM prints goes to standard error, the log. With `--describe`
+it answers with a `MachineInfo` and ends.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import psutil
+from pydantic import BaseModel
+
+from vllm_specplus.bench.dataset import Question
+from vllm_specplus.bench.protocol import (
+    REQUEST,
+    DraftCounters,
+    EngineReady,
+    EngineSetup,
+    Failed,
+    MachineInfo,
+    MarginRequest,
+    MarginResult,
+    Prefix,
+    RequestResult,
+    RoundRequest,
+    RoundResult,
+)
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+# Enough to compile and to fill caches, without making the warm-up a second benchmark.
+WARMUP_TOKENS = 32
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "GOMP_CPU_AFFINITY",
+    "GOMP_SPINCOUNT",
+    "KMP_AFFINITY",
+    "KMP_BLOCKTIME",
+    "LD_PRELOAD",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU",
+)
+
+
+@dataclass
+class Trace:
+    """What is observed of one request while it is answered; times are `perf_counter` seconds."""
+
+    submitted: float
+    token_ids: list[int]
+    first: float = 0.0
+    last: float = 0.0
+    first_tokens: int = 0
+    outputs: int = 0
+
+    def observe(self, token_ids: Sequence[int], now: float) -> None:
+        """Take the tokens that one engine step produced for the request."""
+        if not token_ids:
+            return
+        if self.outputs == 0:
+            self.first = now
+            self.first_tokens = len(token_ids)
+        self.last = now
+        self.outputs += 1
+        self.token_ids.extend(token_ids)
+
+    def result(self, question_id: str) -> RequestResult:
+        """Sum up a finished request."""
+        later = len(self.token_ids) - self.first_tokens
+        return RequestResult(
+            question_id=question_id,
+            token_ids=self.token_ids,
+            first_tokens=self.first_tokens,
+            steps=max(self.outputs - 1, 0),
+            ttft_s=self.first - self.submitted,
+            tpot_s=(self.last - self.first) / later if later else None,
+        )
+
+
+def run_closed_loop(
+    engine: "LLMEngine",
+    jobs: Iterable[tuple[str, Any, "SamplingParams"]],
+    concurrency: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[RequestResult]:
+    """Answer the jobs (question id, prompt, sampling parameters), `concurrency` at a time.
+
+    A new request enters as soon as one has left. The sampling parameters must ask for delta
+    outputs: each output then holds the tokens of one engine step.
+    """
+    waiting = deque(jobs)
+    traces: dict[str, Trace] = {}
+    finished: list[RequestResult] = []
+    while waiting or traces:
+        while waiting and len(traces) < concurrency:
+            question_id, prompt, params = waiting.popleft()
+            traces[question_id] = Trace(submitted=clock(), token_ids=[])
+            engine.add_request(question_id, prompt, params)
+        outputs = engine.step()
+        now = clock()
+        for output in outputs:
+            completion = output.outputs[0]
+            traces[output.request_id].observe(completion.token_ids, now)
+            if output.finished:
+                if completion.finish_reason not in ("stop", "length"):
+                    raise RuntimeError(
+                        f"question {output.request_id} ended with {completion.finish_reason}"
+                    )
+                finished.append(traces.pop(output.request_id).result(output.request_id))
+    return finished
+
+
+class Engine:
+    """One vLLM engine, its prompts as token ids, and what can be measured with it."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        from vllm import LLM
+
+        started = time.perf_counter()
+        self.llm: LLM = LLM(
+            model=setup.model,
+            speculative_config=setup.speculative_config,
+            # vllm serve's default, and the source of the draft counters.
+            disable_log_stats=False,
+            **setup.engine_args,
+        )
+        self.startup_s = time.perf_counter() - started
+        self.setup = setup
+        questions = [*setup.measured, *setup.warmup]
+        self.numbers = {question.id: number for number, question in enumerate(questions)}
+        self.prompts = {question.id: self._encode(question) for question in questions}
+
+    def _encode(self, question: Question) -> list[int]:
+        """Token ids of a prompt; encoding is not part of what is measured."""
+        tokenizer = self.llm.get_tokenizer()
+        if question.messages is None:
+            token_ids = tokenizer.encode(question.prompt)
+        elif not self.setup.chat_template:
+            token_ids = tokenizer.encode(question.messages[-1]["content"])
+        elif not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {self.setup.model} has no chat template; "
+                "--no-chat-template sends the questions as raw text"
+            )
+        else:
+            text = tokenizer.apply_chat_template(
+                list(question.messages), tokenize=False, add_generation_prompt=True
+            )
+            # The template has already written the special tokens.
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+        room = self.llm.llm_engine.model_config.max_model_len - self.setup.max_tokens
+        if len(token_ids) > room:
+            raise ValueError(
+                f"question {question.id} has {len(token_ids)} tokens, but max_model_len minus "
+                f"--max-tokens leaves room for {room}"
+            )
+        return token_ids
+
+    def _answer(self, question_ids: Sequence[str], max_tokens: int) -> list[RequestResult]:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        prompts = self.llm.renderer.render_cmpl(
+            [TokensPrompt(prompt_token_ids=self.prompts[name]) for name in question_ids]
+        )
+        jobs = [
+            (
+                question_id,
+                prompt,
+                SamplingParams(
+                    temperature=self.setup.temperature,
+                    max_tokens=max_tokens,
+                    # One seed per question, so that sampled answers do not depend on the order.
+                    seed=self.setup.seed + self.numbers[question_id]
+                    if self.setup.temperature > 0
+                    else None,
+                    output_kind=RequestOutputKind.DELTA,
+                ),
+            )
+            for question_id, prompt in zip(question_ids, prompts, strict=True)
+        ]
+        return run_closed_loop(self.llm.llm_engine, jobs, self.setup.concurrency)
+
+    def warm_up(self) -> None:
+        """Run every code path once on questions that are not measured."""
+        self._answer(
+            [question.id for question in self.setup.warmup],
+            min(WARMUP_TOKENS, self.setup.max_tokens),
+        )
+
+    def measure(self, request: RoundRequest) -> RoundResult:
+        """Answer one round's questions and time it."""
+        before = read_draft_counters(self.llm)
+        started = time.perf_counter()
+        requests = self._answer(request.question_ids, self.setup.max_tokens)
+        wall_s = time.perf_counter() - started
+        return RoundResult(
+            wall_s=wall_s,
+            requests=requests,
+            drafts=subtract(read_draft_counters(self.llm), before),
+            peak_rss_bytes=peak_rss_bytes(),
+            gpu_bytes=gpu_bytes(self.llm.llm_engine.vllm_config.parallel_config.world_size),
+        )
+
+    def margins(self, prefixes: Sequence[Prefix]) -> MarginResult:
+        """Distance in nats between the two most probable tokens after each prefix."""
+        from vllm import SamplingParams, TokensPrompt
+
+        outputs = self.llm.generate(
+            [
+                TokensPrompt(prompt_token_ids=self.prompts[prefix.question_id] + prefix.token_ids)
+                for prefix in prefixes
+            ],
+            SamplingParams(temperature=0, max_tokens=1, logprobs=2),
+            use_tqdm=False,
+        )
+        nats = []
+        for output in outputs:
+            best, second, *_ = sorted(
+                (entry.logprob for entry in output.outputs[0].logprobs[0].values()), reverse=True
+            )
+            nats.append(best - second)
+        return MarginResult(nats=nats)
+
+    def close(self) -> None:
+        """End vLLM's own processes and free the device."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def read_draft_counters(llm: "LLM") -> DraftCounters | None:
+    """vLLM's draft counters since the engine started; None when it does not draft."""
+    from vllm.v1.metrics.reader import Vector
+
+    values = {
+        metric.name: metric.values if isinstance(metric, Vector) else metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith("vllm:spec_decode_")
+    }
+    if not values:
+        return None
+    return DraftCounters(
+        drafts=values["vllm:spec_decode_num_drafts"],
+        draft_tokens=values["vllm:spec_decode_num_draft_tokens"],
+        accepted_per_depth=values["vllm:spec_decode_num_accepted_tokens_per_pos"],
+    )
+
+
+def subtract(after: DraftCounters | None, before: DraftCounters | None) -> DraftCounters | None:
+    """What was counted between two readings."""
+    if after is None or before is None:
+        return None
+    return DraftCounters(
+        drafts=after.drafts - before.drafts,
+        draft_tokens=after.draft_tokens - before.draft_tokens,
+        accepted_per_depth=[
+            late - early
+            for late, early in zip(after.accepted_per_depth, before.accepted_per_depth, strict=True)
+        ],
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Sum of the peak resident sizes of this process and its descendants."""
+    me = psutil.Process()
+    total = 0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # A descendant that ended meanwhile.
+        for line in status.splitlines():
+            if line.startswith("VmHWM:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def gpu_bytes(world_size: int) -> int | None:
+    """Memory in use on the engine's NVIDIA GPUs, by whatever process; None without them.
+
+    Asked of the driver: the workers may be other processes, and a CUDA context of our own would
+    itself take memory.
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils.import_utils import import_pynvml
+
+    if not current_platform.is_cuda():
+        return None
+    pynvml = import_pynvml()
+    pynvml.nvmlInit()
+    try:
+        return sum(
+            pynvml.nvmlDeviceGetMemoryInfo(
+                pynvml.nvmlDeviceGetHandleByIndex(
+                    current_platform.device_id_to_physical_device_id(rank)
+                )
+            ).used
+            for rank in range(world_size)
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def configure_process() -> bool:
+    """Choose where vLLM's engine core runs; return whether it is inside this process.
+
+    On the CPU platform it runs here unless the user decided otherwise, because on few cores the
+    front-end process would fight with the OpenMP threads of the engine.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    return not envs.VLLM_ENABLE_V1_MULTIPROCESSING
+
+
+def describe() -> MachineInfo:
+    """Device, versions and thread settings, found without starting an engine."""
+    in_process = configure_process()
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    threads: dict[str, str | int | None] = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    threads["torch.get_num_threads"] = torch.get_num_threads()
+    return MachineInfo(
+        device_type=current_platform.device_type,
+        device_name=None if current_platform.is_cpu() else current_platform.get_device_name(),
+        versions={"vllm": vllm.__version__, "torch": torch.__version__},
+        threads=threads,
+        in_process=in_process,
+    )
+
+
+def serve(requests: TextIO, send: Callable[[BaseModel], None]) -> None:
+    """Start the engine of the first line and answer the following ones until the input ends."""
+    setup = EngineSetup.model_validate_json(requests.readline())
+    configure_process()
+    engine = Engine(setup)
+    engine.warm_up()
+    send(EngineReady(startup_s=engine.startup_s))
+    for line in requests:
+        request = REQUEST.validate_json(line)
+        if isinstance(request, MarginRequest):
+            send(engine.margins(request.prefixes))
+        else:
+            send(engine.measure(request))
+    engine.close()
+
+
+def main() -> None:
+    """Answer on what was standard output, after pointing standard output at the log."""
+    # A process group of its own, which the benchmark stops and continues as one. The session
+    # stays the parent's: should that one die, the kernel continues and hangs up the orphans.
+    os.setpgrp()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def send(message: BaseModel) -> None:
+        answers.write(message.model_dump_json() + "\n")
+        answers.flush()
+
+    try:
+        if sys.argv[1:] == ["--describe"]:
+            send(describe())
+        else:
+            serve(sys.stdin, send)
+    except Exception as exc:
+        traceback.print_exc()
+        send(Failed(error=f"{type(exc).__name__}: {exc}"))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

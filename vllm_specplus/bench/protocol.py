@@ -1,0 +1,128 @@
+"""The messages between the benchmark and its engine processes: one JSON object per line.
+
+The parent writes one `EngineSetup`, reads `EngineReady`, and then writes requests, each of which
+is answered before the next. Instead of any answer a `Failed` may come, and the process ends.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter
+
+from vllm_specplus.bench.dataset import Question
+
+
+class MachineInfo(BaseModel):
+    """What an engine process sees of its machine before any engine starts."""
+
+    kind: Literal["machine"] = "machine"
+    device_type: str
+    device_name: str | None
+    versions: dict[str, str]
+    threads: dict[str, str | int | None]
+    in_process: bool
+
+
+class EngineSetup(BaseModel):
+    """Everything an engine process needs to start; `measured` and `warmup` are disjoint."""
+
+    model: str
+    speculative_config: dict[str, Any] | None
+    engine_args: dict[str, Any]
+    measured: list[Question]
+    warmup: list[Question]
+    concurrency: int
+    max_tokens: int
+    temperature: float
+    seed: int
+    chat_template: bool
+
+
+class EngineReady(BaseModel):
+    """The engine has started and warmed up. `startup_s`: seconds to build the engine."""
+
+    kind: Literal["ready"] = "ready"
+    startup_s: float
+
+
+class RoundRequest(BaseModel):
+    """Answer these questions, with the set-up's concurrency, and measure."""
+
+    kind: Literal["round"] = "round"
+    question_ids: list[str]
+
+
+class RequestResult(BaseModel):
+    """One answered question.
+
+    `first_tokens` came with the first output; the others came in `steps` engine steps.
+    Times are in seconds: to the first token, and per token after it (None if there is none).
+    """
+
+    question_id: str
+    token_ids: list[int]
+    first_tokens: int
+    steps: int
+    ttft_s: float
+    tpot_s: float | None
+
+
+class DraftCounters(BaseModel):
+    """vLLM's counters of drafts, draft tokens and drafts accepted down to each depth."""
+
+    drafts: int
+    draft_tokens: int
+    accepted_per_depth: list[int]
+
+
+class RoundResult(BaseModel):
+    """One measured round.
+
+    `peak_rss_bytes`: the sum of the peaks of the engine's processes since they started.
+    `gpu_bytes`: device memory in use on the engine's GPUs when the round ended.
+    """
+
+    kind: Literal["round"] = "round"
+    wall_s: float
+    requests: list[RequestResult]
+    drafts: DraftCounters | None
+    peak_rss_bytes: int
+    gpu_bytes: int | None
+
+
+class Prefix(BaseModel):
+    """A question and the first tokens of an answer to it."""
+
+    question_id: str
+    token_ids: list[int]
+
+
+class MarginRequest(BaseModel):
+    """Measure how close the best two next tokens are after each prefix. Not timed."""
+
+    kind: Literal["margins"] = "margins"
+    prefixes: list[Prefix]
+
+
+class MarginResult(BaseModel):
+    """log p(best) - log p(second best) of the next token, in nats, for each prefix."""
+
+    kind: Literal["margins"] = "margins"
+    nats: list[float]
+
+
+class Failed(BaseModel):
+    """The engine process gives up; its log has the traceback."""
+
+    kind: Literal["failed"] = "failed"
+    error: str
+
+
+Request = Annotated[RoundRequest | MarginRequest, Field(discriminator="kind")]
+Reply = Annotated[
+    MachineInfo | EngineReady | RoundResult | MarginResult | Failed, Field(discriminator="kind")
+]
+
+REQUEST: TypeAdapter[RoundRequest | MarginRequest] = TypeAdapter(Request)
+REPLY: TypeAdapter[MachineInfo | EngineReady | RoundResult | MarginResult | Failed] = TypeAdapter(
+    Reply
+)

@@ -1,0 +1,359 @@
+"""What the sessions of a benchmark amount to: the numbers of the table and of the JSON file.
+
+Throughput is the median over rounds (of all repeats), with the smallest and the largest: one
+disturbed round does not move a median. Ratios are medians too, of the ratios *within* rounds: two
+methods answer the same questions in a round and, on the CPU platform, one right after the other,
+so that what varies between rounds cancels out. A ratio is therefore not exactly the quotient of
+two medians.
+"""
+
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+from pydantic import BaseModel
+
+from vllm_specplus import __version__
+from vllm_specplus.bench.methods import BASELINE, MethodSpec
+from vllm_specplus.bench.protocol import DraftCounters, MachineInfo, RequestResult
+from vllm_specplus.bench.runner import Failure, Session, find_differences
+
+Origin = Literal["baseline", "vllm", "specplus"]
+
+
+class RoundReport(BaseModel):
+    """One round: generated tokens, wall-clock seconds, and the ratio to `none` in this round."""
+
+    repeat: int
+    round: int
+    tokens: int
+    wall_s: float
+    tokens_per_s: float
+    ratio_vs_none: float | None
+
+
+class DifferenceReport(BaseModel):
+    """An answer that is not the baseline's.
+
+    `position` is the index of the first token that differs; `margin_nats` is by how much the
+    baseline's model preferred its best next token there, log p(best) - log p(second best). Close
+    to 0 it is a tie, decided by rounding errors.
+    """
+
+    question_id: str
+    repeat: int
+    position: int
+    margin_nats: float | None
+
+
+class RunReport(BaseModel):
+    """One method at one concurrency, over all repeats and rounds.
+
+    `tokens_per_step`: generated tokens after the first output, per engine step and request.
+    `drafted_per_draft`, `acceptance_per_depth`: vLLM's own counters. They leave out steps without
+    a draft; the k-th acceptance is the share of drafts of which at least k tokens were accepted.
+    `identical_share`: answers with exactly the baseline's tokens, None for the baseline itself
+    and for sampled answers.
+    `peak_rss_bytes`: memory of the engine's processes (on the CPU platform the weights and the
+    KV cache used so far). `gpu_bytes`: all memory in use on the engine's GPUs.
+    `startup_s`: median seconds to build the engine, compilation included if it was not cached.
+    """
+
+    method: str
+    origin: Origin
+    speculative_config: dict[str, Any] | None
+    concurrency: int
+    requests: int
+    tokens: int
+    tokens_per_s: float
+    tokens_per_s_min: float
+    tokens_per_s_max: float
+    ratio_vs_none: float | None
+    ratio_vs_none_min: float | None
+    ratio_vs_none_max: float | None
+    ratio_vs_best_native: float | None
+    best_native: str | None
+    tokens_per_step: float | None
+    tokens_per_step_by_category: dict[str, float | None]
+    drafted_per_draft: float | None
+    acceptance_per_depth: list[float] | None
+    identical_share: float | None
+    differences: list[DifferenceReport]
+    ttft_ms_median: float
+    ttft_ms_p99: float
+    tpot_ms_median: float | None
+    tpot_ms_p99: float | None
+    peak_rss_bytes: int
+    gpu_bytes: int | None
+    startup_s: float
+    rounds: list[RoundReport]
+
+
+class FailureReport(BaseModel):
+    """A method that failed: while it started, was measured, or gave the margins of ties."""
+
+    method: str
+    concurrency: int
+    stage: str
+    error: str
+    log: str
+
+
+class BenchReport(BaseModel):
+    """The JSON file."""
+
+    model: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    command: str
+    settings: dict[str, Any]
+    runs: list[RunReport]
+    failures: list[FailureReport]
+
+
+def build_runs(
+    sessions: Sequence[Session],
+    ours: Collection[str],
+    categories: Mapping[str, str],
+    temperature: float,
+) -> list[RunReport]:
+    """Sum up the sessions per concurrency and method, in the order of their first appearance.
+
+    `ours` are the names of this plugin's methods; `categories` maps questions to categories.
+    """
+    groups: dict[int, dict[str, list[Session]]] = defaultdict(lambda: defaultdict(list))
+    for session in sessions:
+        groups[session.concurrency][session.method.label].append(session)
+
+    runs = []
+    for group in groups.values():
+        speeds = {label: round_speeds(members) for label, members in group.items()}
+        natives = [
+            label for label, members in group.items() if origin(members[0].method, ours) == "vllm"
+        ]
+        best_native = max(natives, key=lambda label: median(speeds[label].values()), default=None)
+        for label, members in group.items():
+            runs.append(
+                _build_run(
+                    members,
+                    origin=origin(members[0].method, ours),
+                    ratios=paired_ratios(speeds[label], speeds.get(BASELINE)),
+                    best_native=best_native,
+                    native_ratios=paired_ratios(speeds[label], speeds.get(best_native)),
+                    baseline=group.get(BASELINE, []),
+                    categories=categories,
+                    temperature=temperature,
+                )
+            )
+    return runs
+
+
+def origin(method: MethodSpec, ours: Collection[str]) -> Origin:
+    """Who provides a method."""
+    if method.name == BASELINE:
+        return "baseline"
+    return "specplus" if method.name in ours else "vllm"
+
+
+RoundKey = tuple[int, int]
+
+
+def round_speeds(sessions: Iterable[Session]) -> dict[RoundKey, float]:
+    """Tokens per second by repeat and round."""
+    return {
+        (session.repeat, number): count_tokens(result.requests) / result.wall_s
+        for session in sessions
+        for number, result in enumerate(session.rounds)
+    }
+
+
+def paired_ratios(
+    speeds: Mapping[RoundKey, float], reference: Mapping[RoundKey, float] | None
+) -> dict[RoundKey, float]:
+    """Ratios within the rounds that both have; empty without a reference."""
+    if reference is None:
+        return {}
+    return {key: speed / reference[key] for key, speed in speeds.items() if key in reference}
+
+
+def count_tokens(requests: Iterable[RequestResult]) -> int:
+    """Tokens generated for the requests."""
+    return sum(len(request.token_ids) for request in requests)
+
+
+def tokens_per_step(requests: Iterable[RequestResult]) -> float | None:
+    """Tokens after the first output per step that produced them; None if there were none.
+
+    A quotient of sums: every step counts the same, however long its request is.
+    """
+    tokens = steps = 0
+    for request in requests:
+        tokens += len(request.token_ids) - request.first_tokens
+        steps += request.steps
+    return tokens / steps if steps else None
+
+
+def acceptance_per_depth(counters: Sequence[DraftCounters]) -> list[float] | None:
+    """Share of the drafts that were accepted down to each depth."""
+    drafts = sum(item.drafts for item in counters)
+    if not drafts:
+        return None
+    depths = zip(*(item.accepted_per_depth for item in counters), strict=True)
+    return [sum(accepted) / drafts for accepted in depths]
+
+
+def _build_run(
+    sessions: Sequence[Session],
+    *,
+    origin: Origin,
+    ratios: Mapping[RoundKey, float],
+    best_native: str | None,
+    native_ratios: Mapping[RoundKey, float],
+    baseline: Sequence[Session],
+    categories: Mapping[str, str],
+    temperature: float,
+) -> RunReport:
+    results = [result for session in sessions for result in session.rounds]
+    requests = [request for result in results for request in result.requests]
+    by_category: dict[str, list[RequestResult]] = defaultdict(list)
+    for request in requests:
+        by_category[categories[request.question_id]].append(request)
+    counters = [result.drafts for result in results if result.drafts is not None]
+    drafts = sum(item.drafts for item in counters)
+    gpu = [result.gpu_bytes for result in results if result.gpu_bytes is not None]
+    ttft_ms = [1e3 * request.ttft_s for request in requests]
+    tpot_ms = [1e3 * request.tpot_s for request in requests if request.tpot_s is not None]
+    speeds = round_speeds(sessions)
+    identical_share, differences = _compare(sessions, baseline, origin, temperature)
+
+    return RunReport(
+        method=sessions[0].method.label,
+        origin=origin,
+        speculative_config=sessions[0].method.speculative_config,
+        concurrency=sessions[0].concurrency,
+        requests=len(requests),
+        tokens=count_tokens(requests),
+        tokens_per_s=median(speeds.values()),
+        tokens_per_s_min=min(speeds.values()),
+        tokens_per_s_max=max(speeds.values()),
+        ratio_vs_none=median(ratios.values()) if ratios else None,
+        ratio_vs_none_min=min(ratios.values(), default=None),
+        ratio_vs_none_max=max(ratios.values(), default=None),
+        ratio_vs_best_native=median(native_ratios.values()) if native_ratios else None,
+        best_native=best_native,
+        tokens_per_step=tokens_per_step(requests),
+        tokens_per_step_by_category={
+            category: tokens_per_step(members) for category, members in by_category.items()
+        },
+        drafted_per_draft=sum(item.draft_tokens for item in counters) / drafts if drafts else None,
+        acceptance_per_depth=acceptance_per_depth(counters),
+        identical_share=identical_share,
+        differences=differences,
+        ttft_ms_median=median(ttft_ms),
+        ttft_ms_p99=percentile99(ttft_ms),
+        tpot_ms_median=median(tpot_ms) if tpot_ms else None,
+        tpot_ms_p99=percentile99(tpot_ms) if tpot_ms else None,
+        peak_rss_bytes=max(result.peak_rss_bytes for result in results),
+        gpu_bytes=max(gpu, default=None),
+        startup_s=median(session.startup_s for session in sessions),
+        rounds=[
+            RoundReport(
+                repeat=session.repeat + 1,
+                round=number + 1,
+                tokens=count_tokens(result.requests),
+                wall_s=result.wall_s,
+                tokens_per_s=speeds[session.repeat, number],
+                ratio_vs_none=ratios.get((session.repeat, number)),
+            )
+            for session in sessions
+            for number, result in enumerate(session.rounds)
+        ],
+    )
+
+
+def percentile99(values: Sequence[float]) -> float:
+    """The value that 99 % do not exceed, linearly interpolated."""
+    return float(np.percentile(values, 99))
+
+
+def _compare(
+    sessions: Sequence[Session],
+    baseline: Sequence[Session],
+    origin: Origin,
+    temperature: float,
+) -> tuple[float | None, list[DifferenceReport]]:
+    """Share of the answers that equal the baseline's of the same repeat, and the others."""
+    if origin == "baseline" or temperature > 0:
+        return None, []
+    references = {session.repeat: session for session in baseline}
+    compared = 0
+    differences = []
+    for session in sessions:
+        reference = references.get(session.repeat)
+        if reference is None:
+            continue
+        compared += len(session.answers())
+        differences += [
+            DifferenceReport(
+                question_id=prefix.question_id,
+                repeat=session.repeat + 1,
+                position=len(prefix.token_ids),
+                margin_nats=session.margins.get(prefix.question_id),
+            )
+            for _, prefix in find_differences([reference, session], temperature)
+        ]
+    if not compared:
+        return None, []
+    return 1 - len(differences) / compared, differences
+
+
+def build_failures(failures: Iterable[Failure]) -> list[FailureReport]:
+    """The failures as they go into the JSON file."""
+    return [
+        FailureReport(
+            method=failure.method.label,
+            concurrency=failure.concurrency,
+            stage=failure.stage,
+            error=failure.error,
+            log=str(failure.log),
+        )
+        for failure in failures
+    ]
+
+
+def describe_versions(machine: MachineInfo) -> dict[str, str]:
+    """Versions of everything that matters for the numbers."""
+    return {
+        **machine.versions,
+        "vllm_specplus": __version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe_hardware(machine: MachineInfo) -> dict[str, Any]:
+    """The machine that measured."""
+    return {
+        "device_type": machine.device_type,
+        "device_name": machine.device_name,
+        "cpu_model": cpu_model(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "platform": platform.platform(),
+        "threads": machine.threads,
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the kernel knows it, or else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,426 @@
+"""Runs the methods side by side: which engine measures what, when.
+
+Every combination of method, concurrency and repeat gets a fresh engine, which sees every prompt
+once; otherwise drafters that remember (suffix trees, token recycling) would answer from memory.
+
+The questions are split into rounds, and the methods take turns:
+
+* On the CPU platform the engines of all methods are alive together. Each round is measured with
+  every method before the next round, in an order that rotates, so that a machine that becomes
+  slower hits all methods alike. Engines that are not measured are stopped with SIGSTOP: an idle
+  one would still burn CPU time, because OpenMP threads and vLLM's processes wait by spinning.
+* On other devices, and with `sequential`, one engine is alive at a time, because each wants the
+  device's memory for itself. It measures all its rounds, and the order rotates over the repeats.
+"""
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Literal, TypeVar
+
+import psutil
+from pydantic import BaseModel
+
+from vllm_specplus.bench.dataset import Question, split_rounds
+from vllm_specplus.bench.methods import BASELINE, MethodSpec
+from vllm_specplus.bench.protocol import (
+    REPLY,
+    EngineReady,
+    EngineSetup,
+    Failed,
+    MachineInfo,
+    MarginRequest,
+    MarginResult,
+    Prefix,
+    RoundRequest,
+    RoundResult,
+)
+
+ENGINE_MODULE = "vllm_specplus.bench.engine"
+
+# Seconds that an engine gets to end by itself.
+SHUTDOWN_S = 30.0
+# Seconds between two looks at whether a silent engine process is still alive.
+POLL_S = 1.0
+LONGEST_ERROR = 400
+# Share of the free memory that the engines alive together may plan with.
+CPU_MEMORY_SHARE = 0.8
+
+R = TypeVar("R", bound=BaseModel)
+Notify = Callable[[str | None, int], None]
+Stage = Literal["start", "measure", "margins"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `warmup` has questions that are not in `measured`."""
+
+    model: str
+    methods: Sequence[MethodSpec]
+    concurrencies: Sequence[int]
+    measured: Sequence[Question]
+    warmup: Sequence[Question]
+    rounds: int
+    repeat: int
+    max_tokens: int
+    temperature: float
+    seed: int
+    chat_template: bool
+    engine_args: dict[str, Any]
+    sequential: bool
+
+
+@dataclass
+class Session:
+    """What one engine measured. `margins`: nats, by question, where it differs from `none`."""
+
+    method: MethodSpec
+    concurrency: int
+    repeat: int
+    startup_s: float
+    rounds: list[RoundResult] = field(default_factory=list)
+    margins: dict[str, float] = field(default_factory=dict)
+
+    def answers(self) -> dict[str, list[int]]:
+        """Token ids by question."""
+        return {
+            request.question_id: request.token_ids
+            for result in self.rounds
+            for request in result.requests
+        }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A method that could not be measured, or not entirely, at a concurrency."""
+
+    method: MethodSpec
+    concurrency: int
+    stage: Stage
+    error: str
+    log: Path
+
+
+class EngineError(RuntimeError):
+    """An engine process failed; `log` is where it wrote."""
+
+    def __init__(self, message: str, log: Path) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class EngineProcess:
+    """An engine's process, and the line-by-line conversation with it."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
+        with log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", ENGINE_MODULE, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+            )
+
+    def __enter__(self) -> "EngineProcess":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.resume()
+        if kind is None and self._process.poll() is None:
+            self._process.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(SHUTDOWN_S)
+        self.kill()
+        self._process.stdout.close()
+
+    def send(self, message: BaseModel) -> None:
+        """Write one message."""
+        try:
+            self._process.stdin.write(message.model_dump_json() + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as exc:
+            raise self._died() from exc
+
+    def receive(self, reply: type[R]) -> R:
+        """Wait for the answer, however long it takes, as long as the process lives."""
+        stdout = self._process.stdout
+        while not select.select([stdout], [], [], POLL_S)[0]:
+            # No end of file to wait for: a forked descendant may hold the pipe open.
+            if self._process.poll() is not None:
+                raise self._died()
+        line = stdout.readline()
+        if not line:
+            raise self._died()
+        message = REPLY.validate_json(line)
+        if isinstance(message, Failed):
+            raise EngineError(error_line(message.error, self.log), self.log)
+        if not isinstance(message, reply):
+            raise EngineError(f"unexpected answer of kind {message.kind}", self.log)
+        return message
+
+    def kill(self) -> None:
+        """End the engine and all its processes at once."""
+        # The whole group: vLLM's own processes may outlive the one that started them.
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def suspend(self) -> None:
+        """Stop all the engine's threads and processes where they are."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Continue after `suspend`."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            # The group is gone, or the child has not made it yet.
+            self._process.send_signal(number)
+
+    def _died(self) -> EngineError:
+        code = self._process.wait()
+        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return EngineError(
+            error_line(f"the engine process ended with {reason}", self.log), self.log
+        )
+
+
+def error_line(error: str, log: Path) -> str:
+    """The error on one line, with the root cause when vLLM only refers to it."""
+    if "root cause" in error or "engine process ended" in error:
+        causes = re.findall(
+            r"^.*?\b([A-Z]\w*(?:Error|Exception): .+)$", log.read_text(errors="replace"), re.M
+        )
+        causes = [cause for cause in causes if "root cause" not in cause]
+        if causes:
+            error = f"{error} ({causes[0]})"
+    # Pydantic appends the input and a link to every error.
+    error = re.sub(r"\s*\[type=.*?For further information visit \S+", ";", error, flags=re.S)
+    return shorten(error.rstrip(";"), LONGEST_ERROR, placeholder=" ...")
+
+
+def describe_machine(log: Path) -> MachineInfo:
+    """Ask a short-lived child for device and versions; raises `EngineError` without vLLM."""
+    with EngineProcess(log, "--describe") as process:
+        return process.receive(MachineInfo)
+
+
+def effective_engine_args(plan: Plan, machine: MachineInfo, sequential: bool) -> dict[str, Any]:
+    """The engines' arguments, with their memory divided among those alive together.
+
+    vLLM plans with 92 % of the machine's memory, more than is free on a CPU machine in use. Only
+    the size of the KV cache depends on it. On other devices, and when the user chose, nothing is
+    added.
+    """
+    chosen = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & plan.engine_args.keys()
+    if machine.device_type != "cpu" or chosen or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return plan.engine_args
+    memory = psutil.virtual_memory()
+    alive = 1 if sequential else len(plan.methods)
+    share = CPU_MEMORY_SHARE * memory.available / memory.total / alive
+    return {**plan.engine_args, "gpu_memory_utilization": round(share, 3)}
+
+
+def first_difference(reference: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Index of the first token that differs (the shorter length if one is a prefix)."""
+    for index, (expected, token) in enumerate(zip(reference, tokens, strict=False)):
+        if expected != token:
+            return index
+    if len(reference) != len(tokens):
+        return min(len(reference), len(tokens))
+    return None
+
+
+def find_differences(group: Sequence[Session], temperature: float) -> list[tuple[Session, Prefix]]:
+    """The answers that differ from the baseline's, with the part that both have in common.
+
+    Sampled answers are not compared: they are equal in distribution, not token by token.
+    """
+    baseline = next((session for session in group if session.method.name == BASELINE), None)
+    if baseline is None or temperature > 0:
+        return []
+    references = baseline.answers()
+    differences = []
+    for session in group:
+        for question_id, token_ids in session.answers().items():
+            position = first_difference(references[question_id], token_ids)
+            if position is not None:
+                common = references[question_id][:position]
+                differences.append((session, Prefix(question_id=question_id, token_ids=common)))
+    return differences
+
+
+def rotated(items: Sequence[Any], count: int) -> list[Any]:
+    """The items, starting from another one each time."""
+    offset = count % len(items)
+    return [*items[offset:], *items[:offset]]
+
+
+@dataclass
+class Live:
+    """A session whose engine is alive."""
+
+    session: Session
+    engine: EngineProcess
+
+
+class Benchmark:
+    """Carries out a plan; `sessions` and `failures` fill as it goes.
+
+    `notify(what, settled)` tells what is being done (None: still the same), and how many questions
+    were answered or given up since the last call.
+    """
+
+    def __init__(self, plan: Plan, machine: MachineInfo, logs: Path, notify: Notify) -> None:
+        self.plan = plan
+        self.sequential = plan.sequential or machine.device_type != "cpu"
+        self.engine_args = effective_engine_args(plan, machine, self.sequential)
+        self.sessions: list[Session] = []
+        self.failures: list[Failure] = []
+        self._logs = logs
+        self._notify = notify
+        self._unstartable: set[str] = set()
+        self._engines = 0
+
+    def run(self) -> None:
+        """Measure everything. A method that fails leaves the others alone.
+
+        One that could not start is not tried again. One that failed later loses its sessions at
+        that concurrency, so that what is reported has all its questions.
+        """
+        for repeat in range(self.plan.repeat):
+            for concurrency in self.plan.concurrencies:
+                self._run_group(concurrency, repeat)
+        incomplete = {
+            (failure.method.label, failure.concurrency)
+            for failure in self.failures
+            if failure.stage != "margins"
+        }
+        self.sessions = [
+            session
+            for session in self.sessions
+            if (session.method.label, session.concurrency) not in incomplete
+        ]
+
+    def _run_group(self, concurrency: int, repeat: int) -> None:
+        """Measure all methods at one concurrency, each in a fresh engine."""
+        methods = []
+        for method in rotated(self.plan.methods, repeat):
+            if method.label in self._unstartable:
+                self._notify(f"{method.label}: skipped", len(self.plan.measured))
+            else:
+                methods.append(method)
+        rounds = split_rounds(self.plan.measured, self.plan.rounds, concurrency)
+        group: list[Session] = []
+        for batch in [[method] for method in methods] if self.sequential else [methods]:
+            with ExitStack() as stack:
+                live = []
+                for method in batch:
+                    try:
+                        live.append(self._start(stack, method, concurrency, repeat))
+                    except EngineError as exc:
+                        self._unstartable.add(method.label)
+                        self._fail(method, concurrency, "start", exc, len(self.plan.measured))
+                live = self._take_turns(live, rounds)
+                group += [item.session for item in live]
+                if not self.sequential:
+                    self._add_margins(group, concurrency, repeat, live)
+        if self.sequential:
+            self._add_margins(group, concurrency, repeat, [])
+        self.sessions += group
+
+    def _start(self, stack: ExitStack, method: MethodSpec, concurrency: int, repeat: int) -> Live:
+        """Start and warm up an engine, and leave it stopped."""
+        self._notify(f"{method.label}: starting, concurrency {concurrency}", 0)
+        self._engines += 1
+        name = re.sub(r"[^\w.=-]+", "_", method.label)
+        log = self._logs / f"{self._engines:02}-{name}-c{concurrency}.log"
+        engine = stack.enter_context(EngineProcess(log))
+        setup = EngineSetup(
+            model=self.plan.model,
+            speculative_config=method.speculative_config,
+            engine_args=self.engine_args,
+            measured=list(self.plan.measured),
+            # Twice the concurrency: requests then also join and leave a full batch.
+            warmup=list(self.plan.warmup[: 2 * concurrency]),
+            concurrency=concurrency,
+            max_tokens=self.plan.max_tokens,
+            temperature=self.plan.temperature,
+            seed=self.plan.seed,
+            chat_template=self.plan.chat_template,
+        )
+        try:
+            engine.send(setup)
+            ready = engine.receive(EngineReady)
+        except EngineError:
+            engine.kill()
+            raise
+        engine.suspend()
+        return Live(Session(method, concurrency, repeat, ready.startup_s), engine)
+
+    def _take_turns(self, live: list[Live], rounds: Sequence[Sequence[Question]]) -> list[Live]:
+        """Measure every round with every engine; return the ones that lasted."""
+        lasting = list(live)
+        for number, questions in enumerate(rounds):
+            request = RoundRequest(question_ids=[question.id for question in questions])
+            for item in rotated(lasting, number) if lasting else []:
+                session, engine = item.session, item.engine
+                self._notify(
+                    f"{session.method.label}: concurrency {session.concurrency}, "
+                    f"round {number + 1} of {len(rounds)}",
+                    0,
+                )
+                try:
+                    engine.resume()
+                    engine.send(request)
+                    session.rounds.append(engine.receive(RoundResult))
+                    engine.suspend()
+                except EngineError as exc:
+                    engine.kill()
+                    lasting.remove(item)
+                    left = sum(len(later) for later in rounds[number:])
+                    self._fail(session.method, session.concurrency, "measure", exc, left)
+                else:
+                    self._notify(None, len(questions))
+        return lasting
+
+    def _add_margins(
+        self, group: Sequence[Session], concurrency: int, repeat: int, live: Sequence[Live]
+    ) -> None:
+        """Measure the margins where answers differ, in the baseline's engine or a fresh one."""
+        differences = find_differences(group, self.plan.temperature)
+        if not differences:
+            return
+        baseline = next(session.method for session in group if session.method.name == BASELINE)
+        with ExitStack() as stack:
+            try:
+                judge = next((item for item in live if item.session.method is baseline), None)
+                if judge is None:
+                    judge = self._start(stack, baseline, concurrency, repeat)
+                self._notify(f"measuring the margins of {len(differences)} differences", 0)
+                judge.engine.resume()
+                judge.engine.send(MarginRequest(prefixes=[prefix for _, prefix in differences]))
+                result = judge.engine.receive(MarginResult)
+            except EngineError as exc:
+                self._fail(baseline, concurrency, "margins", exc, 0)
+                return
+        for (session, prefix), nats in zip(differences, result.nats, strict=True):
+            session.margins[prefix.question_id] = nats
+
+    def _fail(
+        self, method: MethodSpec, concurrency: int, stage: Stage, exc: EngineError, left: int
+    ) -> None:
+        self.failures.append(Failure(method, concurrency, stage, str(exc), exc.log))
+        self._notify(f"{method.label}: failed", left)

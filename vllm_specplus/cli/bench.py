@@ -1,0 +1,250 @@
+"""`vllm-specplus bench`: methods side by side on one model and one dataset."""
+
+import importlib.util
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_specplus.bench import InputError
+from vllm_specplus.bench.dataset import Dataset, load_dataset, pick
+from vllm_specplus.bench.methods import (
+    BASELINE,
+    parse_concurrencies,
+    parse_engine_args,
+    parse_methods,
+)
+from vllm_specplus.bench.protocol import MachineInfo
+from vllm_specplus.bench.render import print_report, save_plot
+from vllm_specplus.bench.report import (
+    BenchReport,
+    build_failures,
+    build_runs,
+    describe_hardware,
+    describe_versions,
+)
+from vllm_specplus.bench.runner import Benchmark, EngineError, Plan, describe_machine
+from vllm_specplus.config import METHODS
+
+FAILED = 1
+BAD_INPUT = 2
+
+
+def bench(
+    model: Annotated[str, typer.Option(help="Folder or Hugging Face name of the target model.")],
+    dataset: Annotated[
+        Path,
+        typer.Option(
+            help="JSON-lines file with Spec-Bench rows (turns, category), "
+            'OpenAI {"messages"} rows or {"prompt"} rows.'
+        ),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods separated by commas, each name[:key=value]... with keys of vLLM's "
+            "speculative config, e.g. none,ngram:num_speculative_tokens=4,token_recycling. "
+            'Values are JSON, or else strings (tree="2.2" is a string, tree=2.2 a number).'
+        ),
+    ] = "none,ngram,suffix,token_recycling",
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of requests in flight, separated by commas.")
+    ] = "1",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 128,
+    limit: Annotated[
+        int, typer.Option(help="Most questions to measure, taken evenly from all categories.")
+    ] = 48,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="Parts of the questions between which the methods take turns; "
+            "fewer at a concurrency that they would be too short for."
+        ),
+    ] = 4,
+    repeat: Annotated[int, typer.Option(help="Repeat everything with fresh engines.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling, at a temperature above 0.")] = 0,
+    chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help="Apply the model's chat template to turns and messages.",
+        ),
+    ] = True,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Argument of every engine (vllm.LLM), e.g. max_model_len=4096. Repeatable.",
+        ),
+    ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential",
+            help="One engine alive at a time, as always on a GPU; for a CPU machine whose memory "
+            "does not hold all engines together.",
+        ),
+    ] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all results to this file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the results into this PNG file.")] = None,
+) -> None:
+    """Compare methods on one model and dataset: speed, latency, acceptance, equal answers.
+
+    Every method runs in fresh engines and sees every question once; the methods take turns.
+    Exit code 0: all measured; 1: a method failed, the others were measured; 2: unusable input.
+    """
+    errors = Console(stderr=True, highlight=False)
+    try:
+        check_model(model)
+        check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot)
+        data = load_dataset(dataset)
+        measured, warmup = pick(data.questions, limit)
+        check_raw_prompts(data, chat_template)
+        plan = Plan(
+            model=model,
+            methods=parse_methods(methods),
+            concurrencies=parse_concurrencies(concurrency),
+            measured=measured,
+            warmup=warmup,
+            rounds=rounds,
+            repeat=repeat,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat_template=chat_template,
+            engine_args=parse_engine_args(engine_arg or []),
+            sequential=sequential,
+        )
+    except InputError as exc:
+        errors.print(f"Error: {exc}", markup=False, soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from exc
+
+    if data.duplicates:
+        errors.print(f"{data.duplicates} rows that repeat an earlier prompt are left out.")
+    if BASELINE not in [method.name for method in plan.methods]:
+        errors.print(f"Without {BASELINE} in --methods there are no ratios.")
+
+    logs = Path(tempfile.mkdtemp(prefix="vllm-specplus-bench-"))
+    try:
+        machine = describe_machine(logs / "describe.log")
+    except EngineError as exc:
+        errors.print(f"Error: vLLM cannot be used: {exc}", markup=False, soft_wrap=True)
+        errors.print(f"  log: {exc.log}", markup=False, soft_wrap=True)
+        raise typer.Exit(FAILED) from exc
+    benchmark = run(plan, machine, logs, errors)
+    report = build_report(plan, machine, benchmark, {"dataset": str(dataset), "log_dir": str(logs)})
+
+    if json_path:
+        json_path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    print_report(Console(), report)
+    if plot and report.runs:
+        save_plot(report, plot)
+    if report.failures:
+        raise typer.Exit(FAILED)
+
+
+def check_model(model: str) -> None:
+    """Refuse a path that is not there; anything else may be a name that vLLM can load."""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+        raise InputError(f"--model: the folder {model} does not exist")
+
+
+def check_options(
+    max_tokens: int,
+    limit: int,
+    rounds: int,
+    repeat: int,
+    temperature: float,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Refuse what would only fail after minutes of measuring."""
+    numbers = {"max-tokens": max_tokens, "limit": limit, "rounds": rounds, "repeat": repeat}
+    for name, value in numbers.items():
+        if value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
+    if temperature < 0:
+        raise InputError(f"--temperature must be at least 0, not {temperature}")
+    for name, path in {"json": json_path, "plot": plot}.items():
+        if path and not path.resolve().parent.is_dir():
+            raise InputError(f"--{name}: the folder {path.resolve().parent} does not exist")
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install 'vllm-specplus[bench]'")
+
+
+def check_raw_prompts(data: Dataset, chat_template: bool) -> None:
+    """Without the template only a lone user message can be sent."""
+    for question in data.questions:
+        if not chat_template and question.messages and len(question.messages) > 1:
+            raise InputError(
+                f"question {question.id} has messages before the user's, "
+                "which --no-chat-template cannot send"
+            )
+
+
+def run(plan: Plan, machine: MachineInfo, logs: Path, console: Console) -> Benchmark:
+    """Measure with a progress bar."""
+    # Drawn at events only: a redrawing thread would take CPU time from what is measured.
+    progress = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+    )
+    total = len(plan.methods) * len(plan.concurrencies) * plan.repeat * len(plan.measured)
+    with progress:
+        task = progress.add_task("", total=total)
+
+        def notify(what: str | None, settled: int) -> None:
+            progress.update(task, description=what, advance=settled, refresh=True)
+            if what and not console.is_terminal:
+                console.print(what, markup=False)
+
+        benchmark = Benchmark(plan, machine, logs, notify)
+        benchmark.run()
+    return benchmark
+
+
+def build_report(
+    plan: Plan, machine: MachineInfo, benchmark: Benchmark, sources: dict[str, Any]
+) -> BenchReport:
+    """Everything that is known at the end, in the form of the JSON file."""
+    return BenchReport(
+        model=plan.model,
+        versions=describe_versions(machine),
+        machine=describe_hardware(machine),
+        command=shlex.join(sys.argv),
+        settings={
+            **sources,
+            "methods": [method.label for method in plan.methods],
+            "concurrency": list(plan.concurrencies),
+            "limit": len(plan.measured),
+            "rounds": plan.rounds,
+            "repeat": plan.repeat,
+            "max_tokens": plan.max_tokens,
+            "temperature": plan.temperature,
+            "seed": plan.seed,
+            "chat_template": plan.chat_template,
+            "engine_args": benchmark.engine_args,
+            "engines_alive": "one" if benchmark.sequential else "all, stopped while not measured",
+            "engine_core_in_process": machine.in_process,
+        },
+        runs=build_runs(
+            benchmark.sessions,
+            ours=METHODS,
+            categories={question.id: question.category for question in plan.measured},
+            temperature=plan.temperature,
+        ),
+        failures=build_failures(benchmark.failures),
+    )

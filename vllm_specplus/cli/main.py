@@ -1,0 +1,39 @@
+"""The `vllm-specplus` command. Sub-commands live in modules of their own."""
+
+from typing import Annotated
+
+import typer
+
+from vllm_specplus import __version__
+from vllm_specplus.cli.bench import bench
+
+app = typer.Typer(
+    name="vllm-specplus",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Draft-tree speculative decoding in stock vLLM."""
+
+
+app.command("bench")(bench)
+
+if __name__ == "__main__":
+    app()

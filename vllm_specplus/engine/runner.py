@@ -1,0 +1,413 @@
+"""Our model runner: stock ones with draft trees, as a mixin of named overrides.
+
+One step, in vLLM's order::
+
+    _prepare_inputs            rows, depths; positions follow depth
+    _build_attention_metadata  trees attached to the stock metadata
+    (forward)                  attention.cpu / attention.cuda
+    _sample                    draw at every row, follow the trees, compact the KV
+    propose_draft_token_ids    show the step to the proposer, return its trees
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numba import njit
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_specplus.engine import kv, verify
+from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
+from vllm_specplus.kernels import native
+from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.samplers import lossless
+from vllm_specplus.samplers.base import Acceptance, Rows
+from vllm_specplus.tree import ancestor_mask, row_depths
+
+#: Prompt rows per call of the target's output layer while a proposer reads a
+#: prompt: bounds the logits to this times the vocabulary.
+PROMPT_CHUNK = 256
+
+
+@dataclass(slots=True)
+class Step:
+    """One step between its hooks. ``R`` requests, ``L`` verified rows."""
+
+    rows: Rows
+    batch_rows: np.ndarray
+    """int64 [L] index of each verified row among the batch's token rows."""
+    first_row: np.ndarray
+    """int32 [R] batch row of each request's root."""
+    has_tree: np.ndarray
+    """bool [R] requests whose draft is not a chain."""
+    num_scheduled: np.ndarray
+    """int32 [R] token rows of each request."""
+    previous: np.ndarray
+    """int32 [L] the token before each row on its path."""
+    top_ids: torch.Tensor | None = None
+    """int32 [L, k] on the device, for the proposer."""
+    acceptance: Acceptance | None = None
+
+
+@njit(cache=True)
+def _previous_tokens(tokens, parents, starts, before_root):
+    previous = np.empty_like(tokens)
+    for r in range(starts.shape[0] - 1):
+        previous[starts[r]] = before_root[r]
+        for i in range(starts[r] + 1, starts[r + 1]):
+            previous[i] = tokens[starts[r] + parents[i]]
+    return previous
+
+
+class TreeRunnerMixin:
+    """Overrides of ``GPUModelRunner``; see the module's docstring for the order."""
+
+    _step: Step | None = None
+    _verified_rows: np.ndarray
+    _move_slots = None
+
+    # -- inputs ---------------------------------------------------------------
+
+    def _calc_spec_decode_metadata(self, num_draft_tokens, cu_num_scheduled_tokens):
+        """Which batch rows get logits: each request's root and its nodes.
+
+        The stock method also prepares its rejection sampler, which we do not use.
+        """
+        counts = num_draft_tokens + 1
+        ends = np.cumsum(counts)
+        rows = np.arange(ends[-1]) + np.repeat(cu_num_scheduled_tokens - ends, counts)
+        self._verified_rows = rows
+        nothing = torch.empty(0, dtype=torch.int32)
+        return SpecDecodeMetadata(
+            draft_token_ids=nothing,
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=nothing,
+            cu_num_sampled_tokens=nothing,
+            target_logits_indices=nothing,
+            bonus_logits_indices=nothing,
+            logits_indices=self._to_device(rows),
+        )
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
+        out = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self._step = step = self._describe(scheduler_output, num_scheduled_tokens)
+        if step.has_tree.any():
+            # The cache slots, computed from sequential positions, stay; the rotary
+            # phase follows depth.
+            in_request = np.arange(len(step.batch_rows)) - np.repeat(
+                step.rows.starts[:-1], np.diff(step.rows.starts)
+            )
+            shift = self._to_device((step.rows.depths - in_request).astype(np.int64))
+            index = self._to_device(step.batch_rows)
+            self.positions.index_add_(0, index, shift)
+            if self.uses_mrope:
+                self.mrope_positions.gpu.index_add_(1, index, shift)
+        return out
+
+    def _describe(self, scheduler_output, num_scheduled: np.ndarray) -> Step:
+        batch = self.input_batch
+        drafts_of = scheduler_output.scheduled_spec_decode_tokens
+        ends = np.cumsum(num_scheduled)
+        num_reqs = len(num_scheduled)
+        counts = np.ones(num_reqs, np.int32)
+        has_tree = np.zeros(num_reqs, bool)
+        parents = []
+        for i, request_id in enumerate(batch.req_ids):
+            drafts = drafts_of.get(request_id)
+            if not drafts:
+                parents.append(_CHAIN[:1])
+                continue
+            counts[i] += len(drafts)
+            tree = getattr(drafts, "parents", None)
+            if tree is not None and num_scheduled[i] != counts[i]:
+                # Rows before the root (rescheduled context): verify as a chain.
+                tree = None
+                self.drafter.counters.add("chain_fallbacks:resumed")
+            if tree is None:
+                parents.append(_chain_parents(int(counts[i])))
+            else:
+                has_tree[i] = True
+                parents.append(np.concatenate((_CHAIN[:1], tree + 1)))
+        starts = np.zeros(num_reqs + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
+        batch_rows = self._verified_rows
+        tokens = self.input_ids.np[batch_rows]
+        if (tokens < 0).any():  # vLLM pads some first decodes with drafts of -1
+            self.input_ids.gpu[self._to_device(batch_rows[tokens < 0])] = 0
+        flat = np.concatenate(parents)
+        rows = Rows(tokens, flat, starts, row_depths(flat, starts))
+        before = batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled - counts - 1
+        before_root = np.where(
+            before >= 0, batch.token_ids_cpu[np.arange(num_reqs), np.maximum(before, 0)], -1
+        ).astype(np.int32)
+        return Step(
+            rows=rows,
+            batch_rows=batch_rows,
+            first_row=(ends - counts).astype(np.int32),
+            has_tree=has_tree,
+            num_scheduled=num_scheduled,
+            previous=_previous_tokens(tokens, flat, starts, before_root),
+        )
+
+    # -- attention ------------------------------------------------------------
+
+    def _build_attention_metadata(self, *args, **kwargs):
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        step = self._step
+        if step is None or not step.has_tree.any():
+            return metadata, common
+        if len(self.attn_groups) != 1:
+            raise RuntimeError("vllm-specplus supports models with one KV cache group")
+        for group in self.attn_groups[0]:
+            # One tree object serves every layer of the group.
+            layer = metadata[group.layer_names[0]]
+            setattr(layer, TREE_ATTRIBUTE, self._tree_metadata(step, common, group))
+        return metadata, common
+
+    def _tree_metadata(self, step: Step, common, group) -> TreeAttentionMetadata:
+        trees = np.flatnonzero(step.has_tree)
+        rows = step.rows
+        counts = np.diff(rows.starts)
+        of_tree = np.repeat(step.has_tree, counts)
+        starts = np.zeros(len(trees) + 1, np.int32)
+        np.cumsum(counts[trees], out=starts[1:])
+        parents = rows.parents[of_tree]
+        max_rows = int(counts[trees].max())
+        contexts = self.input_batch.num_computed_tokens_cpu[trees].astype(np.int32)
+        mask = None
+        if self.device.type != "cpu":
+            mask = self._to_device(ancestor_mask(parents, starts, max_rows))
+        other_rows = other = None
+        if len(trees) < len(step.has_tree):
+            other_rows, other = self._other_metadata(step, common, group)
+        return TreeAttentionMetadata(
+            rows=self._to_device(step.batch_rows[of_tree]),
+            query_start_loc=self._to_device(starts),
+            context_lens=self._to_device(contexts),
+            block_table=common.block_table_tensor[self._to_device(trees)].contiguous(),
+            parents=self._to_device(parents),
+            ancestors=mask,
+            max_rows=max_rows,
+            max_context_len=int(contexts.max()),
+            other_rows=other_rows,
+            other=other,
+        )
+
+    def _other_metadata(self, step: Step, common, group):
+        """Stock metadata of the requests without a tree, and their batch rows."""
+        others = np.flatnonzero(~step.has_tree)
+        lengths = step.num_scheduled[others]
+        starts = np.zeros(len(others) + 1, np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        of_other = np.repeat(~step.has_tree, step.num_scheduled)
+        rows = self._to_device(np.flatnonzero(of_other))
+        index = self._to_device(others)
+        seq_lens = self.optimistic_seq_lens_cpu[torch.from_numpy(others)]
+        sub = replace(
+            common,
+            query_start_loc=self._to_device(starts),
+            query_start_loc_cpu=torch.from_numpy(starts),
+            seq_lens=common.seq_lens[index],
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=len(others),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=common.block_table_tensor[index],
+            slot_mapping=common.slot_mapping[rows],
+            is_prefilling=common.is_prefilling[torch.from_numpy(others)],
+            positions=None if common.positions is None else common.positions[rows],
+        )
+        return rows, group.build_metadata(sub, 0)
+
+    # -- verification -----------------------------------------------------------
+
+    def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
+        step = self._step
+        if step is None:
+            return super()._sample(logits, spec_decode_metadata)
+        start = time.perf_counter()
+        counters = self.drafter.counters
+        metadata = self.input_batch.sampling_metadata
+        step.top_ids = top_ids = self._top_ids(logits, max(self.drafter.proposer.top_k, 1))
+        logprobs = None
+        if verify.is_plain_greedy(metadata):
+            sampled = top_ids[:, 0]
+            step.acceptance = acceptance = lossless.accept(step.rows, sampled.cpu().numpy())
+        else:
+            samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
+            sampled = samples.tokens.cpu().numpy()
+            step.acceptance = acceptance = lossless.accept(step.rows, sampled)
+            verify.advance_generators(samples, metadata, acceptance)
+            if samples.logprobs is not None:
+                logprobs = verify.gather_logprobs(samples.logprobs, step.rows, acceptance)
+        verified = time.perf_counter()
+        counters.add("verify_seconds", verified - start)
+        self._compact(step, acceptance)
+        counters.add("compact_seconds", time.perf_counter() - verified)
+        # vLLM reads the output back at once; on the host it costs no second copy.
+        return SamplerOutput(
+            sampled_token_ids=torch.from_numpy(acceptance.output), logprobs_tensors=logprobs
+        )
+
+    def _top_ids(self, logits: torch.Tensor, k: int) -> torch.Tensor:
+        """The k most probable ids of every row, best first, as int32 on the device.
+
+        Before sampling, which changes logits in place. Column 0 is the argmax with
+        ties to the lower index, as in vLLM's greedy sampling.
+        """
+        if logits.device.type == "cpu":
+            return native.top_k(logits, k)[0]
+        ids = logits.topk(k, dim=-1).indices.to(torch.int32)
+        ids[:, 0] = logits.argmax(dim=-1)
+        return ids
+
+    def _compact(self, step: Step, acceptance: Acceptance) -> None:
+        if not step.has_tree.any():
+            return
+        src, dst = kv.moves(acceptance, step.first_row, self._slot_mapping())
+        if not len(src):
+            return
+        if self._move_slots is None:
+            self._move_slots = self._make_mover()
+        self._move_slots(src, dst)
+        self.drafter.counters.add("kv_slots_moved", len(src))
+
+    def _slot_mapping(self) -> np.ndarray:
+        table = self.input_batch.block_table[0]
+        return table.slot_mapping.gpu.cpu().numpy()
+
+    # -- drafting -----------------------------------------------------------------
+
+    def _input_fits_in_drafter(self, common_attn_metadata) -> bool:
+        """Always: the stock answer near max_model_len schedules drafts of zeros."""
+        return True
+
+    def propose_draft_token_ids(
+        self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states,
+        *args, **kwargs,
+    ):  # fmt: skip
+        step, batch = self._step, self.input_batch
+        num_reqs = batch.num_reqs
+        if get_tensor_model_parallel_rank() != 0:
+            return [[] for _ in range(num_reqs)]  # vLLM takes rank 0's drafts
+        decoding = np.fromiter((bool(t) for t in sampled_token_ids), bool, num_reqs)
+        self._count(step, decoding)
+        if self.drafter.proposer.reads_prompt:
+            self._show_prompt(step, hidden_states, decoding)
+        accepted = np.zeros(len(step.rows.tokens), bool)
+        path = step.acceptance.path
+        request, column = np.nonzero(path >= 0)
+        accepted[step.rows.starts[request] + path[request, column]] = True
+        # Rows of half-read prompts say what follows their last token, like any other.
+        chain_only = np.zeros(num_reqs, bool)
+        num_tokens = batch.num_tokens_no_spec[:num_reqs].astype(np.int32)
+        room = np.minimum(self.num_spec_tokens, self.max_model_len - 1 - num_tokens)
+        max_nodes = np.where(decoding, np.maximum(room, 0), 0).astype(np.int32)
+        for i, request_id in enumerate(batch.req_ids):
+            params = self.requests[request_id].sampling_params
+            if params is not None and params.structured_outputs is not None:
+                chain_only[i] = True
+                self.drafter.counters.add("chain_fallbacks:structured_output")
+        drafts = self.drafter.draft(
+            StepContext(
+                request_ids=batch.req_ids,
+                token_ids=batch.token_ids_cpu,
+                num_tokens=num_tokens,
+                max_nodes=max_nodes,
+                chain_only=chain_only,
+                observation=Observation(
+                    step.rows.tokens, step.previous, step.top_ids.cpu().numpy(), accepted
+                ),
+            )
+        )
+        return drafts.split()
+
+    def _count(self, step: Step, decoding: np.ndarray) -> None:
+        """Count decoding steps; a prompt's last chunk makes its first token, not a step."""
+        batch = self.input_batch
+        num_reqs = len(decoding)
+        in_output = (
+            batch.num_computed_tokens_cpu[:num_reqs] >= batch.num_prompt_tokens[:num_reqs]
+        ) & decoding
+        drafted = np.diff(step.rows.starts) - 1
+        lengths = step.acceptance.lengths
+        counters = self.drafter.counters
+        counters.add("request_steps", int(in_output.sum()))
+        counters.add("output_tokens", int(lengths[in_output].sum()))
+        counters.add("nodes_drafted", int(drafted[in_output].sum()))
+        counters.add("nodes_accepted", int(lengths[in_output].sum() - in_output.sum()))
+
+    def _show_prompt(self, step: Step, hidden_states: torch.Tensor, decoding: np.ndarray) -> None:
+        """Let the proposer see what follows every prompt token read in this step."""
+        batch = self.input_batch
+        starts = np.cumsum(step.num_scheduled) - step.num_scheduled
+        top_k = self.drafter.proposer.top_k
+        for i in np.flatnonzero(step.num_scheduled > np.diff(step.rows.starts)):
+            computed = int(batch.num_computed_tokens_cpu[i])
+            count = int(step.num_scheduled[i]) - 1  # the last row is the step's own root
+            for offset in range(0, count, PROMPT_CHUNK):
+                size = min(PROMPT_CHUNK, count - offset)
+                first = int(starts[i]) + offset
+                logits = self.model.compute_logits(hidden_states[first : first + size])
+                top_ids = self._top_ids(logits, top_k).cpu().numpy()
+                text = batch.token_ids_cpu[i]
+                begin = computed + offset
+                previous = np.full(size, -1, np.int32)
+                head = min(begin, 1)  # the very first token has none before it
+                previous[1 - head :] = text[begin - head : begin + size - 1]
+                self.drafter.observe_prompt(text[begin : begin + size], previous, top_ids)
+
+    def sample_tokens(self, grammar_output):
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            self._step = None
+
+    def _on_request_state_removed(self, req_id, req_state) -> None:
+        super()._on_request_state_removed(req_id, req_state)
+        self.drafter.forget(req_id)
+
+    def close_drafter(self) -> None:
+        if get_tensor_model_parallel_rank() == 0:
+            self.drafter.close()
+
+
+_CHAIN = np.arange(-1, 4096, dtype=np.int32)
+
+
+def _chain_parents(count: int) -> np.ndarray:
+    """int32 [count] parent rows of a chain: -1, 0, 1, ..."""
+    return _CHAIN[:count]
+
+
+class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
+    def _make_mover(self):
+        from vllm_specplus.engine.attention.cpu import cache_layout
+
+        caches = self.kv_caches
+        _, _, block_size, twice = caches[0].shape
+        layer = next(iter(self.compilation_config.static_forward_context.values()))
+        layout = cache_layout(layer.isa, caches[0].dtype, block_size, twice // 2)
+        return kv.CpuMover(caches, layout)
+
+    def _slot_mapping(self) -> np.ndarray:
+        return self.input_batch.block_table[0].slot_mapping.np
+
+
+class TreeGPUModelRunner(TreeRunnerMixin, GPUModelRunner):
+    def _make_mover(self):
+        return kv.CudaMover(self.kv_caches)

@@ -1,0 +1,185 @@
+"""Sampling at every verified row with vLLM's own sampler.
+
+vLLM's sampler works per request; a draft tree needs one draw per *row*. So the
+step's ``SamplingMetadata`` is expanded to one entry per row, where a row's past
+output is the request's output plus the tokens on the row's path: penalties, bad
+words, allowed tokens, top-k/top-p, temperature and logprobs then hold per node.
+
+Seeded requests: all rows of one depth share the state their generator would have
+at that position in plain decoding, and the generator advances by exactly the
+tokens that were output. The same seed therefore gives the same text whatever was
+drafted, and whatever else is in the batch. (Exact: only one row per depth is ever
+visited, so the draws along a path stay independent.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_specplus.samplers.base import Acceptance, Rows
+
+
+@dataclass(slots=True)
+class RowSamples:
+    """The target's draw at every row."""
+
+    tokens: torch.Tensor
+    """int32 [L] on the device."""
+    logprobs: LogprobsTensors | None
+    """Of every row, or None."""
+    generators: dict[int, list[torch.Tensor]]
+    """Request -> states of its generator after 0, 1, 2, ... draws."""
+
+
+def is_plain_greedy(metadata: SamplingMetadata) -> bool:
+    """Is every draw just the argmax of the raw logits, with nothing to report?"""
+    return (
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and not any(_min_tokens(metadata))
+    )
+
+
+def _min_tokens(metadata: SamplingMetadata):
+    """The requests' min_tokens entries: {request: (minimum, output ids, stop ids, ...)}."""
+    for processor in metadata.logitsprocs.non_argmax_invariant:
+        if isinstance(processor, MinTokensLogitsProcessor):
+            yield processor.min_toks
+
+
+def sample_rows(
+    sampler: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows
+) -> RowSamples:
+    """Draw one token per row. May change ``logits`` [L, V] in place."""
+    if len(rows.tokens) == len(rows.starts) - 1:  # one row per request: nothing to expand
+        states = {i: _states(g, 1, logits) for i, g in metadata.generators.items()}
+        out = sampler(logits=logits, sampling_metadata=metadata)
+        return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, states)
+    logits = _mask_min_tokens(logits, metadata, rows)
+    expanded, states = _expand(metadata, rows, logits)
+    out = sampler(logits=logits, sampling_metadata=expanded)
+    return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, states)
+
+
+def advance_generators(
+    samples: RowSamples, metadata: SamplingMetadata, acceptance: Acceptance
+) -> None:
+    """Leave every seeded generator as if it had drawn just the output tokens."""
+    for request, states in samples.generators.items():
+        metadata.generators[request].set_state(states[int(acceptance.lengths[request])])
+
+
+def gather_logprobs(
+    logprobs: LogprobsTensors, rows: Rows, acceptance: Acceptance
+) -> LogprobsTensors:
+    """Logprobs of the accepted paths, [R * width] in the order of ``acceptance.output``."""
+    index = rows.starts[:-1, None] + np.maximum(acceptance.path, 0)
+    index = torch.from_numpy(index.reshape(-1).astype(np.int64)).to(logprobs.logprobs.device)
+    # With "all logprobs" two of the three tensors are empty.
+    return LogprobsTensors(*(t[index] if torch.is_tensor(t) and t.numel() else t for t in logprobs))
+
+
+def _states(
+    generator: torch.Generator, draws: int, logits: torch.Tensor
+) -> list[torch.Tensor]:
+    """States of ``generator`` after 0..draws draws of one token; its own is unchanged.
+
+    "One draw" is what vLLM's sampler takes per token: a 31-bit seed on the CPU, a
+    row of exponential noise elsewhere.
+    """
+    scout = generator.clone_state()
+    states = [scout.get_state()]
+    for _ in range(draws):
+        if logits.device.type == "cpu":
+            torch.randint(0, 2**31, (1,), generator=scout, dtype=torch.long)
+        else:
+            torch.empty(logits.shape[1], device=logits.device).exponential_(generator=scout)
+        states.append(scout.get_state())
+    return states
+
+
+def _path_tokens(rows: Rows, row: int, first: int) -> list[int]:
+    """Tokens from the root's first descendant down to ``row`` (flat index)."""
+    out = []
+    while rows.parents[row] >= 0:
+        out.append(int(rows.tokens[row]))
+        row = first + rows.parents[row]
+    return out[::-1]
+
+
+def _mask_min_tokens(logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows):
+    """Forbid stop tokens at rows whose path is still shorter than min_tokens."""
+    for entries in _min_tokens(metadata):
+        for request, (minimum, output, stop_ids, *_) in entries.items():
+            span = slice(rows.starts[request], rows.starts[request + 1])
+            short = np.flatnonzero(len(output) + rows.depths[span] < minimum) + span.start
+            if len(short) and stop_ids:
+                logits = logits.to(torch.float32)
+                index = torch.from_numpy(short).to(logits.device)
+                stop = torch.tensor(sorted(stop_ids), device=logits.device)
+                logits[index[:, None], stop] = float("-inf")
+    return logits
+
+
+def _expand(metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor):
+    """``metadata`` with one entry per row, and the generator states by request."""
+    counts = np.diff(rows.starts)
+    request_of = np.repeat(np.arange(len(counts)), counts)
+    index = torch.from_numpy(request_of).to(logits.device)
+
+    def per_row(tensor):
+        return None if tensor is None else tensor[index]
+
+    def spread(by_request):
+        return {
+            row: value
+            for request, value in (by_request or {}).items()
+            for row in range(rows.starts[request], rows.starts[request + 1])
+        }
+
+    generators, states = {}, {}
+    for request, generator in metadata.generators.items():
+        span = range(rows.starts[request], rows.starts[request + 1])
+        draws = int(rows.depths[span.start : span.stop].max()) + 1
+        states[request] = _states(generator, draws, logits)
+        for row in span:
+            clone = generator.clone_state()
+            clone.set_state(states[request][rows.depths[row]])
+            generators[row] = clone
+
+    output_token_ids = metadata.output_token_ids
+    if output_token_ids:  # kept by vLLM only where penalties or bad words need it
+        output_token_ids = [
+            output_token_ids[r] + _path_tokens(rows, row, int(rows.starts[r]))
+            for row, r in enumerate(request_of.tolist())
+        ]
+    expanded = replace(
+        metadata,
+        temperature=per_row(metadata.temperature),
+        top_p=per_row(metadata.top_p),
+        top_k=per_row(metadata.top_k),
+        generators=generators,
+        prompt_token_ids=per_row(metadata.prompt_token_ids),
+        frequency_penalties=per_row(metadata.frequency_penalties),
+        presence_penalties=per_row(metadata.presence_penalties),
+        repetition_penalties=per_row(metadata.repetition_penalties),
+        output_token_ids=output_token_ids,
+        allowed_token_ids_mask=per_row(metadata.allowed_token_ids_mask),
+        bad_words_token_ids=spread(metadata.bad_words_token_ids),
+        logprob_token_ids=spread(metadata.logprob_token_ids) or None,
+        logitsprocs=LogitsProcessors(),  # min_tokens, the only one allowed, is applied above
+        spec_token_ids=None,
+    )
+    return expanded, states

@@ -1,0 +1,50 @@
+"""Workers: stock ones that build our model runner and register tree attention.
+
+The back end is registered here and not in the plugin, so that an engine without
+a method of ours never sees it.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+
+class TreeCPUWorker(CPUWorker):
+    def init_device(self) -> None:
+        import vllm.v1.worker.cpu_worker as module
+
+        from vllm_specplus.engine.runner import TreeCPUModelRunner
+
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "vllm_specplus.engine.attention.cpu.TreeCPUBackend"
+        )
+        # The stock method names its runner class; give it ours for the call.
+        stock, module.CPUModelRunner = module.CPUModelRunner, TreeCPUModelRunner
+        try:
+            super().init_device()
+        finally:
+            module.CPUModelRunner = stock
+
+    def shutdown(self) -> None:
+        self.model_runner.close_drafter()
+        super().shutdown()
+
+
+class TreeGPUWorker(Worker):
+    def _make_model_runner(self):
+        from vllm_specplus.engine.runner import TreeGPUModelRunner
+
+        register_backend(
+            AttentionBackendEnum.FLASH_ATTN,
+            "vllm_specplus.engine.attention.cuda.TreeFlashAttentionBackend",
+        )
+        register_backend(
+            AttentionBackendEnum.TRITON_ATTN, "vllm_specplus.engine.attention.cuda.TreeTritonBackend"
+        )
+        return TreeGPUModelRunner(self.vllm_config, self.device)
+
+    def shutdown(self) -> None:
+        self.model_runner.close_drafter()
+        super().shutdown()

@@ -1,0 +1,419 @@
+// CPU kernels of vllm-specplus: tree attention over vLLM's paged KV cache, the
+// move of accepted KV slots, and top-k of logits rows.
+//
+// Plain C ABI, called through ctypes (see native.py); built once per machine
+// with -march=native. torch is not included: every tensor arrives as a pointer
+// with sizes, and OpenMP runs on the thread pool that torch already owns.
+//
+// Layout of one page of one KV head in vLLM's CPU cache (block of B tokens,
+// head size D); K comes first, V follows after B * D elements:
+//   "vec": K is column-major [D][B], V is row-major [B][D]
+//   "amx": bf16 in the operand order of the AMX dot product,
+//          K [B/16][D/2][16 tokens][2 dims], V [D/16][B/2][16 dims][2 tokens]
+// native.py checks these formulas against vLLM's own cache writer at load.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+  operator float() const {
+    uint32_t u = uint32_t(bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+  }
+  bf16() = default;
+  explicit bf16(float f) {  // round to nearest even
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    bits = uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  }
+};
+typedef _Float16 fp16;
+
+enum Layout { VEC = 0, AMX = 1 };
+
+inline int64_t k_offset(int layout, int B, int D, int token, int dim) {
+  if (layout == VEC) return int64_t(dim) * B + token;
+  return int64_t(token / 16) * 16 * D + (dim / 2) * 32 + (token % 16) * 2 + dim % 2;
+}
+
+inline int64_t v_offset(int layout, int B, int D, int token, int dim) {
+  if (layout == VEC) return int64_t(token) * D + dim;
+  return int64_t(dim / 16) * 16 * B + (token / 2) * 32 + (dim % 16) * 2 + token % 2;
+}
+
+// exp for x <= 0, relative error below 3e-7; flushes to 0 below -87. Branch-free
+// so that the compiler vectorises the loops that call it (Cephes expf).
+inline float exp_neg(float x) {
+  float c = std::max(x, -87.f);
+  float n = std::nearbyint(c * 1.44269504088896341f);
+  float r = c - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  int32_t e = (int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &e, 4);
+  return x < -87.f ? 0.f : p * scale;
+}
+
+}  // namespace
+
+// One step's tree batch. Mirrors native.TreeBatch (ctypes.Structure).
+struct TreeBatch {
+  int32_t num_requests;
+  int32_t num_query_heads;
+  int32_t num_kv_heads;
+  int32_t head_size;
+  int32_t block_size;
+  int32_t layout;            // Layout
+  int32_t dtype;             // 0 float32, 1 bfloat16, 2 float16
+  int32_t max_blocks;        // columns of block_table
+  float scale;
+  int64_t page_stride;       // elements between pages of the cache
+  int64_t head_stride;       // elements between KV heads of a page
+  int64_t query_stride;      // elements between rows of query
+  int64_t output_stride;     // elements between rows of output
+  const int64_t* rows;       // [T] batch row of each tree row
+  const int32_t* row_start;  // [num_requests + 1]
+  const int32_t* context;    // [num_requests] cached tokens before the root
+  const int32_t* block_table;
+  const int32_t* parents;    // [T] within the request, -1 for the root
+};
+
+namespace {
+
+// A block of up to 16 (row, query head) pairs of one request and KV head.
+constexpr int QUERIES = 16;
+
+struct Task {
+  int request, kv_head, first;  // first (row * group + head) of the block
+};
+
+struct Scratch {
+  std::vector<float> scores;    // [QUERIES][padded tokens]
+  std::vector<uint16_t> probs;  // AMX: [QUERIES][padded tokens] bf16
+  std::vector<float> out;       // [QUERIES][head_size]
+  std::vector<char> query;      // [QUERIES][head_size]
+};
+
+// Hide the request's rows that are not ancestors of `row`, and the padding;
+// scores then are 0 probability. `scores` starts at token 0 of the context.
+inline void mask_tree(const int32_t* parents, int row, int context, int num_rows, int padded,
+                      float* scores) {
+  constexpr float HIDDEN = -1e30f;
+  int next = num_rows;  // rows above `next` are already decided
+  for (int r = row; r >= 0; r = parents[r]) {
+    for (int j = r + 1; j < next; ++j) scores[context + j] = HIDDEN;
+    next = r;
+  }
+  for (int j = context + num_rows; j < padded; ++j) scores[j] = HIDDEN;
+}
+
+// In place: scores -> exp(scores - max). Returns the sum.
+inline float softmax_numerators(float* s, int n) {
+  float top = s[0];
+  for (int i = 1; i < n; ++i) top = std::max(top, s[i]);
+  float sum = 0.f;
+  for (int i = 0; i < n; ++i) {
+    s[i] = exp_neg(s[i] - top);
+    sum += s[i];
+  }
+  return sum;
+}
+
+// QK^T and PV for the "vec" layout: float arithmetic on any storage type.
+template <typename T>
+struct VecProducts {
+  static constexpr int TOKENS = 16;  // tokens per inner step; pages are multiples of it
+
+  static void scores(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+                     const T* query, int n_queries, int tokens, int padded, Scratch& s) {
+    const int B = b.block_size, D = b.head_size;
+    for (int t0 = 0; t0 < padded; t0 += TOKENS) {
+      const T* k = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride + t0 % B;
+      for (int m = 0; m < n_queries; ++m) {
+        float acc[TOKENS] = {};
+        const T* q = query + m * D;
+        for (int d = 0; d < D; ++d) {
+          const float qd = float(q[d]);
+          const T* kd = k + int64_t(d) * B;
+          for (int t = 0; t < TOKENS; ++t) acc[t] += qd * float(kd[t]);
+        }
+        float* out = s.scores.data() + int64_t(m) * padded + t0;
+        for (int t = 0; t < TOKENS; ++t) out[t] = acc[t] * b.scale;
+      }
+    }
+  }
+
+  static void values(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+                     int n_queries, int tokens, int padded, Scratch& s) {
+    const int B = b.block_size, D = b.head_size;
+    std::fill(s.out.begin(), s.out.begin() + n_queries * D, 0.f);
+    for (int t = 0; t < tokens; ++t) {
+      const T* v = cache + pages[t / B] * b.page_stride + kv_head * b.head_stride +
+                   int64_t(B) * D + int64_t(t % B) * D;
+      for (int m = 0; m < n_queries; ++m) {
+        const float p = s.scores[int64_t(m) * padded + t];
+        float* out = s.out.data() + m * D;
+        for (int d = 0; d < D; ++d) out[d] += p * float(v[d]);
+      }
+    }
+  }
+};
+
+#if defined(__AMX_BF16__)
+// QK^T and PV for the "amx" layout: 16 queries x 16 columns x 32 deep per
+// instruction; K and V tiles are used as they lie in the cache. Like vLLM's own
+// kernel: float accumulation, probabilities rounded to bf16.
+struct AmxProducts {
+  static constexpr int TOKENS = 32;
+
+  static bool permit() {  // Linux grants the tile registers per process, on request
+    static const bool ok = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+    return ok;
+  }
+
+  static void configure() {
+    alignas(64) uint8_t cfg[64] = {};
+    cfg[0] = 1;  // palette
+    for (int t = 0; t < 8; ++t) {
+      reinterpret_cast<uint16_t*>(cfg + 16)[t] = 64;  // bytes per row
+      cfg[48 + t] = 16;                                // rows
+    }
+    _tile_loadconfig(cfg);
+  }
+
+  static void scores(const TreeBatch& b, const bf16* cache, const int32_t* pages, int kv_head,
+                     const bf16* query, int, int tokens, int padded, Scratch& s) {
+    const int B = b.block_size, D = b.head_size;
+    for (int t0 = 0; t0 < padded; t0 += TOKENS) {
+      const bf16* k = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride +
+                      int64_t(t0 % B) * D;
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int d = 0; d < D; d += 32) {
+        _tile_loadd(2, query + d, D * 2);
+        _tile_loadd(3, k + d * 16, 64);
+        _tile_loadd(4, k + 16 * D + d * 16, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+      _tile_stored(0, s.scores.data() + t0, padded * 4);
+      _tile_stored(1, s.scores.data() + t0 + 16, padded * 4);
+    }
+    for (float& x : s.scores) x *= b.scale;
+  }
+
+  static void values(const TreeBatch& b, const bf16* cache, const int32_t* pages, int kv_head,
+                     int n_queries, int tokens, int padded, Scratch& s) {
+    const int B = b.block_size, D = b.head_size;
+    for (int64_t i = 0; i < int64_t(n_queries) * padded; ++i)
+      s.probs[i] = bf16(s.scores[i]).bits;
+    for (int d0 = 0; d0 < D; d0 += 32) {
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int t0 = 0; t0 < padded; t0 += TOKENS) {
+        const bf16* v = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride +
+                        int64_t(B) * D + int64_t(d0) * B + (t0 % B) * 16;
+        _tile_loadd(2, s.probs.data() + t0, padded * 2);
+        _tile_loadd(3, v, 64);
+        _tile_loadd(4, v + 16 * B, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+      _tile_stored(0, s.out.data() + d0, D * 4);
+      _tile_stored(1, s.out.data() + d0 + 16, D * 4);
+    }
+  }
+};
+#endif
+
+template <typename T, typename Products>
+void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache, T* output,
+            Scratch& s) {
+  const int D = b.head_size, group = b.num_query_heads / b.num_kv_heads;
+  const int row0 = b.row_start[task.request];
+  const int num_rows = b.row_start[task.request + 1] - row0;
+  const int context = b.context[task.request], tokens = context + num_rows;
+  const int padded = (tokens + Products::TOKENS - 1) / Products::TOKENS * Products::TOKENS;
+  const int n_queries = std::min(QUERIES, num_rows * group - task.first);
+  const int32_t* pages = b.block_table + int64_t(task.request) * b.max_blocks;
+  const int32_t* parents = b.parents + row0;
+
+  s.scores.resize(size_t(QUERIES) * padded);
+  s.probs.resize(size_t(QUERIES) * padded);
+  s.out.resize(size_t(QUERIES) * D);
+  s.query.assign(size_t(QUERIES) * D * sizeof(T), 0);
+  T* q = reinterpret_cast<T*>(s.query.data());
+  for (int m = 0; m < n_queries; ++m) {
+    const int row = (task.first + m) / group, head = (task.first + m) % group;
+    std::memcpy(q + m * D,
+                query + b.rows[row0 + row] * b.query_stride +
+                    (task.kv_head * group + head) * int64_t(D),
+                D * sizeof(T));
+  }
+  Products::scores(b, cache, pages, task.kv_head, q, n_queries, tokens, padded, s);
+  float sums[QUERIES];
+  for (int m = 0; m < n_queries; ++m) {
+    float* line = s.scores.data() + int64_t(m) * padded;
+    mask_tree(parents, (task.first + m) / group, context, num_rows, padded, line);
+    sums[m] = softmax_numerators(line, padded);
+  }
+  Products::values(b, cache, pages, task.kv_head, n_queries, tokens, padded, s);
+  for (int m = 0; m < n_queries; ++m) {
+    const int row = (task.first + m) / group, head = (task.first + m) % group;
+    T* out = output + b.rows[row0 + row] * b.output_stride +
+             (task.kv_head * group + head) * int64_t(D);
+    const float inv = 1.f / sums[m];
+    for (int d = 0; d < D; ++d) out[d] = T(s.out[m * D + d] * inv);
+  }
+}
+
+template <typename T, typename Products>
+void attend_all(const TreeBatch& b, const void* query, const void* cache, void* output) {
+  const int group = b.num_query_heads / b.num_kv_heads;
+  std::vector<Task> tasks;
+  for (int r = 0; r < b.num_requests; ++r) {
+    const int queries = (b.row_start[r + 1] - b.row_start[r]) * group;
+    for (int h = 0; h < b.num_kv_heads; ++h)
+      for (int first = 0; first < queries; first += QUERIES) tasks.push_back({r, h, first});
+  }
+#pragma omp parallel
+  {
+    static thread_local Scratch scratch;
+#if defined(__AMX_BF16__)
+    if (b.layout == AMX) AmxProducts::configure();
+#endif
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < tasks.size(); ++i)
+      attend<T, Products>(b, tasks[i], static_cast<const T*>(query),
+                          static_cast<const T*>(cache), static_cast<T*>(output), scratch);
+#if defined(__AMX_BF16__)
+    if (b.layout == AMX) _tile_release();
+#endif
+  }
+}
+
+// Top k of one row, best first, ties to the lower index (as argmax does).
+template <typename T>
+void top_k_row(const T* x, int64_t n, int k, int32_t* ids, float* values) {
+  constexpr int BLOCK = 64;
+  for (int j = 0; j < k; ++j) values[j] = -INFINITY, ids[j] = -1;
+  int filled = 0;
+  auto offer = [&](float v, int32_t i) {
+    if (filled == k && !(v > values[k - 1])) return;
+    int j = filled < k ? filled++ : k - 1;
+    for (; j > 0 && v > values[j - 1]; --j) values[j] = values[j - 1], ids[j] = ids[j - 1];
+    values[j] = v, ids[j] = i;
+  };
+  int64_t i = 0;
+  for (; i + BLOCK <= n; i += BLOCK) {
+    float best = float(x[i]);
+    for (int j = 1; j < BLOCK; ++j) best = std::max(best, float(x[i + j]));
+    if (filled == k && !(best > values[k - 1])) continue;
+    for (int j = 0; j < BLOCK; ++j) offer(float(x[i + j]), int32_t(i + j));
+  }
+  for (; i < n; ++i) offer(float(x[i]), int32_t(i));
+}
+
+template <typename T>
+void top_k_all(const void* x, int64_t rows, int64_t n, int64_t stride, int k, int32_t* ids,
+               float* values) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; ++r)
+    top_k_row(static_cast<const T*>(x) + r * stride, n, k, ids + r * k, values + r * k);
+}
+
+template <typename T>
+void move_all(const TreeBatch& b, void* const* caches, int num_layers, const int64_t* src,
+              const int64_t* dst, int n) {
+  const int B = b.block_size, D = b.head_size;
+#pragma omp parallel for schedule(static)
+  for (int l = 0; l < num_layers; ++l) {
+    T* cache = static_cast<T*>(caches[l]);
+    for (int i = 0; i < n; ++i)  // in order: a destination never precedes its own source's reader
+      for (int h = 0; h < b.num_kv_heads; ++h) {
+        const T* from = cache + src[i] / B * b.page_stride + h * b.head_stride;
+        T* to = cache + dst[i] / B * b.page_stride + h * b.head_stride;
+        const int s = int(src[i] % B), t = int(dst[i] % B);
+        for (int d = 0; d < D; ++d) {
+          to[k_offset(b.layout, B, D, t, d)] = from[k_offset(b.layout, B, D, s, d)];
+          to[int64_t(B) * D + v_offset(b.layout, B, D, t, d)] =
+              from[int64_t(B) * D + v_offset(b.layout, B, D, s, d)];
+        }
+      }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0 when this build serves (layout, dtype, sizes), else the number of the reason (native.py).
+int specplus_tree_attention_unsupported(const TreeBatch* b) {
+  if (b->layout == VEC) return b->block_size % 16 ? 1 : 0;
+#if defined(__AMX_BF16__)
+  if (b->dtype != 1 || b->head_size % 32 || b->block_size % 32) return 2;
+  return AmxProducts::permit() ? 0 : 3;
+#else
+  return 4;
+#endif
+}
+
+// Attention of every tree row; K and V of all rows are in the cache already.
+void specplus_tree_attention(const TreeBatch* b, const void* query, const void* cache,
+                             void* output) {
+#if defined(__AMX_BF16__)
+  if (b->layout == AMX) return attend_all<bf16, AmxProducts>(*b, query, cache, output);
+#endif
+  if (b->dtype == 0) return attend_all<float, VecProducts<float>>(*b, query, cache, output);
+  if (b->dtype == 1) return attend_all<bf16, VecProducts<bf16>>(*b, query, cache, output);
+  attend_all<fp16, VecProducts<fp16>>(*b, query, cache, output);
+}
+
+// Copy KV slots src[i] -> dst[i], in order, in every layer.
+void specplus_move_slots(const TreeBatch* b, void* const* caches, int num_layers,
+                         const int64_t* src, const int64_t* dst, int n) {
+  if (b->dtype == 0)
+    move_all<float>(*b, caches, num_layers, src, dst, n);
+  else
+    move_all<uint16_t>(*b, caches, num_layers, src, dst, n);
+}
+
+// ids int32 [rows, k], values float32 [rows, k] of x [rows, n] with row stride.
+void specplus_top_k(const void* x, int dtype, int64_t rows, int64_t n, int64_t stride, int k,
+                    int32_t* ids, float* values) {
+  if (dtype == 0)
+    top_k_all<float>(x, rows, n, stride, k, ids, values);
+  else if (dtype == 1)
+    top_k_all<bf16>(x, rows, n, stride, k, ids, values);
+  else
+    top_k_all<fp16>(x, rows, n, stride, k, ids, values);
+}
+
+// Element offset of (token, dim) in a page, for the check against vLLM's cache writer.
+int64_t specplus_kv_offset(int layout, int value, int block_size, int head_size, int token,
+                           int dim) {
+  if (value) return int64_t(block_size) * head_size + v_offset(layout, block_size, head_size, token, dim);
+  return k_offset(layout, block_size, head_size, token, dim);
+}
+
+}  // extern "C"

@@ -1,0 +1,159 @@
+"""Builds, loads and calls the C++ kernels of ``kernels/cpu``.
+
+The library is compiled on first use (2-3 seconds) with the machine's own C++
+compiler, which vLLM's CPU back end needs anyway for torch.compile, and kept in
+the cache folder under a name that hashes source, flags and processor. Without
+a compiler everything still works on the torch references of
+:mod:`vllm_specplus.kernels.reference`, only slower; ``status`` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).parent / "cpu" / "kernels.cpp"
+# Not -ffast-math: linking with it would flush denormals in the whole process.
+FLAGS = (
+    "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC "
+    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
+).split()
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LAYOUTS = {"vec": 0, "amx": 1}
+
+
+class TreeBatch(ctypes.Structure):
+    """Mirrors ``struct TreeBatch`` in kernels.cpp; pointers are addresses."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in (
+            "num_requests num_query_heads num_kv_heads head_size "
+            "block_size layout dtype max_blocks"
+        ).split()
+    ] + [("scale", ctypes.c_float)]
+    _fields_ += [
+        (name, ctypes.c_int64)
+        for name in "page_stride head_stride query_stride output_stride".split()
+    ]
+    _fields_ += [
+        (name, ctypes.c_void_p) for name in "rows row_start context block_table parents".split()
+    ]
+
+
+def cache_dir() -> Path:
+    """Folder for compiled kernels and converted models (``VLLM_SPECPLUS_CACHE``)."""
+    return Path(os.environ.get("VLLM_SPECPLUS_CACHE") or Path.home() / ".cache" / "vllm-specplus")
+
+
+def _processor() -> str:
+    """What -march=native depends on: a shared home may serve several machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    lines = text.splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def build() -> Path:
+    """Compile the kernels unless the cache has them; returns the library's path.
+
+    Raises RuntimeError with one sentence when there is no working compiler.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise RuntimeError("no C++ compiler found (install g++ or set CXX)")
+    key = "\0".join([SOURCE.read_text(), *FLAGS, compiler, _processor()])
+    target = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as part:
+        command = [compiler, *FLAGS, "-o", part.name, str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        os.unlink(part.name)
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")
+    os.replace(part.name, target)  # atomic: several engine processes may build at once
+    return target
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    try:
+        lib = ctypes.CDLL(str(build()))
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    void_p, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    batch = ctypes.POINTER(TreeBatch)
+    lib.specplus_tree_attention_unsupported.argtypes = [batch]
+    lib.specplus_tree_attention.argtypes = [batch, void_p, void_p, void_p]
+    lib.specplus_tree_attention.restype = None
+    lib.specplus_move_slots.argtypes = [batch, void_p, int32, void_p, void_p, int32]
+    lib.specplus_move_slots.restype = None
+    lib.specplus_top_k.argtypes = [void_p, int32, int64, int64, int64, int32, void_p, void_p]
+    lib.specplus_top_k.restype = None
+    lib.specplus_kv_offset.argtypes = [int32] * 6
+    lib.specplus_kv_offset.restype = int64
+    return lib
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None where they cannot be built."""
+    lib = _load()
+    return None if isinstance(lib, str) else lib
+
+
+def status() -> str | None:
+    """None when the kernels are usable, else the reason they are not."""
+    lib = _load()
+    return lib if isinstance(lib, str) else None
+
+
+UNSUPPORTED = {
+    1: "the block size is not a multiple of 16",
+    2: "the AMX layout needs bfloat16 and head and block sizes that are multiples of 32",
+    3: "the operating system refuses the AMX tile registers",
+    4: "this build has no AMX",
+}
+
+
+def unsupported(batch: TreeBatch) -> str | None:
+    """Why the tree-attention kernel cannot serve ``batch``'s sizes, or None."""
+    lib = library()
+    if lib is None:
+        return status()
+    code = lib.specplus_tree_attention_unsupported(ctypes.byref(batch))
+    return UNSUPPORTED[code] if code else None
+
+
+def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest ``k`` entries of each row, best first, ties to the lower index.
+
+    ``logits`` [rows, V] on the CPU (float32, bfloat16 or float16, rows may be
+    strided). Returns (ids int32 [rows, k], values float32 [rows, k]).
+    """
+    lib = library()
+    if lib is None or logits.dtype not in DTYPES or logits.stride(-1) != 1:
+        from vllm_specplus.kernels.reference import top_k_reference
+
+        return top_k_reference(logits, k)
+    rows, n = logits.shape
+    ids = torch.empty(rows, k, dtype=torch.int32)
+    values = torch.empty(rows, k, dtype=torch.float32)
+    lib.specplus_top_k(
+        logits.data_ptr(), DTYPES[logits.dtype], rows, n, logits.stride(0), k,
+        ids.data_ptr(), values.data_ptr(),
+    )  # fmt: skip
+    return ids, values

@@ -1,0 +1,113 @@
+"""Torch references of the CPU kernels: the definition of what they compute.
+
+Used by the tests as oracles, and by the engine where the C++ kernels cannot be
+built.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def top_k_reference(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest ``k`` entries of each row, best first, ties to the lower index.
+
+    ``logits`` [rows, V]; returns (ids int32 [rows, k], values float32 [rows, k]).
+    A stable sort keeps equal values in index order, which ``torch.topk`` does not.
+    """
+    values, ids = logits.float().sort(dim=-1, descending=True, stable=True)
+    return ids[:, :k].to(torch.int32).contiguous(), values[:, :k].contiguous()
+
+
+@functools.lru_cache
+def page_offsets(layout: str, block_size: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where vLLM's CPU cache keeps K and V of one page and KV head.
+
+    Returns two int64 [block_size, head_size] tables of element offsets from the
+    start of the page's head; the layouts are described in ``cpu/kernels.cpp``.
+    """
+    token = torch.arange(block_size)[:, None]
+    dim = torch.arange(head_size)[None, :]
+    if layout == "vec":
+        k = dim * block_size + token
+        v = token * head_size + dim
+    elif layout == "amx":
+        k = token // 16 * 16 * head_size + dim // 2 * 32 + token % 16 * 2 + dim % 2
+        v = dim // 16 * 16 * block_size + token // 2 * 32 + dim % 16 * 2 + token % 2
+    else:
+        raise ValueError(f"unknown KV cache layout {layout!r}")
+    return k, v + block_size * head_size
+
+
+def gather_kv(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, num_tokens: int, layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of the first ``num_tokens`` tokens of one request.
+
+    ``kv_cache`` [pages, KV heads, block_size, 2 * head_size] (vLLM's CPU cache),
+    ``block_table`` int32 [max_blocks]. Returns two [KV heads, num_tokens,
+    head_size] tensors of the cache's dtype.
+    """
+    _, heads, block_size, twice = kv_cache.shape
+    pages = block_table[: -(-num_tokens // block_size)].long()
+    flat = kv_cache[pages].reshape(len(pages), heads, block_size * twice)
+    out = []
+    for table in page_offsets(layout, block_size, twice // 2):
+        x = flat[:, :, table.reshape(-1)].view(len(pages), heads, block_size, twice // 2)
+        out.append(x.transpose(0, 1).reshape(heads, -1, twice // 2)[:, :num_tokens])
+    return out[0], out[1]
+
+
+def tree_attention_reference(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    rows: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+    layout: str,
+) -> None:
+    """Writes the attention of all tree rows into ``output``, in float32 arithmetic.
+
+    ``query`` and ``output`` [batch rows, query heads, head_size]; ``kv_cache`` and
+    ``layout`` as in :func:`gather_kv`; the rest as in
+    ``engine.attention.base.TreeAttentionMetadata``.
+    """
+    starts = query_start_loc.tolist()
+    for r, context in enumerate(context_lens.tolist()):
+        row = rows[starts[r] : starts[r + 1]]
+        n = len(row)
+        k, v = gather_kv(kv_cache, block_table[r], context + n, layout)
+        group = query.shape[1] // k.shape[0]
+        q = query[row].transpose(0, 1).float()  # [query heads, n, D]
+        k = k.float().repeat_interleave(group, 0)
+        v = v.float().repeat_interleave(group, 0)
+        visible = torch.ones(n, context + n, dtype=torch.bool)
+        visible[:, context:] = ancestors[starts[r] : starts[r + 1], :n]
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
+        output[row] = (scores.softmax(-1) @ v).transpose(0, 1).to(output.dtype)
+
+
+def move_slots_reference(
+    kv_cache: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, layout: str
+) -> None:
+    """Copy KV slots ``src[i]`` -> ``dst[i]`` (int64 [n], flat slot numbers) of one layer."""
+    _, heads, block_size, twice = kv_cache.shape
+    flat = kv_cache.view(kv_cache.shape[0], heads, block_size * twice)
+    for table in page_offsets(layout, block_size, twice // 2):
+        moved = flat[
+            (src // block_size)[:, None, None],
+            torch.arange(heads)[None, :, None],
+            table[src % block_size][:, None, :],
+        ]
+        flat[
+            (dst // block_size)[:, None, None],
+            torch.arange(heads)[None, :, None],
+            table[dst % block_size][:, None, :],
+        ] = moved

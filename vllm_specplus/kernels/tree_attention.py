@@ -1,0 +1,440 @@
+"""Attention of draft trees over a paged KV cache.
+
+All functions share one set of arguments. ``R`` is the number of requests, ``T`` the number of
+tree rows of all requests, ``N`` at least the largest number of rows of one request, ``H`` and
+``KH`` the number of query and KV heads (query head ``h`` reads KV head ``h // (H / KH)``) and
+``D`` the head size:
+
+``query`` [T, H, D]
+    Rows request by request; each request's root first.
+``key_cache``, ``value_cache`` [num_blocks, block_size, KH, D]
+    Views of the paged cache with equal strides, the last one 1. The other strides are free, so
+    both of vLLM's physical orders (token-major ``NHD`` and head-major ``HND``) fit. K and V of the
+    rows are in the cache already, at positions ``context_len + row`` of their request.
+``query_start_loc`` int32 [R + 1]
+    Offsets of the requests in the rows.
+``context_lens`` int32 [R]
+    Tokens in the cache before the root; may be 0.
+``block_table`` int32 [R, max_blocks]
+    Cache blocks of each request.
+``ancestors`` bool [T, N]
+    May row ``i`` see row ``j`` of its request. True on the diagonal.
+``scale``
+    Factor of the scores ``query @ key``.
+
+They return the output [T, H, D] and the natural logarithm of the sum of the exponentiated scores
+(LSE), float32 [H, T], the shapes that FlashAttention and vLLM's ``merge_attn_states`` use.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+#: The keys that are attended to: the cached context, the tree rows, or both.
+Part = Literal["context", "tree", "all"]
+
+
+def tree_attention_reference(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+    part: Part = "all",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of tree attention, computed in float32; see the module for the arguments.
+
+    A row without any key (``part="context"`` and no context) has output 0 and LSE -inf.
+    """
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    lse = output.new_empty(query.shape[1], query.shape[0])
+
+    starts = query_start_loc.tolist()
+    for request, context_len in enumerate(context_lens.tolist()):
+        rows = slice(starts[request], starts[request + 1])
+        num_rows = rows.stop - rows.start
+        positions = torch.arange(context_len + num_rows, device=query.device)
+        visible = ancestors.new_ones(num_rows, context_len + num_rows)
+        visible[:, context_len:] = ancestors[rows, :num_rows]
+        if part == "context":
+            visible[:, context_len:] = False
+        elif part == "tree":
+            visible[:, :context_len] = False
+
+        blocks = block_table[request, positions // block_size].long()
+        keys = key_cache[blocks, positions % block_size].float()
+        values = value_cache[blocks, positions % block_size].float()
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+
+        scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
+        scores = scores.masked_fill(~visible, -torch.inf)
+        lse[:, rows] = torch.logsumexp(scores, dim=-1)
+        # softmax of a row without keys is 0 / 0
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+        output[rows] = torch.einsum("hqk,khd->qhd", weights, values)
+    return output, lse
+
+
+@triton.jit
+def _load_keys_and_values(
+    key_cache,
+    value_cache,
+    block_table,
+    positions,
+    valid,
+    dims,
+    dim_valid,
+    block_stride,
+    token_stride,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """K and V of one KV head at cache positions of one request: [BLOCK_N, BLOCK_D] each."""
+    blocks = tl.load(block_table + positions // BLOCK_SIZE, mask=valid, other=0)
+    # int64: a cache has more than 2**31 elements.
+    slots = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * token_stride
+    offsets = slots[:, None] + dims[None, :]
+    # Unwritten slots may hold NaN, which a weight of 0 would not cancel: load them as 0.
+    mask = valid[:, None] & dim_valid[None, :]
+    keys = tl.load(key_cache + offsets, mask=mask, other=0.0)
+    values = tl.load(value_cache + offsets, mask=mask, other=0.0)
+    return keys, values
+
+
+@triton.jit
+def _attend(queries, keys, values, visible, scale_log2, acc, row_max, row_sum):
+    """One step of the online softmax, with scores in base 2 (``exp2`` is the GPU's instruction).
+
+    ``acc`` [BLOCK_M, BLOCK_D] and ``row_sum`` [BLOCK_M] are multiples of ``2 ** row_max``.
+    """
+    # IEEE: by default float32 operands are rounded to TF32. It changes nothing for 16-bit ones.
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_log2
+    scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # The maximum of a row that has seen no key is -inf, and -inf - -inf is NaN.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(row_max - shift)
+    acc = acc * decay[:, None]
+    acc += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return acc, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+# Lengths and counts that change from step to step must not select another compiled variant.
+@triton.jit(
+    do_not_specialize=["block_table_stride", "ancestors_stride", "row_blocks", "total_rows"]
+)
+def _tree_attention_kernel(
+    output,  # [splits, T, H, D]
+    lse,  # [splits, H, T]
+    query,
+    key_cache,
+    value_cache,
+    query_start_loc,
+    context_lens,
+    block_table,
+    ancestors,
+    scale_log2,
+    query_row_stride,
+    query_head_stride,
+    cache_block_stride,
+    cache_token_stride,
+    cache_head_stride,
+    block_table_stride,
+    ancestors_stride,
+    row_blocks,
+    total_rows,
+    CONTEXT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attention of ``BLOCK_M // GROUP`` rows of one request to one KV head.
+
+    A program holds all ``GROUP`` query heads of its KV head, so that it loads each K and V tile
+    once for them and its products have at least 16 rows, the least ``tl.dot`` takes. With
+    ``CONTEXT`` the programs along the third grid axis divide the context among them, and the last
+    one attends to the tree as well; without, only the tree is attended to.
+    """
+    LN_2: tl.constexpr = 0.6931471805599453
+    ROWS: tl.constexpr = BLOCK_M // GROUP
+    request = tl.program_id(0) // row_blocks
+    first_row = (tl.program_id(0) % row_blocks) * ROWS
+    kv_head = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    num_splits = tl.num_programs(2)
+
+    start = tl.load(query_start_loc + request)
+    num_rows = tl.load(query_start_loc + request + 1) - start
+    if first_row >= num_rows:
+        return
+    context_len = tl.load(context_lens + request)
+    block_table += request.to(tl.int64) * block_table_stride
+    key_cache += kv_head * cache_head_stride
+    value_cache += kv_head * cache_head_stride
+
+    lanes = tl.arange(0, BLOCK_M)
+    row_in_request = first_row + lanes // GROUP
+    heads = kv_head * GROUP + lanes % GROUP
+    # The last lanes are idle when GROUP does not divide BLOCK_M.
+    row_valid = (lanes < ROWS * GROUP) & (row_in_request < num_rows)
+    rows = (start + row_in_request).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    dim_valid = dims < HEAD_SIZE
+
+    query_offsets = rows * query_row_stride + heads * query_head_stride
+    queries = tl.load(
+        query + query_offsets[:, None] + dims[None, :],
+        mask=row_valid[:, None] & dim_valid[None, :],
+        other=0.0,
+    )
+    acc = tl.full([BLOCK_M, BLOCK_D], 0.0, dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
+
+    if CONTEXT:
+        span = tl.cdiv(tl.cdiv(context_len, BLOCK_N), num_splits) * BLOCK_N
+        end = tl.minimum((split + 1) * span, context_len)
+        for tile in range(split * span, end, BLOCK_N):
+            positions = tile + tl.arange(0, BLOCK_N)
+            valid = positions < end
+            keys, values = _load_keys_and_values(
+                key_cache,
+                value_cache,
+                block_table,
+                positions,
+                valid,
+                dims,
+                dim_valid,
+                cache_block_stride,
+                cache_token_stride,
+                BLOCK_SIZE,
+            )
+            acc, row_max, row_sum = _attend(
+                queries, keys, values, valid[None, :], scale_log2, acc, row_max, row_sum
+            )
+
+    tree_end = tl.where(split == num_splits - 1, num_rows, 0)
+    for tile in range(0, tree_end, BLOCK_N):
+        nodes = tile + tl.arange(0, BLOCK_N)
+        valid = nodes < num_rows
+        keys, values = _load_keys_and_values(
+            key_cache,
+            value_cache,
+            block_table,
+            context_len + nodes,
+            valid,
+            dims,
+            dim_valid,
+            cache_block_stride,
+            cache_token_stride,
+            BLOCK_SIZE,
+        )
+        visible = tl.load(
+            ancestors + rows[:, None] * ancestors_stride + nodes[None, :],
+            mask=row_valid[:, None] & valid[None, :],
+            other=0,
+        )
+        acc, row_max, row_sum = _attend(
+            queries, keys, values, visible != 0, scale_log2, acc, row_max, row_sum
+        )
+
+    # A split without keys has output 0 and LSE -inf.
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    row_lse = (row_max + tl.log2(row_sum)) * LN_2
+    acc /= row_sum[:, None]
+
+    num_heads = tl.num_programs(1) * GROUP
+    output_offsets = ((split * total_rows + rows) * num_heads + heads) * HEAD_SIZE
+    tl.store(
+        output + output_offsets[:, None] + dims[None, :],
+        acc.to(output.dtype.element_ty),
+        mask=row_valid[:, None] & dim_valid[None, :],
+    )
+    tl.store(lse + (split * num_heads + heads) * total_rows + rows, row_lse, mask=row_valid)
+
+
+@triton.jit
+def _merge_splits_kernel(
+    output,  # [T, H, D]
+    lse,  # [H, T]
+    split_output,  # [splits, T, H, D]
+    split_lse,  # [splits, H, T]
+    num_splits,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Join the splits of one row and head, each weighted by its sum of exponentiated scores."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    total_rows = tl.num_programs(0)
+    num_heads = tl.num_programs(1)
+    splits = tl.arange(0, BLOCK_S).to(tl.int64)
+    valid = splits < num_splits
+    dims = tl.arange(0, BLOCK_D)
+    dim_valid = dims < HEAD_SIZE
+
+    lse_offsets = (splits * num_heads + head) * total_rows + row
+    split_lses = tl.load(split_lse + lse_offsets, mask=valid, other=float("-inf"))
+    # Finite: the last split holds the tree, in which every row sees itself.
+    largest = tl.max(split_lses, 0)
+    weights = tl.exp(split_lses - largest)
+    total = tl.sum(weights, 0)
+
+    output_offsets = ((splits * total_rows + row) * num_heads + head) * HEAD_SIZE
+    split_outputs = tl.load(
+        split_output + output_offsets[:, None] + dims[None, :],
+        mask=valid[:, None] & dim_valid[None, :],
+        other=0.0,
+    )
+    merged = tl.sum(split_outputs * weights[:, None], 0) / total
+    tl.store(
+        output + (row * num_heads + head) * HEAD_SIZE + dims,
+        merged.to(output.dtype.element_ty),
+        mask=dim_valid,
+    )
+    tl.store(lse + head * total_rows + row, largest + tl.log(total))
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+    *,
+    part: Literal["tree", "all"],
+    max_rows: int,
+    max_context_len: int = 0,
+    num_splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tree attention by Triton; see the module for the arguments and the result.
+
+    ``part="tree"`` leaves the context to another kernel, ``part="all"`` needs none. The output
+    has the data type of ``query``, the LSE is float32.
+
+    Nothing is read back from the device: ``max_rows`` (rows of the largest request) and
+    ``max_context_len`` size the launch. ``num_splits`` programs share the context of a request;
+    by default as many as fill the GPU.
+    """
+    total_rows, num_heads, head_size = query.shape
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    num_requests = context_lens.shape[0]
+    group = num_heads // num_kv_heads
+    assert key_cache.stride() == value_cache.stride()
+    assert key_cache.stride(3) == query.stride(2) == ancestors.stride(1) == 1
+    assert block_table.stride(1) == 1
+
+    block_m, block_n, block_d, num_warps = _tile_shape(
+        group, max_rows, head_size, query.element_size()
+    )
+    row_blocks = triton.cdiv(max_rows, block_m // group)
+    if part == "tree":
+        num_splits = 1
+    elif num_splits is None:
+        programs = num_requests * row_blocks * num_kv_heads
+        num_splits = _default_num_splits(programs, max_context_len, query.device)
+
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(num_heads, total_rows, dtype=torch.float32, device=query.device)
+    split_output, split_lse = output, lse
+    if num_splits > 1:
+        split_output = lse.new_empty(num_splits, *output.shape)
+        split_lse = lse.new_empty(num_splits, *lse.shape)
+
+    _tree_attention_kernel[(num_requests * row_blocks, num_kv_heads, num_splits)](
+        split_output,
+        split_lse,
+        query,
+        key_cache,
+        value_cache,
+        query_start_loc,
+        context_lens,
+        block_table,
+        ancestors,
+        scale * math.log2(math.e),
+        query.stride(0),
+        query.stride(1),
+        key_cache.stride(0),
+        key_cache.stride(1),
+        key_cache.stride(2),
+        block_table.stride(0),
+        ancestors.stride(0),
+        row_blocks,
+        total_rows,
+        CONTEXT=part == "all",
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        num_stages=2,
+    )
+    if num_splits > 1:
+        _merge_splits_kernel[(total_rows, num_heads)](
+            output,
+            lse,
+            split_output,
+            split_lse,
+            num_splits,
+            HEAD_SIZE=head_size,
+            BLOCK_S=triton.next_power_of_2(num_splits),
+            BLOCK_D=block_d,
+        )
+    return output, lse
+
+
+def _tile_shape(
+    group: int, max_rows: int, head_size: int, element_size: int
+) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_D (powers of two, at least 16 for ``tl.dot``) and the warps.
+
+    Chosen by the compiler's reports for compute capabilities 8.0 to 12.0: next to no registers
+    spill, and all variants fit into the 99 KiB of shared memory that the smaller GPUs have.
+    """
+    block_d = max(16, triton.next_power_of_2(head_size))
+    # Largest tiles, in elements. float32 products use no tensor cores and more registers.
+    query_tile, key_tile = (8192, 8192) if element_size < 4 else (4096, 2048)
+    block_n = max(16, min(64, key_tile // block_d))
+    block_m = min(64, query_tile // block_d, triton.next_power_of_2(max_rows * group))
+    block_m = max(16, block_m, triton.next_power_of_2(group))
+    num_warps = 4 if block_m * block_d <= 4096 and element_size < 4 else 8
+    return block_m, block_n, block_d, num_warps
+
+
+#: Shorter parts of the context cost more to join than they save.
+MIN_SPLIT_TOKENS = 256
+MAX_SPLITS = 32
+
+
+def _default_num_splits(programs: int, max_context_len: int, device: torch.device) -> int:
+    """Splits of the context such that ``programs`` per split give each processor two programs."""
+    splits = 2 * _num_processors(device) // programs
+    return max(1, min(splits, MAX_SPLITS, max_context_len // MIN_SPLIT_TOKENS))
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 for the CPU, on which the interpreter runs."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,138 @@
+"""The ``vllm.general_plugins`` entry point: our methods in ``--speculative-config``.
+
+vLLM calls :func:`register` in the front end, in the engine core and in every
+worker. It maps a config whose ``method`` is ours onto vLLM's ``custom_class`` and
+does nothing else, so loading the plugin is harmless when it is not used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any
+
+from vllm_specplus import compat
+from vllm_specplus.config import METHODS, MethodConfig, parse
+
+logger = logging.getLogger("vllm.specplus")
+
+#: Key of ``additional_config`` that carries the validated config to every worker.
+CONFIG_KEY = "specplus"
+DRAFTER = "vllm_specplus.engine.drafter.Drafter"
+WORKERS = {
+    "cpu": "vllm_specplus.engine.worker.TreeCPUWorker",
+    "cuda": "vllm_specplus.engine.worker.TreeGPUWorker",
+}
+
+
+def register() -> None:
+    """Wrap ``EngineArgs.create_speculative_config`` once."""
+    problem = compat.unsupported_version()
+    if problem:
+        logger.warning("vllm-specplus is inactive: %s", problem)
+        return
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_speculative_config
+    if getattr(original, "_specplus", False):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(self, target_model_config, target_parallel_config):
+        raw = _ours(self)
+        if raw is not None:
+            _configure(self, raw, target_model_config, target_parallel_config)
+        return original(self, target_model_config, target_parallel_config)
+
+    create_speculative_config._specplus = True
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _ours(args: Any) -> dict[str, Any] | None:
+    """The user's speculative config if it names a method of ours, else None.
+
+    Takes over vLLM's short flags (--spec-method, --spec-tokens) as vLLM does.
+    """
+    raw = {k.replace("-", "_"): v for k, v in (args.speculative_config or {}).items()}
+    for flag, key in (("spec_method", "method"), ("spec_tokens", "num_speculative_tokens")):
+        value = getattr(args, flag, None)
+        if value is None:
+            continue
+        if key in raw:
+            if raw["method"] in METHODS:
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} and --speculative-config[{key!r}] are mutually "
+                    f"exclusive: keep one of them"
+                )
+            return None  # vLLM's own method: vLLM reports it
+        raw[key] = value
+    return raw if raw.get("method") in METHODS else None
+
+
+def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) -> None:
+    """Rewrite the engine arguments for a method of ours; raises ValueError on conflict."""
+    from vllm.platforms import current_platform
+
+    missing = [hook for hook in compat.check() if hook.problem]
+    if missing:
+        raise ValueError(
+            f"vllm-specplus cannot run on this vLLM: {missing[0].target} is {missing[0].problem}; "
+            f"see `vllm-specplus doctor`"
+        )
+    config = parse(raw)
+    for problem in conflicts(args, model_config, parallel_config, current_platform.device_type):
+        raise ValueError(f"speculative method {config.method!r} {problem}")
+    args.speculative_config = {
+        "method": "custom_class",
+        "model": DRAFTER,
+        "num_speculative_tokens": config.num_speculative_tokens,
+    }
+    args.spec_method = args.spec_tokens = None
+    args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: worker_config(config)}
+    parallel_config.worker_cls = WORKERS[current_platform.device_type]
+
+
+def worker_config(config: MethodConfig) -> dict[str, Any]:
+    """The JSON that travels in ``additional_config`` to every worker."""
+    from vllm_specplus import metrics
+
+    return {"config": config.model_dump(), "counters": metrics.publish(config.method)}
+
+
+def conflicts(args: Any, model_config: Any, parallel_config: Any, device_type: str):
+    """Yield what in the engine arguments a draft tree cannot work with, and what to do."""
+    if device_type not in WORKERS:
+        yield f"runs on CPU and CUDA, not on {device_type!r}"
+    ours = WORKERS.get(device_type)
+    if parallel_config.worker_cls not in ("auto", ours):
+        yield (
+            f"brings its own worker and cannot use worker_cls={parallel_config.worker_cls!r}: "
+            f"leave worker_cls at 'auto'"
+        )
+    if parallel_config.pipeline_parallel_size > 1:
+        yield "does not work with pipeline parallelism: use tensor_parallel_size instead"
+    if parallel_config.decode_context_parallel_size > 1:
+        yield "does not work with decode context parallelism: set it to 1"
+    if getattr(parallel_config, "enable_dbo", False):
+        yield "does not work with dual-batch overlap: remove enable_dbo"
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        yield "needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER"
+    if args.async_scheduling:
+        yield "drafts on the host and cannot use async scheduling: remove --async-scheduling"
+    if str(args.kv_cache_dtype).startswith("fp8"):
+        yield f"cannot use kv_cache_dtype={args.kv_cache_dtype!r}: use 'auto'"
+    if args.kv_transfer_config is not None:
+        yield "does not work with a KV connector: remove kv_transfer_config"
+    if getattr(args, "reasoning_config", None) is not None:
+        yield "does not support thinking budgets: remove reasoning_config"
+    if model_config.is_hybrid or model_config.is_attention_free:
+        yield "needs a model whose layers all use full attention; this one has recurrent layers"
+    if model_config.is_encoder_decoder:
+        yield "needs a decoder-only model"
+    if model_config.runner_type != "generate":
+        yield f"needs a generative model, not runner {model_config.runner_type!r}"
+    if model_config.use_mla:
+        yield "does not work with multi-head latent attention yet"
+    if model_config.get_sliding_window() is not None:
+        yield "does not work with sliding-window attention yet: set disable_sliding_window"

@@ -1,0 +1,18 @@
+"""Drafting methods, one file each. ``REGISTRY`` maps a method's name to its class."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from vllm_specplus.proposers.base import Proposer
+
+#: method name -> "module:class"; imported on use, so an unused method costs nothing.
+REGISTRY: dict[str, str] = {
+    "token_recycling": "vllm_specplus.proposers.token_recycling:TokenRecycling",
+}
+
+
+def proposer_class(method: str) -> type[Proposer]:
+    """The class registered for ``method``; KeyError when there is none."""
+    module, _, name = REGISTRY[method].partition(":")
+    return getattr(import_module(module), name)

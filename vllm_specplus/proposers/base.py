@@ -1,0 +1,90 @@
+"""What a drafting method sees and returns.
+
+A proposer never touches a vLLM runner: once per step it gets a
+:class:`StepContext` and answers with a :class:`~vllm_specplus.tree.DraftBatch`.
+All arrays are on the host, where vLLM's scheduler needs the drafts anyway; what
+the target computed on the device (``top_ids``) travels with the sampled tokens,
+in the one copy per step that every speculative method of this runner makes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vllm_specplus.tree import DraftBatch
+
+
+@dataclass(slots=True)
+class Observation:
+    """Rows whose next-token distribution the target has just computed.
+
+    ``L`` rows in all: those of a step's verified trees (and plain decodes, whose
+    only row is the root), or a chunk of a prompt.
+    """
+
+    tokens: np.ndarray
+    """int32 [L] input token of each row."""
+    previous: np.ndarray
+    """int32 [L] the token before it on its path; -1 at the start of a prompt."""
+    top_ids: np.ndarray
+    """int32 [L, k] the k most probable next tokens, best first; k is the
+    proposer's ``top_k``."""
+    accepted: np.ndarray
+    """bool [L] is the row on the text that was kept? (always true in a prompt)"""
+
+
+@dataclass(slots=True)
+class StepContext:
+    """One decoding step of R requests, after verification."""
+
+    request_ids: list[str]
+    token_ids: np.ndarray
+    """int32 [R, max_model_len] prompt and output of each request, a view; only the
+    first ``num_tokens`` of a row are meaningful."""
+    num_tokens: np.ndarray
+    """int32 [R] known tokens, the newest (not yet in the KV cache) included."""
+    max_nodes: np.ndarray
+    """int32 [R] nodes each request may draft; 0 where nothing may be drafted
+    (prompt still being read, speculation off, end of the context window)."""
+    chain_only: np.ndarray
+    """bool [R] requests that must get a chain, not a tree (structured output)."""
+    observation: Observation
+    """The step's rows, request by request."""
+
+
+class Proposer(ABC):
+    """A drafting method. One instance per engine, on the rank that drafts."""
+
+    top_k: ClassVar[int] = 0
+    """Most probable ids per row the method wants in ``Observation.top_ids``."""
+    reads_prompt: bool = False
+    """Does :meth:`observe_prompt` want the prompt's rows? They cost the target's
+    output layer over the whole prompt."""
+
+    def __init__(self, config: Any, vocab_size: int, fingerprint: str):
+        """``config``: the method's model from :mod:`vllm_specplus.config`;
+        ``vocab_size``: the target's, padding included; ``fingerprint``: names the
+        target model and its tokenizer, for anything kept across runs."""
+        self.config = config
+        self.vocab_size = vocab_size
+        self.fingerprint = fingerprint
+
+    @abstractmethod
+    def propose(self, step: StepContext) -> DraftBatch:
+        """Learn from ``step.observation``, then draft for every request."""
+
+    def observe_prompt(self, observation: Observation) -> None:
+        """Learn from rows of a prompt, read in this step (if ``reads_prompt``)."""
+
+    def warm_up(self) -> None:
+        """Compile or load whatever the first step should not wait for."""
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone: finished, aborted or never to be resumed."""
+
+    def close(self) -> None:
+        """The engine shuts down."""

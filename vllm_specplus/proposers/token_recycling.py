@@ -1,0 +1,390 @@
+"""Token Recycling: successors the target already computed, reused as a draft tree.
+
+"Turning Trash into Treasure: Accelerating Inference of Large Language Models
+with Token Recycling" (arXiv 2408.08696). The adjacency matrix ``M`` [V, k] holds
+for every token the k most probable successors last seen after it (sec. 3.2 of
+the paper). Drafting walks it breadth first below the newest token; every
+verified row, rejected ones too, then overwrites its token's row.
+
+Three things are ours, each with an ablation in ``docs/token_recycling.md``:
+
+* rows keyed by the last *two* tokens, with the one-token row as fall-back,
+* the continuation of the longest match of the text's own suffix (prompt lookup)
+  as one more successor,
+* instead of a fixed template the tree is grown best first: a node's score is the
+  product of the measured acceptance probabilities of (source, rank) along its
+  path, so any budget gets the most probable nodes for it. The paper's template
+  remains as ``"tree": "2.2.2"``.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+from vllm_specplus.proposers.base import Observation, Proposer, StepContext
+from vllm_specplus.tree import DraftBatch
+
+logger = logging.getLogger(__name__)
+
+STATE_FORMAT = "vllm-specplus token_recycling 1"
+
+PAIR_SLOTS = 16384
+PAIR_WIDTH = 4
+"""Two-token rows: a direct-mapped table, newest entry wins. With the matrix
+(49152 x 8 x 4 B = 1.57 MB for SmolLM2) it keeps the state below 2 MB."""
+
+UNSET = -1
+"""A row never written: nothing is drafted below it."""
+
+#: The paper's template "2.2.2" (its code's ``tree_template_.py``): number of children
+#: of each inner node, named by its path of successor ranks. A node with c children
+#: owns ranks 0..c-1.
+TEMPLATE_222 = {
+    (): 8,
+    (0,): 8, (1,): 4, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1,
+    (0, 0): 8, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1, (0, 7): 1,
+    (1, 0): 2, (1, 1): 1, (2, 0): 1, (3, 0): 1, (4, 0): 1, (5, 0): 1,
+    (0, 0, 0): 5, (0, 0, 1): 2, (0, 0, 2): 1, (0, 0, 3): 1, (0, 0, 4): 1, (0, 1, 0): 1,
+    (0, 2, 0): 1, (1, 0, 0): 1, (2, 0, 0): 1, (3, 0, 0): 1,
+    (0, 0, 0, 0): 3, (0, 0, 0, 1): 1, (0, 0, 0, 2): 1, (0, 0, 1, 0): 1, (0, 1, 0, 0): 1,
+    (1, 0, 0, 0): 1,
+    (0, 0, 0, 0, 0): 2, (0, 0, 0, 1, 0): 1,
+}  # fmt: skip
+
+#: Probability that the child is the target's token, given that its parent was, by the
+#: child's rank: measured by benchmarks/acceptance.py, see docs/token_recycling.md.
+TOKEN_RANK_ACCEPTANCE = (0.30, 0.10, 0.06, 0.04, 0.03, 0.025, 0.02, 0.015)
+PAIR_RANK_ACCEPTANCE = (0.50, 0.10, 0.05, 0.03, 0.02, 0.015, 0.012, 0.010)
+#: The same for the suffix match's continuation, by length of the match (0 unused).
+MATCH_ACCEPTANCE = (0.0, 0.25, 0.45, 0.60, 0.70, 0.75, 0.78, 0.80, 0.85)
+
+
+def template_nodes(children: dict[tuple[int, ...], int]) -> tuple[np.ndarray, np.ndarray]:
+    """(parents, ranks), int32 [N] each, of a static tree in the paper's node order:
+    level by level, within a level lexicographic by path."""
+    paths = sorted(
+        (path + (rank,) for path, count in children.items() for rank in range(count)),
+        key=lambda path: (len(path), path),
+    )
+    index = {path: i for i, path in enumerate(paths)}
+    parents = [index.get(path[:-1], -1) for path in paths]
+    return np.array(parents, np.int32), np.array([path[-1] for path in paths], np.int32)
+
+
+def template_subset(budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ``budget`` most probable nodes of template "2.2.2", as (parents, ranks)."""
+    parents, ranks = template_nodes(TEMPLATE_222)
+    score = np.empty(len(parents))
+    for i, (parent, rank) in enumerate(zip(parents, ranks)):
+        score[i] = TOKEN_RANK_ACCEPTANCE[rank] * (score[parent] if parent >= 0 else 1.0)
+    # A child scores below its parent, so the best nodes are closed under parents.
+    kept = np.sort(np.argsort(-score, kind="stable")[:budget])
+    renumber = np.full(len(parents) + 1, -1, np.int32)  # the last entry maps the root's -1
+    renumber[kept] = np.arange(len(kept))
+    return renumber[parents[kept]], ranks[kept]
+
+
+@njit(cache=True)
+def pair_slot(previous, token, slots):
+    """Home slot of the key (previous, token) in a table of ``slots`` (a power of two)."""
+    h = np.uint64(previous) * np.uint64(0x9E3779B97F4A7C15)
+    h ^= np.uint64(token) * np.uint64(0xC2B2AE3D27D4EB4F)
+    h ^= h >> np.uint64(29)
+    return np.int64(h & np.uint64(slots - 1))
+
+
+@njit(cache=True)
+def recycle(matrix, pair_keys, pair_rows, tokens, previous, top_ids, accepted):
+    """Overwrite the rows of all observed tokens (sec. 3.2: latest wins).
+
+    The same token may stand in several rows; accepted rows are written last, and
+    among equals the last one wins, so the result does not depend on scheduling.
+    """
+    k, pair_k = matrix.shape[1], pair_rows.shape[1]
+    slots = pair_rows.shape[0]
+    for kept in (False, True):
+        for i in range(tokens.shape[0]):
+            if accepted[i] != kept:
+                continue
+            token = tokens[i]
+            for j in range(k):
+                matrix[token, j] = top_ids[i, j]
+            if slots and previous[i] >= 0:
+                slot = pair_slot(previous[i], token, slots)
+                pair_keys[slot, 0] = previous[i]
+                pair_keys[slot, 1] = token
+                for j in range(pair_k):
+                    pair_rows[slot, j] = top_ids[i, j]
+
+
+@njit(cache=True)
+def suffix_match(text, n, longest):
+    """Where the text's last tokens occurred before.
+
+    ``text`` int32, ``n`` its length. Returns (position after the match, length of
+    the match) of the longest earlier occurrence of a suffix of at most ``longest``
+    tokens, the most recent one among equals; (-1, 0) when there is none.
+    """
+    best, where = 0, -1
+    last = text[n - 1]
+    for end in range(n - 2, -1, -1):  # candidate match ends here
+        if text[end] != last:
+            continue
+        length = 1
+        while length < longest and length <= end and text[end - length] == text[n - 1 - length]:
+            length += 1
+        if length > best:
+            best, where = length, end + 1
+            if best >= longest:
+                break
+    return where, best
+
+
+@njit(cache=True)
+def grow(
+    matrix, pair_keys, pair_rows, token_acceptance, pair_acceptance, match_acceptance,
+    text, n, budget, chain, tokens, parents, sources,
+):  # fmt: skip
+    """Grow one request's tree best first; returns the number of nodes.
+
+    ``text`` int32 with ``n`` tokens, the last one the root; writes the tree to
+    ``tokens``, ``parents`` and, for measurements, ``sources`` (0-7 rank in a
+    one-token row, 8-15 in a two-token row, 16 + match length).
+    """
+    k, pair_k, slots = matrix.shape[1], pair_rows.shape[1], pair_rows.shape[0]
+    capacity = (budget + 1) * (k + 1)
+    # Candidates: nodes that may still be taken.
+    c_token = np.empty(capacity, np.int32)
+    c_parent = np.empty(capacity, np.int32)
+    c_score = np.empty(capacity, np.float32)
+    c_source = np.empty(capacity, np.int32)
+    c_match = np.empty(capacity, np.int32)  # where the suffix match continues, or -1
+    c_length = np.empty(capacity, np.int32)
+    num = 0
+
+    longest = match_acceptance.shape[0] - 1
+    match, length = -1, 0
+    if longest > 0:
+        match, length = suffix_match(text, n, longest)
+    node, previous, token, score = -1, UNSET, text[n - 1], np.float32(1.0)
+    if n > 1:
+        previous = text[n - 2]
+    count = 0
+    while True:
+        # Offer the children of (node: token after previous).
+        first = num
+        matched = UNSET
+        if match >= 0 and match < n:
+            matched = text[match]
+            c_token[num], c_parent[num] = matched, node
+            c_score[num] = score * match_acceptance[min(length, longest)]
+            c_source[num] = 16 + length
+            c_match[num], c_length[num] = match + 1, length + 1
+            num += 1
+        slot = -1
+        if slots and previous >= 0:
+            slot = pair_slot(previous, token, slots)
+            if pair_keys[slot, 0] != previous or pair_keys[slot, 1] != token:
+                slot = -1
+        width = pair_k if slot >= 0 else k
+        for rank in range(width):
+            child = pair_rows[slot, rank] if slot >= 0 else matrix[token, rank]
+            if child < 0:
+                break
+            p = score * (pair_acceptance[rank] if slot >= 0 else token_acceptance[rank])
+            if child == matched:  # both sources agree: one node, the better estimate
+                c_score[first] = max(c_score[first], p)
+                continue
+            c_token[num], c_parent[num], c_score[num] = child, node, p
+            c_source[num] = rank + (8 if slot >= 0 else 0)
+            c_match[num], c_length[num] = -1, 0
+            num += 1
+        if chain:  # only the best child of the newest node stays a candidate
+            best = first
+            for i in range(first, num):
+                if c_score[i] > c_score[best]:
+                    best = i
+            if num == first:
+                return count
+        else:
+            if num == 0:
+                return count
+            best = 0
+            for i in range(1, num):
+                if c_score[i] > c_score[best]:
+                    best = i
+        if count == budget:
+            return count
+        # Take it.
+        tokens[count], parents[count] = c_token[best], c_parent[best]
+        sources[count] = c_source[best]
+        parent = c_parent[best]
+        previous = text[n - 1] if parent < 0 else tokens[parent]
+        node, token, score = np.int32(count), c_token[best], c_score[best]
+        match, length = c_match[best], c_length[best]
+        count += 1
+        num -= 1  # fill the gap with the last candidate
+        c_token[best], c_parent[best], c_score[best] = c_token[num], c_parent[num], c_score[num]
+        c_source[best], c_match[best], c_length[best] = c_source[num], c_match[num], c_length[num]
+
+
+@njit(cache=True)
+def grow_template(matrix, template_parents, template_ranks, root, chain, tokens, parents):
+    """Fill a static tree from the matrix; returns the number of nodes.
+
+    Nodes below an unset successor are left out. ``chain`` keeps rank 0 only.
+    """
+    place = np.full(template_parents.shape[0], -1, np.int32)  # template node -> drafted node
+    count = 0
+    for i in range(template_parents.shape[0]):
+        above = template_parents[i]
+        if above >= 0 and place[above] < 0:
+            continue
+        if chain and template_ranks[i] > 0:
+            continue
+        parent = place[above] if above >= 0 else -1
+        child = matrix[tokens[parent] if parent >= 0 else root, template_ranks[i]]
+        if child < 0:
+            continue
+        tokens[count], parents[count] = child, parent
+        place[i] = count
+        count += 1
+    return count
+
+
+@njit(cache=True)
+def grow_batch(
+    matrix, pair_keys, pair_rows, token_acceptance, pair_acceptance, match_acceptance,
+    template_parents, template_ranks, token_ids, num_tokens, max_nodes, chain_only,
+    tokens, parents, sources, counts,
+):  # fmt: skip
+    """Drafts of all requests, back to back; returns the total number of nodes."""
+    total = 0
+    for r in range(num_tokens.shape[0]):
+        counts[r] = 0
+        if max_nodes[r] <= 0 or num_tokens[r] <= 0:
+            continue
+        text, n = token_ids[r], num_tokens[r]
+        if template_parents.shape[0]:
+            counts[r] = grow_template(
+                matrix, template_parents[: max_nodes[r]], template_ranks[: max_nodes[r]],
+                text[n - 1], chain_only[r], tokens[total:], parents[total:],
+            )
+        else:
+            counts[r] = grow(
+                matrix, pair_keys, pair_rows, token_acceptance, pair_acceptance,
+                match_acceptance, text, n, max_nodes[r], chain_only[r],
+                tokens[total:], parents[total:], sources[total:],
+            )
+        total += counts[r]
+    return total
+
+
+class TokenRecycling(Proposer):
+    """The adjacency matrix and its tree; state lives on the host, see ``base``."""
+
+    def __init__(self, config, vocab_size: int, fingerprint: str):
+        super().__init__(config, vocab_size, fingerprint)
+        self.top_k = config.top_k
+        self.reads_prompt = config.seed_from_prompt
+        self.matrix = np.full((vocab_size, config.top_k), UNSET, np.int32)
+        pairs = PAIR_SLOTS if config.pair_keys else 0
+        self.pair_keys = np.full((pairs, 2), UNSET, np.int32)
+        self.pair_rows = np.full((pairs, min(config.top_k, PAIR_WIDTH)), UNSET, np.int32)
+        self.token_acceptance = _padded(TOKEN_RANK_ACCEPTANCE, config.top_k)
+        self.pair_acceptance = _padded(PAIR_RANK_ACCEPTANCE, config.top_k)
+        longest = len(MATCH_ACCEPTANCE) if config.match_context else 1
+        self.match_acceptance = np.array(MATCH_ACCEPTANCE[:longest], np.float32)
+        none = np.empty(0, np.int32)
+        self.template = (none, none)
+        if config.tree == "2.2.2":
+            self.template = template_subset(config.num_speculative_tokens)
+        self._buffers = [np.empty(0, np.int32)] * 3
+        if config.load_matrix:
+            self.load(config.load_matrix)
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        self._recycle(step.observation)
+        counts = np.empty(len(step.num_tokens), np.int32)
+        capacity = int(step.max_nodes.sum())
+        if len(self._buffers[0]) < capacity:
+            self._buffers = [np.empty(capacity, np.int32) for _ in range(3)]
+        tokens, parents, sources = self._buffers
+        total = grow_batch(
+            self.matrix, self.pair_keys, self.pair_rows,
+            self.token_acceptance, self.pair_acceptance, self.match_acceptance,
+            *self.template, step.token_ids, step.num_tokens, step.max_nodes, step.chain_only,
+            tokens, parents, sources, counts,
+        )  # fmt: skip
+        return DraftBatch(tokens[:total], parents[:total], counts)
+
+    def observe_prompt(self, observation: Observation) -> None:
+        self._recycle(observation)
+
+    def _recycle(self, o: Observation) -> None:
+        recycle(
+            self.matrix, self.pair_keys, self.pair_rows,
+            o.tokens, o.previous, o.top_ids, o.accepted,
+        )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Compile the loops (or load them from numba's cache) on a dummy request."""
+        one = np.zeros(1, np.int32)
+        none = np.empty(0, np.int32)
+        nothing = Observation(none, none, np.empty((0, self.top_k), np.int32), np.empty(0, bool))
+        text = np.zeros((1, 4), np.int32)
+        budget = np.full(1, self.config.num_speculative_tokens, np.int32)
+        self.propose(StepContext(["warm-up"], text, one + 4, budget, one > 0, nothing))
+
+    def save(self, path: str) -> None:
+        """Write the matrix and the pair table (safetensors), atomically."""
+        from safetensors.numpy import save_file
+
+        part = Path(path).with_suffix(".part")
+        save_file(
+            {"matrix": self.matrix, "pair_keys": self.pair_keys, "pair_rows": self.pair_rows},
+            str(part),
+            metadata={"format": STATE_FORMAT, "fingerprint": self.fingerprint},
+        )
+        part.replace(path)
+
+    def load(self, path: str) -> None:
+        """Read what :meth:`save` wrote. Raises ValueError for another model's file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as f:
+                meta = f.metadata() or {}
+                state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"load_matrix {path!r} is not readable: {error}") from error
+        if meta.get("format") != STATE_FORMAT:
+            raise ValueError(f"load_matrix {path!r} is not a Token Recycling matrix")
+        if meta.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"load_matrix {path!r} was saved for another model or tokenizer "
+                f"({meta.get('fingerprint')}, this one is {self.fingerprint})"
+            )
+        for name in ("matrix", "pair_keys", "pair_rows"):
+            mine, saved = getattr(self, name), state.get(name)
+            if saved is None or saved.shape != mine.shape or saved.dtype != mine.dtype:
+                raise ValueError(
+                    f"load_matrix {path!r} was saved with other top_k or pair_keys settings"
+                )
+            if saved.size and (saved.min() < UNSET or saved.max() >= self.vocab_size):
+                raise ValueError(f"load_matrix {path!r} holds token ids outside the vocabulary")
+            mine[...] = saved
+
+    def close(self) -> None:
+        if self.config.save_matrix:
+            self.save(self.config.save_matrix)
+            logger.info("Token Recycling matrix saved to %s", self.config.save_matrix)
+
+
+def _padded(values: tuple[float, ...], width: int) -> np.ndarray:
+    """``values`` as float32 [width]; ranks beyond the measured ones get the last value."""
+    return np.array([values[min(i, len(values) - 1)] for i in range(width)], np.float32)
