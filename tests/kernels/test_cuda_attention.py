@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tree_batch import CHAIN, DEVICE, STAR, Batch, random_tree
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
+from tests.kernels.tree_batch import CHAIN, DEVICE, STAR, Batch, random_tree
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.engine.attention.cuda import (
     TreeFlashAttentionBackend,

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from tree_batch import CHAIN, DEVICE, ROOT, STAR, Batch, random_tree
 
+from tests.kernels.tree_batch import CHAIN, DEVICE, ROOT, STAR, Batch, random_tree
 from vllm_specplus.kernels import tree_attention as module
 from vllm_specplus.kernels.tree_attention import tree_attention, tree_attention_reference
 
@@ -30,11 +30,12 @@ BATCHES = {
         [random_tree(20, 2), ROOT, STAR], [70, 0, 33], 32, 2, 4, 80, torch.bfloat16
     ),
     "several blocks of rows": Batch(
-        [random_tree(40, 3), STAR], [70, 17], group=8, head_size=128, num_kv_heads=1, layout="HND"
+        [random_tree(20, 3), STAR], [70, 17], group=8, head_size=128, num_kv_heads=1, layout="HND"
     ),
     "several tiles of nodes": Batch(
         [random_tree(67, 4), CHAIN], [130, 1], 16, 2, 3, 80, torch.bfloat16, "HND"
     ),
+    "rows that see nothing in the first tile": Batch([[-1] * 66], [0]),
 }
 
 

@@ -102,7 +102,8 @@ def _category_table(runs: Sequence[RunReport]) -> Table:
     )
     table.add_column("category", no_wrap=True)
     for run in drafting:
-        table.add_column(f"{escape(run.method)}\n({run.concurrency})", justify="right")
+        heading = f"{escape(run.method)}\n({run.concurrency})"
+        table.add_column(heading, justify="right", overflow="fold")
     categories = dict.fromkeys(
         category for run in drafting for category in run.tokens_per_step_by_category
     )

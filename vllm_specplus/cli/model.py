@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -72,14 +73,14 @@ def _download(folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the model in ``gguf``, dequantized to bfloat16, as a Hugging Face folder."""
-    try:
-        import accelerate  # noqa: F401  transformers needs both, and says so less clearly
-        import gguf as _  # noqa: F401
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    except ImportError as error:
-        raise ModelError(f"{error}; run: pip install 'vllm-specplus[model]'") from error
+    needed = ("accelerate", "gguf", "torch", "transformers")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise ModelError(f"{' and '.join(missing)} missing: pip install 'vllm-specplus[model]'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from vllm_specplus.proposers.base import Proposer
+if TYPE_CHECKING:
+    from vllm_specplus.proposers.base import Proposer
 
 #: method name -> "module:class"; imported on use, so an unused method costs nothing.
 REGISTRY: dict[str, str] = {

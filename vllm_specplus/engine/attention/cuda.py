@@ -15,10 +15,18 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends import fa_utils
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
-from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_specplus.engine.attention.base import TreeAttentionMetadata, tree_metadata
@@ -201,12 +209,33 @@ class TreeTritonImpl(_TreeAttention, TritonAttentionImpl):
         return output
 
 
+class _NoFullGraphs:
+    """A captured graph replays stock kernels and would skip the trees: ask vLLM to run
+    attention outside its CUDA graphs (piecewise mode)."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        return AttentionCGSupport.NEVER
+
+
+class TreeFlashAttentionBuilder(_NoFullGraphs, FlashAttentionMetadataBuilder):
+    pass
+
+
+class TreeTritonBuilder(_NoFullGraphs, TritonAttentionMetadataBuilder):
+    pass
+
+
 class TreeFlashAttentionBackend(FlashAttentionBackend):
     """``FLASH_ATTN`` with draft trees."""
 
     @staticmethod
     def get_impl_cls() -> type[TreeFlashAttentionImpl]:
         return TreeFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeFlashAttentionBuilder]:
+        return TreeFlashAttentionBuilder
 
 
 class TreeTritonBackend(TritonAttentionBackend):
@@ -216,29 +245,6 @@ class TreeTritonBackend(TritonAttentionBackend):
     def get_impl_cls() -> type[TreeTritonImpl]:
         return TreeTritonImpl
 
-
-def kv_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V [num_blocks, block_size, KH, D] of a layer's cache [num_blocks, KH, block_size, 2 D].
-
-    vLLM stores K and V of a token and head side by side, in FLASH_ATTN and TRITON_ATTN alike.
-    """
-    key_cache, value_cache = kv_cache.transpose(1, 2).chunk(2, dim=-1)
-    # With one KV head its stride is arbitrary; FlashAttention 3 and 4 need an aligned one.
-    return (
-        canonicalize_singleton_dim_strides(key_cache),
-        canonicalize_singleton_dim_strides(value_cache),
-    )
-
-
-def compact_kv(kv_cache: torch.Tensor, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
-    """Copy K and V of one layer from ``src_slots`` to ``dst_slots``, in place.
-
-    ``kv_cache`` is [num_blocks, KH, block_size, 2 D]; slots are int64 [n] on its device, slot
-    ``block * block_size + offset``. The two may overlap: every source is read before the first
-    destination is written. Destinations must be distinct. Layers that share one cache tensor
-    (``kv_sharing_target_layer_name``) must be compacted once, not once per layer.
-    """
-    block_size = kv_cache.shape[2]
-    slots = kv_cache.transpose(1, 2)
-    moved = slots[src_slots // block_size, src_slots % block_size]
-    slots[dst_slots // block_size, dst_slots % block_size] = moved
+    @staticmethod
+    def get_builder_cls() -> type[TreeTritonBuilder]:
+        return TreeTritonBuilder

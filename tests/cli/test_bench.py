@@ -1,0 +1,840 @@
+"""`vllm-specplus bench` without an engine: input, pairing of the engines, arithmetic, output."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_specplus.bench import InputError, runner
+from vllm_specplus.bench.dataset import Question, load_dataset, pick, split_rounds
+from vllm_specplus.bench.engine import run_closed_loop
+from vllm_specplus.bench.methods import (
+    MethodSpec,
+    parse_concurrencies,
+    parse_engine_args,
+    parse_methods,
+)
+from vllm_specplus.bench.protocol import (
+    DraftCounters,
+    MachineInfo,
+    MarginResult,
+    RequestResult,
+    RoundResult,
+)
+from vllm_specplus.bench.render import print_report, save_plot
+from vllm_specplus.bench.report import BenchReport, build_runs
+from vllm_specplus.bench.runner import (
+    Benchmark,
+    EngineError,
+    EngineProcess,
+    Plan,
+    Session,
+    error_line,
+    first_difference,
+)
+from vllm_specplus.cli.main import app
+
+OURS = {"token_recycling"}
+MACHINE = MachineInfo(
+    device_type="cpu", device_name=None, versions={"vllm": "0.32.0"}, threads={}, in_process=True
+)
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def questions(**counts: int) -> list[Question]:
+    """`counts` questions per category, category after category."""
+    return [
+        Question(id=f"{category}{number}", category=category, prompt=f"{category} {number}")
+        for category, count in counts.items()
+        for number in range(count)
+    ]
+
+
+# --- dataset ---------------------------------------------------------------------------------
+
+
+def test_reads_all_three_kinds_of_rows(tmp_path):
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        [
+            {"question_id": 81, "category": "writing", "turns": ["first", "second"]},
+            {"prompt": "raw text"},
+            {
+                "messages": [
+                    {"role": "system", "content": "be brief"},
+                    {"role": "user", "content": "hello"},
+                    {"role": "assistant", "content": "hi"},
+                    {"role": "user", "content": "more"},
+                ]
+            },
+        ],
+    )
+    spec_bench, raw, chat = load_dataset(path).questions
+    assert (spec_bench.id, spec_bench.category) == ("81", "writing")
+    assert spec_bench.messages == ({"role": "user", "content": "first"},)
+    assert (raw.id, raw.category, raw.prompt, raw.messages) == ("2", "all", "raw text", None)
+    assert [message["content"] for message in chat.messages] == ["be brief", "hello"]
+
+
+def test_repeated_prompts_are_dropped(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}])
+    data = load_dataset(path)
+    assert [question.id for question in data.questions] == ["1", "2"]
+    assert data.duplicates == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": "x"', "line 1: not valid JSON"),
+        ("[]", "line 1: a row must be a JSON object"),
+        ('{"text": "x"}', "exactly one of turns, messages, prompt"),
+        ('{"prompt": "x", "turns": ["y"]}', "exactly one of"),
+        ('{"prompt": " "}', "prompt must be a non-empty string"),
+        ('{"turns": []}', "turns must be a non-empty list"),
+        ('{"turns": [3]}', "turns[0] must be a non-empty string"),
+        ('{"messages": "hello"}', "messages must be a list"),
+        ('{"messages": ["hello"]}', "messages[0] must be an object"),
+        ('{"messages": [{"role": "user", "content": [1]}]}', "messages[0].content"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "no message of the user"),
+        ('{"question_id": 1, "prompt": "x"}\n{"question_id": 1, "prompt": "y"}', "used twice"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row)
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_dataset(path)
+
+
+def test_pick_is_even_over_categories_and_nested():
+    pool = questions(a=10, b=2, c=10)
+    measured, warmup = pick(pool, 8)
+    assert [question.id for question in measured] == [
+        *("a0", "b0", "c0"),
+        *("a1", "b1", "c1"),
+        *("a2", "c2"),  # b has run out
+    ]
+    assert {question.id for question in measured + warmup} == {question.id for question in pool}
+    assert pick(pool, 5)[0] == measured[:5]
+
+
+def test_pick_keeps_a_question_for_warming_up():
+    measured, warmup = pick(questions(a=3), 48)
+    assert (len(measured), len(warmup)) == (2, 1)
+    with pytest.raises(InputError, match="at least two"):
+        pick(questions(a=1), 48)
+
+
+@pytest.mark.parametrize(
+    ("count", "rounds", "concurrency", "sizes"),
+    [
+        (48, 4, 1, [12, 12, 12, 12]),
+        (50, 4, 1, [12, 13, 12, 13]),
+        (48, 4, 8, [24, 24]),  # 12 questions would be too few for 8 at a time
+        (5, 4, 8, [5]),
+    ],
+)
+def test_rounds(count, rounds, concurrency, sizes):
+    pool = questions(a=count)
+    parts = split_rounds(pool, rounds, concurrency)
+    assert [len(part) for part in parts] == sizes
+    assert [question for part in parts for question in part] == pool
+
+
+# --- methods and arguments -------------------------------------------------------------------
+
+
+def test_methods():
+    none, ngram, suffix, ours = parse_methods(
+        "none,ngram:num_speculative_tokens=4, suffix,"
+        'token_recycling:num_speculative_tokens=8:tree=2.2.2:sizes=[1,2]:name="a,b"'
+    )
+    assert none == MethodSpec("none", "none", None)
+    assert ngram.speculative_config == {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_min": 2,
+        "prompt_lookup_max": 4,
+    }
+    assert suffix == MethodSpec("suffix", "suffix", {"method": "suffix"})
+    assert ours.name == "token_recycling"
+    assert ours.speculative_config == {
+        "method": "token_recycling",
+        "num_speculative_tokens": 8,
+        "tree": "2.2.2",
+        "sizes": [1, 2],
+        "name": "a,b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("none,", "does not start with the name of a method"),
+        ("ngram:num_speculative_tokens", "expected key=value"),
+        ("ngram:=4", "expected key=value"),
+        ("ngram:num_speculative_tokens=", "expected key=value"),
+        ("none:x=1", "none takes no keys"),
+        ("ngram:method=suffix", "the key method is set"),
+        ("ngram,suffix,ngram", "names ngram twice"),
+    ],
+)
+def test_bad_methods(text, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_methods(text)
+
+
+def test_engine_args_are_typed():
+    args = parse_engine_args(["dtype=float32", "max_model_len=512", "enforce_eager=true"])
+    assert args == {"dtype": "float32", "max_model_len": 512, "enforce_eager": True}
+    with pytest.raises(InputError, match="speculative_config is set by the benchmark"):
+        parse_engine_args(['speculative_config={"method": "ngram"}'])
+
+
+def test_concurrencies():
+    assert parse_concurrencies("1,8") == [1, 8]
+    for text, message in [
+        ("0", "at least 1"),
+        ("1,x", "whole numbers"),
+        ("", "whole numbers"),
+        ("2,2", "twice"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            parse_concurrencies(text)
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Answers every request with the given chunks, one per step; a step takes one second."""
+
+    def __init__(self, chunks: dict[str, list[list[int]]]) -> None:
+        self.chunks = chunks
+        self.running: dict[str, list[list[int]]] = {}
+        self.most_running = 0
+        self.now = 100.0
+
+    def add_request(self, request_id, prompt, params):
+        self.running[request_id] = list(self.chunks[request_id])
+        self.most_running = max(self.most_running, len(self.running))
+
+    def step(self):
+        self.now += 1.0
+        outputs = []
+        for request_id in list(self.running):
+            tokens = self.running[request_id].pop(0)
+            finished = not self.running[request_id]
+            if finished:
+                del self.running[request_id]
+            completion = SimpleNamespace(
+                token_ids=tokens, finish_reason="length" if finished else None
+            )
+            outputs.append(
+                SimpleNamespace(request_id=request_id, outputs=[completion], finished=finished)
+            )
+        return outputs
+
+    def clock(self):
+        return self.now
+
+
+def test_closed_loop_times_and_counts_steps():
+    engine = FakeEngine({"a": [[1], [2, 3], [], [4]], "b": [[9]], "c": [[5], [6, 7, 8]]})
+    jobs = [(name, None, None) for name in "abc"]
+    results = {
+        result.question_id: result for result in run_closed_loop(engine, jobs, 2, engine.clock)
+    }
+    assert engine.most_running == 2
+    a, b, c = results["a"], results["b"], results["c"]
+    assert (a.token_ids, a.first_tokens, a.steps) == ([1, 2, 3, 4], 1, 2)
+    assert a.tpot_s == pytest.approx(1.0)  # 3 tokens in 3 seconds, the empty step included
+    assert (b.token_ids, b.steps, b.tpot_s) == ([9], 0, None)
+    # c enters when b has left; its first token comes one second later.
+    assert (c.ttft_s, c.steps, c.tpot_s) == (pytest.approx(1.0), 1, pytest.approx(1 / 3))
+
+
+def test_closed_loop_refuses_aborted_answers():
+    engine = FakeEngine({"a": [[1]]})
+    step = engine.step
+
+    def aborted():
+        outputs = step()
+        outputs[0].outputs[0].finish_reason = "abort"
+        return outputs
+
+    engine.step = aborted
+    with pytest.raises(RuntimeError, match="question a ended with abort"):
+        run_closed_loop(engine, [("a", None, None)], 1, engine.clock)
+
+
+def request(question_id: str, tokens: list[int], steps: int, ttft_s=0.1, tpot_s=0.01):
+    return RequestResult(
+        question_id=question_id,
+        token_ids=tokens,
+        first_tokens=1,
+        steps=steps,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+    )
+
+
+def measured_round(wall_s: float, *requests: RequestResult, drafts=None, rss=1 << 30):
+    return RoundResult(
+        wall_s=wall_s, requests=list(requests), drafts=drafts, peak_rss_bytes=rss, gpu_bytes=None
+    )
+
+
+def spec(text: str) -> MethodSpec:
+    return parse_methods(text)[0]
+
+
+class FakeProcess:
+    """Stands in for `EngineProcess`.
+
+    `fails` names the kind of answer that a method does not get to; `events` records who ran
+    when, and `awake` which engines are not stopped.
+    """
+
+    events: list
+    fails: dict[str, str]
+    awake: set
+
+    @classmethod
+    def make(cls, fails: dict[str, str] | None = None) -> type:
+        return type("Process", (cls,), {"events": [], "fails": fails or {}, "awake": set()})
+
+    def __init__(self, log, *arguments):
+        self.log = log
+        self.awake.add(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.awake.discard(self)
+        self.events.append(("close", self.name))
+
+    def send(self, message):
+        self.message = message
+        if hasattr(message, "speculative_config"):
+            self.setup = message
+            self.name = (message.speculative_config or {"method": "none"})["method"]
+            seen = {question.id for question in message.measured}
+            assert seen.isdisjoint(question.id for question in message.warmup)
+
+    def receive(self, reply):
+        assert self.awake == {self}, "exactly the engine that is asked must run"
+        if self.fails.get(self.name) == reply.__name__:
+            raise EngineError("out of luck", self.log)
+        if reply is RoundResult:
+            ids = self.message.question_ids
+            self.events.append(("round", self.name, tuple(ids)))
+            answer = [1, 2, 3] if self.name != "suffix" else [1, 2, 4]
+            return measured_round(1.0, *(request(name, answer, 2) for name in ids))
+        if reply is MarginResult:
+            self.events.append(("margins", self.name, len(self.message.prefixes)))
+            return MarginResult(nats=[0.25] * len(self.message.prefixes))
+        self.events.append(("start", self.name))
+        return SimpleNamespace(startup_s=1.0)
+
+    def suspend(self):
+        self.awake.discard(self)
+
+    def resume(self):
+        self.awake.add(self)
+
+    def kill(self):
+        self.awake.discard(self)
+        self.events.append(("kill", self.name))
+
+
+def run_plan(monkeypatch, tmp_path, *, fails=None, device="cpu", **changes) -> tuple:
+    process = FakeProcess.make(fails)
+    monkeypatch.setattr(runner, "EngineProcess", process)
+    pool = questions(a=8)
+    plan = Plan(
+        **{
+            "model": "model",
+            "methods": parse_methods("none,ngram,suffix"),
+            "concurrencies": [1],
+            "measured": pool[:6],
+            "warmup": pool[6:],
+            "rounds": 2,
+            "repeat": 1,
+            "max_tokens": 8,
+            "temperature": 0.0,
+            "seed": 0,
+            "chat_template": True,
+            "engine_args": {},
+            "sequential": False,
+            **changes,
+        }
+    )
+    settled = []
+    machine = MACHINE.model_copy(update={"device_type": device})
+    benchmark = Benchmark(plan, machine, tmp_path, lambda what, count: settled.append(count))
+    benchmark.run()
+    return benchmark, process.events, sum(settled)
+
+
+def test_methods_take_turns_on_cpu(monkeypatch, tmp_path):
+    benchmark, events, settled = run_plan(monkeypatch, tmp_path)
+    first, second = ("a0", "a1", "a2"), ("a3", "a4", "a5")
+    assert events == [
+        *[("start", name) for name in ("none", "ngram", "suffix")],
+        *[("round", name, first) for name in ("none", "ngram", "suffix")],
+        *[("round", name, second) for name in ("ngram", "suffix", "none")],
+        ("margins", "none", 6),
+        *[("close", name) for name in ("suffix", "ngram", "none")],
+    ]
+    assert settled == 3 * 6
+    suffix = benchmark.sessions[2]
+    assert suffix.margins == dict.fromkeys(first + second, 0.25)
+    assert benchmark.engine_args["gpu_memory_utilization"] <= 0.8 / 3 + 1e-3
+
+
+def test_one_engine_at_a_time_on_gpu_in_rotating_order(monkeypatch, tmp_path):
+    benchmark, events, _ = run_plan(
+        monkeypatch, tmp_path, device="cuda", repeat=2, methods=parse_methods("none,suffix")
+    )
+    starts = [event for event in events if event[0] in ("start", "close", "margins")]
+    one = [("start", "none"), ("close", "none")]
+    other = [("start", "suffix"), ("close", "suffix")]
+    judge = [("start", "none"), ("margins", "none", 6), ("close", "none")]
+    assert starts == [*one, *other, *judge, *other, *one, *judge]
+    assert benchmark.engine_args == {}
+
+
+def test_sampled_answers_are_not_compared(monkeypatch, tmp_path):
+    _, events, _ = run_plan(monkeypatch, tmp_path, temperature=1.0)
+    assert all(event[0] != "margins" for event in events)
+
+
+def test_the_users_memory_settings_are_kept(monkeypatch, tmp_path):
+    benchmark, _, _ = run_plan(
+        monkeypatch, tmp_path, engine_args={"kv_cache_memory_bytes": 1 << 28}
+    )
+    assert benchmark.engine_args == {"kv_cache_memory_bytes": 1 << 28}
+
+
+def test_a_method_that_cannot_start_is_tried_once(monkeypatch, tmp_path):
+    benchmark, events, settled = run_plan(
+        monkeypatch, tmp_path, fails={"ngram": "EngineReady"}, concurrencies=[1, 2]
+    )
+    assert events.count(("kill", "ngram")) == 1
+    assert [(f.method.label, f.stage, f.error) for f in benchmark.failures] == [
+        ("ngram", "start", "out of luck")
+    ]
+    measured = [(s.method.label, s.concurrency) for s in benchmark.sessions]
+    assert measured == [("none", 1), ("suffix", 1), ("none", 2), ("suffix", 2)]
+    assert settled == 3 * 2 * 6
+
+
+def test_a_method_that_dies_later_is_left_out(monkeypatch, tmp_path):
+    benchmark, _, settled = run_plan(monkeypatch, tmp_path, fails={"none": "RoundResult"})
+    assert [(f.method.label, f.stage) for f in benchmark.failures] == [("none", "measure")]
+    assert [session.method.label for session in benchmark.sessions] == ["ngram", "suffix"]
+    assert settled == 3 * 6
+
+
+def test_missing_margins_do_not_cost_the_measurement(monkeypatch, tmp_path):
+    benchmark, _, _ = run_plan(monkeypatch, tmp_path, fails={"none": "MarginResult"})
+    assert [failure.stage for failure in benchmark.failures] == ["margins"]
+    assert len(benchmark.sessions) == 3
+
+
+# --- the child process -----------------------------------------------------------------------
+
+
+def fake_engine(tmp_path: Path, monkeypatch, code: str) -> EngineProcess:
+    """An `EngineProcess` whose child runs `code` in a process group of its own."""
+    (tmp_path / "fake_engine.py").write_text("import os, sys\nos.setpgrp()\n" + code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(runner, "ENGINE_MODULE", "fake_engine")
+    return EngineProcess(tmp_path / "engine.log")
+
+
+def test_a_suspended_engine_does_not_run(tmp_path, monkeypatch):
+    answer = MarginResult(nats=[1.0]).model_dump_json()
+    code = f"for line in sys.stdin: print({answer!r}, flush=True)"
+    with fake_engine(tmp_path, monkeypatch, code) as engine:
+        engine.send(answer_request := MarginResult(nats=[]))
+        assert engine.receive(MarginResult).nats == [1.0]
+        status = Path(f"/proc/{engine._process.pid}/stat")
+        engine.suspend()
+        deadline = time.monotonic() + 5
+        while (state := status.read_text().split()[2]) != "T" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert state == "T"
+        engine.send(answer_request)
+        engine.resume()
+        assert engine.receive(MarginResult).nats == [1.0]
+
+
+def test_a_failed_engine_reports_its_root_cause(tmp_path, monkeypatch):
+    code = (
+        "print('x ValueError: no memory left', file=sys.stderr, flush=True)\n"
+        """print('{"kind": "failed", "error": "See root cause above"}', flush=True)"""
+    )
+    with (
+        fake_engine(tmp_path, monkeypatch, code) as engine,
+        pytest.raises(EngineError, match="ValueError: no memory left") as caught,
+    ):
+        engine.receive(RoundResult)
+    assert caught.value.log == tmp_path / "engine.log"
+
+
+def test_a_killed_engine_is_noticed_though_a_descendant_holds_its_pipe(tmp_path, monkeypatch):
+    code = (
+        "import signal, time\n"
+        "if os.fork() == 0: time.sleep(60)\n"
+        "else: os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    started = time.monotonic()
+    with (
+        fake_engine(tmp_path, monkeypatch, code) as engine,
+        pytest.raises(EngineError, match="SIGKILL"),
+    ):
+        engine.receive(RoundResult)
+    assert time.monotonic() - started < 30
+    deadline = time.monotonic() + 5
+    while (alive := living_members(engine._process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive
+
+
+def living_members(group: int) -> list[int]:
+    """Processes of a group that have not ended (who has ended may wait to be reaped)."""
+    alive = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process.pid)
+    return alive
+
+
+def test_error_line_is_short_and_without_pydantics_trailers(tmp_path):
+    error = (
+        "ValidationError: 1 validation error for X\n  bad value [type=value_error, input_value=1]"
+        "\n    For further information visit https://errors.pydantic.dev/2/v/value_error"
+    )
+    assert error_line(error, tmp_path) == "ValidationError: 1 validation error for X bad value"
+    assert len(error_line("word " * 1000, tmp_path)) <= 400
+
+
+def test_first_difference():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2, 3], [1, 2]) == 2
+
+
+# --- arithmetic ------------------------------------------------------------------------------
+
+
+def session(text: str, *rounds: RoundResult, concurrency=1, repeat=0, **margins: float) -> Session:
+    return Session(
+        spec(text), concurrency, repeat, startup_s=5.0, rounds=list(rounds), margins=margins
+    )
+
+
+@pytest.fixture
+def sessions() -> list[Session]:
+    """Two rounds of 12 tokens for each of two questions (24 tokens)."""
+    same = list(range(12))
+    other = [*range(6), 99, *range(7, 12)]
+
+    def rounds(seconds, steps, tokens_b=same, drafts=None):
+        return [
+            measured_round(
+                wall_s,
+                request(f"a{number}", same, steps),
+                request(f"b{number}", tokens_b, 2 * steps),
+                drafts=drafts,
+                rss=number << 30,
+            )
+            for number, wall_s in enumerate(seconds, start=1)
+        ]
+
+    counters = DraftCounters(drafts=10, draft_tokens=40, accepted_per_depth=[8, 4, 0])
+    return [
+        session("none", *rounds([4.0, 8.0], 11)),
+        session("ngram", *rounds([3.0, 4.0], 5, drafts=counters)),
+        session("suffix", *rounds([8.0, 8.0], 11)),
+        session("token_recycling", *rounds([2.0, 2.0], 4, other), b1=0.5, b2=0.1),
+    ]
+
+
+CATEGORIES = {"a1": "a", "a2": "a", "b1": "b", "b2": "b"}
+
+
+def test_speeds_and_paired_ratios(sessions):
+    runs = {run.method: run for run in build_runs(sessions, OURS, CATEGORIES, 0.0)}
+    ours = runs["token_recycling"]
+    assert ours.tokens_per_s == pytest.approx(12.0)
+    assert (ours.requests, ours.tokens) == (4, 48)
+    # 24 tokens in 2 s against 4 s and 8 s.
+    assert ours.ratio_vs_none == pytest.approx(3.0)
+    assert (ours.ratio_vs_none_min, ours.ratio_vs_none_max) == pytest.approx((2.0, 4.0))
+    assert [round_.ratio_vs_none for round_ in ours.rounds] == pytest.approx([2.0, 4.0])
+    # ngram is the best of vLLM's: 3 s and 4 s.
+    assert ours.best_native == "ngram"
+    assert ours.ratio_vs_best_native == pytest.approx((1.5 + 2.0) / 2)
+    assert runs["ngram"].ratio_vs_best_native == pytest.approx(1.0)
+    none = runs["none"]
+    assert (none.tokens_per_s, none.tokens_per_s_min, none.tokens_per_s_max) == pytest.approx(
+        (4.5, 3.0, 6.0)
+    )
+    assert {name: run.origin for name, run in runs.items()} == {
+        "none": "baseline",
+        "ngram": "vllm",
+        "suffix": "vllm",
+        "token_recycling": "specplus",
+    }
+
+
+def test_tokens_per_step_and_acceptance(sessions):
+    runs = {run.method: run for run in build_runs(sessions, OURS, CATEGORIES, 0.0)}
+    ours = runs["token_recycling"]
+    # 11 tokens after the first, in 4 (a) and 8 (b) steps.
+    assert ours.tokens_per_step == pytest.approx(22 / 12)
+    assert ours.tokens_per_step_by_category == pytest.approx({"a": 11 / 4, "b": 11 / 8})
+    assert ours.acceptance_per_depth is None
+    assert runs["ngram"].acceptance_per_depth == pytest.approx([0.8, 0.4, 0.0])
+    assert runs["ngram"].drafted_per_draft == pytest.approx(4.0)
+    assert runs["ngram"].peak_rss_bytes == 2 << 30
+
+
+def test_identical_share_and_margins(sessions):
+    runs = {run.method: run for run in build_runs(sessions, OURS, CATEGORIES, 0.0)}
+    assert runs["none"].identical_share is None
+    assert runs["ngram"].identical_share == 1.0
+    ours = runs["token_recycling"]
+    assert ours.identical_share == pytest.approx(0.5)
+    assert [(d.question_id, d.position, d.margin_nats) for d in ours.differences] == [
+        ("b1", 6, 0.5),
+        ("b2", 6, 0.1),
+    ]
+    sampled = build_runs(sessions, OURS, CATEGORIES, 1.0)
+    assert all(run.identical_share is None and not run.differences for run in sampled)
+
+
+def test_latency_percentiles():
+    requests = [request(f"a{i}", [1, 2], 1, ttft_s=i / 1000, tpot_s=i / 500) for i in range(101)]
+    requests.append(request("one", [1], 0, ttft_s=0.05, tpot_s=None))
+    categories = {item.question_id: "a" for item in requests}
+    (run,) = build_runs([session("none", measured_round(1.0, *requests))], OURS, categories, 0.0)
+    assert (run.ttft_ms_median, run.tpot_ms_median) == pytest.approx((50.0, 100.0))
+    assert run.tpot_ms_p99 == pytest.approx(198.0)
+
+
+def test_repeats_are_paired_with_their_own_baseline():
+    tokens = [1, 2, 3]
+
+    def one(text, repeat, wall_s, answer=tokens):
+        return session(text, measured_round(wall_s, request("a1", answer, 2)), repeat=repeat)
+
+    runs = build_runs(
+        [
+            one("none", 0, 1.0),
+            one("ngram", 0, 0.5),
+            one("none", 1, 3.0, [1, 2, 9]),
+            one("ngram", 1, 1.0, [1, 2, 9]),
+        ],
+        OURS,
+        CATEGORIES,
+        0.0,
+    )
+    ngram = runs[1]
+    assert [round_.ratio_vs_none for round_ in ngram.rounds] == pytest.approx([2.0, 3.0])
+    assert ngram.identical_share == 1.0
+
+
+def test_without_the_baseline_ratios_are_null(sessions):
+    for run in build_runs(sessions[1:], OURS, CATEGORIES, 0.0):
+        assert run.ratio_vs_none is None
+        assert run.identical_share is None
+        assert run.ratio_vs_best_native is not None
+
+
+def test_concurrencies_are_compared_separately(sessions):
+    runs = build_runs(
+        [*sessions, session("ngram", measured_round(1.0, request("a1", [1, 2], 1)), concurrency=8)],
+        OURS,
+        CATEGORIES,
+        0.0,
+    )
+    assert (runs[-1].concurrency, runs[-1].ratio_vs_none) == (8, None)
+    assert runs[-1].best_native == "ngram"
+
+
+# --- output ----------------------------------------------------------------------------------
+
+
+def build_report(runs) -> BenchReport:
+    return BenchReport(
+        model="/models/tiny",
+        versions={"vllm": "0.32.0"},
+        machine={"device_name": None, "cpu_model": "some processor"},
+        command="vllm-specplus bench",
+        settings={},
+        runs=runs,
+        failures=[
+            {
+                "method": "eagle:x=[1]",
+                "concurrency": 1,
+                "stage": "start",
+                "error": "[no] such head",
+                "log": "/tmp/eagle.log",
+            }
+        ],
+    )
+
+
+def printed(report: BenchReport) -> str:
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_report(console, report)
+    return console.export_text()
+
+
+def test_tables_fit_into_80_columns_unabridged(sessions):
+    text = printed(build_report(build_runs(sessions, OURS, CATEGORIES, 0.0)))
+    assert "…" not in text
+    long_label = "ngram:num_speculative_tokens=8:prompt_lookup_min=2:prompt_lookup_max=3"
+    sessions.append(session(long_label, *sessions[1].rounds))
+    assert "…" not in printed(build_report(build_runs(sessions, OURS, CATEGORIES, 0.0)))
+    for expected in ("token_recycling", "3.00", "2.00–4.00", "1.75", "50.0%", "0.80 0.40 0.00"):
+        assert expected in text
+    assert "eagle:x=[1], concurrency 1, failed (start): [no] such head" in text
+    assert "log: /tmp/eagle.log" in text
+    assert "No ratios" not in text
+
+
+def test_the_table_says_when_there_are_no_ratios(sessions):
+    text = printed(build_report(build_runs(sessions[1:], OURS, CATEGORIES, 0.0)))
+    assert "No ratios: none was not measured" in text
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_plot_is_a_png(sessions, tmp_path, first):
+    path = tmp_path / "plot.png"
+    save_plot(build_report(build_runs(sessions[first:], OURS, CATEGORIES, 0.0)), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+
+
+# --- command line ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", [{"prompt": f"number {i}"} for i in range(8)])
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["bench", "--model", "some/model", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--concurrency", "0"], "at least 1"),
+        (["--concurrency", "one"], "whole numbers"),
+        (["--methods", "none,ngram:8"], "expected key=value"),
+        (["--methods", ""], "name of a method"),
+        (["--engine-arg", "dtype"], "expected key=value"),
+        (["--engine-arg", "model=x"], "set by the benchmark"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+        (["--repeat", "0"], "--repeat must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--temperature", "-1"], "--temperature must be at least 0"),
+        (["--json", "/no/such/folder/out.json"], "does not exist"),
+        (["--dataset", "/no/such/file.jsonl"], "cannot read the dataset"),
+        (["--model", "/no/such/model"], "--model: the folder /no/such/model does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, dataset, arguments, message):
+    def forbidden(log):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("vllm_specplus.cli.bench.describe_machine", forbidden)
+    result = invoke("--dataset", str(dataset), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_messages_before_the_users_need_the_template(tmp_path):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": messages}, {"prompt": "x"}])
+    result = invoke("--dataset", str(path), "--no-chat-template")
+    assert result.exit_code == 2
+    assert "--no-chat-template cannot send" in result.stderr
+
+
+def test_writes_json_and_plot(monkeypatch, tmp_path, dataset):
+    monkeypatch.setattr(runner, "EngineProcess", FakeProcess.make())
+    monkeypatch.setattr("vllm_specplus.cli.bench.describe_machine", lambda log: MACHINE)
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    result = invoke(
+        *("--dataset", str(dataset), "--methods", "none,suffix", "--limit", "6"),
+        *("--rounds", "2", "--json", str(out), "--plot", str(plot)),
+        *("--engine-arg", "max_model_len=512"),
+    )
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert set(written) == {
+        *("model", "versions", "machine", "command", "settings", "runs", "failures"),
+    }
+    assert {"vllm", "vllm_specplus", "python"} <= written["versions"].keys()
+    assert {"cpu_model", "cpu_cores", "threads"} <= written["machine"].keys()
+    assert written["settings"]["engine_args"]["max_model_len"] == 512
+    none, suffix = written["runs"]
+    assert (none["method"], suffix["method"], suffix["concurrency"]) == ("none", "suffix", 1)
+    assert suffix["ratio_vs_none"] == suffix["ratio_vs_best_native"] == 1.0
+    assert suffix["tokens_per_step"] == 1.0
+    assert suffix["identical_share"] == 0.0
+    assert [item["margin_nats"] for item in suffix["differences"]] == [0.25] * 6
+    BenchReport.model_validate(written)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_method_is_shown_and_makes_the_exit_code_1(monkeypatch, tmp_path, dataset):
+    monkeypatch.setattr(runner, "EngineProcess", FakeProcess.make({"ngram": "EngineReady"}))
+    monkeypatch.setattr("vllm_specplus.cli.bench.describe_machine", lambda log: MACHINE)
+    out = tmp_path / "out.json"
+    result = invoke("--dataset", str(dataset), "--methods", "none,ngram", "--json", str(out))
+    assert result.exit_code == 1
+    assert "ngram, concurrency 1, failed (start): out of luck" in result.output
+    written = json.loads(out.read_text())
+    assert [run["method"] for run in written["runs"]] == ["none"]
+    assert [failure["method"] for failure in written["failures"]] == ["ngram"]
+
+
+def test_help_does_not_import_vllm_or_torch():
+    code = (
+        "import sys\n"
+        "from vllm_specplus.cli.main import app\n"
+        "app(['bench', '--help'], standalone_mode=False)\n"
+        "sys.exit([name for name in ('vllm', 'torch', 'matplotlib') if name in sys.modules] or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--methods" in result.stdout

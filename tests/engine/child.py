@@ -1,0 +1,107 @@
+"""One engine in a fresh process: reads a job (JSON) and writes what came out.
+
+``python -m tests.engine.child JOB OUT``; see ``harness.run`` for the fields.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+def sabotage(kind: str) -> None:
+    """Break one part of the engine on purpose; the tests must notice."""
+    import numpy as np
+
+    from vllm_specplus.engine.runner import TreeRunnerMixin
+    from vllm_specplus.samplers import lossless
+
+    if kind == "no_compaction":
+        TreeRunnerMixin._compact = lambda self, step, acceptance: None
+    elif kind == "no_depth":
+        import vllm_specplus.engine.runner as runner
+
+        runner.row_depths = lambda parents, starts: (
+            np.arange(len(parents)) - np.repeat(starts[:-1], np.diff(starts))
+        ).astype(np.int32)
+    elif kind == "first_draft_wins":
+        # A wrong acceptance rule: the root's first child is taken as it is.
+        right = lossless.accept
+
+        def accept(rows, sampled):
+            sampled = sampled.copy()
+            for first, end in zip(rows.starts[:-1], rows.starts[1:]):
+                if end - first > 1:
+                    sampled[first] = rows.tokens[first + 1]
+            return right(rows, sampled)
+
+        lossless.accept = accept
+    else:
+        raise ValueError(kind)
+
+
+def main(job_path: str, out_path: str) -> None:
+    with open(job_path) as f:
+        job = json.load(f)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import tests.engine.methods  # noqa: F401  registers the test methods
+    from vllm_specplus.plugin import register
+
+    register()
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def params(fields):
+        fields = dict(fields)
+        if "json_schema" in fields:
+            schema = fields.pop("json_schema")
+            fields["structured_outputs"] = StructuredOutputsParams(json=schema)
+        return SamplingParams(**fields)
+
+    llm = LLM(**job["engine"])
+    if job.get("sabotage"):
+        sabotage(job["sabotage"])
+    result = []
+    for batch in job["batches"]:
+        if batch.get("repeat"):
+            requests = [(batch["prompt"], batch["params"])] * batch["repeat"]
+        else:
+            requests = batch["requests"]
+        prompts = [
+            p if isinstance(p, str) else TokensPrompt(prompt_token_ids=p) for p, _ in requests
+        ]
+        outputs = llm.generate(prompts, [params(s) for _, s in requests], use_tqdm=False)
+        result.append(
+            [
+                {
+                    "prompt": list(o.prompt_token_ids),
+                    "ids": [list(c.token_ids) for c in o.outputs],
+                    "text": [c.text for c in o.outputs],
+                    "finish": [c.finish_reason for c in o.outputs],
+                    "logprobs": [
+                        c.logprobs
+                        and [{t: lp.logprob for t, lp in step.items()} for step in c.logprobs]
+                        for c in o.outputs
+                    ],
+                }
+                for o in outputs
+            ]
+        )
+    runners = llm.collective_rpc(_counters)
+    preemptions = next(
+        (m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), None
+    ) if not job["engine"].get("disable_log_stats", True) else None
+    with open(out_path, "w") as f:
+        json.dump(
+            {"batches": result, "counters": runners[0], "preemptions": preemptions}, f
+        )
+
+
+def _counters(worker):
+    drafter = getattr(worker.model_runner, "drafter", None)
+    return drafter.counters.as_dict() if hasattr(drafter, "counters") else None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

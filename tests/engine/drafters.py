@@ -1,0 +1,68 @@
+"""Test-only drafting methods: worst and best cases that no real method reaches.
+
+Their configs are in ``methods.py``, which registers them like any method.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.tree import DraftBatch
+
+
+class HiddenTruth(Proposer):
+    """Hides a random prefix of the true continuation somewhere in a random tree.
+
+    ``tree`` mixes accepted, partly accepted and rejected paths in every step, with
+    the accepted nodes at arbitrary places, so wrong positions, masks or compaction
+    change the text at once. ``chain`` proposes only the truth; ``random`` never does.
+    """
+
+    top_k = 1
+
+    def __init__(self, config, vocab_size, fingerprint):
+        super().__init__(config, vocab_size, fingerprint)
+        with open(config.reference) as f:
+            self.texts = [prompt + output for prompt, output in json.load(f)]
+        self.rng = np.random.default_rng(config.seed)
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        tokens, parents, counts = [], [], []
+        for r in range(len(step.num_tokens)):
+            budget = int(step.max_nodes[r])
+            n = int(step.num_tokens[r])
+            drafted = self._draft(step.token_ids[r, :n].tolist(), budget, step.chain_only[r])
+            counts.append(len(drafted))
+            tokens += [t for t, _ in drafted]
+            parents += [p for _, p in drafted]
+        return DraftBatch(*(np.array(x, np.int32) for x in (tokens, parents, counts)))
+
+    def _draft(self, text, budget, chain_only):
+        if not budget:
+            return []
+        truth = next((t[len(text) :] for t in self.texts if t[: len(text)] == text), [])
+        if self.config.shape == "chain" or chain_only:
+            return [(t, i - 1) for i, t in enumerate(truth[:budget])]
+        if self.config.shape == "random":
+            truth = []
+        keep = int(self.rng.integers(0, 6))
+        truth = truth[:keep]
+        nodes, tip = [], -1
+        for _ in range(int(self.rng.integers(1, budget + 1))):
+            if truth and self.rng.random() < 0.4:
+                nodes.append((truth.pop(0), tip))
+                tip = len(nodes) - 1
+            else:
+                token = int(self.rng.integers(self.vocab_size))
+                nodes.append((token, int(self.rng.integers(-1, len(nodes)))))
+        return nodes
+
+
+class Broken(Proposer):
+    """Fails in every step."""
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        raise OSError("the datastore is gone")

