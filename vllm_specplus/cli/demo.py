@@ -6,12 +6,14 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -27,21 +29,24 @@ SPECULATIVE_CONFIG = {"method": "token_recycling"}
 MAX_TOKENS = 128
 WARM_UP = "Write a short story about a lighthouse keeper who finds a letter in a bottle."
 PROMPTS = {
-    "Rewriting": (
-        "Rewrite this paragraph in the present tense, changing nothing else: The old library "
-        "stood at the end of the street. Every morning the librarian opened the doors, lit the "
-        "lamps and put the returned books back on the shelves. Children came after school, read "
-        "until it was dark, and left with more books than they could carry."
+    "Summary": (
+        "Summarize: The old library stood at the end of the street. Every morning the librarian "
+        "opened the doors, lit the lamps and put the returned books back on the shelves. Children "
+        "came after school, read until it was dark, and left with more books than they could carry."
     ),
-    "Code": "Write a Python function that returns the prime numbers below n, and show its use.",
-    "List": "List the planets of the solar system in order, with one fact about each.",
-    "Translation": "Translate into French: Good morning. Where is the train station, please?",
-    "Maths": "A shop sells pens at 3 dollars each. How much do 17 pens cost? Explain each step.",
+    "Code": "Write a Python class for a bank account with deposit, withdraw and balance.",
+    "List": "List the planets of the solar system in order, with one fact about each of them.",
+    "Translation": (
+        "Translate to German: The weather is nice today and we are going to the park."
+    ),
+    "Maths": "What is 12 times 15? Explain step by step.",
 }
 
 #: Two candidates this close in log-probability are a tie for bfloat16, which cannot tell
 #: logits between 16 and 32 apart if they differ by less than 0.125.
 NEAR_TIE = 0.25
+#: Per cent of the processors that others may use before the speeds mean little.
+BUSY = 20
 
 
 @dataclass(frozen=True)
@@ -79,26 +84,34 @@ def demo(
     ] = None,
 ) -> None:
     """Answer five prompts with and without the plugin; compare the texts and the speed."""
+    from vllm_specplus.kernels.native import cache_dir  # imports torch: not at every command
+
     console = Console(highlight=False)
     try:
         path = str(model or prepare_model())
     except ModelError as error:
         console.print(f"[red]Error:[/] {escape(str(error))}")
         raise typer.Exit(1) from error
-    log = Path("vllm-specplus-demo.log").absolute()
-    console.print(f"Starting vLLM twice, a minute each the first time; its log: {escape(str(log))}")
+    if model is None:
+        console.print("The model has 135 million parameters: quick to try, not clever.")
+    if psutil.cpu_percent(interval=1) > BUSY:
+        console.print("[yellow]Other programs keep this machine busy: distrust the speeds.[/]")
+    log = cache_dir() / "demo.log"
+    log.unlink(missing_ok=True)
+    console.print(f"Starting vLLM twice, up to a minute each; its log: {escape(str(log))}")
     try:
         console.print("  with the plugin ...")
         specplus, _ = _in_fresh_process(log, path, SPECULATIVE_CONFIG, None)
         console.print("  without ...")
         plain, differences = _in_fresh_process(log, path, None, specplus)
-    except Exception as error:
-        console.print(f"[red]vLLM failed:[/] {escape(str(error))}\nThe reason is in {log}")
-        console.print("`vllm-specplus doctor` checks the installation.")
+    except Exception as error:  # whatever vLLM raised in the other process
+        console.print(f"[red]vLLM failed:[/] {escape(str(error))}")
+        console.print(f"More in {escape(str(log))}; `vllm-specplus doctor` checks the installation.")
         raise typer.Exit(1) from error
     _report(console, plain, specplus, differences)
-    config = json.dumps(SPECULATIVE_CONFIG)
-    console.print(f"\nIn your server: vllm serve {path} --speculative-config '{config}'", markup=False)
+    serve = ["vllm", "serve", path, "--speculative-config", json.dumps(SPECULATIVE_CONFIG)]
+    console.print("\nThe same in a server, in one line to paste:")
+    console.print(shlex.join(serve), markup=False, soft_wrap=True)
 
 
 def _in_fresh_process(*job: Any) -> tuple[list[Answer], list[Difference | None]]:
@@ -173,9 +186,9 @@ def _difference(llm: LLM, plain: Answer, specplus: Answer) -> Difference | None:
     (output,) = llm.generate(prompt, params, use_tqdm=False)
     logprobs = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
     tokens = plain.tokens[position], specplus.tokens[position]
-    chosen, other = (logprobs.get(token, -math.inf) for token in tokens)
+    preferred, other = (logprobs.get(token, -math.inf) for token in tokens)
     words = [llm.get_tokenizer().decode([token]) for token in tokens]
-    return Difference(position, *words, gap=chosen - other)
+    return Difference(position, *words, gap=preferred - other)
 
 
 def _report(
@@ -184,10 +197,16 @@ def _report(
     specplus: list[Answer],
     differences: list[Difference | None],
 ) -> None:
-    """Print the answers, what differs in them, and the table of speeds."""
-    table = Table(title="One request at a time, greedy")
-    table.add_column("prompt")
-    for column in ("same text", "tokens", "tokens per step", "tokens/s plain", "with", "speed-up"):
+    """Print the answers, where the texts differ, and the table of speeds."""
+    for title, answer, difference in zip(PROMPTS, specplus, differences, strict=True):
+        console.rule(title)
+        console.print(Text(PROMPTS[title], style="dim"))
+        console.print(Text(answer.text))
+        if difference:
+            console.print(Text(_explain(difference), style="yellow"))
+
+    table = Table("", title="One request at a time, greedy")
+    for column in ("same text", "tokens", "tokens/step", "plain tok/s", "tok/s", "speed-up"):
         table.add_column(column, justify="right")
 
     def add_row(title: str, same: str, plain: list[Answer], specplus: list[Answer]) -> None:
@@ -198,17 +217,18 @@ def _report(
         table.add_row(title, same, *numbers, f"{after / before:.2f}x")
 
     for title, old, new, difference in zip(PROMPTS, plain, specplus, differences, strict=True):
-        console.rule(title)
-        console.print(Text(PROMPTS[title], style="dim"))
-        console.print(Text(new.text))
-        if difference:
-            console.print(Text(_explain(difference), style="yellow"))
         add_row(title, "no" if difference else "yes", [old], [new])
     table.add_section()
-    same = differences.count(None)
-    add_row("all", f"{same} of {len(differences)}", plain, specplus)
+    add_row("all", f"{differences.count(None)} of {len(differences)}", plain, specplus)
     console.print()
     console.print(table)
+    if any(differences):
+        console.print(
+            "Why a text can differ: a forward pass over several tokens adds up in another order "
+            "than one over a single token, and where two candidates are a near-tie, bfloat16 "
+            "rounding decides. In float32 such ties are rare.",
+            style="dim",
+        )
 
 
 def _speed(answers: list[Answer]) -> float:
@@ -219,16 +239,10 @@ def _speed(answers: list[Answer]) -> float:
 def _explain(difference: Difference) -> str:
     """Say where the texts part and whether rounding accounts for it."""
     where = (
-        f"Token {difference.position + 1} is {difference.specplus!r} here and "
-        f"{difference.plain!r} without the plugin, "
+        f"Token {difference.position + 1} is {difference.specplus!r}, without the plugin "
+        f"{difference.plain!r}: "
     )
-    if difference.gap > NEAR_TIE:
-        return where + (
-            f"which plain decoding clearly prefers (by {difference.gap:.2f} in log-probability): "
-            "this is not rounding, please report it."
-        )
-    return where + (
-        f"{difference.gap:.2f} apart in log-probability: a near-tie. A forward pass over several "
-        "tokens adds up in another order than one over a single token, and bfloat16 rounds "
-        "the two differently."
-    )
+    gap = abs(difference.gap)
+    if gap <= NEAR_TIE:
+        return where + f"a near-tie, {gap:.2f} apart in log-probability."
+    return where + f"{gap:.2f} apart in log-probability. This is not rounding, please report it."

@@ -117,11 +117,14 @@ def plugin() -> Iterator[Finding]:
             "entry point",
             f"{ENTRY_POINT} is not registered in {ENTRY_POINT_GROUP}: vLLM does not see the plugin",
             "error",
-            f"reinstall it with the Python that runs vLLM: {sys.executable} -m pip install "
-            "--force-reinstall --no-deps vllm-specplus",
+            f"install vllm-specplus with the pip of the Python that runs vLLM, {sys.executable}",
         )
-    else:
-        yield Finding(section, "entry point", next(iter(entry_points)).value)
+    for entry_point in entry_points:
+        if problem := import_problem(entry_point.module):
+            remedy = "vLLM goes on without the plugin: reinstall vllm-specplus"
+            yield Finding(section, "entry point", problem, "error", remedy)
+        else:
+            yield Finding(section, "entry point", entry_point.value)
 
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and ENTRY_POINT not in allowed.split(","):
@@ -216,7 +219,9 @@ def _version(distribution: str) -> str | None:
 
 def _print(console: Console, findings: list[Finding], works: bool) -> None:
     for section in dict.fromkeys(finding.section for finding in findings):
-        table = Table("", "", "", title=section, title_justify="left", show_header=False)
+        table = Table(title=section, title_justify="left", show_header=False)
+        for _ in range(3):
+            table.add_column(overflow="fold")
         for finding in findings:
             if finding.section == section:
                 table.add_row(MARKS[finding.status], finding.name, escape(finding.value))

@@ -24,8 +24,9 @@ import torch
 SOURCE = Path(__file__).parent / "cpu" / "kernels.cpp"
 # Not -ffast-math: linking with it would flush denormals in the whole process.
 FLAGS = (
-    "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC "
-    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
+    "-O3 -march=native -mprefer-vector-width=512 -std=c++17 -fopenmp -shared -fPIC "
+    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
+    "-ffinite-math-only"
 ).split()
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
