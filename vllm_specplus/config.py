@@ -25,7 +25,7 @@ class TokenRecyclingConfig(MethodConfig):
     """``{"method": "token_recycling", ...}``; see ``proposers/token_recycling.py``."""
 
     method: Literal["token_recycling"] = "token_recycling"
-    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 8
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
     tree: Literal["best_first", "2.2.2"] = "best_first"
     """Grown best first by acceptance probability, or the paper's static template."""
     top_k: Annotated[int, Field(ge=1, le=16)] = 8
