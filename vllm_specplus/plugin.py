@@ -97,7 +97,11 @@ def worker_config(config: MethodConfig) -> dict[str, Any]:
     """The JSON that travels in ``additional_config`` to every worker."""
     from vllm_specplus import metrics
 
-    return {"config": config.model_dump(), "counters": metrics.publish(config.method)}
+    # Only what the user set: defaults are conflicts elsewhere when written out.
+    return {
+        "config": config.model_dump(exclude_unset=True),
+        "counters": metrics.publish(config.method),
+    }
 
 
 def conflicts(args: Any, model_config: Any, parallel_config: Any, device_type: str):

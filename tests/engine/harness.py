@@ -11,10 +11,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run(tmp_path: Path, engine: dict, batches: list[dict], sabotage: str | None = None) -> dict:
+def run(
+    tmp_path: Path,
+    engine: dict,
+    batches: list[dict],
+    sabotage: str | None = None,
+    env: dict[str, str] | None = None,
+) -> dict:
     """``engine``: arguments of ``vllm.LLM``; ``batches``: ``{"requests": [[prompt,
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
-    other. Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}}.
+    other; ``env``: more environment. Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}}.
     """
     number = len(list(tmp_path.glob("job*.json")))
     job, out = tmp_path / f"job{number}.json", tmp_path / f"out{number}.json"
@@ -22,11 +28,12 @@ def run(tmp_path: Path, engine: dict, batches: list[dict], sabotage: str | None 
     job.write_text(
         json.dumps({"engine": defaults | engine, "batches": batches, "sabotage": sabotage})
     )
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # for kernel tests only
-    env |= {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT)}
+    # TRITON_INTERPRET is for the kernel tests only.
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    extra = {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT), **(env or {})}
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.child", str(job), str(out)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, env=inherited | extra, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"engine process failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")

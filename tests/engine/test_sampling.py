@@ -40,12 +40,14 @@ def joint_probabilities(model: str, prompt: list[int], top_k: int) -> dict[tuple
 
 
 def chi_square(law: dict[tuple, float], texts: list[tuple]) -> float:
-    """p-value of the observed texts; cells expected below 5 are pooled."""
+    """p-value of the observed texts, 0 for an impossible one; cells expected below 5 are
+    pooled."""
     from scipy.stats import chisquare
 
     counts = {path: 0 for path in law}
     for text in texts:
-        assert text in counts, f"{text} is impossible"
+        if text not in counts:
+            return 0.0
         counts[text] += 1
     expected = np.array([law[p] for p in counts]) * len(texts)
     observed = np.array(list(counts.values()))
@@ -66,9 +68,8 @@ def test_joint_distribution(tmp_path, small_vocab_model, sabotage):
         "max_num_batched_tokens": 4096,
         "speculative_config": {"method": "token_recycling", "num_speculative_tokens": 10},
     }  # fmt: skip
-    params = {"temperature": 0.9, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
-    scaled = params | {"temperature": 1.0, "detokenize": False}
-    batch = {"prompt": prompt, "params": scaled, "repeat": SAMPLES}
+    params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
+    batch = {"prompt": prompt, "params": params | {"detokenize": False}, "repeat": SAMPLES}
     result = harness.run(tmp_path, engine, [batch], sabotage)
     assert result["counters"]["nodes_accepted"] > 0.3 * SAMPLES
     texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
@@ -91,8 +92,13 @@ def test_a_seed_gives_the_same_text_with_and_without_drafts(
             params["n"] = 2
         if i % 4 == 1:
             params |= {"top_k": 20, "presence_penalty": 0.5}
-        requests.append([prompt[:40], params])  # one chunk: see the CPU limit in docs
-    plain = harness.run(tmp_path, tiny_engine, [{"requests": requests}])
+        requests.append([prompt, params])
+    # Stock vLLM on the CPU stops at a seeded request whose prompt is read in chunks.
+    whole_prompts = {
+        "long_prefill_token_threshold": 0, "max_num_batched_tokens": 4096,
+        "num_gpu_blocks_override": 400,
+    }  # fmt: skip
+    plain = harness.run(tmp_path, tiny_engine | whole_prompts, [{"requests": requests}])
     neighbours = [[p, {"temperature": 1.0, "max_tokens": 20}] for p, _ in requests[:4]]
     for spec in (
         {"method": "token_recycling", "num_speculative_tokens": 12},

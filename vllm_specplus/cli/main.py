@@ -6,6 +6,9 @@ import typer
 
 from vllm_specplus import __version__
 from vllm_specplus.cli.bench import bench
+from vllm_specplus.cli.demo import demo
+from vllm_specplus.cli.doctor import doctor
+from vllm_specplus.cli.model import prepare_model_command
 
 app = typer.Typer(
     name="vllm-specplus",
@@ -34,6 +37,9 @@ def main(
 
 
 app.command("bench")(bench)
+app.command("demo")(demo)
+app.command("doctor")(doctor)
+app.command("prepare-model")(prepare_model_command)
 
 if __name__ == "__main__":
     app()

@@ -251,7 +251,7 @@ class TreeRunnerMixin:
             samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
             sampled = samples.tokens.cpu().numpy()
             step.acceptance = acceptance = lossless.accept(step.rows, sampled)
-            verify.advance_generators(samples, metadata, acceptance)
+            verify.advance_generators(samples, metadata, self._draws(acceptance))
             if samples.logprobs is not None:
                 logprobs = verify.gather_logprobs(samples.logprobs, step.rows, acceptance)
         verified = time.perf_counter()
@@ -274,6 +274,10 @@ class TreeRunnerMixin:
         ids = logits.topk(k, dim=-1).indices.to(torch.int32)
         ids[:, 0] = logits.argmax(dim=-1)
         return ids
+
+    def _draws(self, acceptance: Acceptance) -> np.ndarray:
+        """Draws each seeded generator has made; vLLM takes back those it discards."""
+        return acceptance.lengths
 
     def _compact(self, step: Step, acceptance: Acceptance) -> None:
         if not step.has_tree.any():
@@ -406,6 +410,26 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
 
     def _slot_mapping(self) -> np.ndarray:
         return self.input_batch.block_table[0].slot_mapping.np
+
+    def _discarded(self) -> np.ndarray:
+        """bool [R]: requests whose prompt is not read to its end, so nothing is output."""
+        return self.discard_request_mask.np[: self.input_batch.num_reqs]
+
+    def _draws(self, acceptance: Acceptance) -> np.ndarray:
+        return np.where(self._discarded(), 0, acceptance.lengths)
+
+    def _bookkeeping_sync(self, *args, **kwargs):
+        """vLLM takes a discarded draw back by moving the generator's offset, which CPU
+        generators do not have: a seeded request whose prompt is read in chunks stops
+        the stock engine. Ours has not drawn for it (see ``_draws``): hide it."""
+        generators = self.input_batch.generators
+        hidden = {
+            i: generators.pop(i) for i in np.flatnonzero(self._discarded()) if i in generators
+        }
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(hidden)
 
 
 class TreeGPUModelRunner(TreeRunnerMixin, GPUModelRunner):

@@ -74,11 +74,11 @@ def sample_rows(
 
 
 def advance_generators(
-    samples: RowSamples, metadata: SamplingMetadata, acceptance: Acceptance
+    samples: RowSamples, metadata: SamplingMetadata, draws: np.ndarray
 ) -> None:
-    """Leave every seeded generator as if it had drawn just the output tokens."""
+    """Leave every seeded generator as if it had made ``draws`` [R] draws in this step."""
     for request, states in samples.generators.items():
-        metadata.generators[request].set_state(states[int(acceptance.lengths[request])])
+        metadata.generators[request].set_state(states[int(draws[request])])
 
 
 def gather_logprobs(
