@@ -6,6 +6,7 @@ here imports vLLM.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -40,6 +41,14 @@ class TokenRecyclingConfig(MethodConfig):
     """Start from a matrix written by ``save_matrix``."""
     save_matrix: str | None = None
     """Write the matrix here when the engine shuts down."""
+
+    @model_validator(mode="after")
+    def _files_can_be_used(self):
+        if self.load_matrix and not Path(self.load_matrix).is_file():
+            raise ValueError(f"load_matrix {self.load_matrix!r} is not a file")
+        if self.save_matrix and not Path(self.save_matrix).resolve().parent.is_dir():
+            raise ValueError(f"save_matrix {self.save_matrix!r} is in a folder that does not exist")
+        return self
 
     @model_validator(mode="after")
     def _template_is_the_papers(self):

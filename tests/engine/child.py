@@ -59,6 +59,11 @@ def main(job_path: str, out_path: str) -> None:
             fields["structured_outputs"] = StructuredOutputsParams(json=schema)
         return SamplingParams(**fields)
 
+    if job["engine"].get("distributed_executor_backend") == "ray":
+        import ray
+
+        # A cluster of this process, gone with it; the two GPUs are only numbers to Ray.
+        ray.init(num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
     llm = LLM(**job["engine"])
     if job.get("sabotage"):
         sabotage(job["sabotage"])
@@ -92,6 +97,7 @@ def main(job_path: str, out_path: str) -> None:
     preemptions = next(
         (m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), None
     ) if not job["engine"].get("disable_log_stats", True) else None
+    llm.llm_engine.engine_core.shutdown()
     with open(out_path, "w") as f:
         json.dump(
             {"batches": result, "counters": runners[0], "preemptions": preemptions}, f

@@ -20,7 +20,8 @@ def run(
 ) -> dict:
     """``engine``: arguments of ``vllm.LLM``; ``batches``: ``{"requests": [[prompt,
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
-    other; ``env``: more environment. Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}}.
+    other; ``env``: more environment. Returns {"batches": [[{"ids", "text", ...}]],
+    "counters": {...}}.
     """
     number = len(list(tmp_path.glob("job*.json")))
     job, out = tmp_path / f"job{number}.json", tmp_path / f"out{number}.json"
@@ -30,7 +31,9 @@ def run(
     )
     # TRITON_INTERPRET is for the kernel tests only.
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    extra = {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT), **(env or {})}
+    # The models are tiny: a second OpenMP thread only spins against the test process.
+    extra = {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    extra |= env or {}
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.child", str(job), str(out)],
         cwd=ROOT, env=inherited | extra, capture_output=True, text=True, timeout=600,

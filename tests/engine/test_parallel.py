@@ -1,0 +1,79 @@
+"""Two ranks give the text that two ranks give without drafts: every rank sees the same tree."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+
+from tests.engine import harness
+
+pytestmark = pytest.mark.engine
+
+SPEC = {"method": "token_recycling", "num_speculative_tokens": 8}
+ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+#: vLLM's Ray executor refuses the CPU because its platform names no Ray resource.
+PLATFORM = """
+from vllm.platforms.cpu import CpuPlatform
+
+
+class RayCpuPlatform(CpuPlatform):
+    ray_device_key = "GPU"
+"""
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine) -> dict:
+    return tiny_engine | {"tensor_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, engine, mixed_requests) -> list:
+    """Without drafts, on two local processes."""
+    engine = engine | {"distributed_executor_backend": "mp"}
+    result = harness.run(
+        tmp_path_factory.mktemp("plain"), engine, [{"requests": mixed_requests}] * 2, env=ENV
+    )
+    return [harness.ids(result, 0), harness.ids(result, 1)]
+
+
+@pytest.fixture
+def ray_env(tmp_path) -> dict[str, str]:
+    """A platform plugin whose devices Ray counts as GPUs, and a token for the cluster."""
+    (tmp_path / "ray_cpu_plugin.py").write_text(
+        'def register():\n    return "ray_cpu_platform.RayCpuPlatform"\n'
+    )
+    (tmp_path / "ray_cpu_platform.py").write_text(PLATFORM)
+    info = tmp_path / "ray_cpu-0.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ray_cpu\nVersion: 0.0.0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.platform_plugins]\nray_cpu = ray_cpu_plugin:register\n"
+    )
+    return {
+        "PYTHONPATH": os.pathsep.join((str(harness.ROOT), str(tmp_path))),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+def test_two_ranks(tmp_path, engine, mixed_requests, expected, backend, request):
+    env = ENV
+    if backend == "ray":
+        pytest.importorskip("ray")
+        env = ENV | request.getfixturevalue("ray_env")
+    result = harness.run(
+        tmp_path,
+        engine | {"distributed_executor_backend": backend, "speculative_config": SPEC},
+        [{"requests": mixed_requests}] * 2,
+        env=env,
+    )
+    assert [harness.ids(result, 0), harness.ids(result, 1)] == expected
+    counters = result["counters"]
+    assert counters["nodes_accepted"] > 200
+    assert counters["kv_slots_moved"] > 0
+    assert counters["draft_failures"] == 0
