@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from vllm_specplus.bench import InputError, runner
 from vllm_specplus.bench.dataset import Question, load_dataset, pick, split_rounds
-from vllm_specplus.bench.engine import run_closed_loop
+from vllm_specplus.bench.engine import other_cpu_seconds, run_closed_loop
 from vllm_specplus.bench.methods import (
     MethodSpec,
     parse_concurrencies,
@@ -294,9 +294,16 @@ def request(question_id: str, tokens: list[int], steps: int, ttft_s=0.1, tpot_s=
     )
 
 
-def measured_round(wall_s: float, *requests: RequestResult, drafts=None, rss=1 << 30):
+def measured_round(
+    wall_s: float, *requests: RequestResult, drafts=None, rss=1 << 30, other_cpu_share=0.0
+) -> RoundResult:
     return RoundResult(
-        wall_s=wall_s, requests=list(requests), drafts=drafts, peak_rss_bytes=rss, gpu_bytes=None
+        wall_s=wall_s,
+        other_cpu_share=other_cpu_share,
+        requests=list(requests),
+        drafts=drafts,
+        peak_rss_bytes=rss,
+        gpu_bytes=None,
     )
 
 
@@ -728,6 +735,23 @@ def test_tables_fit_into_80_columns_unabridged(sessions):
 def test_the_table_says_when_there_are_no_ratios(sessions):
     text = printed(build_report(build_runs(sessions[1:], OURS, CATEGORIES, 0.0)))
     assert "No ratios: none was not measured" in text
+
+
+def test_a_disturbed_machine_is_remarked_on(sessions):
+    assert "not quiet" not in printed(build_report(build_runs(sessions, OURS, CATEGORIES, 0.0)))
+    sessions[1].rounds[0].other_cpu_share = 0.4
+    text = printed(build_report(build_runs(sessions, OURS, CATEGORIES, 0.0)))
+    assert "other processes used 40% of its cores" in text.replace("\n", " ")
+
+
+def test_cpu_time_of_others_is_told_from_our_own():
+    busy = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
+    # A process that is not a descendant: its parent ends at once.
+    orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {busy!r}])"
+    before = other_cpu_seconds()
+    subprocess.run([sys.executable, "-c", orphan], check=True)
+    time.sleep(1.2)
+    assert other_cpu_seconds() - before > 0.5
 
 
 @pytest.mark.parametrize("first", [0, 1])

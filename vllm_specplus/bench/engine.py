@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -202,11 +203,14 @@ class Engine:
     def measure(self, request: RoundRequest) -> RoundResult:
         """Answer one round's questions and time it."""
         before = read_draft_counters(self.llm)
+        cpu_before = other_cpu_seconds()
         started = time.perf_counter()
         requests = self._answer(request.question_ids, self.setup.max_tokens)
         wall_s = time.perf_counter() - started
+        other_cpu_s = other_cpu_seconds() - cpu_before
         return RoundResult(
             wall_s=wall_s,
+            other_cpu_share=max(0.0, other_cpu_s / (wall_s * psutil.cpu_count())),
             requests=requests,
             drafts=subtract(read_draft_counters(self.llm), before),
             peak_rss_bytes=peak_rss_bytes(),
@@ -268,6 +272,24 @@ def subtract(after: DraftCounters | None, before: DraftCounters | None) -> Draft
             for late, early in zip(after.accepted_per_depth, before.accepted_per_depth, strict=True)
         ],
     )
+
+
+def other_cpu_seconds() -> float:
+    """CPU time that the machine has spent on anything but this engine's processes.
+
+    Time that a hypervisor gave to other guests counts: it was not ours either.
+    """
+    machine = psutil.cpu_times()
+    # Linux counts guest time as user time too.
+    idle_or_counted = ("idle", "iowait", "guest", "guest_nice")
+    busy = sum(value for name, value in machine._asdict().items() if name not in idle_or_counted)
+    me = psutil.Process()
+    own = 0.0
+    for process in [me, *me.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            own += times.user + times.system
+    return busy - own
 
 
 def peak_rss_bytes() -> int:

@@ -77,12 +77,14 @@ class DraftCounters(BaseModel):
 class RoundResult(BaseModel):
     """One measured round.
 
+    `other_cpu_share`: share of all the machine's cores that other processes kept busy meanwhile.
     `peak_rss_bytes`: the sum of the peaks of the engine's processes since they started.
     `gpu_bytes`: device memory in use on the engine's GPUs when the round ended.
     """
 
     kind: Literal["round"] = "round"
     wall_s: float
+    other_cpu_share: float
     requests: list[RequestResult]
     drafts: DraftCounters | None
     peak_rss_bytes: int

@@ -15,6 +15,9 @@ from vllm_specplus.bench.report import BenchReport, RunReport
 GIB = 1 << 30
 NOTHING = "–"
 
+# Share of the machine's cores that other processes may use in a round without a remark.
+QUIET_SHARE = 0.05
+
 # Acceptance at greater depths is in the JSON file.
 DEPTHS_SHOWN = 6
 
@@ -25,6 +28,12 @@ def print_report(console: Console, report: BenchReport) -> None:
         console.print(_speed_table(report.runs))
         if all(run.method != BASELINE for run in report.runs):
             console.print(f"No ratios: {BASELINE} was not measured (add it to --methods).")
+        disturbance = max(item.other_cpu_share for run in report.runs for item in run.rounds)
+        if disturbance > QUIET_SHARE:
+            console.print(
+                f"The machine was not quiet: in one round other processes used {disturbance:.0%} "
+                "of its cores, so the times are not to be trusted."
+            )
         console.print(_draft_table(report.runs))
         console.print(_category_table(report.runs))
     for failure in report.failures:

@@ -28,7 +28,10 @@ Origin = Literal["baseline", "vllm", "specplus"]
 
 
 class RoundReport(BaseModel):
-    """One round: generated tokens, wall-clock seconds, and the ratio to `none` in this round."""
+    """One round: generated tokens, wall-clock seconds, and the ratio to `none` in this round.
+
+    `other_cpu_share`: share of all the machine's cores that other processes kept busy meanwhile.
+    """
 
     repeat: int
     round: int
@@ -36,6 +39,7 @@ class RoundReport(BaseModel):
     wall_s: float
     tokens_per_s: float
     ratio_vs_none: float | None
+    other_cpu_share: float
 
 
 class DifferenceReport(BaseModel):
@@ -270,6 +274,7 @@ def _build_run(
                 wall_s=result.wall_s,
                 tokens_per_s=speeds[session.repeat, number],
                 ratio_vs_none=ratios.get((session.repeat, number)),
+                other_cpu_share=result.other_cpu_share,
             )
             for session in sessions
             for number, result in enumerate(session.rounds)

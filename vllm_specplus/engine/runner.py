@@ -306,12 +306,12 @@ class TreeRunnerMixin:
     ):  # fmt: skip
         step, batch = self._step, self.input_batch
         num_reqs = batch.num_reqs
+        if self.drafter.proposer.reads_prompt:
+            self._show_prompt(step, hidden_states)  # every rank: the output layer is collective
         if get_tensor_model_parallel_rank() != 0:
             return [[] for _ in range(num_reqs)]  # vLLM takes rank 0's drafts
         decoding = np.fromiter((bool(t) for t in sampled_token_ids), bool, num_reqs)
         self._count(step, decoding)
-        if self.drafter.proposer.reads_prompt:
-            self._show_prompt(step, hidden_states, decoding)
         accepted = np.zeros(len(step.rows.tokens), bool)
         path = step.acceptance.path
         request, column = np.nonzero(path >= 0)
@@ -355,7 +355,7 @@ class TreeRunnerMixin:
         counters.add("nodes_drafted", int(drafted[in_output].sum()))
         counters.add("nodes_accepted", int(lengths[in_output].sum() - in_output.sum()))
 
-    def _show_prompt(self, step: Step, hidden_states: torch.Tensor, decoding: np.ndarray) -> None:
+    def _show_prompt(self, step: Step, hidden_states: torch.Tensor) -> None:
         """Let the proposer see what follows every prompt token read in this step."""
         batch = self.input_batch
         starts = np.cumsum(step.num_scheduled) - step.num_scheduled
@@ -367,6 +367,8 @@ class TreeRunnerMixin:
                 size = min(PROMPT_CHUNK, count - offset)
                 first = int(starts[i]) + offset
                 logits = self.model.compute_logits(hidden_states[first : first + size])
+                if get_tensor_model_parallel_rank() != 0:
+                    continue
                 top_ids = self._top_ids(logits, top_k).cpu().numpy()
                 text = batch.token_ids_cpu[i]
                 begin = computed + offset
