@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_specplus import plugin
+from vllm_specplus.config import parse
+
+
+def test_defaults():
+    config = parse({"method": "token_recycling"})
+    assert (config.num_speculative_tokens, config.tree, config.top_k) == (12, "best_first", 8)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"treee": 1}, "unknown key 'treee' (allowed: method, num_speculative_tokens"),
+        ({"num_speculative_tokens": "16"}, "'num_speculative_tokens' is '16': input should be"),
+        ({"num_speculative_tokens": 0}, "greater than or equal to 1"),
+        ({"num_speculative_tokens": 81}, "less than or equal to 80"),
+        ({"pair_keys": 1}, "'pair_keys' is 1: input should be a valid boolean"),
+        ({"tree": "3.3.3"}, "'best_first' or '2.2.2'"),
+        ({"tree": "2.2.2", "pair_keys": True}, "cannot use pair_keys"),
+        ({"tree": "2.2.2", "top_k": 4}, "set top_k to 8 or more"),
+        ({"load_matrix": "/nowhere/m"}, "load_matrix '/nowhere/m' is not a file"),
+        ({"save_matrix": "/nowhere/m"}, "is in a folder that does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence(keys, words):
+    with pytest.raises(ValueError, match="speculative_config for 'token_recycling'") as error:
+        parse({"method": "token_recycling", **keys})
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_several_mistakes_are_all_told():
+    with pytest.raises(ValueError, match="'a'.*'b'"):
+        parse({"method": "token_recycling", "a": 1, "b": 2})
+
+
+def engine_args(**changes):
+    fields = {
+        "speculative_config": None, "spec_method": None, "spec_tokens": None,
+        "async_scheduling": None, "kv_cache_dtype": "auto", "kv_transfer_config": None,
+        "reasoning_config": None,
+    }  # fmt: skip
+    return SimpleNamespace(**fields | changes)
+
+
+def model_config(**changes):
+    fields = {
+        "is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False,
+        "runner_type": "generate", "use_mla": False, "get_sliding_window": lambda: None,
+    }  # fmt: skip
+    return SimpleNamespace(**fields | changes)
+
+
+def parallel_config(**changes):
+    fields = {
+        "worker_cls": "auto", "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
+        "enable_dbo": False,
+    }  # fmt: skip
+    return SimpleNamespace(**fields | changes)
+
+
+def conflicts(args=None, model=None, parallel=None, device="cpu"):
+    return list(
+        plugin.conflicts(
+            args or engine_args(), model or model_config(), parallel or parallel_config(), device
+        )
+    )
+
+
+def test_ordinary_engines_have_no_conflict():
+    assert conflicts() == []
+    assert conflicts(parallel=parallel_config(worker_cls=plugin.WORKERS["cpu"])) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"device": "tpu"}, "runs on CPU and CUDA"),
+        ({"parallel": parallel_config(worker_cls="my.Worker")}, "worker_cls='my.Worker'"),
+        ({"parallel": parallel_config(pipeline_parallel_size=2)}, "pipeline parallelism"),
+        ({"parallel": parallel_config(decode_context_parallel_size=2)}, "context parallelism"),
+        ({"parallel": parallel_config(enable_dbo=True)}, "dual-batch overlap"),
+        ({"args": engine_args(async_scheduling=True)}, "async scheduling"),
+        ({"args": engine_args(kv_cache_dtype="fp8_e5m2")}, "kv_cache_dtype='fp8_e5m2'"),
+        ({"args": engine_args(kv_transfer_config={})}, "KV connector"),
+        ({"model": model_config(is_hybrid=True)}, "recurrent layers"),
+        ({"model": model_config(use_mla=True)}, "multi-head latent attention"),
+        ({"model": model_config(get_sliding_window=lambda: 4096)}, "sliding-window"),
+        ({"model": model_config(runner_type="pooling")}, "generative model"),
+    ],
+)
+def test_conflicts_are_named(case, words):
+    (sentence,) = conflicts(**case)
+    assert words in sentence
+
+
+def test_v2_runner_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert any("unset VLLM_USE_V2_MODEL_RUNNER" in c for c in conflicts())
+
+
+def test_short_flags_are_taken_over():
+    args = engine_args(spec_method="token_recycling", spec_tokens=8)
+    assert plugin._ours(args) == {"method": "token_recycling", "num_speculative_tokens": 8}
+    args = engine_args(
+        speculative_config={"method": "token_recycling", "num-speculative-tokens": 4}, spec_tokens=8
+    )
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        plugin._ours(args)
+
+
+def test_other_methods_are_left_to_vllm():
+    assert plugin._ours(engine_args()) is None
+    assert plugin._ours(engine_args(speculative_config={"method": "ngram"})) is None
+
+
+def test_config_is_written_out_as_the_user_wrote_it():
+    """Defaults made explicit would conflict with the template when parsed again."""
+    config = parse({"method": "token_recycling", "num_speculative_tokens": 80, "tree": "2.2.2"})
+    assert parse(plugin.worker_config(config)["config"]) == config
+
+
+def test_the_front_end_does_not_load_numba_or_vllm():
+    """vLLM's CPU platform fails to start once numba is loaded."""
+    code = (
+        "import sys, vllm_specplus.plugin, vllm_specplus.metrics, vllm_specplus.proposers;"
+        "bad = {'vllm', 'numba', 'torch'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,154 @@
+"""The C++ kernels equal their torch references."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_specplus.kernels import native
+from vllm_specplus.kernels.reference import (
+    move_slots_reference,
+    page_offsets,
+    top_k_reference,
+    tree_attention_reference,
+)
+from vllm_specplus.tree import ancestor_mask
+
+PAGES = 24
+AMX = pytest.param(
+    "amx",
+    torch.bfloat16,
+    marks=pytest.mark.skipif(
+        not torch.cpu._is_amx_tile_supported(), reason="this processor has no AMX"
+    ),
+)
+LAYOUTS = [("vec", torch.float32), ("vec", torch.bfloat16), ("vec", torch.float16), AMX]
+
+
+def test_the_kernels_are_built():
+    assert native.status() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [70, 1000, 4096])
+def test_top_k(dtype, n):
+    """bfloat16 rows of a few distinct values tie heavily: lower index first."""
+    logits = torch.randn(5, 2 * n).mul(2).round().to(dtype)[:, :n]  # strided rows
+    for k in (1, 3, 8, 16):
+        ids, values = native.top_k(logits, k)
+        expected_ids, expected_values = top_k_reference(logits, k)
+        assert torch.equal(ids, expected_ids)
+        assert torch.equal(values, expected_values)
+    assert torch.equal(ids[:, 0].long(), logits.float().argmax(-1))
+
+
+@pytest.mark.parametrize(("layout", "block", "head"), [("vec", 16, 80), ("vec", 128, 64), ("amx", 32, 64)])
+def test_page_offsets(layout, block, head):
+    lib = native.library()
+    k, v = page_offsets(layout, block, head)
+    for value, table in enumerate((k, v)):
+        for token, dim in [(0, 0), (1, 0), (0, 1), (block - 1, head - 1), (block // 2, 17)]:
+            at = lib.specplus_kv_offset(native.LAYOUTS[layout], value, block, head, token, dim)
+            assert at == table[token, dim]
+    assert torch.cat((k.flatten(), v.flatten())).unique().numel() == 2 * block * head
+
+
+def batch_for(kv, layout, query_heads, scale=1.0):
+    _, kv_heads, block, twice = kv.shape
+    return native.TreeBatch(
+        num_query_heads=query_heads, num_kv_heads=kv_heads, head_size=twice // 2,
+        block_size=block, layout=native.LAYOUTS[layout], dtype=native.DTYPES[kv.dtype],
+        scale=scale, page_stride=kv.stride(0), head_stride=kv.stride(1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+@pytest.mark.parametrize(("query_heads", "kv_heads", "head"), [(3, 1, 64), (4, 4, 128), (8, 2, 96)])
+def test_tree_attention(layout, dtype, query_heads, kv_heads, head):
+    """Random trees of several requests in one batch, with other rows in between."""
+    rng = np.random.default_rng(query_heads)
+    kv = torch.randn(PAGES, kv_heads, 32, 2 * head).to(dtype)
+    sizes, contexts = [1, 7, 40], [0, 33, 300]
+    parents = np.concatenate(
+        [[-1] + [int(rng.integers(0, i)) for i in range(1, n)] for n in sizes]
+    ).astype(np.int32)
+    starts = np.cumsum([0, *sizes]).astype(np.int32)
+    rows = torch.from_numpy(rng.permutation(60)[: sum(sizes)].copy())
+    table = torch.from_numpy(
+        np.stack([rng.permutation(PAGES) for _ in sizes]).astype(np.int32)
+    )
+    query = torch.randn(60, query_heads, head).to(dtype)
+    fields = {
+        "rows": rows,
+        "query_start_loc": torch.from_numpy(starts),
+        "context_lens": torch.tensor(contexts, dtype=torch.int32),
+        "block_table": table,
+    }
+    expected = torch.full_like(query, 7)
+    mask = torch.from_numpy(ancestor_mask(parents, starts, max(sizes)))
+    scale = head**-0.5
+    tree_attention_reference(
+        query, kv, expected, ancestors=mask, scale=scale, layout=layout, **fields
+    )
+    batch = batch_for(kv, layout, query_heads, scale)
+    assert native.unsupported(batch) is None
+    batch.num_requests = len(sizes)
+    batch.max_blocks = table.stride(0)
+    batch.query_stride = batch.output_stride = query.stride(0)
+    batch.rows = rows.data_ptr()
+    batch.row_start = fields["query_start_loc"].data_ptr()
+    batch.context = fields["context_lens"].data_ptr()
+    batch.block_table = table.data_ptr()
+    batch.parents = parents.ctypes.data
+    output = torch.full_like(query, 7)
+    native.library().specplus_tree_attention(
+        ctypes.byref(batch), query.data_ptr(), kv.data_ptr(), output.data_ptr()
+    )
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (output.float() - expected.float()).abs().max() < tolerance
+    others = np.setdiff1d(np.arange(60), rows.numpy())
+    assert (output[others] == 7).all()  # rows of other requests are not touched
+    # The tolerance can tell trees from chains.
+    causal = torch.from_numpy(ancestor_mask(*_chains(sizes), max(sizes)))
+    wrong = torch.full_like(query, 7)
+    tree_attention_reference(
+        query, kv, wrong, ancestors=causal, scale=scale, layout=layout, **fields
+    )
+    assert (wrong.float() - expected.float()).abs().max() > 3 * tolerance
+
+
+def _chains(sizes):
+    parents = np.concatenate([np.arange(-1, n - 1) for n in sizes]).astype(np.int32)
+    return parents, np.cumsum([0, *sizes]).astype(np.int32)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+def test_move_slots(layout, dtype):
+    """A path is compacted in place: sources and destinations overlap."""
+    src = np.array([37, 39, 40, 70, 71], np.int64)
+    dst = np.array([36, 37, 38, 39, 40], np.int64)
+    caches = [torch.randn(4, 2, 32, 128).to(dtype) for _ in range(3)]
+    expected = [c.clone() for c in caches]
+    for cache in expected:
+        move_slots_reference(cache, torch.from_numpy(src), torch.from_numpy(dst), layout)
+    pointers = (ctypes.c_void_p * 3)(*(c.data_ptr() for c in caches))
+    native.library().specplus_move_slots(
+        ctypes.byref(batch_for(caches[0], layout, 2)), pointers, 3,
+        src.ctypes.data, dst.ctypes.data, len(src),
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected))
+    k, v = page_offsets(layout, 32, 64)
+    flat = caches[0].view(4, 2, -1)
+    assert torch.equal(flat[36 // 32, :, k[36 % 32]], expected[0].view(4, 2, -1)[1, :, k[4]])
+
+
+def test_vllms_cache_writer_uses_our_layouts():
+    """A vLLM that packs its pages differently must fail here, not in a user's text."""
+    from vllm_specplus.engine.attention.cpu import cache_layout
+
+    assert cache_layout("vec", torch.float32, 32, 64) == "vec"
+    if torch.cpu._is_amx_tile_supported():
+        assert cache_layout("amx", torch.bfloat16, 128, 64) == "amx"
