@@ -18,20 +18,22 @@ from vllm_specplus.kernels.reference import move_slots_reference
 from vllm_specplus.samplers.base import Acceptance
 
 
-def moves(
-    acceptance: Acceptance, first_token_row: np.ndarray, slot_mapping: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Slots to copy, (source, destination) int64 [n], in an order safe to copy in.
+def moves(acceptance: Acceptance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows to copy: (request, source row, destination row), int64 [n] each, in an order
+    safe to copy in.
 
-    ``first_token_row`` int [R]: batch row of each request's root; ``slot_mapping``
-    int64: cache slot of every batch row. Row j of a path goes to slot j of its
-    tree; a path never descends, so no source is overwritten before it is read.
+    Row ``path[r, j]`` becomes row j of its request. A path never descends below its
+    own column, so no source is overwritten before it is read.
     """
     path = acceptance.path
     columns = np.arange(path.shape[1])
     request, column = np.nonzero((path != columns) & (path >= 0))
-    base = first_token_row[request]
-    return slot_mapping[base + path[request, column]], slot_mapping[base + column]
+    return request, path[request, column].astype(np.int64), column
+
+
+def distinct(kv_caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The caches without repeats: layers may share one, which must move only once."""
+    return list({cache.data_ptr(): cache for cache in kv_caches}.values())
 
 
 class CpuMover:

@@ -43,16 +43,14 @@ class Step:
     rows: Rows
     batch_rows: np.ndarray
     """int64 [L] index of each verified row among the batch's token rows."""
-    first_row: np.ndarray
-    """int32 [R] batch row of each request's root."""
     has_tree: np.ndarray
     """bool [R] requests whose draft is not a chain."""
     num_scheduled: np.ndarray
     """int32 [R] token rows of each request."""
     previous: np.ndarray
     """int32 [L] the token before each row on its path."""
-    top_ids: torch.Tensor | None = None
-    """int32 [L, k] on the device, for the proposer."""
+    top_ids: np.ndarray | None = None
+    """int32 [L, k] most probable next ids of each row, for the proposer."""
     acceptance: Acceptance | None = None
 
 
@@ -120,7 +118,6 @@ class TreeRunnerMixin:
     def _describe(self, scheduler_output, num_scheduled: np.ndarray) -> Step:
         batch = self.input_batch
         drafts_of = scheduler_output.scheduled_spec_decode_tokens
-        ends = np.cumsum(num_scheduled)
         num_reqs = len(num_scheduled)
         counts = np.ones(num_reqs, np.int32)
         has_tree = np.zeros(num_reqs, bool)
@@ -156,7 +153,6 @@ class TreeRunnerMixin:
         return Step(
             rows=rows,
             batch_rows=batch_rows,
-            first_row=(ends - counts).astype(np.int32),
             has_tree=has_tree,
             num_scheduled=num_scheduled,
             previous=_previous_tokens(tokens, flat, starts, before_root),
@@ -242,11 +238,12 @@ class TreeRunnerMixin:
         start = time.perf_counter()
         counters = self.drafter.counters
         metadata = self.input_batch.sampling_metadata
-        step.top_ids = top_ids = self._top_ids(logits, max(self.drafter.proposer.top_k, 1))
+        # Greedy steps need nothing else from the device: this is their only copy.
+        top_ids = self._top_ids(logits, max(self.drafter.proposer.top_k, 1)).cpu().numpy()
+        step.top_ids = top_ids
         logprobs = None
         if verify.is_plain_greedy(metadata):
-            sampled = top_ids[:, 0]
-            step.acceptance = acceptance = lossless.accept(step.rows, sampled.cpu().numpy())
+            step.acceptance = acceptance = lossless.accept(step.rows, top_ids[:, 0])
         else:
             samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
             sampled = samples.tokens.cpu().numpy()
@@ -282,17 +279,23 @@ class TreeRunnerMixin:
     def _compact(self, step: Step, acceptance: Acceptance) -> None:
         if not step.has_tree.any():
             return
-        src, dst = kv.moves(acceptance, step.first_row, self._slot_mapping())
-        if not len(src):
+        request, source, destination = kv.moves(acceptance)
+        if not len(request):
             return
         if self._move_slots is None:
             self._move_slots = self._make_mover()
-        self._move_slots(src, dst)
-        self.drafter.counters.add("kv_slots_moved", len(src))
+        # Only trees move, and a tree's root is the first row of its request.
+        root = self.input_batch.num_computed_tokens_cpu[request].astype(np.int64)
+        self._move_slots(
+            self._slots(request, root + source), self._slots(request, root + destination)
+        )
+        self.drafter.counters.add("kv_slots_moved", len(request))
 
-    def _slot_mapping(self) -> np.ndarray:
+    def _slots(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Cache slot, int64 [n], of each (request, position in its text)."""
         table = self.input_batch.block_table[0]
-        return table.slot_mapping.gpu.cpu().numpy()
+        page = table.block_table.np[request, position // table.block_size]
+        return page.astype(np.int64) * table.block_size + position % table.block_size
 
     # -- drafting -----------------------------------------------------------------
 
@@ -316,7 +319,6 @@ class TreeRunnerMixin:
         path = step.acceptance.path
         request, column = np.nonzero(path >= 0)
         accepted[step.rows.starts[request] + path[request, column]] = True
-        # Rows of half-read prompts say what follows their last token, like any other.
         chain_only = np.zeros(num_reqs, bool)
         num_tokens = batch.num_tokens_no_spec[:num_reqs].astype(np.int32)
         room = np.minimum(self.num_spec_tokens, self.max_model_len - 1 - num_tokens)
@@ -334,7 +336,7 @@ class TreeRunnerMixin:
                 max_nodes=max_nodes,
                 chain_only=chain_only,
                 observation=Observation(
-                    step.rows.tokens, step.previous, step.top_ids.cpu().numpy(), accepted
+                    step.rows.tokens, step.previous, step.top_ids, accepted
                 ),
             )
         )
@@ -404,14 +406,11 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
     def _make_mover(self):
         from vllm_specplus.engine.attention.cpu import cache_layout
 
-        caches = self.kv_caches
+        caches = kv.distinct(self.kv_caches)
         _, _, block_size, twice = caches[0].shape
         layer = next(iter(self.compilation_config.static_forward_context.values()))
         layout = cache_layout(layer.isa, caches[0].dtype, block_size, twice // 2)
         return kv.CpuMover(caches, layout)
-
-    def _slot_mapping(self) -> np.ndarray:
-        return self.input_batch.block_table[0].slot_mapping.np
 
     def _discarded(self) -> np.ndarray:
         """bool [R]: requests whose prompt is not read to its end, so nothing is output."""
@@ -436,4 +435,4 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
 
 class TreeGPUModelRunner(TreeRunnerMixin, GPUModelRunner):
     def _make_mover(self):
-        return kv.CudaMover(self.kv_caches)
+        return kv.CudaMover(kv.distinct(self.kv_caches))
