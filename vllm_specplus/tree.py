@@ -70,7 +70,8 @@ class DraftBatch:
         return out
 
 
-@njit(cache=True)
+# Signatures make numba compile at import, while the engine starts, not in its first step.
+@njit("int32[::1](int32[::1], int32[::1])", cache=True)
 def row_depths(parents, starts):
     """Depth of every row, the root's being 0.
 
@@ -84,7 +85,7 @@ def row_depths(parents, starts):
     return depths
 
 
-@njit(cache=True)
+@njit("bool_[:, ::1](int32[::1], int32[::1], int64)", cache=True)
 def ancestor_mask(parents, starts, width):
     """bool [L, width]: may row i see row j of its own request (ancestor-or-self)?"""
     mask = np.zeros((parents.shape[0], width), np.bool_)
@@ -96,7 +97,9 @@ def ancestor_mask(parents, starts, width):
     return mask
 
 
-@njit(cache=True)
+@njit(
+    "Tuple((int32[:, ::1], int32[::1]))(int32[::1], int32[::1], int32[::1], int32[::1])", cache=True
+)
 def accepted_paths(tokens, parents, starts, sampled):
     """Follow, from every root, the child that equals the token sampled at its parent.
 

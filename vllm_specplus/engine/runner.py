@@ -54,7 +54,7 @@ class Step:
     acceptance: Acceptance | None = None
 
 
-@njit(cache=True)
+@njit("int32[::1](int32[::1], int32[::1], int32[::1], int32[::1])", cache=True)
 def _previous_tokens(tokens, parents, starts, before_root):
     previous = np.empty_like(tokens)
     for r in range(starts.shape[0] - 1):
@@ -243,7 +243,9 @@ class TreeRunnerMixin:
         step.top_ids = top_ids
         logprobs = None
         if verify.is_plain_greedy(metadata):
-            step.acceptance = acceptance = lossless.accept(step.rows, top_ids[:, 0])
+            step.acceptance = acceptance = lossless.accept(
+                step.rows, np.ascontiguousarray(top_ids[:, 0])
+            )
         else:
             samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
             sampled = samples.tokens.cpu().numpy()
