@@ -18,10 +18,12 @@ import pytest
 pytestmark = pytest.mark.engine
 
 SPEC = {"method": "token_recycling", "num_speculative_tokens": 8}
+#: Its likeliest next token leads by more than bfloat16 rounding, at each of the first 24.
+COUNT = "Count from 1 to 20."
 QUESTIONS = [
-    "What is the capital of France?",
-    "Count from 1 to 20.",
+    COUNT,
     "List the days of the week.",
+    "What is the capital of France?",
     "Write the alphabet.",
 ]
 SCHEMA = {
@@ -124,17 +126,15 @@ def ask(server):
 
 def test_the_same_question_gets_the_same_answer(ask):
     """The second time the drafts are better; the text is not to change."""
-    first, second = (ask(QUESTIONS[0], max_tokens=16) for _ in range(2))
-    assert "Paris" in first.choices[0].message.content
+    first, second = (ask(COUNT, max_tokens=24) for _ in range(2))
+    assert first.choices[0].message.content.startswith("1. 1\n2. 2\n")
     assert first.choices[0].message.content == second.choices[0].message.content
 
 
 def test_streaming(ask):
     """Several tokens may come in one event: together they are the whole text."""
-    whole = ask(QUESTIONS[0], max_tokens=16)
-    chunks = list(
-        ask(QUESTIONS[0], max_tokens=16, stream=True, stream_options={"include_usage": True})
-    )
+    whole = ask(COUNT, max_tokens=24)
+    chunks = list(ask(COUNT, max_tokens=24, stream=True, stream_options={"include_usage": True}))
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
@@ -142,7 +142,7 @@ def test_streaming(ask):
 
 def test_logprobs(ask):
     """One entry for each token of the text, accepted drafts too, and the text is the likeliest."""
-    answer = ask(QUESTIONS[1], logprobs=True, top_logprobs=3)
+    answer = ask(COUNT, logprobs=True, top_logprobs=3)
     entries = answer.choices[0].logprobs.content
     assert len(entries) == answer.usage.completion_tokens == 32
     assert bytes(b for e in entries for b in e.bytes).decode() == answer.choices[0].message.content
@@ -165,8 +165,8 @@ def test_concurrent_requests_beside_a_json_schema(ask, server):
         SCHEMA["required"]
     )
     assert [answer.usage.completion_tokens for answer in ordinary] == [64] * 4
-    assert "Paris" in ordinary[0].choices[0].message.content
-    assert "Monday" in ordinary[2].choices[0].message.content
+    assert ordinary[0].choices[0].message.content.startswith("1. 1\n2. 2\n")
+    assert "Monday" in ordinary[1].choices[0].message.content
     after = metrics(server)
     grown = {name: after[name] - before[name] for name in after}
     assert grown["vllm:specplus_chain_fallbacks_total:structured_output"] > 0
@@ -177,7 +177,7 @@ def test_concurrent_requests_beside_a_json_schema(ask, server):
 
 def test_metrics(ask, server):
     before = metrics(server)
-    answer = ask(QUESTIONS[1], max_tokens=64, extra_body={"ignore_eos": True})
+    answer = ask(COUNT, max_tokens=64, extra_body={"ignore_eos": True})
     after = metrics(server)
     grown = {name: after[name] - before[name] for name in after}
     steps = grown["vllm:specplus_request_steps_total"]

@@ -36,9 +36,7 @@ PROMPTS = {
     ),
     "Code": "Write a Python class for a bank account with deposit, withdraw and balance.",
     "List": "List the planets of the solar system in order, with one fact about each of them.",
-    "Translation": (
-        "Translate to German: The weather is nice today and we are going to the park."
-    ),
+    "Translation": "Translate to German: The weather is nice today and we are going to the park.",
     "Maths": "What is 12 times 15? Explain step by step.",
 }
 
@@ -106,7 +104,7 @@ def demo(
         plain, differences = _in_fresh_process(log, path, None, specplus)
     except Exception as error:  # whatever vLLM raised in the other process
         console.print(f"[red]vLLM failed:[/] {escape(str(error))}")
-        console.print(f"More in {escape(str(log))}; `vllm-specplus doctor` checks the installation.")
+        console.print(f"More in {escape(str(log))}. Is all well with `vllm-specplus doctor`?")
         raise typer.Exit(1) from error
     _report(console, plain, specplus, differences)
     serve = ["vllm", "serve", path, "--speculative-config", json.dumps(SPECULATIVE_CONFIG)]

@@ -224,7 +224,9 @@ def _print(console: Console, findings: list[Finding], works: bool) -> None:
             table.add_column(overflow="fold")
         for finding in findings:
             if finding.section == section:
-                table.add_row(MARKS[finding.status], finding.name, escape(finding.value))
+                # Of a hook the qualified name is enough here; --json has its module too.
+                name = finding.name.rpartition(":")[2]
+                table.add_row(MARKS[finding.status], name, escape(finding.value))
                 if finding.remedy:
                     table.add_row("", "", f"[bold]What to do:[/] {escape(finding.remedy)}")
         console.print(table)
