@@ -25,7 +25,13 @@ def test_a_broken_hook_is_reported(monkeypatch, hook, words):
 
 @pytest.mark.parametrize(
     ("version", "supported"),
-    [("0.32.0", True), ("0.33.1+cpu", True), ("0.33.0rc1", True), ("0.31.0", False), ("0.34.0", False)],
+    [
+        ("0.32.0", True),
+        ("0.33.1+cpu", True),
+        ("0.33.0rc1", True),
+        ("0.31.0", False),
+        ("0.34.0", False),
+    ],
 )
 def test_versions(monkeypatch, version, supported):
     monkeypatch.setattr(compat, "vllm_version", lambda: version)

@@ -38,7 +38,7 @@ def test_mistakes_are_one_sentence(keys, words):
 
 
 def test_several_mistakes_are_all_told():
-    with pytest.raises(ValueError, match="'a'.*'b'"):
+    with pytest.raises(ValueError, match=r"'a'.*'b'"):
         parse({"method": "token_recycling", "a": 1, "b": 2})
 
 

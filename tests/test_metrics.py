@@ -13,7 +13,7 @@ def exposition() -> str:
 
 def test_counters_of_all_engines_reach_the_scrape():
     paths = [metrics.publish("method_a"), metrics.publish("method_a")]
-    for path, steps in zip(paths, (3, 4)):
+    for path, steps in zip(paths, (3, 4), strict=False):
         worker = metrics.Counters(path)  # another process maps the same file
         worker.add("request_steps", steps)
         worker.add("output_tokens", 2 * steps)

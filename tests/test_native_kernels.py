@@ -45,7 +45,9 @@ def test_top_k(dtype, n):
     assert torch.equal(ids[:, 0].long(), logits.float().argmax(-1))
 
 
-@pytest.mark.parametrize(("layout", "block", "head"), [("vec", 16, 80), ("vec", 128, 64), ("amx", 32, 64)])
+@pytest.mark.parametrize(
+    ("layout", "block", "head"), [("vec", 16, 80), ("vec", 128, 64), ("amx", 32, 64)]
+)
 def test_page_offsets(layout, block, head):
     lib = native.library()
     k, v = page_offsets(layout, block, head)
@@ -77,9 +79,7 @@ def test_tree_attention(layout, dtype, query_heads, kv_heads, head):
     ).astype(np.int32)
     starts = np.cumsum([0, *sizes]).astype(np.int32)
     rows = torch.from_numpy(rng.permutation(60)[: sum(sizes)].copy())
-    table = torch.from_numpy(
-        np.stack([rng.permutation(PAGES) for _ in sizes]).astype(np.int32)
-    )
+    table = torch.from_numpy(np.stack([rng.permutation(PAGES) for _ in sizes]).astype(np.int32))
     query = torch.randn(60, query_heads, head).to(dtype)
     fields = {
         "rows": rows,
@@ -139,8 +139,8 @@ def test_move_slots(layout, dtype):
         ctypes.byref(batch_for(caches[0], layout, 2)), pointers, 3,
         src.ctypes.data, dst.ctypes.data, len(src),
     )  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(caches, expected))
-    k, v = page_offsets(layout, 32, 64)
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=False))
+    k, _ = page_offsets(layout, 32, 64)
     flat = caches[0].view(4, 2, -1)
     assert torch.equal(flat[36 // 32, :, k[36 % 32]], expected[0].view(4, 2, -1)[1, :, k[4]])
 

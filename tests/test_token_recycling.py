@@ -58,7 +58,7 @@ def test_smaller_templates_are_trees(budget):
     parents, ranks = tr.template_subset(budget)
     assert len(parents) == budget
     assert all(p < i for i, p in enumerate(parents))
-    assert len(set(zip(parents.tolist(), ranks.tolist()))) == budget
+    assert len(set(zip(parents.tolist(), ranks.tolist(), strict=False))) == budget
 
 
 def test_template_is_filled_breadth_first_by_rank():
@@ -67,7 +67,7 @@ def test_template_is_filled_breadth_first_by_rank():
     tokens, parents = draft(proposer, [4], 80)
     expected_parents, ranks = tr.template_nodes(tr.TEMPLATE_222)
     assert parents == expected_parents.tolist()
-    for i, (p, r) in enumerate(zip(parents, ranks)):
+    for i, (p, r) in enumerate(zip(parents, ranks, strict=False)):
         assert tokens[i] == (3 * (tokens[p] if p >= 0 else 4) + r + 1) % V
 
 
@@ -76,7 +76,8 @@ def test_unset_rows_cut_the_tree():
     assert draft(proposer, [4], 80) == ([], [])
     proposer.matrix[4] = [5, 6, 7, 8, 9, 0, 1, 2]
     tokens, parents = draft(proposer, [4], 80)
-    assert tokens == [5, 6, 7, 8, 9, 0, 1, 2] and parents == [-1] * 8
+    assert tokens == [5, 6, 7, 8, 9, 0, 1, 2]
+    assert parents == [-1] * 8
 
 
 def reference_tree(matrix, text, budget):
@@ -106,9 +107,9 @@ def test_best_first_takes_the_most_probable_nodes(budget):
     toy_matrix(proposer)
     tokens, parents = draft(proposer, [4], budget)
     assert len(tokens) == budget
-    assert len(set(zip(parents, tokens))) == budget  # siblings are distinct
+    assert len(set(zip(parents, tokens, strict=False))) == budget  # siblings are distinct
     score = []
-    for token, p in zip(tokens, parents):
+    for token, p in zip(tokens, parents, strict=False):
         above = tokens[p] if p >= 0 else 4
         rank = proposer.matrix[above].tolist().index(token)
         score.append((score[p] if p >= 0 else 1.0) * tr.TOKEN_RANK_ACCEPTANCE[rank])
@@ -134,7 +135,8 @@ def test_pair_rows_come_before_token_rows():
 def test_the_suffix_match_is_followed():
     proposer = make(num_speculative_tokens=3)
     tokens, parents = draft(proposer, [1, 2, 3, 4, 5, 9, 1, 2, 3], 3)
-    assert tokens == [4, 5, 9] and parents == [-1, 0, 1]
+    assert tokens == [4, 5, 9]
+    assert parents == [-1, 0, 1]
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 8))

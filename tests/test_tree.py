@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import pickle
 
 import numpy as np
@@ -39,7 +40,7 @@ def test_depths_and_masks(forest):
     width = int(np.diff(starts).max())
     mask = ancestor_mask(parents, starts, width)
     depths = row_depths(parents, starts)
-    for first, end in zip(starts[:-1], starts[1:]):
+    for first, end in itertools.pairwise(starts):
         for row in range(end - first):
             path = ancestors(parents, first, row)
             assert np.flatnonzero(mask[first + row]).tolist() == path
@@ -52,7 +53,7 @@ def test_accepted_paths(forest, random):
     tokens = np.array([random.randrange(3) for _ in parents], np.int32)
     sampled = np.array([random.randrange(3) for _ in parents], np.int32)
     path, lengths = accepted_paths(tokens, parents, starts, sampled)
-    for r, (first, end) in enumerate(zip(starts[:-1], starts[1:])):
+    for r, (first, end) in enumerate(itertools.pairwise(starts)):
         row, expected = 0, [0]
         while True:
             children = [
@@ -70,9 +71,11 @@ def test_accepted_paths(forest, random):
 def test_draft_tokens_keep_parents_through_cuts_and_pickles():
     tree = DraftTokens([5, 6, 7, 8], np.array([-1, -1, 0, 2], np.int32))
     cut = tree[:3]
-    assert cut == [5, 6, 7] and cut.parents.tolist() == [-1, -1, 0]
+    assert cut == [5, 6, 7]
+    assert cut.parents.tolist() == [-1, -1, 0]
     again = pickle.loads(pickle.dumps(cut))
-    assert again == cut and again.parents.tolist() == [-1, -1, 0]
+    assert again == cut
+    assert again.parents.tolist() == [-1, -1, 0]
 
 
 def test_what_is_no_prefix_is_no_tree():
@@ -89,6 +92,8 @@ def test_split_gives_chains_no_parents():
         np.array([2, 0, 2], np.int32),
     )
     chain, nothing, tree = batch.split()
-    assert chain == [1, 2] and chain.parents is None
+    assert chain == [1, 2]
+    assert chain.parents is None
     assert nothing == []
-    assert tree == [3, 4] and tree.parents.tolist() == [-1, -1]
+    assert tree == [3, 4]
+    assert tree.parents.tolist() == [-1, -1]

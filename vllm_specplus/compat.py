@@ -101,9 +101,7 @@ def unsupported_version() -> str | None:
 
 def check() -> list[Hook]:
     """All hooks, each with its ``problem`` filled in."""
-    return [
-        Hook(hook.target, hook.purpose, hook.parameters, _problem(hook)) for hook in HOOKS
-    ]
+    return [Hook(hook.target, hook.purpose, hook.parameters, _problem(hook)) for hook in HOOKS]
 
 
 def _problem(hook: Hook) -> str | None:

@@ -51,7 +51,7 @@ class Counters:
         return float(self.values[_INDEX[name]])
 
     def as_dict(self) -> dict[str, float]:
-        return dict(zip(COUNTERS, self.values.tolist()))
+        return dict(zip(COUNTERS, self.values.tolist(), strict=False))
 
 
 class _Collector:

@@ -31,7 +31,7 @@ def sabotage(kind: str) -> None:
 
         def accept(rows, sampled):
             sampled = sampled.copy()
-            for first, end in zip(rows.starts[:-1], rows.starts[1:]):
+            for first, end in zip(rows.starts[:-1], rows.starts[1:], strict=False):
                 if end - first > 1:
                     sampled[first] = rows.tokens[first + 1]
             return right(rows, sampled)
@@ -94,14 +94,14 @@ def main(job_path: str, out_path: str) -> None:
             ]
         )
     runners = llm.collective_rpc(_counters)
-    preemptions = next(
-        (m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), None
-    ) if not job["engine"].get("disable_log_stats", True) else None
+    preemptions = (
+        next((m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), None)
+        if not job["engine"].get("disable_log_stats", True)
+        else None
+    )
     llm.llm_engine.engine_core.shutdown()
     with open(out_path, "w") as f:
-        json.dump(
-            {"batches": result, "counters": runners[0], "preemptions": preemptions}, f
-        )
+        json.dump({"batches": result, "counters": runners[0], "preemptions": preemptions}, f)
 
 
 def _counters(worker):

@@ -79,14 +79,14 @@ def speculative(tmp_path_factory, engine) -> dict:
 
 def test_stop_strings(plain, speculative):
     """A stop string may end inside what one step accepted: the text is cut at the same place."""
-    for got, want in zip(speculative["batches"][0], plain["batches"][0]):
+    for got, want in zip(speculative["batches"][0], plain["batches"][0], strict=False):
         assert got["text"] == want["text"]
         assert got["finish"] == want["finish"] == ["stop"]
     assert speculative["batches"][0][2]["text"][0].endswith("water")
 
 
 def test_several_choices_of_one_prompt(plain, speculative):
-    for got, want in zip(speculative["batches"][1], plain["batches"][1]):
+    for got, want in zip(speculative["batches"][1], plain["batches"][1], strict=False):
         assert got["ids"] == want["ids"]
         assert len(got["ids"]) == 2
         assert got["ids"][0] != got["ids"][1]
@@ -117,10 +117,12 @@ def test_bfloat16_differs_only_at_near_ties(tmp_path, engine):
     )
     assert speculative["counters"]["nodes_accepted"] > 0
     identical = 0
-    for got, want in zip(speculative["batches"][0], plain["batches"][0]):
+    for got, want in zip(speculative["batches"][0], plain["batches"][0], strict=False):
         a, b = got["ids"][0], want["ids"][0]
         identical += a == b
-        first = next((i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), None)
+        first = next(
+            (i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), None
+        )
         if first is None:
             assert a == b
             continue

@@ -26,7 +26,8 @@ def test_the_plain_run_exercises_what_it_should(plain):
     """Else the equality tests below would prove little."""
     assert plain["preemptions"] > 0
     long = [r["ids"][0] for r in plain["batches"][0] if len(r["ids"][0]) > 60]
-    assert long and all(len(set(text)) > len(text) // 3 for text in long)
+    assert long
+    assert all(len(set(text)) > len(text) // 3 for text in long)
 
 
 @pytest.mark.parametrize("shape", ["tree", "random", "chain"])
@@ -41,7 +42,8 @@ def test_oracle_and_adversarial_drafts(
     assert result["preemptions"] > 0
     assert counters["draft_failures"] == 0
     if shape == "tree":
-        assert counters["nodes_accepted"] > 200 and counters["kv_slots_moved"] > 200
+        assert counters["nodes_accepted"] > 200
+        assert counters["kv_slots_moved"] > 200
     if shape == "random":
         assert counters["nodes_accepted"] < 0.02 * counters["nodes_drafted"]
 
@@ -99,9 +101,9 @@ def test_logprobs_are_those_of_plain_decoding(
     result = run(tmp_path, tiny_engine, requests, spec)
     expected = [r for r in plain["batches"][0] if r["logprobs"][0]]
     assert len(requests) == len(expected) == 4
-    for got, want in zip(result["batches"][0], expected):
+    for got, want in zip(result["batches"][0], expected, strict=False):
         assert len(got["logprobs"][0]) == len(want["logprobs"][0])
-        for a, b in zip(got["logprobs"][0], want["logprobs"][0]):
+        for a, b in zip(got["logprobs"][0], want["logprobs"][0], strict=False):
             assert a.keys() == b.keys()
             assert all(a[t] == pytest.approx(b[t], abs=1e-3) for t in a)
 
@@ -119,7 +121,10 @@ def test_end_of_the_context_window(tmp_path, tiny_engine, mixed_requests, refere
         tmp_path, engine, requests, {"method": "token_recycling", "num_speculative_tokens": 12}
     )
     assert harness.ids(result) == harness.ids(expected)
-    assert all(len(p) + len(out[0]) == 160 for (p, _), out in zip(requests, harness.ids(result)))
+    assert all(
+        len(p) + len(out[0]) == 160
+        for (p, _), out in zip(requests, harness.ids(result), strict=False)
+    )
 
 
 def test_failing_drafter_degrades_to_plain_decoding(tmp_path, tiny_engine, mixed_requests, plain):

@@ -32,9 +32,9 @@ def joint_probabilities(model: str, prompt: list[int], top_k: int) -> dict[tuple
         values, ids = logits.topk(top_k)
         probabilities = values.softmax(-1)
         law = {
-            path + (int(t),): law[path] * float(q)
-            for path, row, p in zip(paths, ids, probabilities)
-            for t, q in zip(row, p)
+            (*path, int(t)): law[path] * float(q)
+            for path, row, p in zip(paths, ids, probabilities, strict=False)
+            for t, q in zip(row, p, strict=False)
         }
     return law
 
@@ -44,7 +44,7 @@ def chi_square(law: dict[tuple, float], texts: list[tuple]) -> float:
     pooled."""
     from scipy.stats import chisquare
 
-    counts = {path: 0 for path in law}
+    counts = dict.fromkeys(law, 0)
     for text in texts:
         if text not in counts:
             return 0.0

@@ -158,9 +158,7 @@ def test_concurrent_requests_beside_a_json_schema(ask, server):
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA}}
     with ThreadPoolExecutor(5) as pool:
         structured = pool.submit(ask, "Describe Rome as JSON.", 64, response_format=schema)
-        ordinary = list(
-            pool.map(lambda q: ask(q, 64, extra_body={"ignore_eos": True}), QUESTIONS)
-        )
+        ordinary = list(pool.map(lambda q: ask(q, 64, extra_body={"ignore_eos": True}), QUESTIONS))
     assert set(json.loads(structured.result().choices[0].message.content)) == set(
         SCHEMA["required"]
     )
@@ -259,9 +257,7 @@ def test_spellings_of_the_config_mean_the_same(model):
 )
 def test_mistakes_end_the_server_with_a_sentence(model, spec, arguments, sentence):
     command = vllm_serve(model, "--speculative-config", json.dumps(SPEC | spec), *arguments)
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert sentence in done.stderr
     assert "EngineCore" not in done.stderr  # told before any engine process starts

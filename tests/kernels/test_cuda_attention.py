@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
@@ -150,10 +151,12 @@ def test_refuses_what_the_tree_path_ignores(backend, feature, name, batch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_keeps_the_name_and_builder_of_the_stock_backend(backend):
+def test_is_the_stock_backend_without_full_cuda_graphs(backend):
     stock = backend.__base__
     assert backend.get_name() == stock.get_name()
-    assert backend.get_builder_cls() is stock.get_builder_cls()
+    builder = backend.get_builder_cls()
+    assert issubclass(builder, stock.get_builder_cls())
+    assert builder.get_cudagraph_support(None, None) is AttentionCGSupport.NEVER
     assert backend.forward_includes_kv_cache_update is False
 
 

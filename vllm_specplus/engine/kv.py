@@ -42,7 +42,7 @@ class CpuMover:
     def __init__(self, kv_caches: list[torch.Tensor], layout: str):
         self._caches = kv_caches
         self._layout = layout
-        pages, heads, block_size, twice = kv_caches[0].shape
+        _, heads, block_size, twice = kv_caches[0].shape
         self._batch = native.TreeBatch(
             num_kv_heads=heads,
             head_size=twice // 2,

@@ -337,9 +337,7 @@ class TreeRunnerMixin:
                 num_tokens=num_tokens,
                 max_nodes=max_nodes,
                 chain_only=chain_only,
-                observation=Observation(
-                    step.rows.tokens, step.previous, step.top_ids, accepted
-                ),
+                observation=Observation(step.rows.tokens, step.previous, step.top_ids, accepted),
             )
         )
         return drafts.split()

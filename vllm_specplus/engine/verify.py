@@ -73,9 +73,7 @@ def sample_rows(
     return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, states)
 
 
-def advance_generators(
-    samples: RowSamples, metadata: SamplingMetadata, draws: np.ndarray
-) -> None:
+def advance_generators(samples: RowSamples, metadata: SamplingMetadata, draws: np.ndarray) -> None:
     """Leave every seeded generator as if it had made ``draws`` [R] draws in this step."""
     for request, states in samples.generators.items():
         metadata.generators[request].set_state(states[int(draws[request])])
@@ -91,9 +89,7 @@ def gather_logprobs(
     return LogprobsTensors(*(t[index] if torch.is_tensor(t) and t.numel() else t for t in logprobs))
 
 
-def _states(
-    generator: torch.Generator, draws: int, logits: torch.Tensor
-) -> list[torch.Tensor]:
+def _states(generator: torch.Generator, draws: int, logits: torch.Tensor) -> list[torch.Tensor]:
     """States of ``generator`` after 0..draws draws of one token; its own is unchanged.
 
     "One draw" is what vLLM's sampler takes per token: a 31-bit seed on the CPU, a

@@ -41,7 +41,8 @@ class TreeGPUWorker(Worker):
             "vllm_specplus.engine.attention.cuda.TreeFlashAttentionBackend",
         )
         register_backend(
-            AttentionBackendEnum.TRITON_ATTN, "vllm_specplus.engine.attention.cuda.TreeTritonBackend"
+            AttentionBackendEnum.TRITON_ATTN,
+            "vllm_specplus.engine.attention.cuda.TreeTritonBackend",
         )
         return TreeGPUModelRunner(self.vllm_config, self.device)
 

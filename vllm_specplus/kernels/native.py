@@ -23,11 +23,20 @@ import torch
 
 SOURCE = Path(__file__).parent / "cpu" / "kernels.cpp"
 # Not -ffast-math: linking with it would flush denormals in the whole process.
-FLAGS = (
-    "-O3 -march=native -mprefer-vector-width=512 -std=c++17 -fopenmp -shared -fPIC "
-    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
-    "-ffinite-math-only"
-).split()
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-std=c++17",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-ffinite-math-only",
+]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LAYOUTS = {"vec": 0, "amx": 1}
@@ -38,17 +47,24 @@ class TreeBatch(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in (
-            "num_requests num_query_heads num_kv_heads head_size "
-            "block_size layout dtype max_blocks"
-        ).split()
+        for name in [
+            "num_requests",
+            "num_query_heads",
+            "num_kv_heads",
+            "head_size",
+            "block_size",
+            "layout",
+            "dtype",
+            "max_blocks",
+        ]
     ] + [("scale", ctypes.c_float)]
     _fields_ += [
         (name, ctypes.c_int64)
-        for name in "page_stride head_stride query_stride output_stride".split()
+        for name in ["page_stride", "head_stride", "query_stride", "output_stride"]
     ]
     _fields_ += [
-        (name, ctypes.c_void_p) for name in "rows row_start context block_table parents".split()
+        (name, ctypes.c_void_p)
+        for name in ["rows", "row_start", "context", "block_table", "parents"]
     ]
 
 

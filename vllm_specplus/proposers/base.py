@@ -77,14 +77,16 @@ class Proposer(ABC):
     def propose(self, step: StepContext) -> DraftBatch:
         """Learn from ``step.observation``, then draft for every request."""
 
-    def observe_prompt(self, observation: Observation) -> None:
+    # The rest is optional; a method overrides what it needs.
+
+    def observe_prompt(self, observation: Observation) -> None:  # noqa: B027
         """Learn from rows of a prompt, read in this step (if ``reads_prompt``)."""
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> None:  # noqa: B027
         """Compile or load whatever the first step should not wait for."""
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request_id: str) -> None:  # noqa: B027
         """The request is gone: finished, aborted or never to be resumed."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """The engine shuts down."""

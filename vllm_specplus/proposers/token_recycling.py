@@ -67,7 +67,7 @@ def template_nodes(children: dict[tuple[int, ...], int]) -> tuple[np.ndarray, np
     """(parents, ranks), int32 [N] each, of a static tree in the paper's node order:
     level by level, within a level lexicographic by path."""
     paths = sorted(
-        (path + (rank,) for path, count in children.items() for rank in range(count)),
+        ((*path, rank) for path, count in children.items() for rank in range(count)),
         key=lambda path: (len(path), path),
     )
     index = {path: i for i, path in enumerate(paths)}
@@ -79,7 +79,7 @@ def template_subset(budget: int) -> tuple[np.ndarray, np.ndarray]:
     """The ``budget`` most probable nodes of template "2.2.2", as (parents, ranks)."""
     parents, ranks = template_nodes(TEMPLATE_222)
     score = np.empty(len(parents))
-    for i, (parent, rank) in enumerate(zip(parents, ranks)):
+    for i, (parent, rank) in enumerate(zip(parents, ranks, strict=False)):
         score[i] = TOKEN_RANK_ACCEPTANCE[rank] * (score[parent] if parent >= 0 else 1.0)
     # A child scores below its parent, so the best nodes are closed under parents.
     kept = np.sort(np.argsort(-score, kind="stable")[:budget])
@@ -271,14 +271,29 @@ def grow_batch(
         text, n = token_ids[r], num_tokens[r]
         if template_parents.shape[0]:
             counts[r] = grow_template(
-                matrix, template_parents[: max_nodes[r]], template_ranks[: max_nodes[r]],
-                text[n - 1], chain_only[r], tokens[total:], parents[total:],
+                matrix,
+                template_parents[: max_nodes[r]],
+                template_ranks[: max_nodes[r]],
+                text[n - 1],
+                chain_only[r],
+                tokens[total:],
+                parents[total:],
             )
         else:
             counts[r] = grow(
-                matrix, pair_keys, pair_rows, token_acceptance, pair_acceptance,
-                match_acceptance, text, n, max_nodes[r], chain_only[r],
-                tokens[total:], parents[total:], sources[total:],
+                matrix,
+                pair_keys,
+                pair_rows,
+                token_acceptance,
+                pair_acceptance,
+                match_acceptance,
+                text,
+                n,
+                max_nodes[r],
+                chain_only[r],
+                tokens[total:],
+                parents[total:],
+                sources[total:],
             )
         total += counts[r]
     return total

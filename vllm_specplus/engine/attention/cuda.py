@@ -248,3 +248,30 @@ class TreeTritonBackend(TritonAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[TreeTritonBuilder]:
         return TreeTritonBuilder
+
+
+def kv_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [num_blocks, block_size, KH, D] of a layer's cache [num_blocks, KH, block_size, 2 D].
+
+    vLLM stores K and V of a token and head side by side, in FLASH_ATTN and TRITON_ATTN alike.
+    """
+    key_cache, value_cache = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    # With one KV head its stride is arbitrary; FlashAttention 3 and 4 need an aligned one.
+    return (
+        canonicalize_singleton_dim_strides(key_cache),
+        canonicalize_singleton_dim_strides(value_cache),
+    )
+
+
+def compact_kv(kv_cache: torch.Tensor, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
+    """Copy K and V of one layer from ``src_slots`` to ``dst_slots``, in place.
+
+    ``kv_cache`` is [num_blocks, KH, block_size, 2 D]; slots are int64 [n] on its device, slot
+    ``block * block_size + offset``. The two may overlap: every source is read before the first
+    destination is written. Destinations must be distinct. Layers that share one cache tensor
+    (``kv_sharing_target_layer_name``) must be compacted once, not once per layer.
+    """
+    block_size = kv_cache.shape[2]
+    slots = kv_cache.transpose(1, 2)
+    moved = slots[src_slots // block_size, src_slots % block_size]
+    slots[dst_slots // block_size, dst_slots % block_size] = moved
