@@ -45,7 +45,7 @@ HOOKS = (
     ),
     Hook("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "builds our CPU model runner"),
     Hook("vllm.v1.worker.cpu_worker:CPUModelRunner", "base of our CPU model runner"),
-    Hook("vllm.v1.worker.gpu_worker:Worker", "base of our CUDA worker"),
+    Hook("vllm.v1.worker.gpu_worker:Worker._make_model_runner", "builds our CUDA model runner"),
     Hook(
         _RUNNER + "_prepare_inputs",
         "depth-based positions",
@@ -66,7 +66,7 @@ HOOKS = (
     Hook(_RUNNER + "sample_tokens", "end of a step", ("grammar_output",)),
     Hook(_RUNNER + "_input_fits_in_drafter", "no fixed-width drafts near max_model_len"),
     Hook(_RUNNER + "_on_request_state_removed", "forgets finished requests"),
-    Hook(_RUNNER + "initialize_kv_cache", "learns the cache's layout"),
+    Hook(_RUNNER + "_bookkeeping_sync", "seeded requests under chunked prefill on the CPU"),
     Hook(
         "vllm.v1.attention.backends.registry:register_backend", "tree attention in our worker only"
     ),

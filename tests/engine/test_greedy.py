@@ -108,6 +108,16 @@ def test_logprobs_are_those_of_plain_decoding(
             assert all(a[t] == pytest.approx(b[t], abs=1e-3) for t in a)
 
 
+def test_without_a_compiler(tmp_path, tiny_engine, mixed_requests, plain, reference_file):
+    """The torch references stand in for the C++ kernels."""
+    spec = hidden_truth(reference_file, num_speculative_tokens=12)
+    env = {"CXX": "false", "VLLM_SPECPLUS_CACHE": str(tmp_path)}
+    engine = tiny_engine | {"speculative_config": spec}
+    result = harness.run(tmp_path, engine, [{"requests": mixed_requests[:8]}], env=env)
+    assert harness.ids(result) == harness.ids(plain)[:8]
+    assert result["counters"]["kv_slots_moved"] > 0
+
+
 def test_end_of_the_context_window(tmp_path, tiny_engine, mixed_requests, reference_file):
     """Texts that run into max_model_len end exactly there."""
     requests = [
