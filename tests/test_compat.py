@@ -48,3 +48,24 @@ def test_outside_its_range_the_plugin_does_nothing(monkeypatch, caplog):
     plugin.register()
     assert EngineArgs.create_speculative_config is before
     assert "vllm-specplus is inactive: vLLM 0.31.0 is outside" in caplog.text
+
+
+def test_a_healthy_hook_has_no_problem_and_keeps_its_fields(monkeypatch):
+    hook = compat.Hook("vllm.v1.sample.sampler:Sampler.forward", "x", ("sampling_metadata",))
+    monkeypatch.setattr(compat, "HOOKS", (hook,))
+    assert compat.check() == [hook]
+
+
+def test_the_installed_vllm_is_supported():
+    assert compat.unsupported_version() is None
+
+
+def test_no_vllm_at_all(monkeypatch):
+    monkeypatch.setattr(compat, "vllm_version", lambda: None)
+    assert compat.unsupported_version() == "vLLM is not installed"
+
+
+def test_the_reason_names_version_and_range(monkeypatch):
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.31.0")
+    assert "0.31.0" in compat.unsupported_version()
+    assert compat.SUPPORTED in compat.unsupported_version()

@@ -12,7 +12,22 @@ from vllm_specplus.config import parse
 
 def test_defaults():
     config = parse({"method": "token_recycling"})
-    assert (config.num_speculative_tokens, config.tree, config.top_k) == (12, "best_first", 8)
+    assert config.model_dump() == {
+        "method": "token_recycling", "num_speculative_tokens": 12, "tree": "best_first",
+        "top_k": 8, "pair_keys": True, "match_context": True, "seed_from_prompt": True,
+        "load_matrix": None, "save_matrix": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", [{"method": "medusa"}, {}, {"method": None}])
+def test_an_unknown_method_is_told_what_there_is(raw):
+    with pytest.raises(ValueError, match=r"unknown method .*; vllm-specplus has token_recycling$"):
+        parse(raw)
+
+
+def test_a_config_is_not_changed_afterwards():
+    with pytest.raises(ValueError, match="frozen"):
+        parse({"method": "token_recycling"}).top_k = 4
 
 
 @pytest.mark.parametrize(
@@ -20,6 +35,14 @@ def test_defaults():
     [
         ({"treee": 1}, "unknown key 'treee' (allowed: method, num_speculative_tokens"),
         ({"num_speculative_tokens": "16"}, "'num_speculative_tokens' is '16': input should be"),
+        ({"num_speculative_tokens": 4.0}, "'num_speculative_tokens' is 4.0: input should be"),
+        ({"num_speculative_tokens": True}, "'num_speculative_tokens' is True: input should be"),
+        ({"num_speculative_tokens": None}, "'num_speculative_tokens' is None: input should be"),
+        ({"top_k": 0}, "'top_k' is 0: input should be greater than or equal to 1"),
+        ({"top_k": 17}, "'top_k' is 17: input should be less than or equal to 16"),
+        ({"seed_from_prompt": "yes"}, "'seed_from_prompt' is 'yes': input should be a valid bool"),
+        ({"load_matrix": 3}, "'load_matrix' is 3: input should be a valid string"),
+        ({"tree": "2.2.2", "match_context": True}, "cannot use match_context"),
         ({"num_speculative_tokens": 0}, "greater than or equal to 1"),
         ({"num_speculative_tokens": 81}, "less than or equal to 80"),
         ({"pair_keys": 1}, "'pair_keys' is 1: input should be a valid boolean"),
@@ -92,6 +115,9 @@ def test_ordinary_engines_have_no_conflict():
         ({"args": engine_args(kv_cache_dtype="fp8_e5m2")}, "kv_cache_dtype='fp8_e5m2'"),
         ({"args": engine_args(kv_transfer_config={})}, "KV connector"),
         ({"model": model_config(is_hybrid=True)}, "recurrent layers"),
+        ({"args": engine_args(reasoning_config={})}, "remove reasoning_config"),
+        ({"model": model_config(is_attention_free=True)}, "recurrent layers"),
+        ({"model": model_config(is_encoder_decoder=True)}, "decoder-only model"),
         ({"model": model_config(use_mla=True)}, "multi-head latent attention"),
         ({"model": model_config(get_sliding_window=lambda: 4096)}, "sliding-window"),
         ({"model": model_config(runner_type="pooling")}, "generative model"),
@@ -100,6 +126,12 @@ def test_ordinary_engines_have_no_conflict():
 def test_conflicts_are_named(case, words):
     (sentence,) = conflicts(**case)
     assert words in sentence
+    assert "\n" not in sentence
+
+
+def test_all_conflicts_are_told():
+    args = engine_args(async_scheduling=True, kv_cache_dtype="fp8")
+    assert len(conflicts(args, model_config(use_mla=True))) == 3
 
 
 def test_v2_runner_is_refused(monkeypatch):
@@ -120,6 +152,17 @@ def test_short_flags_are_taken_over():
 def test_other_methods_are_left_to_vllm():
     assert plugin._ours(engine_args()) is None
     assert plugin._ours(engine_args(speculative_config={"method": "ngram"})) is None
+    assert plugin._ours(engine_args(spec_method="ngram", spec_tokens=4)) is None
+    twice = {"method": "ngram", "num_speculative_tokens": 4}
+    assert plugin._ours(engine_args(speculative_config=twice, spec_tokens=8)) is None
+    no_method = {"model": "a/draft-model", "num_speculative_tokens": 4}
+    assert plugin._ours(engine_args(speculative_config=no_method, spec_tokens=8)) is None
+
+
+def test_the_users_config_is_not_changed():
+    config = {"method": "token_recycling"}
+    plugin._ours(engine_args(speculative_config=config, spec_tokens=8))
+    assert config == {"method": "token_recycling"}
 
 
 def test_config_is_written_out_as_the_user_wrote_it():

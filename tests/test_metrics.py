@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 from prometheus_client import generate_latest
 
@@ -35,3 +37,30 @@ def test_an_unreachable_file_counts_for_the_process(tmp_path):
     counters = metrics.Counters(str(tmp_path / "other machine"))
     counters.add("draft_failures")
     assert counters["draft_failures"] == 1.0
+
+
+def test_methods_are_told_apart():
+    paths = [metrics.publish("method_b"), metrics.publish("method_c")]
+    metrics.Counters(paths[0]).add("nodes_drafted", 5)
+    text = exposition()
+    assert 'vllm:specplus_nodes_drafted_total{method="method_b"} 5.0' in text
+    assert 'vllm:specplus_nodes_drafted_total{method="method_c"} 0.0' in text
+    assert 'vllm:specplus_tokens_per_step{method="method_c"} 0.0' in text  # no step, no division
+    for path in paths:
+        metrics._remove(path)
+
+
+def test_another_process_counts_and_the_front_end_removes_its_file_when_it_ends():
+    worker = "import sys; from vllm_specplus.metrics import Counters; Counters(sys.argv[1]).add"
+    front_end = (
+        "import subprocess, sys; from vllm_specplus import metrics;"
+        "path = metrics.publish('m');"
+        f"code = {worker!r} + '(\"output_tokens\", 3)';"
+        "subprocess.run([sys.executable, '-c', code, path], check=True);"
+        "print(path, metrics.Counters(path)['output_tokens'])"
+    )
+    done = subprocess.run([sys.executable, "-c", front_end], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path, value = done.stdout.split()
+    assert value == "3.0"
+    assert not os.path.exists(path)

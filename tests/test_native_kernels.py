@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import numpy as np
 import pytest
@@ -45,16 +46,43 @@ def test_top_k(dtype, n):
     assert torch.equal(ids[:, 0].long(), logits.float().argmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [16, 63, 64, 65, 200])
+def test_top_k_of_ties(dtype, n):
+    """Few distinct values, -inf (a masked token) most of all."""
+    torch.manual_seed(n)
+    logits = torch.randint(0, 3, (6, n)).to(dtype)
+    logits[1:4][torch.rand(3, n) < 0.9] = float("-inf")
+    logits[4], logits[5] = 0, float("-inf")
+    for k in range(1, 17):
+        ids, values = native.top_k(logits, k)
+        expected_ids, expected_values = top_k_reference(logits, k)
+        assert torch.equal(ids, expected_ids)
+        assert torch.equal(values, expected_values)
+    assert ids[5].tolist() == list(range(16))
+
+
+def test_top_k_of_columns_that_are_not_contiguous():
+    logits = torch.randn(100, 4).T
+    assert torch.equal(native.top_k(logits, 8)[0], top_k_reference(logits, 8)[0])
+
+
 @pytest.mark.parametrize(
-    ("layout", "block", "head"), [("vec", 16, 80), ("vec", 128, 64), ("amx", 32, 64)]
+    ("layout", "block", "head"),
+    [("vec", 16, 80), ("vec", 128, 64), ("amx", 32, 64), ("amx", 128, 96)],
 )
 def test_page_offsets(layout, block, head):
     lib = native.library()
     k, v = page_offsets(layout, block, head)
     for value, table in enumerate((k, v)):
-        for token, dim in [(0, 0), (1, 0), (0, 1), (block - 1, head - 1), (block // 2, 17)]:
-            at = lib.specplus_kv_offset(native.LAYOUTS[layout], value, block, head, token, dim)
-            assert at == table[token, dim]
+        at = [
+            [
+                lib.specplus_kv_offset(native.LAYOUTS[layout], value, block, head, token, dim)
+                for dim in range(head)
+            ]
+            for token in range(block)
+        ]
+        assert at == table.tolist()
     assert torch.cat((k.flatten(), v.flatten())).unique().numel() == 2 * block * head
 
 
@@ -68,12 +96,47 @@ def batch_for(kv, layout, query_heads, scale=1.0):
 
 
 @pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
-@pytest.mark.parametrize(("query_heads", "kv_heads", "head"), [(3, 1, 64), (4, 4, 128), (8, 2, 96)])
-def test_tree_attention(layout, dtype, query_heads, kv_heads, head):
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "head", "block"),
+    [(3, 1, 64, 32), (4, 4, 128, 32), (8, 2, 96, 32), (6, 2, 64, 128), (4, 1, 128, 128)],
+)
+def test_tree_attention(layout, dtype, query_heads, kv_heads, head, block):
     """Random trees of several requests in one batch, with other rows in between."""
+    attention_equals_reference(layout, dtype, query_heads, kv_heads, head, block)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_tree_attention_of_head_size_80(dtype, block):
+    attention_equals_reference("vec", dtype, 3, 1, 80, block)
+
+
+@pytest.mark.parametrize("contexts", [[0, 0, 0], [31, 32, 1], [127, 128, 129], [300, 257, 64]])
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+def test_tree_attention_at_page_borders(layout, dtype, contexts):
+    attention_equals_reference(layout, dtype, 3, 1, 64, 128, contexts)
+
+
+def test_sizes_the_kernel_cannot_serve_have_a_reason():
+    def reason(layout, dtype, block, head):
+        page = torch.empty(1, 1, block, 2 * head, dtype=dtype)
+        return native.unsupported(batch_for(page, layout, 1))
+
+    assert "multiple of 16" in reason("vec", torch.float32, 24, 64)
+    assert reason("vec", torch.float32, 16, 80) is None
+    amx = "multiples of 32|no AMX"  # the second where the compiler knows no AMX either
+    assert re.search(amx, reason("amx", torch.bfloat16, 32, 80))
+    assert re.search(amx, reason("amx", torch.bfloat16, 16, 64))
+    assert re.search(amx, reason("amx", torch.float32, 32, 64))
+
+
+def attention_equals_reference(
+    layout, dtype, query_heads, kv_heads, head, block, contexts=(0, 33, 300)
+):
     rng = np.random.default_rng(query_heads)
-    kv = torch.randn(PAGES, kv_heads, 32, 2 * head).to(dtype)
-    sizes, contexts = [1, 7, 40], [0, 33, 300]
+    torch.manual_seed(query_heads)
+    kv = torch.randn(PAGES, kv_heads, block, 2 * head).to(dtype)
+    sizes = [1, 7, 40]
     parents = np.concatenate(
         [[-1] + [int(rng.integers(0, i)) for i in range(1, n)] for n in sizes]
     ).astype(np.int32)
@@ -84,7 +147,7 @@ def test_tree_attention(layout, dtype, query_heads, kv_heads, head):
     fields = {
         "rows": rows,
         "query_start_loc": torch.from_numpy(starts),
-        "context_lens": torch.tensor(contexts, dtype=torch.int32),
+        "context_lens": torch.tensor(list(contexts), dtype=torch.int32),
         "block_table": table,
     }
     expected = torch.full_like(query, 7)
@@ -145,10 +208,33 @@ def test_move_slots(layout, dtype):
     assert torch.equal(flat[36 // 32, :, k[36 % 32]], expected[0].view(4, 2, -1)[1, :, k[4]])
 
 
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+@pytest.mark.parametrize("seed", range(5))
+def test_move_slots_along_any_path(layout, dtype, seed):
+    """Two requests' accepted rows, each moved to the consecutive slots after its root."""
+    rng = np.random.default_rng(seed)
+    src, dst = [], []
+    for root in (int(rng.integers(0, 60)), 128 + int(rng.integers(0, 60))):
+        path = np.sort(rng.choice(np.arange(1, 60), rng.integers(1, 20), replace=False))
+        src += (root + path).tolist()
+        dst += (root + 1 + np.arange(len(path))).tolist()
+    src, dst = np.array(src, np.int64), np.array(dst, np.int64)
+    cache = torch.randn(8, 3, 32, 128).to(dtype)
+    expected = cache.clone()
+    move_slots_reference(expected, torch.from_numpy(src), torch.from_numpy(dst), layout)
+    native.library().specplus_move_slots(
+        ctypes.byref(batch_for(cache, layout, 3)), (ctypes.c_void_p * 1)(cache.data_ptr()), 1,
+        src.ctypes.data, dst.ctypes.data, len(src),
+    )  # fmt: skip
+    assert torch.equal(cache, expected)
+
+
 def test_vllms_cache_writer_uses_our_layouts():
     """A vLLM that packs its pages differently must fail here, not in a user's text."""
     from vllm_specplus.engine.attention.cpu import cache_layout
 
-    assert cache_layout("vec", torch.float32, 32, 64) == "vec"
+    for block, head in [(32, 64), (128, 64), (32, 80), (128, 128)]:
+        assert cache_layout("vec", torch.float32, block, head) == "vec"
     if torch.cpu._is_amx_tile_supported():
-        assert cache_layout("amx", torch.bfloat16, 128, 64) == "amx"
+        for block, head in [(32, 64), (128, 64), (128, 128)]:
+            assert cache_layout("amx", torch.bfloat16, block, head) == "amx"

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import heapq
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
 
 from vllm_specplus.config import TokenRecyclingConfig
 from vllm_specplus.proposers import token_recycling as tr
@@ -51,6 +57,36 @@ def test_the_papers_template():
     assert np.bincount(depth)[1:].tolist() == [8, 21, 25, 15, 8, 3]
     assert len(set(range(80)) - set(parents.tolist())) == 40  # leaves
     assert ranks[:8].tolist() == list(range(8))
+
+
+def paths(parents, ranks):
+    """Each node's path of ranks from the root."""
+    out = []
+    for p, rank in zip(parents.tolist(), ranks.tolist(), strict=True):
+        out.append((*(out[p] if p >= 0 else ()), rank))
+    return out
+
+
+def test_template_nodes_are_in_the_papers_order():
+    order = paths(*tr.template_nodes(tr.TEMPLATE_222))
+    assert order == sorted(order, key=lambda path: (len(path), path))
+    for path, count in tr.TEMPLATE_222.items():  # c children own ranks 0..c-1
+        children = [p[-1] for p in order if p[:-1] == path]
+        assert children == list(range(count))
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7, 12, 16, 40, 79, 80])
+def test_smaller_templates_keep_the_most_probable_nodes(budget):
+    """A kept node without its parent would change its path, and so its probability."""
+
+    def scores(nodes):
+        acceptance = tr.TOKEN_RANK_ACCEPTANCE
+        return sorted((np.prod([acceptance[r] for r in path]) for path in nodes), reverse=True)
+
+    kept = paths(*tr.template_subset(budget))
+    full = paths(*tr.template_nodes(tr.TEMPLATE_222))
+    assert set(kept) <= set(full)
+    assert scores(kept) == pytest.approx(scores(full)[:budget])
 
 
 @pytest.mark.parametrize("budget", range(1, 81))
@@ -140,6 +176,7 @@ def test_the_suffix_match_is_followed():
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 8))
+@settings(deadline=None)  # the first call compiles
 def test_suffix_match(text, longest):
     where, length = tr.suffix_match(np.array(text, np.int32), len(text), longest)
     best = (0, -1)
@@ -204,3 +241,186 @@ def test_a_damaged_matrix_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not readable"):
         make(load_matrix=str(path))
+
+
+def fill(proposer, rng, rows):
+    """Learn ``rows`` random rows, some of them cut short by unset successors."""
+    k = proposer.top_k
+    top_ids = np.array([rng.permutation(V)[:k] for _ in range(rows)]).reshape(rows, k)
+    top_ids[np.arange(k) >= rng.integers(0, 2 * k, rows)[:, None]] = tr.UNSET
+    observation = observe(
+        rng.integers(0, V, rows), top_ids, rng.random(rows) < 0.5, rng.integers(-1, V, rows)
+    )
+    proposer.observe_prompt(observation)
+    return observation
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_recycle_is_a_plain_overwrite(seed):
+    """The last of (rejected rows, then accepted rows) wins, per token and per pair's slot."""
+    rng = np.random.default_rng(seed)
+    proposer = make()
+    o = fill(proposer, rng, int(rng.integers(1, 40)))
+    by_token, by_slot = {}, {}
+    for i in np.argsort(o.accepted, kind="stable"):
+        token, previous = int(o.tokens[i]), int(o.previous[i])
+        by_token[token] = o.top_ids[i].tolist()
+        if previous >= 0:
+            slot = int(tr.pair_slot(previous, token, tr.PAIR_SLOTS))
+            by_slot[slot] = ([previous, token], o.top_ids[i, : tr.PAIR_WIDTH].tolist())
+    unset = [tr.UNSET] * 8
+    assert proposer.matrix.tolist() == [by_token.get(x, unset) for x in range(V)]
+    written = np.flatnonzero(proposer.pair_keys[:, 0] >= 0).tolist()
+    assert written == sorted(by_slot)
+    for slot, (key, row) in by_slot.items():
+        assert proposer.pair_keys[slot].tolist() == key
+        assert proposer.pair_rows[slot].tolist() == row
+
+
+class Naive:
+    """Drafting by definition, from a proposer's state: nodes are (parent's node, token)
+    and carry score, last two tokens and where the suffix match goes on."""
+
+    def __init__(self, proposer, text):
+        self.matrix = proposer.matrix.tolist()
+        self.pairs = {
+            tuple(key): row
+            for key, row in zip(
+                proposer.pair_keys.tolist(), proposer.pair_rows.tolist(), strict=True
+            )
+            if key[0] >= 0
+        }
+        self.match = proposer.match_acceptance
+        self.text = text
+        where, length = -1, 0
+        for end in range(1, len(text)):
+            for n in range(1, min(len(self.match) - 1, end) + 1):
+                if text[end - n : end] == text[-n:] and n >= length:
+                    where, length = end, n
+        previous = text[-2] if len(text) > 1 else -1
+        self.root = (np.float32(1), (previous, text[-1]), where, length)
+
+    def children(self, node):
+        """{token: node} of everything that may follow ``node``."""
+        score, (previous, token), where, length = node
+        found = {}
+        if 0 <= where < len(self.text):
+            p = score * self.match[min(length, len(self.match) - 1)]
+            found[self.text[where]] = (p, where + 1, length + 1)
+        row, acceptance = self.matrix[token], tr.TOKEN_RANK_ACCEPTANCE
+        if (previous, token) in self.pairs:
+            row, acceptance = self.pairs[previous, token], tr.PAIR_RANK_ACCEPTANCE
+        for child, p in zip(row, acceptance, strict=False):
+            if child < 0:
+                break
+            p = score * np.float32(p)
+            if child in found:
+                found[child] = (max(p, found[child][0]), *found[child][1:])
+            else:
+                found[child] = (p, -1, 0)
+        return {c: (p, (token, c), where, length) for c, (p, where, length) in found.items()}
+
+    def best_first(self, budget):
+        """Scores of the ``budget`` best nodes."""
+        count, scores = 0, []
+        heap = [(-node[0], i, node) for i, node in enumerate(self.children(self.root).values())]
+        heapq.heapify(heap)
+        while heap and len(scores) < budget:
+            _, _, node = heapq.heappop(heap)
+            scores.append(node[0])
+            for child in self.children(node).values():
+                count += 1
+                heapq.heappush(heap, (-child[0], 100 + count, child))
+        return scores
+
+    def walk(self, tokens, parents):
+        """Every drafted node as ours; KeyError when it is nobody's child."""
+        nodes = []
+        for token, p in zip(tokens, parents, strict=True):
+            nodes.append(self.children(nodes[p] if p >= 0 else self.root)[token])
+        return nodes
+
+
+@pytest.mark.parametrize("keys", [{}, {"pair_keys": False}, {"match_context": False}])
+@given(seed=st.integers(0, 10_000), budget=st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_growing_equals_the_definition(keys, seed, budget):
+    rng = np.random.default_rng(seed)
+    proposer = make(num_speculative_tokens=budget, **keys)
+    fill(proposer, rng, int(rng.integers(0, 40)))
+    text = rng.integers(0, rng.integers(1, V + 1), rng.integers(1, 30)).tolist()
+    naive = Naive(proposer, text)
+
+    tokens, parents = draft(proposer, text, budget)
+    assert all(p < i for i, p in enumerate(parents))
+    assert len(set(zip(parents, tokens, strict=True))) == len(tokens) <= budget
+    # By score: equally probable nodes may be taken in any order.
+    scores = [node[0] for node in naive.walk(tokens, parents)]
+    assert scores == naive.best_first(budget)
+
+    tokens, parents = draft(proposer, text, budget, chain=True)
+    assert parents == list(range(-1, len(tokens) - 1))
+    nodes = [naive.root, *naive.walk(tokens, parents)]
+    for above, node in pairwise(nodes):
+        assert node[0] == max(child[0] for child in naive.children(above).values())
+    assert len(tokens) == budget or not naive.children(nodes[-1])
+
+
+def test_an_empty_state_drafts_the_suffix_match_or_nothing():
+    assert draft(make(), [1, 2, 3], 8) == ([], [])
+    assert draft(make(match_context=False), [1, 2, 3, 1, 2], 8) == ([], [])
+    # ...up to the end of the text
+    assert draft(make(), [1, 2, 3, 1, 2], 8) == ([3, 1, 2], [-1, 0, 1])
+
+
+def test_requests_are_drafted_back_to_back():
+    """A batch drafts what its requests draft alone; 0 nodes means none."""
+    proposer = make()
+    fill(proposer, np.random.default_rng(1), 60)
+    texts = np.array([[1, 2, 3, 1], [5, 6, 7, 8], [9, 9, 9, 9]], np.int32)
+    budgets = np.array([12, 0, 5], np.int32)
+    nothing = observe([], np.empty((0, 8)))
+    chain = np.array([False, False, True])
+    step = StepContext(["a", "b", "c"], texts, np.full(3, 4, np.int32), budgets, chain, nothing)
+    together = [(list(d), d.parents) for d in proposer.propose(step).split()]
+    for i, (tokens, parents) in enumerate(together):
+        alone = draft(proposer, texts[i].tolist(), budgets[i], chain[i])
+        chain_parents = list(range(-1, len(tokens) - 1))
+        assert alone == (tokens, chain_parents if parents is None else parents.tolist())
+
+
+@pytest.mark.parametrize("tree", ["best_first", "2.2.2"])
+def test_two_proposers_fed_the_same_draft_the_same(tree):
+    def run():
+        rng, proposer = np.random.default_rng(7), make(tree=tree)
+        drafts = []
+        for _ in range(10):
+            fill(proposer, rng, 13)
+            drafts.append(draft(proposer, rng.integers(0, V, 20).tolist(), 12))
+        return drafts, proposer.matrix.tobytes(), proposer.pair_rows.tobytes()
+
+    assert run() == run()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_safetensors_file_is_refused(tmp_path, dtype):
+    """A user may well name the model's weights."""
+    path = str(tmp_path / "model.safetensors")
+    if dtype == "float32":
+        save_file({"w": np.zeros(2, np.float32)}, path)
+    else:
+        save_torch_file({"w": torch.zeros(2, dtype=torch.bfloat16)}, path)
+    with pytest.raises(ValueError, match="is not a Token Recycling matrix"):
+        make(load_matrix=path)
+
+
+@pytest.mark.parametrize("table", ["matrix", "pair_keys", "pair_rows"])
+@pytest.mark.parametrize("token", [V, -2])
+def test_ids_outside_the_vocabulary_are_refused_in_every_table(tmp_path, table, token):
+    path = str(tmp_path / "matrix.safetensors")
+    wrong = make()
+    getattr(wrong, table)[-1, -1] = token
+    wrong.save(path)
+    with pytest.raises(ValueError, match=r"load_matrix .* holds token ids outside the vocabulary"):
+        make(load_matrix=path)

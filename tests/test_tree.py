@@ -4,7 +4,7 @@ import itertools
 import pickle
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_specplus.tree import (
@@ -35,6 +35,7 @@ def ancestors(parents, first, row):
 
 
 @given(forests())
+@settings(deadline=None)
 def test_depths_and_masks(forest):
     parents, starts = forest
     width = int(np.diff(starts).max())
@@ -48,6 +49,7 @@ def test_depths_and_masks(forest):
 
 
 @given(forests(), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_accepted_paths(forest, random):
     parents, starts = forest
     tokens = np.array([random.randrange(3) for _ in parents], np.int32)
@@ -97,3 +99,45 @@ def test_split_gives_chains_no_parents():
     assert nothing == []
     assert tree == [3, 4]
     assert tree.parents.tolist() == [-1, -1]
+
+
+@given(forests(), st.builds(slice, *[st.none() | st.integers(-4, 4)] * 2))
+@settings(deadline=None)
+def test_exactly_the_prefixes_stay_trees(forest, cut):
+    parents, starts = forest
+    above = parents[1 : starts[1]] - 1  # node numbers instead of rows
+    nodes = list(range(len(above)))
+    part = DraftTokens(nodes, above)[cut]
+    assert part == nodes[cut]
+    if cut.start in (None, 0):
+        assert part.parents.tolist() == above[: len(part)].tolist()
+    else:
+        assert getattr(part, "parents", None) is None
+
+
+@given(forests())
+@settings(deadline=None)
+def test_split_loses_nothing(forest):
+    """A node's parent is the one given, or the node before it where none are given."""
+    parents, starts = forest
+    is_node = np.ones(len(parents), bool)
+    is_node[starts[:-1]] = False
+    nodes = parents[is_node] - 1
+    counts = np.diff(starts) - 1
+    drafts = DraftBatch(np.arange(len(nodes), dtype=np.int32), nodes, counts).split()
+    assert [len(d) for d in drafts] == counts.tolist()
+    assert [token for d in drafts for token in d] == list(range(len(nodes)))
+    again = [range(-1, len(d) - 1) if d.parents is None else d.parents.tolist() for d in drafts]
+    assert [p for above in again for p in above] == nodes.tolist()
+
+
+def test_split_does_not_share_the_proposers_arrays():
+    """The scheduler keeps a draft it has no room for, while the proposer drafts again."""
+    parents = np.array([-1, -1, 0], np.int32)
+    (draft,) = DraftBatch(np.arange(3, dtype=np.int32), parents, np.array([3], np.int32)).split()
+    parents[:] = 7
+    assert draft.parents.tolist() == [-1, -1, 0]
+
+
+def test_an_empty_batch_has_a_draft_for_every_request():
+    assert DraftBatch.empty(3).split() == [[], [], []]

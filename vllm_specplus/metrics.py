@@ -62,7 +62,7 @@ class _Collector:
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         totals: dict[str, dict[str, float]] = {}
-        for path, method in self.files.items():
+        for path, method in list(self.files.items()):  # publish() may run meanwhile
             engine = totals.setdefault(method, dict.fromkeys(COUNTERS, 0.0))
             for name, value in Counters(path).as_dict().items():
                 engine[name] += value

@@ -60,7 +60,7 @@ def _ours(args: Any) -> dict[str, Any] | None:
         if value is None:
             continue
         if key in raw:
-            if raw["method"] in METHODS:
+            if raw.get("method") in METHODS:
                 raise ValueError(
                     f"--{flag.replace('_', '-')} and --speculative-config[{key!r}] are mutually "
                     f"exclusive: keep one of them"

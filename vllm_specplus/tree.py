@@ -65,7 +65,8 @@ class DraftBatch:
             parents = self.parents[start : start + count]
             chain = bool((parents == np.arange(-1, count - 1)).all())
             tokens = self.tokens[start : start + count].tolist()
-            out.append(DraftTokens(tokens, None if chain else parents))
+            # A copy: the scheduler may keep it for steps, the proposer reuses its arrays.
+            out.append(DraftTokens(tokens, None if chain else parents.copy()))
             start += count
         return out
 

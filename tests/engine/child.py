@@ -101,7 +101,15 @@ def main(job_path: str, out_path: str) -> None:
     )
     llm.llm_engine.engine_core.shutdown()
     with open(out_path, "w") as f:
-        json.dump({"batches": result, "counters": runners[0], "preemptions": preemptions}, f)
+        json.dump(
+            {
+                "batches": result,
+                "counters": runners[0],
+                "ranks": runners,
+                "preemptions": preemptions,
+            },
+            f,
+        )
 
 
 def _counters(worker):

@@ -75,5 +75,8 @@ def test_two_ranks(tmp_path, engine, mixed_requests, expected, backend, request)
     assert [harness.ids(result, 0), harness.ids(result, 1)] == expected
     counters = result["counters"]
     assert counters["nodes_accepted"] > 200
-    assert counters["kv_slots_moved"] > 0
     assert counters["draft_failures"] == 0
+    # Both ranks moved the same slots, and only the first counts for /metrics.
+    second = result["ranks"][1]
+    assert counters["kv_slots_moved"] == second["kv_slots_moved"] > 0
+    assert counters["request_steps"] > second["request_steps"] == 0

@@ -197,12 +197,11 @@ import json, sys
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 parsed = []
 for flags in json.loads(sys.argv[2]):
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     args = parser.parse_args(["--model", sys.argv[1], "--max-model-len", "256", *flags])
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     speculative = config.speculative_config
@@ -219,7 +218,7 @@ def test_spellings_of_the_config_mean_the_same(model):
     spellings = [
         [key, json.dumps(SPEC)],
         [f"{key}.method", "token_recycling", f"{key}.num_speculative_tokens", "8"],
-        ["--spec-method", "token_recycling", "--spec-tokens", "8"],
+        [f"{key}.method", "token_recycling", "--spec-tokens", "8"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", DOTTED, model, json.dumps(spellings)],

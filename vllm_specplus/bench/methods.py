@@ -10,8 +10,8 @@ from vllm_specplus.bench import InputError
 
 BASELINE = "none"
 
-# For ngram, vLLM demands num_speculative_tokens, and its default n-grams of exactly 5 tokens
-# rarely match. `suffix` runs as vLLM sets it up; our own methods have defaults of their own.
+# For ngram, vLLM demands num_speculative_tokens, and calls its default n-grams (of exactly 5
+# tokens) arbitrary. `suffix` runs as vLLM sets it up; our own methods have defaults of their own.
 DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
     "ngram": {"num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
     "ngram_gpu": {"num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 4},

@@ -32,7 +32,7 @@ def print_report(console: Console, report: BenchReport) -> None:
         if disturbance > QUIET_SHARE:
             console.print(
                 f"The machine was not quiet: in one round other processes used {disturbance:.0%} "
-                "of its cores, so the times are not to be trusted."
+                "of its cores, so the times may be off."
             )
         console.print(_draft_table(report.runs))
         console.print(_category_table(report.runs))

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import sys
@@ -46,9 +47,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Check the installation; exit with 1 when something will not work."""
-    # vLLM's log would hide the report, and it goes to stdout, where the JSON has to be alone.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    with contextlib.redirect_stdout(sys.stderr):
+    with _silenced():
         findings = examine()
     works = all(finding.status != "error" for finding in findings)
     if as_json:
@@ -58,6 +57,17 @@ def doctor(
         _print(Console(), findings, works)
     if not works:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep vLLM's log off the report, and all else off stdout, where the JSON must be alone."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def examine() -> list[Finding]:

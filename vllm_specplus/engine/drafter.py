@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_specplus import metrics
 from vllm_specplus.config import METHODS
@@ -28,7 +29,9 @@ class Drafter:
     def __init__(self, vllm_config: VllmConfig):
         extra = vllm_config.additional_config[CONFIG_KEY]
         self.config = METHODS[extra["config"]["method"]].model_validate(extra["config"])
-        self.counters = metrics.Counters(extra.get("counters"))
+        # Every rank verifies and compacts; one of them counts for /metrics.
+        counts = get_tensor_model_parallel_rank() == 0
+        self.counters = metrics.Counters(extra.get("counters") if counts else None)
         model = vllm_config.model_config
         self.proposer = proposer_class(self.config.method)(
             self.config,

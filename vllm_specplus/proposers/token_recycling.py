@@ -374,11 +374,12 @@ class TokenRecycling(Proposer):
         try:
             with safe_open(path, framework="numpy") as f:
                 meta = f.metadata() or {}
+                # Checked first: others' tensors may be large or of types NumPy does not know.
+                if meta.get("format") != STATE_FORMAT:
+                    raise ValueError(f"load_matrix {path!r} is not a Token Recycling matrix")
                 state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"load_matrix {path!r} is not readable: {error}") from error
-        if meta.get("format") != STATE_FORMAT:
-            raise ValueError(f"load_matrix {path!r} is not a Token Recycling matrix")
         if meta.get("fingerprint") != self.fingerprint:
             raise ValueError(
                 f"load_matrix {path!r} was saved for another model or tokenizer "
