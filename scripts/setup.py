@@ -52,7 +52,7 @@ def run(*command: str | Path) -> None:
             if line.startswith(MILESTONES):
                 say("  " + (line if len(line) < 100 else line[:80] + "...").strip())
     if process.returncode:
-        raise CommandError("".join(lines))
+        raise CommandError(f"{''.join(lines)}exit status {process.returncode}")
 
 
 def pip(*arguments: str) -> None:

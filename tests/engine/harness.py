@@ -39,7 +39,8 @@ def run(
         cwd=ROOT, env=inherited | extra, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"engine process failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        log = f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        raise RuntimeError(f"engine process failed ({done.returncode}):\n{log}")
     return json.loads(out.read_text())
 
 
