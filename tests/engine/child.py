@@ -37,6 +37,10 @@ def sabotage(kind: str) -> None:
             return right(rows, sampled)
 
         lossless.accept = accept
+    elif kind == "no_native_kernels":
+        from vllm_specplus.kernels import native
+
+        native._load = lambda: "no compiler"
     else:
         raise ValueError(kind)
 

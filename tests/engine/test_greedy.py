@@ -111,9 +111,7 @@ def test_logprobs_are_those_of_plain_decoding(
 def test_without_a_compiler(tmp_path, tiny_engine, mixed_requests, plain, reference_file):
     """The torch references stand in for the C++ kernels."""
     spec = hidden_truth(reference_file, num_speculative_tokens=12)
-    env = {"CXX": "false", "VLLM_SPECPLUS_CACHE": str(tmp_path)}
-    engine = tiny_engine | {"speculative_config": spec}
-    result = harness.run(tmp_path, engine, [{"requests": mixed_requests[:8]}], env=env)
+    result = run(tmp_path, tiny_engine, mixed_requests[:8], spec, sabotage="no_native_kernels")
     assert harness.ids(result) == harness.ids(plain)[:8]
     assert result["counters"]["kv_slots_moved"] > 0
 
