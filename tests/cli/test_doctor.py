@@ -86,7 +86,7 @@ def test_json_is_alone_on_stdout(monkeypatch):
 
 
 def test_broken_hook(monkeypatch):
-    gone = compat.Hook(HOOK.target, HOOK.purpose, problem="missing: no attribute [_sample]")
+    gone = compat.Hook(HOOK.target, HOOK.purpose, problem="missing: no attribute [sample]")
     monkeypatch.setattr(compat, "check", lambda: [HOOK, gone])
     finding = only_trouble()
     assert (finding.status, finding.name, finding.value) == ("error", gone.target, gone.problem)
@@ -94,7 +94,7 @@ def test_broken_hook(monkeypatch):
 
     result = run()
     assert result.exit_code == 1
-    assert "no attribute [_sample]" in result.output  # brackets are not markup
+    assert "no attribute [sample]" in result.output  # brackets are not markup
     assert "What to do" in result.output
     assert "will not work" in result.output
     result = run("--json")

@@ -36,7 +36,7 @@ PROMPTS = {
     ),
     "Code": "Write a Python class for a bank account with deposit, withdraw and balance.",
     "List": "List the planets of the solar system in order, with one fact about each of them.",
-    "Translation": "Translate to German: The weather is nice today and we are going to the park.",
+    "Translation": "Translate to Spanish: Good morning. Where is the train station?",
     "Maths": "What is 12 times 15? Explain step by step.",
 }
 
@@ -80,6 +80,9 @@ def demo(
             help="Folder of a chat model; SmolLM2-135M-Instruct, fetched once, if not given.",
         ),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16 or float32; the last makes equal texts likelier.")
+    ] = "auto",
 ) -> None:
     """Answer five prompts with and without the plugin; compare the texts and the speed."""
     from vllm_specplus.kernels.native import cache_dir  # imports torch: not at every command
@@ -95,13 +98,14 @@ def demo(
     if psutil.cpu_percent(interval=1) > BUSY:
         console.print("[yellow]Other programs keep this machine busy: distrust the speeds.[/]")
     log = cache_dir() / "demo.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    console.print(f"Starting vLLM twice, up to a minute each; its log: {escape(str(log))}")
+    console.print(f"Starting vLLM twice, a minute or so each; its log: {escape(str(log))}")
     try:
         console.print("  with the plugin ...")
-        specplus, _ = _in_fresh_process(log, path, SPECULATIVE_CONFIG, None)
+        specplus, _ = _in_fresh_process(log, path, dtype, SPECULATIVE_CONFIG, None)
         console.print("  without ...")
-        plain, differences = _in_fresh_process(log, path, None, specplus)
+        plain, differences = _in_fresh_process(log, path, dtype, None, specplus)
     except Exception as error:  # whatever vLLM raised in the other process
         console.print(f"[red]vLLM failed:[/] {escape(str(error))}")
         console.print(f"More in {escape(str(log))}. Is all well with `vllm-specplus doctor`?")
@@ -120,7 +124,11 @@ def _in_fresh_process(*job: Any) -> tuple[list[Answer], list[Difference | None]]
 
 
 def _answer(
-    log: Path, model: str, speculative_config: dict | None, others: list[Answer] | None
+    log: Path,
+    model: str,
+    dtype: str,
+    speculative_config: dict | None,
+    others: list[Answer] | None,
 ) -> tuple[list[Answer], list[Difference | None]]:
     """Answer all prompts, one at a time; say where ``others`` differ from these answers."""
     with log.open("a") as file:
@@ -135,6 +143,7 @@ def _answer(
 
     llm = LLM(
         model=model,
+        dtype=dtype,
         speculative_config=speculative_config,
         max_model_len=2048,
         # The default, a share of the machine's memory, fails on small machines.
@@ -203,8 +212,9 @@ def _report(
         if difference:
             console.print(Text(_explain(difference), style="yellow"))
 
-    table = Table("", title="One request at a time, greedy")
-    for column in ("same text", "tokens", "tokens/step", "plain tok/s", "tok/s", "speed-up"):
+    table = Table(title="One request at a time, greedy")
+    table.add_column(no_wrap=True)
+    for column in ("same text", "tokens", "per step", "plain tok/s", "tok/s", "speed-up"):
         table.add_column(column, justify="right")
 
     def add_row(title: str, same: str, plain: list[Answer], specplus: list[Answer]) -> None:
@@ -224,7 +234,7 @@ def _report(
         console.print(
             "Why a text can differ: a forward pass over several tokens adds up in another order "
             "than one over a single token, and where two candidates are a near-tie, bfloat16 "
-            "rounding decides. In float32 such ties are rare.",
+            "rounding decides. With --dtype float32 that is rare.",
             style="dim",
         )
 
