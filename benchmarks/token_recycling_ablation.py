@@ -1,7 +1,7 @@
 """What each part of our Token Recycling brings, and the acceptance tables it ships with.
 
     python benchmarks/token_recycling_ablation.py --model DIR --dataset question.jsonl \
-        [--limit 24] [--max-tokens 128] [--variants paper,ours] [--json OUT.json]
+        [--limit 24] [--max-tokens 128] [--variants "paper;ours"] [--json OUT.json]
 
 One engine, one request at a time; for every variant a fresh matrix (the cold start of
 a server) and an empty prefix cache. Prints tokens per step, tokens/s (only comparable
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--limit", type=int, default=24)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--variants", default="", help="substrings, comma separated")
+    parser.add_argument("--variants", default="", help="substrings, separated by ;")
     parser.add_argument("--json")
     args = parser.parse_args()
 
@@ -95,7 +95,7 @@ def main() -> None:
 
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     llm.chat([[{"role": "user", "content": "Hello"}]], params, use_tqdm=False)
-    wanted = [w for w in args.variants.split(",") if w]
+    wanted = [w for w in args.variants.split(";") if w]
     results = []
     for name, keys in VARIANTS.items():
         if wanted and not any(w in name for w in wanted):
