@@ -23,7 +23,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -205,7 +205,7 @@ def environment() -> dict:
 
     return {
         "command": shlex.join(sys.argv),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name(),
         "compute_capability": torch.cuda.get_device_capability(),
         "cuda": torch.version.cuda,

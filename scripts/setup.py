@@ -137,7 +137,8 @@ def main() -> None:
     backend = os.environ.get("BACKEND", "cpu")
     if backend not in ("cpu", "cuda"):
         sys.exit(f"BACKEND={backend}: must be cpu or cuda")
-    if sys.version_info < (3, 11):
+    # This script runs on whatever python3 the user has, before pip could refuse it.
+    if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(f"vLLM needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}")
     if STAMP.exists() and STAMP.read_text() == key(backend):
         return

@@ -69,7 +69,7 @@ def engine_args(**changes):
     fields = {
         "speculative_config": None, "spec_method": None, "spec_tokens": None,
         "async_scheduling": None, "kv_cache_dtype": "auto", "kv_transfer_config": None,
-        "reasoning_config": None,
+        "reasoning_config": None, "enable_lora": False,
     }  # fmt: skip
     return SimpleNamespace(**fields | changes)
 
@@ -114,6 +114,7 @@ def test_ordinary_engines_have_no_conflict():
         ({"args": engine_args(async_scheduling=True)}, "async scheduling"),
         ({"args": engine_args(kv_cache_dtype="fp8_e5m2")}, "kv_cache_dtype='fp8_e5m2'"),
         ({"args": engine_args(kv_transfer_config={})}, "KV connector"),
+        ({"args": engine_args(enable_lora=True)}, "LoRA"),
         ({"model": model_config(is_hybrid=True)}, "recurrent layers"),
         ({"args": engine_args(reasoning_config={})}, "remove reasoning_config"),
         ({"model": model_config(is_attention_free=True)}, "recurrent layers"),

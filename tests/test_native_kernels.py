@@ -12,9 +12,9 @@ import torch
 from vllm_specplus.kernels import native
 from vllm_specplus.kernels.reference import (
     move_slots_reference,
+    packed_tree_attention_reference,
     page_offsets,
     top_k_reference,
-    tree_attention_reference,
 )
 from vllm_specplus.tree import ancestor_mask
 
@@ -153,7 +153,7 @@ def attention_equals_reference(
     expected = torch.full_like(query, 7)
     mask = torch.from_numpy(ancestor_mask(parents, starts, max(sizes)))
     scale = head**-0.5
-    tree_attention_reference(
+    packed_tree_attention_reference(
         query, kv, expected, ancestors=mask, scale=scale, layout=layout, **fields
     )
     batch = batch_for(kv, layout, query_heads, scale)
@@ -177,7 +177,7 @@ def attention_equals_reference(
     # The tolerance can tell trees from chains.
     causal = torch.from_numpy(ancestor_mask(*_chains(sizes), max(sizes)))
     wrong = torch.full_like(query, 7)
-    tree_attention_reference(
+    packed_tree_attention_reference(
         query, kv, wrong, ancestors=causal, scale=scale, layout=layout, **fields
     )
     assert (wrong.float() - expected.float()).abs().max() > 3 * tolerance

@@ -424,3 +424,16 @@ def test_ids_outside_the_vocabulary_are_refused_in_every_table(tmp_path, table, 
     wrong.save(path)
     with pytest.raises(ValueError, match=r"load_matrix .* holds token ids outside the vocabulary"):
         make(load_matrix=path)
+
+
+@pytest.mark.parametrize("tree", ["best_first", "2.2.2"])
+def test_ids_without_a_row_are_left_alone(tree):
+    """Padding (-1) and placeholders beyond the vocabulary neither teach nor are looked up."""
+    proposer = make(num_speculative_tokens=8, tree=tree)
+    proposer.observe_prompt(observe([-1, V, V + 5], np.ones((3, 8)), accepted=[False, True, True]))
+    assert (proposer.matrix == tr.UNSET).all()
+    assert draft(proposer, [3, V + 5], 8) == ([], [])
+    toy_matrix(proposer)
+    text = [V + 5, 4, V + 6, 7, V + 5]  # the match continues into another placeholder
+    tokens, _ = draft(proposer, text, 8)
+    assert (tree == "2.2.2" and tokens == []) or V + 6 in tokens

@@ -125,7 +125,7 @@ class TreeRunnerMixin:
         for i, request_id in enumerate(batch.req_ids):
             drafts = drafts_of.get(request_id)
             if not drafts:
-                parents.append(_CHAIN[:1])
+                parents.append(_chain(1))
                 continue
             counts[i] += len(drafts)
             tree = getattr(drafts, "parents", None)
@@ -134,10 +134,10 @@ class TreeRunnerMixin:
                 tree = None
                 self.drafter.counters.add("chain_fallbacks:resumed")
             if tree is None:
-                parents.append(_chain_parents(int(counts[i])))
+                parents.append(_chain(int(counts[i])))
             else:
                 has_tree[i] = True
-                parents.append(np.concatenate((_CHAIN[:1], tree + 1)))
+                parents.append(np.concatenate((_chain(1), tree + 1)))
         starts = np.zeros(num_reqs + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
         batch_rows = self._verified_rows
@@ -362,9 +362,10 @@ class TreeRunnerMixin:
         batch = self.input_batch
         starts = np.cumsum(step.num_scheduled) - step.num_scheduled
         top_k = self.drafter.proposer.top_k
-        for i in np.flatnonzero(step.num_scheduled > np.diff(step.rows.starts)):
-            computed = int(batch.num_computed_tokens_cpu[i])
-            count = int(step.num_scheduled[i]) - 1  # the last row is the step's own root
+        # The verified rows, a request's last ones, are observed with the step.
+        unverified = step.num_scheduled - np.diff(step.rows.starts)
+        for i in np.flatnonzero(unverified):
+            computed, count = int(batch.num_computed_tokens_cpu[i]), int(unverified[i])
             for offset in range(0, count, PROMPT_CHUNK):
                 size = min(PROMPT_CHUNK, count - offset)
                 first = int(starts[i]) + offset
@@ -394,12 +395,9 @@ class TreeRunnerMixin:
             self.drafter.close()
 
 
-_CHAIN = np.arange(-1, 4096, dtype=np.int32)
-
-
-def _chain_parents(count: int) -> np.ndarray:
+def _chain(count: int) -> np.ndarray:
     """int32 [count] parent rows of a chain: -1, 0, 1, ..."""
-    return _CHAIN[:count]
+    return np.arange(-1, count - 1, dtype=np.int32)
 
 
 class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):

@@ -60,7 +60,7 @@ def gather_kv(
     return out[0], out[1]
 
 
-def tree_attention_reference(
+def packed_tree_attention_reference(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     output: torch.Tensor,
@@ -74,6 +74,8 @@ def tree_attention_reference(
     layout: str,
 ) -> None:
     """Writes the attention of all tree rows into ``output``, in float32 arithmetic.
+
+    Over vLLM's packed CPU pages; ``tree_attention.py`` has the one over CUDA pages.
 
     ``query`` and ``output`` [batch rows, query heads, head_size]; ``kv_cache`` and
     ``layout`` as in :func:`gather_kv`; the rest as in

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,8 @@ class Observation:
     """
 
     tokens: np.ndarray
-    """int32 [L] input token of each row."""
+    """int32 [L] input token of each row; -1 for padding, and ids beyond the vocabulary
+    for placeholders of other modalities: nothing to learn from either."""
     previous: np.ndarray
     """int32 [L] the token before it on its path; -1 at the start of a prompt."""
     top_ids: np.ndarray
@@ -59,7 +60,7 @@ class StepContext:
 class Proposer(ABC):
     """A drafting method. One instance per engine, on the rank that drafts."""
 
-    top_k: ClassVar[int] = 0
+    top_k: int = 0
     """Most probable ids per row the method wants in ``Observation.top_ids``."""
     reads_prompt: bool = False
     """Does :meth:`observe_prompt` want the prompt's rows? They cost the target's

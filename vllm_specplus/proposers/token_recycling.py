@@ -104,13 +104,14 @@ def recycle(matrix, pair_keys, pair_rows, tokens, previous, top_ids, accepted):
     The same token may stand in several rows; accepted rows are written last, and
     among equals the last one wins, so the result does not depend on scheduling.
     """
-    k, pair_k = matrix.shape[1], pair_rows.shape[1]
-    slots = pair_rows.shape[0]
+    vocab, k = matrix.shape
+    slots, pair_k = pair_rows.shape
     for kept in (False, True):
         for i in range(tokens.shape[0]):
-            if accepted[i] != kept:
-                continue
             token = tokens[i]
+            # Padding, and placeholders of other modalities, have no row.
+            if accepted[i] != kept or token < 0 or token >= vocab:
+                continue
             for j in range(k):
                 matrix[token, j] = top_ids[i, j]
             if slots and previous[i] >= 0:
@@ -155,7 +156,8 @@ def grow(
     ``tokens``, ``parents`` and, for measurements, ``sources`` (0-7 rank in a
     one-token row, 8-15 in a two-token row, 16 + match length).
     """
-    k, pair_k, slots = matrix.shape[1], pair_rows.shape[1], pair_rows.shape[0]
+    vocab, k = matrix.shape
+    slots, pair_k = pair_rows.shape
     capacity = (budget + 1) * (k + 1)
     # Candidates: nodes that may still be taken.
     c_token = np.empty(capacity, np.int32)
@@ -190,7 +192,12 @@ def grow(
             slot = pair_slot(previous, token, slots)
             if pair_keys[slot, 0] != previous or pair_keys[slot, 1] != token:
                 slot = -1
-        width = pair_k if slot >= 0 else k
+        if slot >= 0:
+            width = pair_k
+        elif token < vocab:
+            width = k
+        else:  # a placeholder of another modality, copied from the text, has no row
+            width = 0
         for rank in range(width):
             child = pair_rows[slot, rank] if slot >= 0 else matrix[token, rank]
             if child < 0:
@@ -240,6 +247,8 @@ def grow_template(matrix, template_parents, template_ranks, root, chain, tokens,
     """
     place = np.full(template_parents.shape[0], -1, np.int32)  # template node -> drafted node
     count = 0
+    if root >= matrix.shape[0]:
+        return count
     for i in range(template_parents.shape[0]):
         above = template_parents[i]
         if above >= 0 and place[above] < 0:

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_specplus.engine.attention.base import TreeAttentionMetadata, tree_metadata
 from vllm_specplus.kernels import native
-from vllm_specplus.kernels.reference import page_offsets, tree_attention_reference
+from vllm_specplus.kernels.reference import packed_tree_attention_reference, page_offsets
 from vllm_specplus.tree import ancestor_mask
 
 
@@ -121,7 +121,7 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
     def _reference_forward(self, query, kv_cache, tree: TreeAttentionMetadata, output) -> None:
         heads = (-1, self.num_heads, self.head_size)
         mask = ancestor_mask(tree.parents.numpy(), tree.query_start_loc.numpy(), tree.max_rows)
-        tree_attention_reference(
+        packed_tree_attention_reference(
             query.view(heads), kv_cache, output.view(heads),
             rows=tree.rows, query_start_loc=tree.query_start_loc,
             context_lens=tree.context_lens, block_table=tree.block_table,
