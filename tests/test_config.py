@@ -13,9 +13,10 @@ from vllm_specplus.config import parse
 def test_defaults():
     config = parse({"method": "token_recycling"})
     assert config.model_dump() == {
-        "method": "token_recycling", "num_speculative_tokens": 12, "tree": "best_first",
+        "method": "token_recycling", "num_speculative_tokens": 32, "tree": "best_first",
         "top_k": 8, "pair_keys": True, "match_context": True, "seed_from_prompt": True,
         "load_matrix": None, "save_matrix": None,
+        "control": {"policy": "goodput", "cost_file": None},
     }  # fmt: skip
 
 
@@ -51,6 +52,16 @@ def test_a_config_is_not_changed_afterwards():
         ({"tree": "2.2.2", "top_k": 4}, "set top_k to 8 or more"),
         ({"load_matrix": "/nowhere/m"}, "load_matrix '/nowhere/m' is not a file"),
         ({"save_matrix": "/nowhere/m"}, "is in a folder that does not exist"),
+        ({"control": "goodput"}, "'control' is 'goodput': input should be a valid dict"),
+        ({"control": {}}, "'control' needs a policy (allowed: goodput, fixed, threshold)"),
+        ({"control": {"policy": "best"}}, "unknown control policy 'best' (allowed: goodput,"),
+        ({"control": {"policy": "fixed"}}, "set num_speculative_tokens"),
+        ({"control": {"policy": "threshold", "threshold": 1.0}}, "'control.threshold' is 1.0: "),
+        (
+            {"control": {"policy": "goodput", "threshold": 0.5}},
+            "unknown key 'control.threshold' (policy 'goodput' allows: policy, cost_file)",
+        ),
+        ({"control": {"policy": "goodput", "cost_file": "/nowhere/c"}}, "does not exist"),
     ],
 )
 def test_mistakes_are_one_sentence(keys, words):
@@ -69,7 +80,7 @@ def engine_args(**changes):
     fields = {
         "speculative_config": None, "spec_method": None, "spec_tokens": None,
         "async_scheduling": None, "kv_cache_dtype": "auto", "kv_transfer_config": None,
-        "reasoning_config": None, "enable_lora": False,
+        "reasoning_config": None, "enable_lora": False, "scheduler_cls": None,
     }  # fmt: skip
     return SimpleNamespace(**fields | changes)
 
@@ -114,6 +125,7 @@ def test_ordinary_engines_have_no_conflict():
         ({"args": engine_args(async_scheduling=True)}, "async scheduling"),
         ({"args": engine_args(kv_cache_dtype="fp8_e5m2")}, "kv_cache_dtype='fp8_e5m2'"),
         ({"args": engine_args(kv_transfer_config={})}, "KV connector"),
+        ({"args": engine_args(scheduler_cls="my.Scheduler")}, "scheduler_cls='my.Scheduler'"),
         ({"args": engine_args(enable_lora=True)}, "LoRA"),
         ({"model": model_config(is_hybrid=True)}, "recurrent layers"),
         ({"args": engine_args(reasoning_config={})}, "remove reasoning_config"),

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from vllm_specplus.config import TokenRecyclingConfig
+from vllm_specplus.control.acceptance import prior_tables
 from vllm_specplus.proposers import token_recycling as tr
 from vllm_specplus.proposers.base import Observation, StepContext
 
@@ -38,6 +39,7 @@ def draft(proposer, text, budget, chain=False):
     step = StepContext(
         ["r"], np.array([text], np.int32), np.array([len(text)], np.int32),
         np.array([budget], np.int32), np.array([chain]), nothing,
+        prior_tables(proposer.sources, 1),
     )  # fmt: skip
     drafts = proposer.propose(step)
     return drafts.tokens.tolist(), drafts.parents.tolist()
@@ -291,11 +293,11 @@ class Naive:
             )
             if key[0] >= 0
         }
-        self.match = proposer.match_acceptance
+        self.longest = proposer.longest_match
         self.text = text
         where, length = -1, 0
         for end in range(1, len(text)):
-            for n in range(1, min(len(self.match) - 1, end) + 1):
+            for n in range(1, min(self.longest, end) + 1):
                 if text[end - n : end] == text[-n:] and n >= length:
                     where, length = end, n
         previous = text[-2] if len(text) > 1 else -1
@@ -306,7 +308,7 @@ class Naive:
         score, (previous, token), where, length = node
         found = {}
         if 0 <= where < len(self.text):
-            p = score * self.match[min(length, len(self.match) - 1)]
+            p = score * np.float32(tr.MATCH_ACCEPTANCE[min(length, self.longest) - 1])
             found[self.text[where]] = (p, where + 1, length + 1)
         row, acceptance = self.matrix[token], tr.TOKEN_RANK_ACCEPTANCE
         if (previous, token) in self.pairs:
@@ -316,7 +318,8 @@ class Naive:
                 break
             p = score * np.float32(p)
             if child in found:
-                found[child] = (max(p, found[child][0]), *found[child][1:])
+                p = score * np.float32(tr.AGREED_ACCEPTANCE[min(length, self.longest) - 1])
+                found[child] = (p, *found[child][1:])
             else:
                 found[child] = (p, -1, 0)
         return {c: (p, (token, c), where, length) for c, (p, where, length) in found.items()}
@@ -367,6 +370,48 @@ def test_growing_equals_the_definition(keys, seed, budget):
     assert len(tokens) == budget or not naive.children(nodes[-1])
 
 
+def test_nodes_name_their_sources():
+    proposer = make(num_speculative_tokens=80)
+    names = [source.name for source in proposer.sources]
+    assert len(set(names)) == len(names) == 8 + 4 + 8 + 8
+    rows = [[5, 0, 1, 2, 3, 4, 6, 7], [6, 0, 1, 2, 3, 4, 5, 7]]
+    proposer.observe_prompt(observe([3, 3], rows, previous=[2, 1]))
+    for text, token, name in [
+        ([3], 6, "token rank 0"),
+        ([3], 0, "token rank 1"),
+        ([2, 3], 5, "pair rank 0"),
+        ([8, 3, 9, 8, 3], 9, "match of 2"),
+        ([8, 9, 4, 8, 9, 4, 8], 9, "match of 4"),
+        ([2, 3, 5, 2, 3], 5, "agreed match of 2"),
+    ]:
+        nothing = observe([], np.empty((0, 8)))
+        one, budget = np.array([len(text)], np.int32), np.array([9], np.int32)
+        step = StepContext(
+            ["r"], np.array([text], np.int32), one, budget, np.array([False]), nothing,
+            prior_tables(proposer.sources, 1),
+        )  # fmt: skip
+        drafts = proposer.propose(step)
+        child = np.flatnonzero((drafts.tokens == token) & (drafts.parents == -1))
+        assert [names[drafts.sources[i]] for i in child] == [name]
+
+
+@pytest.mark.parametrize("tree", ["best_first", "2.2.2"])
+def test_acceptance_tables_shape_the_tree(tree):
+    """A source that never succeeds is drafted last."""
+    proposer = make(num_speculative_tokens=80, tree=tree)
+    toy_matrix(proposer)
+    nothing = observe([], np.empty((0, 8)))
+    tables = prior_tables(proposer.sources, 1)
+    tables[:, 0, 0] = 1e-6
+    step = StepContext(
+        ["r"], np.array([[4]], np.int32), np.array([1], np.int32), np.array([12], np.int32),
+        np.array([False]), nothing, tables,
+    )  # fmt: skip
+    drafts = proposer.propose(step)
+    rank_0 = (drafts.sources == 0) & (drafts.parents == -1)
+    assert rank_0.sum() == (tree == "2.2.2")  # the template is static; the controller cuts it
+
+
 def test_an_empty_state_drafts_the_suffix_match_or_nothing():
     assert draft(make(), [1, 2, 3], 8) == ([], [])
     assert draft(make(match_context=False), [1, 2, 3, 1, 2], 8) == ([], [])
@@ -382,7 +427,9 @@ def test_requests_are_drafted_back_to_back():
     budgets = np.array([12, 0, 5], np.int32)
     nothing = observe([], np.empty((0, 8)))
     chain = np.array([False, False, True])
-    step = StepContext(["a", "b", "c"], texts, np.full(3, 4, np.int32), budgets, chain, nothing)
+    priors = prior_tables(proposer.sources, 3)
+    four = np.full(3, 4, np.int32)
+    step = StepContext(["a", "b", "c"], texts, four, budgets, chain, nothing, priors)
     together = [(list(d), d.parents) for d in proposer.propose(step).split()]
     for i, (tokens, parents) in enumerate(together):
         alone = draft(proposer, texts[i].tolist(), budgets[i], chain[i])

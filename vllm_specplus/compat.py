@@ -2,7 +2,7 @@
 
 Checked when the plugin loads and printed by ``vllm-specplus doctor``. A hook that
 is gone makes the plugin step aside with one line, not fail in the middle of a
-request. The only monkey-patch is ``EngineArgs.create_speculative_config``.
+request. The only monkey-patches are the two hooks called "wrapped".
 """
 
 from __future__ import annotations
@@ -39,11 +39,26 @@ HOOKS = (
         ("self", "target_model_config", "target_parallel_config"),
     ),
     Hook(
+        "vllm.sampling_params:SamplingParams.verify",
+        "wrapped: checks a request's controls when it is admitted",
+        ("model_config", "speculative_config"),
+    ),
+    Hook(
         "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer",
         "loads our drafter",
         ("vllm_config",),
     ),
     Hook("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "builds our CPU model runner"),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
+        "profiles what a step costs, once the model is warm",
+    ),
+    Hook(
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        "cuts drafts that memory or token budget has no room for",
+    ),
+    Hook("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "the same"),
+    Hook("vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids", "the same", ("request_id",)),
     Hook("vllm.v1.worker.cpu_worker:CPUModelRunner", "base of our CPU model runner"),
     Hook("vllm.v1.worker.gpu_worker:Worker._make_model_runner", "builds our CUDA model runner"),
     Hook(
@@ -57,6 +72,9 @@ HOOKS = (
         ("num_draft_tokens", "cu_num_scheduled_tokens"),
     ),
     Hook(_RUNNER + "_build_attention_metadata", "attaches the trees"),
+    Hook(_RUNNER + "execute_model", "times the steps", ("scheduler_output",)),
+    Hook("vllm.distributed:get_tp_group", "one decision for all ranks"),
+    Hook(_RUNNER + "_dummy_run", "profiles what a step costs", ("num_tokens",)),
     Hook(_RUNNER + "_sample", "verification", ("logits", "spec_decode_metadata")),
     Hook(
         _RUNNER + "propose_draft_token_ids",

@@ -7,26 +7,69 @@ here imports vLLM.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
-class MethodConfig(BaseModel):
-    """Keys every method of ours understands."""
-
+class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class GoodputControl(_Model):
+    """As many nodes as make the most expected tokens per second, every step."""
+
+    policy: Literal["goodput"] = "goodput"
+    cost_file: str | None = None
+    """Step times: read from this file if it exists, else measured at start and written."""
+
+    @model_validator(mode="after")
+    def _file_can_be_used(self):
+        if self.cost_file and not Path(self.cost_file).resolve().parent.is_dir():
+            raise ValueError(f"cost_file {self.cost_file!r} is in a folder that does not exist")
+        return self
+
+
+class FixedControl(_Model):
+    """Always ``num_speculative_tokens`` nodes, or as many as the method finds."""
+
+    policy: Literal["fixed"]
+
+
+class ThresholdControl(_Model):
+    """Nodes whose path holds a rejection with less than this probability (SpecDec++)."""
+
+    policy: Literal["threshold"]
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
+
+
+ControlConfig = GoodputControl | FixedControl | ThresholdControl
+
+
+class MethodConfig(_Model):
+    """Keys every method of ours understands."""
 
     method: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)]
     """Most nodes drafted per request and step."""
+    control: Annotated[ControlConfig, Field(discriminator="policy")] = GoodputControl()
+    """How much of that is used; see ``vllm_specplus/control``."""
+
+    @model_validator(mode="after")
+    def _fixed_says_how_many(self):
+        if self.control.policy == "fixed" and "num_speculative_tokens" not in self.model_fields_set:
+            raise ValueError(
+                'control policy "fixed" always drafts num_speculative_tokens nodes: '
+                "set num_speculative_tokens"
+            )
+        return self
 
 
 class TokenRecyclingConfig(MethodConfig):
     """``{"method": "token_recycling", ...}``; see ``proposers/token_recycling.py``."""
 
     method: Literal["token_recycling"] = "token_recycling"
-    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
     tree: Literal["best_first", "2.2.2"] = "best_first"
     """Grown best first by acceptance probability, or the paper's static template."""
     top_k: Annotated[int, Field(ge=1, le=16)] = 8
@@ -89,9 +132,29 @@ def parse(raw: dict[str, Any]) -> MethodConfig:
 
 def _sentence(error: dict[str, Any], model: type[MethodConfig]) -> str:
     key = ".".join(str(part) for part in error["loc"])
+    if error["loc"][:1] == ("control",):
+        return _control_sentence(error)
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r} (allowed: {', '.join(model.model_fields)})"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key!r} is {error['input']!r}: {message}"
+
+
+def _control_sentence(error: dict[str, Any]) -> str:
+    """An error inside ``control``; pydantic puts the policy's name into the location."""
+    policies = {m.model_fields["policy"].annotation.__args__[0]: m for m in get_args(ControlConfig)}
+    if error["type"].startswith("union_tag"):
+        given = error["input"].get("policy") if isinstance(error["input"], dict) else None
+        what = "'control' needs a policy" if given is None else f"unknown control policy {given!r}"
+        return f"{what} (allowed: {', '.join(policies)})"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    policy, *rest = error["loc"][1:] or (None,)
+    key = ".".join(("control", *map(str, rest)))
+    if error["type"] == "extra_forbidden":
+        fields = ", ".join(policies[policy].model_fields)
+        return f"unknown key {key!r} (policy {policy!r} allows: {fields})"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key!r} is {error['input']!r}: {message}"

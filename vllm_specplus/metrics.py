@@ -26,10 +26,23 @@ COUNTERS = {
     "nodes_accepted": "Draft nodes that became text.",
     "kv_slots_moved": "Cache slots copied to compact an accepted path.",
     "draft_seconds": "Seconds spent learning from the step and drafting.",
+    "prompt_seconds": "Seconds spent showing prompts to the method.",
+    "prompt_rows_read": "Prompt rows the method was shown.",
+    "control_seconds": "Seconds spent deciding how much to draft.",
     "verify_seconds": "Seconds spent sampling at every row and following the tree.",
     "compact_seconds": "Seconds spent moving accepted KV slots.",
     "chain_fallbacks:structured_output": "Requests drafted as a chain instead of a tree.",
     "chain_fallbacks:resumed": "Requests drafted as a chain instead of a tree.",
+    "control_steps": "Steps in which the controller decided what to verify.",
+    "undrafted_steps": "Of these, steps in which nothing was worth verifying.",
+    "probe_steps": "Of these, steps speculated only to see whether it pays again.",
+    "nodes_grown": "Draft nodes the controller chose from.",
+    "nodes_labelled": "Draft nodes the text proved right or wrong.",
+    "expected_tokens": "Draft tokens the controller expected to be accepted.",
+    "timed_steps": "Steps without prompts whose duration was predicted and measured.",
+    "predicted_step_seconds": "Seconds the cost model predicted for these steps.",
+    "measured_step_seconds": "Seconds these steps took.",
+    "memory_guard_trims": "Drafts shortened because cache blocks or token budget ran short.",
     "draft_failures": "Steps whose drafting failed; they went on undrafted.",
 }
 _INDEX = {name: i for i, name in enumerate(COUNTERS)}
@@ -40,7 +53,8 @@ class Counters:
 
     def __init__(self, path: str | None = None):
         if path is not None and os.path.exists(path):
-            self.values = np.memmap(path, np.float64, "r+", shape=len(COUNTERS))
+            # As a plain array: indexing np.memmap itself costs microseconds.
+            self.values = np.asarray(np.memmap(path, np.float64, "r+", shape=len(COUNTERS)))
         else:
             self.values = np.zeros(len(COUNTERS))
 

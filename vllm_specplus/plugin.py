@@ -1,8 +1,9 @@
 """The ``vllm.general_plugins`` entry point: our methods in ``--speculative-config``.
 
 vLLM calls :func:`register` in the front end, in the engine core and in every
-worker. It maps a config whose ``method`` is ours onto vLLM's ``custom_class`` and
-does nothing else, so loading the plugin is harmless when it is not used.
+worker. It maps a config whose ``method`` is ours onto vLLM's ``custom_class`` and lets
+vLLM's admission check read our part of a request; nothing else, so loading the plugin is
+harmless when it is not used.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 from vllm_specplus import compat
 from vllm_specplus.config import METHODS, MethodConfig, parse
+from vllm_specplus.control import requests
 
 logger = logging.getLogger("vllm.specplus")
 
 #: Key of ``additional_config`` that carries the validated config to every worker.
 CONFIG_KEY = "specplus"
 DRAFTER = "vllm_specplus.engine.drafter.Drafter"
+SCHEDULER = "vllm_specplus.engine.scheduler.GuardedScheduler"
 WORKERS = {
     "cpu": "vllm_specplus.engine.worker.TreeCPUWorker",
     "cuda": "vllm_specplus.engine.worker.TreeGPUWorker",
@@ -27,7 +30,7 @@ WORKERS = {
 
 
 def register() -> None:
-    """Wrap ``EngineArgs.create_speculative_config`` once."""
+    """Wrap ``EngineArgs.create_speculative_config`` and ``SamplingParams.verify``, once."""
     problem = compat.unsupported_version()
     if problem:
         logger.warning("vllm-specplus is inactive: %s", problem)
@@ -47,6 +50,30 @@ def register() -> None:
 
     create_speculative_config._specplus = True
     EngineArgs.create_speculative_config = create_speculative_config
+    _check_requests()
+
+
+def _check_requests() -> None:
+    """Wrap ``SamplingParams.verify``, vLLM's admission check, for our ``extra_args``.
+
+    The public hook for it, a logits processor's ``validate_params``, is refused by vLLM
+    together with any speculation.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    original = SamplingParams.verify
+
+    @functools.wraps(original)
+    def verify(self, model_config, speculative_config, *args, **kwargs):
+        original(self, model_config, speculative_config, *args, **kwargs)
+        if getattr(speculative_config, "model", None) == DRAFTER:
+            try:
+                requests.parse(self.extra_args)
+            except ValueError as error:
+                raise VLLMValidationError(str(error), parameter=requests.KEY) from None
+
+    SamplingParams.verify = verify
 
 
 def _ours(args: Any) -> dict[str, Any] | None:
@@ -91,6 +118,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     args.spec_method = args.spec_tokens = None
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: worker_config(config)}
     parallel_config.worker_cls = WORKERS[current_platform.device_type]
+    args.scheduler_cls = SCHEDULER
 
 
 def worker_config(config: MethodConfig) -> dict[str, Any]:
@@ -113,6 +141,11 @@ def conflicts(args: Any, model_config: Any, parallel_config: Any, device_type: s
         yield (
             f"brings its own worker and cannot use worker_cls={parallel_config.worker_cls!r}: "
             f"leave worker_cls at 'auto'"
+        )
+    if args.scheduler_cls not in (None, SCHEDULER):
+        yield (
+            f"brings its own scheduler and cannot use scheduler_cls={args.scheduler_cls!r}: "
+            f"leave scheduler_cls unset"
         )
     if parallel_config.pipeline_parallel_size > 1:
         yield "does not work with pipeline parallelism: use tensor_parallel_size instead"

@@ -52,6 +52,11 @@ class DraftBatch:
     """int32 [N] parent within the request's nodes, -1 = root."""
     counts: np.ndarray
     """int32 [R] nodes of each request."""
+    sources: np.ndarray | None = None
+    """int32 [N] index into the proposer's ``sources``: which rule proposed the node."""
+    confidence: np.ndarray | None = None
+    """float32 [N] of a draft model: largest probability in the distribution the node came
+    from. Never that of the drawn token itself; see ``control/confidence.py``."""
 
     @classmethod
     def empty(cls, num_requests: int) -> DraftBatch:

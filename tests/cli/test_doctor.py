@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from vllm_specplus import compat
 from vllm_specplus.cli import doctor
 from vllm_specplus.cli.main import app
+from vllm_specplus.config import TokenRecyclingConfig
+from vllm_specplus.control.memory import ModelDimensions, speculation_bytes
 from vllm_specplus.kernels import native
 
 HOOK = compat.Hook("vllm.somewhere:Runner._sample", "verification")
@@ -203,3 +205,117 @@ def test_log_is_back_after_the_report(caplog):
     run()
     logging.getLogger("after").warning("heard")
     assert "heard" in caplog.text
+
+
+# -- memory of speculation --------------------------------------------------------
+
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+SECTION = "Memory of speculation"
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B), encoding="utf-8")
+    return tmp_path
+
+
+def memory_report(*arguments):
+    """(the JSON report, its findings about memory by name)."""
+    result = run("--json", *map(str, arguments))
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    return report, {f["name"]: f for f in report["findings"] if f["section"] == SECTION}
+
+
+def test_memory_of_speculation(model):
+    arguments = ("--model", model, "--max-num-seqs", 4, "--nodes", 12, "--block-size", 32)
+    report, findings = memory_report(*arguments)
+    terms = speculation_bytes(ModelDimensions.from_config(LLAMA_3_8B), 4, 12, block_size=32)
+    # KV slot, logits and their copies, activations of Llama-3-8B, see tests/test_memory.py
+    node = 131072 + 256512 + 3 * 513024 + 229376
+    rows = 2**30 // (256512 + 3 * 513024)
+    assert report["memory"] == {
+        **terms,
+        "total": sum(terms.values()),
+        "node": node,
+        "max_rows": rows,
+    }
+    assert len(findings) == len(terms) + 3  # every term has a line
+    assert findings["KV slots of drafted nodes"]["value"].startswith("16.0 MiB")  # 4 blocks
+    assert "2.1 MiB per request: KV slot 128.0 KiB" in findings["a drafted node"]["value"]
+    assert f"{rows} have their logits within 1.0 GiB" in findings["verified rows"]["value"]
+    assert "at most 52" in findings["verified rows"]["value"]
+    assert {f["status"] for f in findings.values()} == {"ok"}
+
+    result = run(*map(str, arguments))
+    assert result.exit_code == 0
+    for text in (SECTION, "Everything works", *findings):
+        assert text in result.output
+
+
+def test_too_many_verified_rows_are_a_warning(model):
+    rows = 2**30 // (256512 + 3 * 513024)
+    _, findings = memory_report("--model", model, "--max-num-seqs", rows // 8, "--nodes", 7)
+    assert findings["verified rows"]["status"] == "ok"
+    report, findings = memory_report("--model", model, "--max-num-seqs", rows, "--nodes", 1)
+    assert findings["verified rows"]["status"] == "warning"
+    assert f"can have {2 * rows} in" in findings["verified rows"]["value"]
+    assert "num_speculative_tokens" in findings["verified rows"]["remedy"]
+    assert report["works"] is True
+
+
+def test_memory_per_gpu(model):
+    one, _ = memory_report("--model", model)
+    two, findings = memory_report("--model", model, "--tensor-parallel-size", 2)
+    assert two["memory"]["kv_nodes"] * 2 == one["memory"]["kv_nodes"]
+    assert two["memory"]["logits"] == one["memory"]["logits"]
+    assert "per GPU" in findings["total"]["value"]
+
+
+def test_memory_defaults_are_the_methods(model):
+    nodes = TokenRecyclingConfig().num_speculative_tokens
+    assert memory_report("--model", model) == memory_report("--model", model, "--nodes", nodes)
+    assert run("--model", str(model), "--nodes", "81").exit_code == 2
+    with pytest.raises(ValueError, match="num_speculative_tokens"):
+        TokenRecyclingConfig(num_speculative_tokens=81)  # the same limit
+
+
+def test_without_a_model_nothing_is_said_about_memory():
+    report, findings = memory_report()
+    assert not findings
+    assert set(report) == {"works", "findings"}
+    assert SECTION not in run().output
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "is not a local folder with a config.json"),
+        ("{", "cannot be used"),
+        ("[]", "does not hold a JSON object"),
+        (json.dumps({**LLAMA_3_8B, "vocab_size": None}), "has no vocab_size"),
+    ],
+)
+def test_model_that_cannot_be_read(monkeypatch, tmp_path, content, problem):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    monkeypatch.setattr(doctor, "examine", lambda: pytest.fail("one error is enough"))
+    result = run("--model", str(tmp_path), "--json")
+    assert result.exit_code == 2
+    assert not result.stdout
+    message = " ".join(result.stderr.replace("│", " ").split())  # out of its box
+    assert "--model" in message
+    assert problem in message
+
+
+def test_model_of_the_hub_is_not_a_folder():
+    result = run("--model", "meta-llama/Llama-3.1-8B")
+    assert result.exit_code == 2
+    assert "is not a local folder" in " ".join(result.stderr.replace("│", " ").split())

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vllm_specplus.config import METHODS, MethodConfig
+from pydantic import model_validator
+
+from vllm_specplus.config import METHODS, ControlConfig, FixedControl, MethodConfig
 from vllm_specplus.proposers import REGISTRY
 
 
-class HiddenTruthConfig(MethodConfig):
+class Everything(MethodConfig):
+    """Verifies all that is drafted, unless a test wants the controller."""
+
+    control: ControlConfig = FixedControl(policy="fixed")
+
+    @model_validator(mode="after")
+    def _fixed_says_how_many(self):
+        return self
+
+
+class HiddenTruthConfig(Everything):
     method: Literal["hidden_truth"] = "hidden_truth"
     num_speculative_tokens: int = 8
     reference: str
@@ -21,7 +33,7 @@ class HiddenTruthConfig(MethodConfig):
     seed: int = 0
 
 
-class BrokenConfig(MethodConfig):
+class BrokenConfig(Everything):
     method: Literal["broken"] = "broken"
     num_speculative_tokens: int = 4
 

@@ -78,9 +78,8 @@ def test_negative_controls_are_noticed(
     ],
 )
 def test_token_recycling(tmp_path, tiny_engine, mixed_requests, plain, keys):
-    result = run(
-        tmp_path, tiny_engine, mixed_requests, {"method": "token_recycling", **keys}, repeats=2
-    )
+    spec = {"method": "token_recycling", "control": {"policy": "fixed"}, **keys}
+    result = run(tmp_path, tiny_engine, mixed_requests, spec, repeats=2)
     assert harness.ids(result) == harness.ids(plain)
     assert harness.ids(result, 1) == harness.ids(plain, 1)
     assert result["counters"]["nodes_accepted"] > 0  # the repeated batch is known text

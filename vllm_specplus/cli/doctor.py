@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -21,11 +22,23 @@ from rich.table import Table
 
 import vllm_specplus
 from vllm_specplus import compat
+from vllm_specplus.config import TokenRecyclingConfig
+from vllm_specplus.control import memory
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
 ENTRY_POINT = "specplus"
 #: vLLM depends on them without saying which build.
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+#: What the terms of ``memory.speculation_bytes`` are, for the report.
+MEMORY_TERMS = {
+    "kv_nodes": ("KV slots of drafted nodes", "at most, in whole blocks of the KV cache"),
+    "logits": ("logits", "of the drafted rows, in the model's dtype"),
+    "logits_copies": ("copies of the logits", "where tokens are sampled; greedy steps need fewer"),
+    "tree_mask": ("tree mask", "none on a CPU"),
+    "activations": ("activations", "of the drafted rows; vLLM has set them aside"),
+    "prompt_logits": ("logits of prompts", "none with seed_from_prompt off"),
+    "proposer": ("Token Recycling", "matrix and pair table, in host memory"),
+}
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
 
 
@@ -45,13 +58,40 @@ class Finding:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a model: also say what memory speculation needs with it."),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="With --model: requests at once.")] = 256,
+    nodes: Annotated[
+        int, typer.Option(min=1, max=80, help="With --model: num_speculative_tokens.")
+    ] = TokenRecyclingConfig().num_speculative_tokens,
+    block_size: Annotated[
+        int, typer.Option(min=1, help="With --model: tokens per block of the KV cache.")
+    ] = 16,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="With --model: GPUs that share the model.")
+    ] = 1,
 ) -> None:
     """Check the installation; exit with 1 when something will not work."""
+    terms = {}
+    if model:
+        dims = _dimensions(model, tensor_parallel_size)
+        terms = memory.speculation_bytes(dims, max_num_seqs, nodes, block_size)
     with _silenced():
         findings = examine()
+    if model:
+        findings += speculation_memory(dims, terms, max_num_seqs, nodes)
     works = all(finding.status != "error" for finding in findings)
     if as_json:
         report = {"works": works, "findings": [asdict(finding) for finding in findings]}
+        if model:
+            report["memory"] = {
+                **terms,
+                "total": sum(terms.values()),
+                "node": memory.node_bytes(dims),
+                "max_rows": memory.max_rows(dims),
+            }
         typer.echo(json.dumps(report, indent=2))
     else:
         _print(Console(), findings, works)
@@ -208,6 +248,54 @@ def hooks() -> Iterator[Finding]:
             yield Finding("vLLM hooks", hook.target, hook.problem, "error", remedy)
         else:
             yield Finding("vLLM hooks", hook.target, hook.purpose)
+
+
+def speculation_memory(
+    dims: memory.ModelDimensions, terms: dict[str, int], requests: int, nodes: int
+) -> Iterator[Finding]:
+    """What ``requests`` at once with ``nodes`` drafted nodes each add; ``terms`` in bytes."""
+    section = "Memory of speculation"
+    for term, size in terms.items():
+        name, remark = MEMORY_TERMS[term]
+        yield Finding(section, name, f"{memory.human(size)}, {remark}")
+    yield Finding(
+        section,
+        "total",
+        f"at most {memory.human(sum(terms.values()))}{' per GPU' * (dims.tensor_parallel > 1)} "
+        f"for {requests} requests with {nodes} nodes each",
+    )
+    slot, row = memory.kv_token_bytes(dims), memory.row_bytes(dims)
+    yield Finding(
+        section,
+        "a drafted node",
+        f"{memory.human(memory.node_bytes(dims))} per request: KV slot {memory.human(slot)}, "
+        f"logits, copies and activations {memory.human(row)}",
+    )
+    rows, most = memory.max_rows(dims), requests * (nodes + 1)
+    fits = f"{rows} have their logits within {memory.human(memory.LOGITS_BUDGET)}"
+    if most > rows:
+        yield Finding(
+            section,
+            "verified rows",
+            f"{fits}, but {requests} requests can have {most} in a step where tokens are sampled",
+            "warning",
+            "vLLM plans for one or two rows per request when it starts: lower max_num_seqs, "
+            "num_speculative_tokens or, on GPUs, gpu_memory_utilization",
+        )
+    else:
+        yield Finding(section, "verified rows", f"{fits}; a step has at most {most}")
+
+
+def _dimensions(model: Path, tensor_parallel: int) -> memory.ModelDimensions:
+    """The sizes of the model in the folder ``model``; a usage error if it has none."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        return memory.ModelDimensions.from_config(config, tensor_parallel)
+    except OSError:
+        problem = "is not a local folder with a config.json"
+    except ValueError as error:  # also what json and UTF-8 raise
+        problem = f"cannot be used: {error}"
+    raise typer.BadParameter(f"{str(model)!r} {problem}", param_hint="--model")
 
 
 def import_problem(module: str) -> str | None:

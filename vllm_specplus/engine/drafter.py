@@ -1,4 +1,5 @@
-"""The object vLLM holds as its ``custom_class`` drafter: our proposer, guarded."""
+"""The object vLLM holds as its ``custom_class`` drafter: our proposer under its
+controller, guarded."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_specplus import metrics
 from vllm_specplus.config import METHODS
+from vllm_specplus.control import memory
+from vllm_specplus.control.controller import Controller
 from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
 from vllm_specplus.proposers.base import Observation, StepContext
@@ -38,6 +41,13 @@ class Drafter:
             vocab_size=model.get_vocab_size(),
             fingerprint=f"{model.model}|{model.tokenizer}|{model.get_vocab_size()}",
         )
+        self.controller = Controller(
+            self.config.control,
+            self.proposer.sources,
+            max_nodes=self.config.num_speculative_tokens,
+            max_rows=max_rows(vllm_config),
+            counters=self.counters,
+        )
         self._warned = False
 
     def load_model(self, model) -> None:
@@ -54,12 +64,19 @@ class Drafter:
     def draft(self, step: StepContext) -> DraftBatch:
         start = time.perf_counter()
         try:
-            return self.proposer.propose(step)
+            self.controller.prepare(step)
+            proposing = time.perf_counter()
+            drafts = self.proposer.propose(step)
+            proposed = time.perf_counter()
+            self.controller.drafting_took(int((step.max_nodes > 0).sum()), proposed - proposing)
+            self.counters.add("draft_seconds", proposed - proposing)
+            self.counters.add("control_seconds", proposing - start)
+            drafts = self.controller.choose(step, drafts)
+            self.counters.add("control_seconds", time.perf_counter() - proposed)
+            return drafts
         except Exception as error:
             self._failed(error)
             return DraftBatch.empty(len(step.request_ids))
-        finally:
-            self.counters.add("draft_seconds", time.perf_counter() - start)
 
     def observe_prompt(self, tokens: np.ndarray, previous: np.ndarray, top_ids: np.ndarray) -> None:
         try:
@@ -71,6 +88,7 @@ class Drafter:
 
     def forget(self, request_id: str) -> None:
         self.proposer.forget(request_id)
+        self.controller.forget(request_id)
 
     def close(self) -> None:
         self.proposer.close()
@@ -85,3 +103,11 @@ class Drafter:
                 error,
                 exc_info=error,
             )
+
+
+def max_rows(vllm_config: VllmConfig) -> int:
+    """Most rows a step may verify: the batch's token budget and the logits' memory."""
+    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    row = model.get_vocab_size() * (model.dtype.itemsize + memory.SAMPLER_BYTES["sampled"])
+    by_logits = memory.LOGITS_BUDGET // row
+    return min(scheduler.max_num_batched_tokens, max(by_logits, scheduler.max_num_seqs))

@@ -11,18 +11,23 @@ One step, in vLLM's order::
 
 from __future__ import annotations
 
+import platform
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numba import njit
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm import __version__ as vllm_version
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_specplus.control import requests as request_controls
+from vllm_specplus.control.cost import PROFILE_ROUNDS, PROFILE_ROWS, CostCurve, StepCost, StepShape
 from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.kernels import native
@@ -43,15 +48,29 @@ class Step:
     rows: Rows
     batch_rows: np.ndarray
     """int64 [L] index of each verified row among the batch's token rows."""
-    has_tree: np.ndarray
-    """bool [R] requests whose draft is not a chain."""
+    ours: np.ndarray
+    """bool [R] requests served by our attention: all whose draft is not a chain; and, on
+    the CPU, all that read no prompt in a step with drafts."""
     num_scheduled: np.ndarray
     """int32 [R] token rows of each request."""
     previous: np.ndarray
     """int32 [L] the token before each row on its path."""
+    shape: StepShape
+    """What was in the step, for the cost model."""
     top_ids: np.ndarray | None = None
     """int32 [L, k] most probable next ids of each row, for the proposer."""
     acceptance: Acceptance | None = None
+
+
+@dataclass(slots=True)
+class Clock:
+    """A step that is being timed, from its start to the next one's."""
+
+    started: float
+    request_ids: frozenset[str]
+    shape: StepShape
+    drafting: float
+    """Value of the drafting and controlling counters when it started."""
 
 
 @njit("int32[::1](int32[::1], int32[::1], int32[::1], int32[::1])", cache=True)
@@ -67,9 +86,98 @@ def _previous_tokens(tokens, parents, starts, before_root):
 class TreeRunnerMixin:
     """Overrides of ``GPUModelRunner``; see the module's docstring for the order."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._limits: dict[str, tuple[int, bool]] = {}
+
     _step: Step | None = None
+    _clock: Clock | None = None
     _verified_rows: np.ndarray
     _move_slots = None
+    _faster_than_stock = False
+    """Does our attention serve chains and single rows better than the stock one?"""
+
+    # -- time -------------------------------------------------------------------
+
+    def profile_step_cost(self) -> None:
+        """Measure (or read) what a step costs by its rows; after the model is warm."""
+        control = self.drafter.config.control
+        if control.policy != "goodput":
+            return
+        key = self._cost_key()
+        path = control.cost_file
+        if path and Path(path).exists():
+            curve = CostCurve.load(path, key)
+        else:
+            curve = self._measure_curve()
+            if path and get_tensor_model_parallel_rank() == 0:
+                curve.save(path, key)
+        self.drafter.controller.cost = StepCost(curve)
+
+    def _cost_key(self) -> dict:
+        """What a cost curve depends on."""
+        model, compilation = self.vllm_config.model_config, self.vllm_config.compilation_config
+        if self.device.type == "cpu":
+            device = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        else:
+            device = torch.cuda.get_device_name(self.device)
+        return {
+            "model": model.model,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "device": device,
+            "vllm": vllm_version,
+            "tensor_parallel_size": self.parallel_config.tensor_parallel_size,
+            "compilation": compilation.mode.name,
+            "cudagraphs": compilation.cudagraph_mode.name,
+        }
+
+    def _measure_curve(self) -> CostCurve:
+        """Time forward pass and output layer over growing row counts; some seconds."""
+        most = max(min(self.max_num_tokens, PROFILE_ROWS[-1]), 2)
+        rows = [n for n in PROFILE_ROWS if n <= most]
+        # Rounds over all counts, so that a busy moment of the machine spoils one value of
+        # each; the same calls on every rank, since the forward pass is collective.
+        rounds = [[self._time_rows(n) for n in rows] for _ in range(PROFILE_ROUNDS)]
+        return CostCurve.fit(np.array(rows, np.int64), np.array(rounds))
+
+    def _time_rows(self, rows: int) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        hidden, _ = self._dummy_run(rows)
+        self.model.compute_logits(hidden[:rows])
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def execute_model(self, scheduler_output, *args, **kwargs):
+        self._stop_clock(scheduler_output)
+        started = time.perf_counter()
+        drafting = self._drafting_seconds()
+        out = super().execute_model(scheduler_output, *args, **kwargs)
+        if self._step is not None and get_tensor_model_parallel_rank() == 0:
+            names = frozenset(scheduler_output.num_scheduled_tokens)
+            self._clock = Clock(started, names, self._step.shape, drafting)
+        return out
+
+    def _stop_clock(self, scheduler_output) -> None:
+        """The last step's time ends where this one begins, if the engine was never idle."""
+        clock, self._clock = self._clock, None
+        if clock is None:
+            return
+        # A request of that step goes on: the scheduler had no reason to wait.
+        if clock.request_ids.isdisjoint(scheduler_output.num_scheduled_tokens):
+            return
+        seconds = time.perf_counter() - clock.started
+        drafting = self._drafting_seconds() - clock.drafting
+        self.drafter.controller.step_took(clock.shape, seconds - drafting)
+
+    def _drafting_seconds(self) -> float:
+        counters = self.drafter.counters
+        return counters["draft_seconds"] + counters["prompt_seconds"]
 
     # -- inputs ---------------------------------------------------------------
 
@@ -102,7 +210,7 @@ class TreeRunnerMixin:
     def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
         out = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self._step = step = self._describe(scheduler_output, num_scheduled_tokens)
-        if step.has_tree.any():
+        if step.ours.any():
             # The cache slots, computed from sequential positions, stay; the rotary
             # phase follows depth.
             in_request = np.arange(len(step.batch_rows)) - np.repeat(
@@ -150,10 +258,20 @@ class TreeRunnerMixin:
         before_root = np.where(
             before >= 0, batch.token_ids_cpu[np.arange(num_reqs), np.maximum(before, 0)], -1
         ).astype(np.int32)
+        lengths = batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled
+        ours = has_tree
+        if counts.max() > 1 and self._faster_than_stock:
+            ours = num_scheduled == counts
         return Step(
+            shape=StepShape(
+                requests=num_reqs,
+                rows=len(flat),
+                row_context=float((counts * lengths.astype(np.int64)).sum()),
+                prompt_rows=int(num_scheduled.sum()) - len(flat),
+            ),
             rows=rows,
             batch_rows=batch_rows,
-            has_tree=has_tree,
+            ours=ours,
             num_scheduled=num_scheduled,
             previous=_previous_tokens(tokens, flat, starts, before_root),
         )
@@ -163,7 +281,7 @@ class TreeRunnerMixin:
     def _build_attention_metadata(self, *args, **kwargs):
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
         step = self._step
-        if step is None or not step.has_tree.any():
+        if step is None or not step.ours.any():
             return metadata, common
         if len(self.attn_groups) != 1:
             raise RuntimeError("vllm-specplus supports models with one KV cache group")
@@ -174,10 +292,10 @@ class TreeRunnerMixin:
         return metadata, common
 
     def _tree_metadata(self, step: Step, common, group) -> TreeAttentionMetadata:
-        trees = np.flatnonzero(step.has_tree)
+        trees = np.flatnonzero(step.ours)
         rows = step.rows
         counts = np.diff(rows.starts)
-        of_tree = np.repeat(step.has_tree, counts)
+        of_tree = np.repeat(step.ours, counts)
         starts = np.zeros(len(trees) + 1, np.int32)
         np.cumsum(counts[trees], out=starts[1:])
         parents = rows.parents[of_tree]
@@ -187,7 +305,7 @@ class TreeRunnerMixin:
         if self.device.type != "cpu":
             mask = self._to_device(ancestor_mask(parents, starts, max_rows))
         other_rows = other = None
-        if len(trees) < len(step.has_tree):
+        if len(trees) < len(step.ours):
             other_rows, other = self._other_metadata(step, common, group)
         return TreeAttentionMetadata(
             rows=self._to_device(step.batch_rows[of_tree]),
@@ -204,11 +322,11 @@ class TreeRunnerMixin:
 
     def _other_metadata(self, step: Step, common, group):
         """Stock metadata of the requests without a tree, and their batch rows."""
-        others = np.flatnonzero(~step.has_tree)
+        others = np.flatnonzero(~step.ours)
         lengths = step.num_scheduled[others]
         starts = np.zeros(len(others) + 1, np.int32)
         np.cumsum(lengths, out=starts[1:])
-        of_other = np.repeat(~step.has_tree, step.num_scheduled)
+        of_other = np.repeat(~step.ours, step.num_scheduled)
         rows = self._to_device(np.flatnonzero(of_other))
         index = self._to_device(others)
         seq_lens = self.optimistic_seq_lens_cpu[torch.from_numpy(others)]
@@ -279,7 +397,7 @@ class TreeRunnerMixin:
         return acceptance.lengths
 
     def _compact(self, step: Step, acceptance: Acceptance) -> None:
-        if not step.has_tree.any():
+        if not step.ours.any():
             return
         request, source, destination = kv.moves(acceptance)
         if not len(request):
@@ -311,7 +429,7 @@ class TreeRunnerMixin:
     ):  # fmt: skip
         step, batch = self._step, self.input_batch
         num_reqs = batch.num_reqs
-        if self.drafter.proposer.reads_prompt:
+        if self.drafter.proposer.reads_prompt and step.shape.prompt_rows:
             self._show_prompt(step, hidden_states)  # every rank: the output layer is collective
         if get_tensor_model_parallel_rank() != 0:
             return [[] for _ in range(num_reqs)]  # vLLM takes rank 0's drafts
@@ -321,15 +439,13 @@ class TreeRunnerMixin:
         path = step.acceptance.path
         request, column = np.nonzero(path >= 0)
         accepted[step.rows.starts[request] + path[request, column]] = True
-        chain_only = np.zeros(num_reqs, bool)
         num_tokens = batch.num_tokens_no_spec[:num_reqs].astype(np.int32)
         room = np.minimum(self.num_spec_tokens, self.max_model_len - 1 - num_tokens)
+        limits = [self._draft_limits(name) for name in batch.req_ids]
+        room = np.minimum(room, [most for most, _ in limits])
         max_nodes = np.where(decoding, np.maximum(room, 0), 0).astype(np.int32)
-        for i, request_id in enumerate(batch.req_ids):
-            params = self.requests[request_id].sampling_params
-            if params is not None and params.structured_outputs is not None:
-                chain_only[i] = True
-                self.drafter.counters.add("chain_fallbacks:structured_output")
+        chain_only = np.array([chain for _, chain in limits], bool)
+        self.drafter.counters.add("chain_fallbacks:structured_output", int(chain_only.sum()))
         drafts = self.drafter.draft(
             StepContext(
                 request_ids=batch.req_ids,
@@ -341,6 +457,18 @@ class TreeRunnerMixin:
             )
         )
         return drafts.split()
+
+    def _draft_limits(self, request_id: str) -> tuple[int, bool]:
+        """Most nodes of a request, and whether they must form a chain; fixed for its life."""
+        limits = self._limits.get(request_id)
+        if limits is None:
+            params = self.requests[request_id].sampling_params
+            # Checked in the front end; nothing here can fail for a request that got in.
+            limit = request_controls.parse(params.extra_args).limit if params else 0
+            chain = params is not None and params.structured_outputs is not None
+            limits = (self.num_spec_tokens if limit is None else limit, chain)
+            self._limits[request_id] = limits
+        return limits
 
     def _count(self, step: Step, decoding: np.ndarray) -> None:
         """Count decoding steps; a prompt's last chunk makes its first token, not a step."""
@@ -358,27 +486,45 @@ class TreeRunnerMixin:
         counters.add("nodes_accepted", int(lengths[in_output].sum() - in_output.sum()))
 
     def _show_prompt(self, step: Step, hidden_states: torch.Tensor) -> None:
-        """Let the proposer see what follows every prompt token read in this step."""
-        batch = self.input_batch
-        starts = np.cumsum(step.num_scheduled) - step.num_scheduled
-        top_k = self.drafter.proposer.top_k
+        """Let the proposer see what follows the prompt tokens read in this step, as many
+        of them as the controller grants; the last ones of each prompt come first."""
         # The verified rows, a request's last ones, are observed with the step.
         unverified = step.num_scheduled - np.diff(step.rows.starts)
+        granted = self._agree(lambda: self.drafter.controller.prompt_rows(int(unverified.sum())))
+        if not granted:
+            return
+        start, shown = time.perf_counter(), 0
+        ends = np.cumsum(step.num_scheduled) - step.num_scheduled + unverified
         for i in np.flatnonzero(unverified):
-            computed, count = int(batch.num_computed_tokens_cpu[i]), int(unverified[i])
-            for offset in range(0, count, PROMPT_CHUNK):
-                size = min(PROMPT_CHUNK, count - offset)
-                first = int(starts[i]) + offset
+            count = min(int(unverified[i]), granted - shown)
+            known = int(self.input_batch.num_computed_tokens_cpu[i] + unverified[i])
+            for ahead in range(count, 0, -PROMPT_CHUNK):
+                size = min(PROMPT_CHUNK, ahead)
+                first = int(ends[i]) - ahead
                 logits = self.model.compute_logits(hidden_states[first : first + size])
-                if get_tensor_model_parallel_rank() != 0:
-                    continue
-                top_ids = self._top_ids(logits, top_k).cpu().numpy()
-                text = batch.token_ids_cpu[i]
-                begin = computed + offset
-                previous = np.full(size, -1, np.int32)
-                head = min(begin, 1)  # the very first token has none before it
-                previous[1 - head :] = text[begin - head : begin + size - 1]
-                self.drafter.observe_prompt(text[begin : begin + size], previous, top_ids)
+                if get_tensor_model_parallel_rank() == 0:
+                    self._show_prompt_rows(int(i), known - ahead, size, logits)
+            shown += count
+        self.drafter.counters.add("prompt_rows_read", shown)
+        seconds = time.perf_counter() - start
+        self.drafter.counters.add("prompt_seconds", seconds)
+        self.drafter.controller.prompt_took(shown, seconds)
+
+    def _show_prompt_rows(self, request: int, begin: int, size: int, logits: torch.Tensor) -> None:
+        """Rows ``begin``.. of a request's text, with the logits after each of them."""
+        top_ids = self._top_ids(logits, self.drafter.proposer.top_k).cpu().numpy()
+        text = self.input_batch.token_ids_cpu[request]
+        previous = np.full(size, -1, np.int32)
+        head = min(begin, 1)  # the very first token has none before it
+        previous[1 - head :] = text[begin - head : begin + size - 1]
+        self.drafter.observe_prompt(text[begin : begin + size], previous, top_ids)
+
+    def _agree(self, decide) -> int:
+        """Rank 0's decision, on every rank: what follows it is collective."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return decide()
+        return group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0)
 
     def sample_tokens(self, grammar_output):
         try:
@@ -388,6 +534,7 @@ class TreeRunnerMixin:
 
     def _on_request_state_removed(self, req_id, req_state) -> None:
         super()._on_request_state_removed(req_id, req_state)
+        self._limits.pop(req_id, None)
         self.drafter.forget(req_id)
 
     def close_drafter(self) -> None:
@@ -401,6 +548,12 @@ def _chain(count: int) -> np.ndarray:
 
 
 class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
+    @property
+    def _faster_than_stock(self) -> bool:
+        """With several rows per request the stock kernel takes longer, and dividing a
+        batch among two kernels costs copies in every layer."""
+        return native.library() is not None
+
     def _make_mover(self):
         from vllm_specplus.engine.attention.cpu import cache_layout
 

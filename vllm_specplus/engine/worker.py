@@ -27,6 +27,11 @@ class TreeCPUWorker(CPUWorker):
         finally:
             module.CPUModelRunner = stock
 
+    def compile_or_warm_up_model(self):
+        times = super().compile_or_warm_up_model()
+        self.model_runner.profile_step_cost()
+        return times
+
     def shutdown(self) -> None:
         self.model_runner.close_drafter()
         super().shutdown()
@@ -45,6 +50,11 @@ class TreeGPUWorker(Worker):
             "vllm_specplus.engine.attention.cuda.TreeTritonBackend",
         )
         return TreeGPUModelRunner(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self):
+        times = super().compile_or_warm_up_model()
+        self.model_runner.profile_step_cost()
+        return times
 
     def shutdown(self) -> None:
         self.model_runner.close_drafter()

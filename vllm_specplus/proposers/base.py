@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_specplus.control.acceptance import Source
 from vllm_specplus.tree import DraftBatch
 
 
@@ -55,6 +56,9 @@ class StepContext:
     """bool [R] requests that must get a chain, not a tree (structured output)."""
     observation: Observation
     """The step's rows, request by request."""
+    acceptance: np.ndarray | None = None
+    """float32 [R, depths, S] probability that a node is accepted if its parent was, by
+    depth (the last entry serves all deeper ones) and source; set by the controller."""
 
 
 class Proposer(ABC):
@@ -62,6 +66,9 @@ class Proposer(ABC):
 
     top_k: int = 0
     """Most probable ids per row the method wants in ``Observation.top_ids``."""
+    sources: tuple[Source, ...] = (Source("draft", "draft", 0.5),)
+    """The rules that propose nodes, for ``DraftBatch.sources``: the controller learns
+    each one's acceptance."""
     reads_prompt: bool = False
     """Does :meth:`observe_prompt` want the prompt's rows? They cost the target's
     output layer over the whole prompt."""
@@ -76,7 +83,11 @@ class Proposer(ABC):
 
     @abstractmethod
     def propose(self, step: StepContext) -> DraftBatch:
-        """Learn from ``step.observation``, then draft for every request."""
+        """Learn from ``step.observation``, then draft for every request.
+
+        Grow trees best first by ``step.acceptance`` and label the nodes with their
+        source; the controller verifies the part that pays.
+        """
 
     # The rest is optional; a method overrides what it needs.
 

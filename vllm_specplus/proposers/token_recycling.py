@@ -12,9 +12,10 @@ Three things are ours, each with an ablation in ``docs/token_recycling.md``:
 * the continuation of the longest match of the text's own suffix (prompt lookup)
   as one more successor,
 * instead of a fixed template the tree is grown best first: a node's score is the
-  product of the measured acceptance probabilities of (source, rank) along its
-  path, so any budget gets the most probable nodes for it. The paper's template
-  remains as ``"tree": "2.2.2"``.
+  product of the acceptance probabilities along its path, by where each successor comes
+  from (its rank in a row, the length of the match), which the controller keeps learning.
+  Any budget gets the most probable nodes for it. The paper's template remains as
+  ``"tree": "2.2.2"``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from vllm_specplus.control.acceptance import Source, prior_tables
 from vllm_specplus.proposers.base import Observation, Proposer, StepContext
 from vllm_specplus.tree import DraftBatch
 
@@ -59,8 +61,10 @@ TEMPLATE_222 = {
 #: child's rank: measured by benchmarks/token_recycling_ablation.py on Spec-Bench.
 TOKEN_RANK_ACCEPTANCE = (0.35, 0.10, 0.06, 0.055, 0.03, 0.03, 0.015, 0.01)
 PAIR_RANK_ACCEPTANCE = (0.51, 0.07, 0.04, 0.02)
-#: The same for the suffix match's continuation, by length of the match (0 unused).
-MATCH_ACCEPTANCE = (0.0, 0.21, 0.64, 0.67, 0.68, 0.70, 0.72, 0.83, 0.88)
+#: The same for the suffix match's continuation, by length of the match, from 1; alone,
+#: and where a row proposes the same token.
+MATCH_ACCEPTANCE = (0.21, 0.64, 0.67, 0.68, 0.70, 0.72, 0.83, 0.88)
+AGREED_ACCEPTANCE = (0.45, 0.75, 0.80, 0.82, 0.84, 0.86, 0.90, 0.93)
 
 
 def template_nodes(children: dict[tuple[int, ...], int]) -> tuple[np.ndarray, np.ndarray]:
@@ -147,44 +151,46 @@ def suffix_match(text, n, longest):
 
 @njit(cache=True)
 def grow(
-    matrix, pair_keys, pair_rows, token_acceptance, pair_acceptance, match_acceptance,
-    text, n, budget, chain, tokens, parents, sources,
+    matrix, pair_keys, pair_rows, acceptance, longest, text, n, budget, chain,
+    tokens, parents, sources,
 ):  # fmt: skip
     """Grow one request's tree best first; returns the number of nodes.
 
-    ``text`` int32 with ``n`` tokens, the last one the root; writes the tree to
-    ``tokens``, ``parents`` and, for measurements, ``sources`` (0-7 rank in a
-    one-token row, 8-15 in a two-token row, 16 + match length).
+    ``text`` int32 with ``n`` tokens, the last one the root; ``acceptance`` float32
+    [depths, S]; ``longest`` suffix match looked for, 0 = none. Writes the tree to
+    ``tokens``, ``parents`` and ``sources`` (numbered as :func:`sources_of` does).
     """
     vocab, k = matrix.shape
     slots, pair_k = pair_rows.shape
+    of_match = k + pair_k - 1  # a match of length l is source of_match + l
     capacity = (budget + 1) * (k + 1)
     # Candidates: nodes that may still be taken.
     c_token = np.empty(capacity, np.int32)
     c_parent = np.empty(capacity, np.int32)
+    c_depth = np.empty(capacity, np.int32)
     c_score = np.empty(capacity, np.float32)
     c_source = np.empty(capacity, np.int32)
     c_match = np.empty(capacity, np.int32)  # where the suffix match continues, or -1
     c_length = np.empty(capacity, np.int32)
     num = 0
 
-    longest = match_acceptance.shape[0] - 1
     match, length = -1, 0
     if longest > 0:
         match, length = suffix_match(text, n, longest)
-    node, previous, token, score = -1, UNSET, text[n - 1], np.float32(1.0)
+    node, previous, token, score, depth = -1, UNSET, text[n - 1], np.float32(1.0), 0
     if n > 1:
         previous = text[n - 2]
     count = 0
     while True:
         # Offer the children of (node: token after previous).
+        p = acceptance[min(depth, acceptance.shape[0] - 1)]
         first = num
         matched = UNSET
         if match >= 0 and match < n:
             matched = text[match]
-            c_token[num], c_parent[num] = matched, node
-            c_score[num] = score * match_acceptance[min(length, longest)]
-            c_source[num] = 16 + length
+            c_token[num], c_parent[num], c_depth[num] = matched, node, depth + 1
+            c_source[num] = of_match + min(length, longest)
+            c_score[num] = score * p[c_source[num]]
             c_match[num], c_length[num] = match + 1, length + 1
             num += 1
         slot = -1
@@ -202,12 +208,13 @@ def grow(
             child = pair_rows[slot, rank] if slot >= 0 else matrix[token, rank]
             if child < 0:
                 break
-            p = score * (pair_acceptance[rank] if slot >= 0 else token_acceptance[rank])
-            if child == matched:  # both sources agree: one node, the better estimate
-                c_score[first] = max(c_score[first], p)
+            if child == matched:  # row and match agree: one node, of a source of its own
+                c_source[first] = of_match + longest + min(length, longest)
+                c_score[first] = score * p[c_source[first]]
                 continue
-            c_token[num], c_parent[num], c_score[num] = child, node, p
-            c_source[num] = rank + (8 if slot >= 0 else 0)
+            c_token[num], c_parent[num], c_depth[num] = child, node, depth + 1
+            c_source[num] = rank + (k if slot >= 0 else 0)
+            c_score[num] = score * p[c_source[num]]
             c_match[num], c_length[num] = -1, 0
             num += 1
         if chain:  # only the best child of the newest node stays a candidate
@@ -231,16 +238,20 @@ def grow(
         sources[count] = c_source[best]
         parent = c_parent[best]
         previous = text[n - 1] if parent < 0 else tokens[parent]
-        node, token, score = np.int32(count), c_token[best], c_score[best]
+        node, token = np.int32(count), c_token[best]
+        score, depth = c_score[best], c_depth[best]
         match, length = c_match[best], c_length[best]
         count += 1
         num -= 1  # fill the gap with the last candidate
-        c_token[best], c_parent[best], c_score[best] = c_token[num], c_parent[num], c_score[num]
-        c_source[best], c_match[best], c_length[best] = c_source[num], c_match[num], c_length[num]
+        c_token[best], c_parent[best], c_depth[best] = c_token[num], c_parent[num], c_depth[num]
+        c_score[best], c_source[best] = c_score[num], c_source[num]
+        c_match[best], c_length[best] = c_match[num], c_length[num]
 
 
 @njit(cache=True)
-def grow_template(matrix, template_parents, template_ranks, root, chain, tokens, parents):
+def grow_template(
+    matrix, template_parents, template_ranks, root, chain, tokens, parents, sources
+):  # fmt: skip
     """Fill a static tree from the matrix; returns the number of nodes.
 
     Nodes below an unset successor are left out. ``chain`` keeps rank 0 only.
@@ -259,7 +270,7 @@ def grow_template(matrix, template_parents, template_ranks, root, chain, tokens,
         child = matrix[tokens[parent] if parent >= 0 else root, template_ranks[i]]
         if child < 0:
             continue
-        tokens[count], parents[count] = child, parent
+        tokens[count], parents[count], sources[count] = child, parent, template_ranks[i]
         place[i] = count
         count += 1
     return count
@@ -267,9 +278,8 @@ def grow_template(matrix, template_parents, template_ranks, root, chain, tokens,
 
 @njit(cache=True)
 def grow_batch(
-    matrix, pair_keys, pair_rows, token_acceptance, pair_acceptance, match_acceptance,
-    template_parents, template_ranks, token_ids, num_tokens, max_nodes, chain_only,
-    tokens, parents, sources, counts,
+    matrix, pair_keys, pair_rows, acceptance, longest, template_parents, template_ranks,
+    token_ids, num_tokens, max_nodes, chain_only, tokens, parents, sources, counts,
 ):  # fmt: skip
     """Drafts of all requests, back to back; returns the total number of nodes."""
     total = 0
@@ -287,15 +297,15 @@ def grow_batch(
                 chain_only[r],
                 tokens[total:],
                 parents[total:],
+                sources[total:],
             )
         else:
             counts[r] = grow(
                 matrix,
                 pair_keys,
                 pair_rows,
-                token_acceptance,
-                pair_acceptance,
-                match_acceptance,
+                acceptance[r],
+                longest,
                 text,
                 n,
                 max_nodes[r],
@@ -306,6 +316,22 @@ def grow_batch(
             )
         total += counts[r]
     return total
+
+
+def sources_of(top_k: int, pair_width: int, longest: int) -> tuple[Source, ...]:
+    """Where a node can come from: ranks of one-token rows, ranks of two-token rows,
+    matches of each length alone, and matches a row agrees with."""
+    tables = (
+        ("token rank", "token", 0, _padded(TOKEN_RANK_ACCEPTANCE, top_k)),
+        ("pair rank", "pair", 0, _padded(PAIR_RANK_ACCEPTANCE, pair_width)),
+        ("match of", "match", 1, MATCH_ACCEPTANCE[:longest]),
+        ("agreed match of", "match", 1, AGREED_ACCEPTANCE[:longest]),
+    )
+    return tuple(
+        Source(f"{name} {first + i}", group, p)
+        for name, group, first, priors in tables
+        for i, p in enumerate(priors)
+    )
 
 
 class TokenRecycling(Proposer):
@@ -319,10 +345,8 @@ class TokenRecycling(Proposer):
         pairs = PAIR_SLOTS if config.pair_keys else 0
         self.pair_keys = np.full((pairs, 2), UNSET, np.int32)
         self.pair_rows = np.full((pairs, min(config.top_k, PAIR_WIDTH)), UNSET, np.int32)
-        self.token_acceptance = _padded(TOKEN_RANK_ACCEPTANCE, config.top_k)
-        self.pair_acceptance = _padded(PAIR_RANK_ACCEPTANCE, config.top_k)
-        longest = len(MATCH_ACCEPTANCE) if config.match_context else 1
-        self.match_acceptance = np.array(MATCH_ACCEPTANCE[:longest], np.float32)
+        self.longest_match = len(MATCH_ACCEPTANCE) if config.match_context else 0
+        self.sources = sources_of(config.top_k, self.pair_rows.shape[1], self.longest_match)
         none = np.empty(0, np.int32)
         self.template = (none, none)
         if config.tree == "2.2.2":
@@ -339,12 +363,11 @@ class TokenRecycling(Proposer):
             self._buffers = [np.empty(capacity, np.int32) for _ in range(3)]
         tokens, parents, sources = self._buffers
         total = grow_batch(
-            self.matrix, self.pair_keys, self.pair_rows,
-            self.token_acceptance, self.pair_acceptance, self.match_acceptance,
+            self.matrix, self.pair_keys, self.pair_rows, step.acceptance, self.longest_match,
             *self.template, step.token_ids, step.num_tokens, step.max_nodes, step.chain_only,
             tokens, parents, sources, counts,
         )  # fmt: skip
-        return DraftBatch(tokens[:total], parents[:total], counts)
+        return DraftBatch(tokens[:total], parents[:total], counts, sources[:total])
 
     def observe_prompt(self, observation: Observation) -> None:
         self._recycle(observation)
@@ -362,7 +385,8 @@ class TokenRecycling(Proposer):
         nothing = Observation(none, none, np.empty((0, self.top_k), np.int32), np.empty(0, bool))
         text = np.zeros((1, 4), np.int32)
         budget = np.full(1, self.config.num_speculative_tokens, np.int32)
-        self.propose(StepContext(["warm-up"], text, one + 4, budget, one > 0, nothing))
+        priors = prior_tables(self.sources, 1)
+        self.propose(StepContext(["warm-up"], text, one + 4, budget, one > 0, nothing, priors))
 
     def save(self, path: str) -> None:
         """Write the matrix and the pair table (safetensors), atomically."""
@@ -410,6 +434,6 @@ class TokenRecycling(Proposer):
             logger.info("Token Recycling matrix saved to %s", self.config.save_matrix)
 
 
-def _padded(values: tuple[float, ...], width: int) -> np.ndarray:
-    """``values`` as float32 [width]; ranks beyond the measured ones get the last value."""
-    return np.array([values[min(i, len(values) - 1)] for i in range(width)], np.float32)
+def _padded(values: tuple[float, ...], width: int) -> list[float]:
+    """``width`` values; ranks beyond the measured ones get the last one."""
+    return [values[min(i, len(values) - 1)] for i in range(width)]

@@ -1,0 +1,425 @@
+"""Replay of recorded texts against a table of step times: policies compared without an engine.
+
+A discrete-event simulation of a serving engine that drafts with Token Recycling. It runs
+the product's own proposer and controller; what it replaces is the target model, by
+
+* texts that a real engine produced, with the most probable next ids of every row it
+  verified (``record_traces.py`` writes them), and
+* a table of measured step times by (requests in the batch, verified rows).
+
+Simulated time is all there is: nothing here depends on how fast the simulation runs.
+
+    python benchmarks/simulator.py --traces benchmarks/data/traces_smollm2.npz \
+        --steps benchmarks/data/step_times_cpu.json [--loads 1,2,4,...] [--json OUT] [--plot OUT]
+
+It prints, for every number of requests in flight, tokens/s of no speculation, of fixed
+budgets, and of the goodput controller, and where the controller stands against the best
+fixed budget of that load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vllm_specplus.config import FixedControl, GoodputControl, TokenRecyclingConfig
+from vllm_specplus.control.controller import Controller
+from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
+from vllm_specplus.metrics import Counters
+from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.proposers.token_recycling import TokenRecycling
+from vllm_specplus.tree import DraftBatch, accepted_paths
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One request as a real engine answered it."""
+
+    prompt: np.ndarray
+    """int32 [P] token ids."""
+    output: np.ndarray
+    """int32 [T] token ids."""
+    prompt_top_ids: np.ndarray
+    """int32 [P, k] most probable next ids after each prompt token."""
+    row_at: np.ndarray
+    """int32 [L] output tokens known when the row below was verified."""
+    row_tokens: np.ndarray
+    row_previous: np.ndarray
+    row_accepted: np.ndarray
+    row_top_ids: np.ndarray
+    """Rows the engine verified, rejected ones too: int32 [L], [L], bool [L], int32 [L, k]."""
+
+
+def load_traces(path: Path) -> list[Trace]:
+    """Read what ``record_traces.py`` wrote (NumPy arrays only, no pickle)."""
+    with np.load(path, allow_pickle=False) as data:
+        count = int(data["count"])
+        names = list(Trace.__dataclass_fields__)
+        return [Trace(*(data[f"{name}_{i}"] for name in names)) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Measured seconds of a step, on a grid of requests and drafted nodes per request."""
+
+    requests: np.ndarray
+    """int64 [A] ascending."""
+    nodes: np.ndarray
+    """float64 [B] nodes per request, ascending, from 0."""
+    seconds: np.ndarray
+    """float64 [A, B]."""
+    prompt_row: float
+    """Seconds that each row of a prompt in the same step adds."""
+
+    @classmethod
+    def load(cls, path: Path) -> StepTimes:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        grid = (np.array(content[name], float) for name in ("requests", "nodes", "seconds"))
+        return cls(*grid, float(content["prompt_row_seconds"]))
+
+    def __call__(self, requests: int, rows: int, prompt_rows: int) -> float:
+        """Bilinear in (requests, nodes per request); linear beyond the last request count."""
+        per_request = (rows - requests) / requests
+        column = [np.interp(per_request, self.nodes, line) for line in self.seconds]
+        beyond = per_request - self.nodes[-1]
+        if beyond > 0:
+            slopes = (self.seconds[:, -1] - self.seconds[:, -2]) / (self.nodes[-1] - self.nodes[-2])
+            column = column + beyond * slopes
+        known = float(np.interp(requests, self.requests, column))
+        past = requests - self.requests[-1]
+        if past > 0:
+            rise = (column[-1] - column[-2]) / (self.requests[-1] - self.requests[-2])
+            known += past * rise
+        return known + self.prompt_row * prompt_rows
+
+    def curve(self) -> CostCurve:
+        """What the profile at start would have measured: row counts at one request."""
+        return CostCurve(1 + self.nodes.astype(np.int64), self.seconds[0])
+
+
+@dataclass
+class Running:
+    """A request in the simulated batch."""
+
+    name: str
+    trace: Trace
+    row: int
+    arrived: float
+    started: float = 0.0
+    produced: int = 0
+    fed: int = 0
+    """Recorded rows shown to the proposer."""
+
+
+@dataclass
+class Result:
+    """What a simulated run measured."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    request_steps: int = 0
+    nodes: list[int] = field(default_factory=list)
+    """Verified nodes of every step."""
+    batches: list[int] = field(default_factory=list)
+    seconds_per_token: list[float] = field(default_factory=list)
+    """Of every finished request, after its first token."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / self.request_steps
+
+
+Policy = Callable[[TokenRecycling, StepTimes], Controller | None]
+
+
+def fixed(nodes: int) -> Policy:
+    """Always that many nodes; 0 decodes plainly."""
+
+    def make(proposer: TokenRecycling, times: StepTimes) -> Controller | None:
+        if not nodes:
+            return None
+        control = FixedControl(policy="fixed")
+        return Controller(control, proposer.sources, nodes, 1 << 20, Counters())
+
+    return make
+
+
+def goodput(max_nodes: int = 32) -> Policy:
+    """The default policy; it starts from the profile of single requests and learns."""
+
+    def make(proposer: TokenRecycling, times: StepTimes) -> Controller:
+        controller = Controller(
+            GoodputControl(), proposer.sources, max_nodes, 1 << 20, Counters()
+        )  # fmt: skip
+        controller.cost = StepCost(times.curve())
+        return controller
+
+    return make
+
+
+class Simulator:
+    """One engine. ``noise``: relative standard deviation of a step's time."""
+
+    def __init__(
+        self,
+        times: StepTimes,
+        policy: Policy,
+        vocab_size: int,
+        max_batch: int,
+        max_len: int,
+        noise: float = 0.05,
+        seed: int = 0,
+    ):
+        config = TokenRecyclingConfig(num_speculative_tokens=80)
+        self.proposer = TokenRecycling(config, vocab_size, "simulated")
+        self.times = times
+        self.controller = policy(self.proposer, times)
+        self.texts = np.zeros((max_batch, max_len), np.int32)
+        self.rng = np.random.default_rng(seed)
+        self.noise = noise
+        self.clock = 0.0
+        self.running: list[Running] = []
+        self.free = list(range(max_batch))
+        self.drafts = DraftBatch.empty(0)
+        self.result = Result()
+        self._names = 0
+
+    def admit(self, trace: Trace, arrived: float) -> None:
+        """Start a request; its prompt is read in the next step."""
+        self._names += 1
+        running = Running(f"request {self._names}", trace, self.free.pop(), arrived)
+        length = len(trace.prompt)
+        self.texts[running.row, :length] = trace.prompt
+        self.texts[running.row, length : length + len(trace.output)] = trace.output
+        self.running.append(running)
+
+    def step(self) -> list[Running]:
+        """One engine step; returns the requests that finished in it."""
+        batch, result = self.running, self.result
+        decoding = [r for r in batch if r.produced]
+        prompts = [r for r in batch if not r.produced]
+        prompt_rows = sum(len(r.trace.prompt) for r in prompts)
+        rows = len(batch) + len(self.drafts.tokens)
+        seconds = self.times(len(batch), rows, prompt_rows)
+        seconds *= 1.0 + self.noise * float(self.rng.standard_normal())
+        self.clock += max(seconds, 1e-6)
+
+        accepted = self._accept(decoding)
+        for r, more in zip(decoding, accepted, strict=True):
+            result.tokens += min(more, len(r.trace.output) - r.produced)
+            r.produced += more
+        for r in prompts:
+            self._read_prompt(r)
+            r.produced, r.started = 1, self.clock
+        context = sum(len(r.trace.prompt) + r.produced for r in batch)
+        result.steps += 1
+        result.request_steps += len(decoding)
+        result.nodes.append(len(self.drafts.tokens))
+        result.batches.append(len(batch))
+        result.seconds = self.clock
+        if self.controller is not None:
+            shape = StepShape(len(batch), rows, context / len(batch) * rows, prompt_rows)
+            self.controller.step_took(shape, seconds)
+
+        finished = [r for r in batch if r.produced >= len(r.trace.output)]
+        for r in finished:
+            if len(r.trace.output) > 1:
+                result.seconds_per_token.append(
+                    (self.clock - r.started) / (len(r.trace.output) - 1)
+                )
+            self.free.append(r.row)
+            if self.controller is not None:
+                self.controller.forget(r.name)
+        self.running = [r for r in batch if r.produced < len(r.trace.output)]
+        self.drafts = self._draft()
+        return finished
+
+    def _accept(self, decoding: list[Running]) -> list[int]:
+        """Output tokens of each request: the drafted path that is in its text, plus one."""
+        if not len(self.drafts.tokens):
+            return [1] * len(decoding)
+        out, start = [], 0
+        for r, count in zip(decoding, self.drafts.counts.tolist(), strict=True):
+            tokens = self.drafts.tokens[start : start + count]
+            parents = self.drafts.parents[start : start + count]
+            start += count
+            # The target's draw at every row: the text's next token on the path.
+            path, depth = np.zeros(count + 1, bool), np.zeros(count + 1, np.int32)
+            path[0] = True
+            ahead = np.append(r.trace.output[r.produced :], -1)
+            drawn = np.full(count + 1, -2, np.int32)
+            drawn[0] = ahead[0]
+            for i in range(count):
+                above = parents[i] + 1
+                depth[i + 1] = depth[above] + 1
+                path[i + 1] = path[above] and tokens[i] == drawn[above]
+                if path[i + 1] and depth[i + 1] < len(ahead):
+                    drawn[i + 1] = ahead[depth[i + 1]]
+            rows = np.concatenate(([0], tokens)).astype(np.int32)
+            above = np.concatenate(([-1], parents + 1)).astype(np.int32)
+            _, lengths = accepted_paths(rows, above, np.array([0, count + 1], np.int32), drawn)
+            out.append(int(lengths[0]))
+        return out
+
+    def _read_prompt(self, r: Running) -> None:
+        tokens = r.trace.prompt
+        previous = np.concatenate(([-1], tokens[:-1])).astype(np.int32)
+        kept = np.ones(len(tokens), bool)
+        self.proposer.observe_prompt(
+            Observation(tokens, previous, r.trace.prompt_top_ids, kept)
+        )  # fmt: skip
+
+    def _draft(self) -> DraftBatch:
+        if self.controller is None or not self.running:
+            return DraftBatch.empty(len(self.running))
+        count = len(self.running)
+        order = [r.row for r in self.running]
+        step = StepContext(
+            request_ids=[r.name for r in self.running],
+            token_ids=self.texts[order],
+            num_tokens=np.array([len(r.trace.prompt) + r.produced for r in self.running], np.int32),
+            max_nodes=np.full(count, self.controller.max_nodes, np.int32),
+            chain_only=np.zeros(count, bool),
+            observation=self._observe(),
+        )
+        self.controller.prepare(step)
+        return self.controller.choose(step, self.proposer.propose(step))
+
+    def _observe(self) -> Observation:
+        """The rows the recorded engine verified up to where each request is now."""
+        parts = []
+        for r in self.running:
+            end = int(np.searchsorted(r.trace.row_at, r.produced))
+            parts.append((r.trace, slice(r.fed, end)))
+            r.fed = max(end, r.fed)
+        return Observation(
+            np.concatenate([t.row_tokens[s] for t, s in parts]),
+            np.concatenate([t.row_previous[s] for t, s in parts]),
+            np.concatenate([t.row_top_ids[s] for t, s in parts]),
+            np.concatenate([t.row_accepted[s] for t, s in parts]),
+        )
+
+
+def closed_loop(simulator: Simulator, traces: Sequence[Trace], in_flight: int) -> Result:
+    """``in_flight`` requests at all times, until all traces are answered."""
+    waiting = iter(traces)
+    for trace in _take(waiting, in_flight):
+        simulator.admit(trace, simulator.clock)
+    while simulator.running:
+        for _ in simulator.step():
+            for trace in _take(waiting, 1):
+                simulator.admit(trace, simulator.clock)
+    return simulator.result
+
+
+def open_loop(simulator: Simulator, traces: Sequence[Trace], rate: float, seed: int = 0) -> Result:
+    """Poisson arrivals, ``rate`` per second."""
+    gaps = np.random.default_rng(seed).exponential(1.0 / rate, len(traces))
+    arrivals = list(zip(np.cumsum(gaps).tolist(), range(len(traces)), strict=True))
+    heapq.heapify(arrivals)
+    while arrivals or simulator.running:
+        if not simulator.running:
+            simulator.clock = max(simulator.clock, arrivals[0][0])
+        while arrivals and arrivals[0][0] <= simulator.clock and simulator.free:
+            arrived, index = heapq.heappop(arrivals)
+            simulator.admit(traces[index], arrived)
+        simulator.step()
+    return simulator.result
+
+
+def _take(items: Iterator[Trace], count: int) -> list[Trace]:
+    return [trace for _, trace in zip(range(count), items, strict=False)]
+
+
+def workload(traces: Sequence[Trace], in_flight: int) -> list[Trace]:
+    """Enough requests to keep ``in_flight`` busy for most of the run."""
+    repeats = -(-max(3 * in_flight, len(traces)) // len(traces))
+    return (list(traces) * repeats)[: max(3 * in_flight, len(traces))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--traces", type=Path, required=True)
+    parser.add_argument("--steps", type=Path, required=True)
+    parser.add_argument("--loads", default="1,2,4,8,16,32,64,128,256")
+    parser.add_argument("--fixed", default="2,4,8,16")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    traces, times = load_traces(args.traces), StepTimes.load(args.steps)
+    loads = [int(n) for n in args.loads.split(",")]
+    policies: dict[str, Policy] = {"none": fixed(0)}
+    policies |= {f"fixed {n}": fixed(int(n)) for n in args.fixed.split(",")}
+    policies["goodput"] = goodput()
+    longest = max(len(t.prompt) + len(t.output) for t in traces)
+    vocab_size = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    table = []
+    for load in loads:
+        row = {"in_flight": load}
+        for name, policy in policies.items():
+            simulator = Simulator(times, policy, vocab_size, load, longest + 1)
+            result = closed_loop(simulator, workload(traces, load), load)
+            row[name] = {
+                "tokens_per_second": result.tokens_per_second,
+                "tokens_per_step": result.tokens_per_step,
+                "nodes_per_request": sum(result.nodes) / max(result.request_steps, 1),
+            }
+        rates = {name: row[name]["tokens_per_second"] for name in policies}
+        best = max((name for name in rates if name != "goodput"), key=rates.get)
+        row["goodput_vs_none"] = rates["goodput"] / rates["none"]
+        row["goodput_vs_best_fixed"] = rates["goodput"] / rates[best]
+        row["best_fixed"] = best
+        table.append(row)
+        print(
+            f"{load:4} in flight: "
+            + "  ".join(f"{name} {rate:6.1f}" for name, rate in rates.items())
+            + f"  goodput {row['goodput_vs_none']:.2f}x none,"
+            f" {row['goodput_vs_best_fixed']:.2f}x {best}",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(
+            json.dumps({"command": " ".join(sys.argv), "loads": table}, indent=1) + "\n"
+        )
+    if args.plot:
+        plot(table, list(policies), args.plot)
+
+
+def plot(table: list[dict], policies: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    loads = [row["in_flight"] for row in table]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in policies:
+        ratios = [
+            row[name]["tokens_per_second"] / row["none"]["tokens_per_second"] for row in table
+        ]
+        style = {"linewidth": 2.5, "marker": "o"} if name == "goodput" else {"linestyle": "--"}
+        axes.plot(loads, ratios, label=name, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(loads, [str(n) for n in loads])
+    axes.set_xlabel("requests in flight")
+    axes.set_ylabel("tokens/s, relative to no speculation")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

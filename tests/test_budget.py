@@ -1,0 +1,111 @@
+"""Which nodes are verified: against exhaustive search and the card's check values."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_specplus.control.budget import best_goodput, keep_nodes
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "length", "expected"),
+    [(0.7, 3, 2.533), (0.7, 5, 2.941), (0.9, 5, 4.686), (0.5, 3, 1.875)],
+)
+def test_expected_tokens_of_a_chain(acceptance, length, expected):
+    """SmartSpec's (1 - a^(k+1)) / (1 - a) is one plus the survival of the nodes."""
+    survival = acceptance ** np.arange(1, length + 1)
+    assert 1 + survival.sum() == pytest.approx(expected, abs=5e-4)
+    free = np.full(length + 1, 0.01)  # rows that cost nothing: take all of them
+    best, gain = best_goodput(survival, 1, free)
+    assert (best, gain) == (length, pytest.approx(expected, abs=5e-4))
+
+
+@st.composite
+def batches(draw):
+    """Up to 3 requests with trees of up to 4 nodes, and step times that need not be convex."""
+    trees, start = [], 0
+    for _ in range(draw(st.integers(1, 3))):
+        count = draw(st.integers(0, 4))
+        parents = [draw(st.integers(-1, i - 1)) for i in range(count)]
+        acceptance = [draw(st.floats(0.01, 0.99)) for _ in range(count)]
+        survival = []
+        for p, a in zip(parents, acceptance, strict=True):
+            survival.append(a * (survival[p] if p >= 0 else 1.0))
+        trees.append((parents, survival))
+        start += count
+    rises = [draw(st.floats(0, 1)) for _ in range(start)]
+    return trees, 1.0 + np.concatenate(([0.0], np.cumsum(rises)))
+
+
+@given(batches())
+@settings(deadline=None, max_examples=60)
+def test_the_budget_equals_exhaustive_search(batch):
+    """Over all sets of nodes that are closed under parents, in all requests together."""
+    trees, seconds = batch
+    nodes = [(r, i) for r, (parents, _) in enumerate(trees) for i in range(len(parents))]
+    best = 0.0
+    for size in range(len(nodes) + 1):
+        for chosen in combinations(nodes, size):
+            if all((r, trees[r][0][i]) in chosen for r, i in chosen if trees[r][0][i] >= 0):
+                tokens = len(trees) + sum(trees[r][1][i] for r, i in chosen)
+                best = max(best, tokens / seconds[size])
+    survival = np.array([trees[r][1][i] for r, i in nodes])
+    order = np.argsort(-survival, kind="stable")
+    count, gain = best_goodput(survival[order], len(trees), seconds)
+    assert gain * len(trees) / seconds[0] == pytest.approx(best)
+    kept = {nodes[i] for i in order[:count]}
+    assert all((r, trees[r][0][i]) in kept for r, i in kept if trees[r][0][i] >= 0)
+
+
+def test_zero_is_a_legal_answer_and_wins_ties():
+    assert best_goodput(np.array([0.2]), 1, np.array([1.0, 1.3])) == (0, 1.0)
+    assert best_goodput(np.array([0.5]), 1, np.array([1.0, 1.5])) == (0, 1.0)
+    assert best_goodput(np.array([]), 4, np.array([1.0])) == (0, 1.0)
+
+
+def test_a_dip_does_not_stop_the_search():
+    """Step times have steps of their own: the first decrease of goodput is not the end."""
+    survival = np.array([0.9, 0.8, 0.8, 0.8])
+    seconds = np.array([1.0, 2.0, 2.0, 2.0, 2.0])
+    count, _ = best_goodput(survival, 1, seconds)
+    assert count == 4
+
+
+@given(st.integers(0, 10_000))
+@settings(deadline=None)
+def test_kept_nodes_keep_their_paths(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 8, 3).astype(np.int32)
+    parents = np.concatenate([[rng.integers(-1, i) for i in range(n)] for n in counts])
+    parents = parents.astype(np.int32)
+    tokens = rng.permutation(len(parents)).astype(np.int32)  # distinct: they name the nodes
+    kept = np.zeros(len(parents), bool)
+    first = 0
+    for n in counts:
+        for i in range(n):
+            above = parents[first + i]
+            kept[first + i] = (above < 0 or kept[first + above]) and rng.random() < 0.7
+        first += n
+
+    def paths(tokens, parents, counts, wanted=None):
+        out, first = [], 0
+        for n in counts.tolist():
+            for i in range(n):
+                if wanted is not None and not wanted[first + i]:
+                    continue
+                path, node = [], i
+                while node >= 0:
+                    path.append(int(tokens[first + node]))
+                    node = int(parents[first + node])
+                out.append(path)
+            first += n
+        return out
+
+    result = keep_nodes(tokens, parents, counts, kept)
+    assert paths(*result) == paths(tokens, parents, counts, kept)
+    assert [a.dtype for a in result] == [np.int32] * 3

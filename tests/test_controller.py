@@ -1,0 +1,268 @@
+"""The controller in a simulated world: tokens are drawn, steps take what a table says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_specplus.config import FixedControl, GoodputControl, ThresholdControl
+from vllm_specplus.control.acceptance import Source
+from vllm_specplus.control.controller import PROBE_INTERVALS, PROMPT_SHARE, Controller
+from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
+from vllm_specplus.metrics import Counters
+from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.tree import DraftBatch
+
+MAX_NODES = 16
+#: Rows are nearly free up to 8 and dear beyond, as on a small machine.
+CURVE = CostCurve(np.array([1, 8, 16, 64]), np.array([0.0100, 0.0107, 0.0155, 0.0443]))
+NOTHING = Observation(
+    np.empty(0, np.int32), np.empty(0, np.int32), np.empty((0, 1), np.int32), np.empty(0, bool)
+)
+
+
+class World:
+    """``requests`` texts; each step drafts a chain per request under a controller.
+
+    A drafted token is right with probability ``acceptance``, given that the ones before
+    it were: the text is written at once, far enough ahead.
+    """
+
+    def __init__(self, control=None, requests=1, draft_seconds=0.0, seed=0, curve=CURVE):
+        self.counters = Counters()
+        source = Source("chain", "chain", 0.5)
+        control = control or GoodputControl()
+        self.controller = Controller(control, [source], MAX_NODES, 1 << 16, self.counters)
+        self.controller.cost = StepCost(curve)
+        self.rng = np.random.default_rng(seed)
+        self.curve, self.draft_seconds = curve, draft_seconds
+        self.texts = np.zeros((requests, 200_000), np.int32)
+        self.known = np.full(requests, 10, np.int32)
+        self.names = [f"r{i}" for i in range(requests)]
+        self.clock = 0.0
+        self.tokens = 0
+
+    def step(self, acceptance) -> int:
+        """One step; returns the verified nodes."""
+        requests = len(self.names)
+        step = StepContext(
+            self.names, self.texts, self.known.copy(), np.full(requests, MAX_NODES, np.int32),
+            np.zeros(requests, bool), NOTHING,
+        )  # fmt: skip
+        controller = self.controller
+        controller.prepare(step)
+        tokens, parents, counts = [], [], []
+        for r, most in enumerate(step.max_nodes.tolist()):
+            drafted = self.rng.integers(1, 1000, most)
+            right = self.rng.random(most + 1) < np.broadcast_to(acceptance, requests)[r]
+            n = self.known[r]
+            self.texts[r, n : n + most + 1] = 0  # wrong, unless
+            run = int(np.argmin(right[:most])) if not right[:most].all() else most
+            self.texts[r, n : n + run] = drafted[:run]
+            tokens += drafted.tolist()
+            parents += range(-1, most - 1)
+            counts.append(most)
+        drafts = DraftBatch(*(np.array(x, np.int32) for x in (tokens, parents, counts)))
+        controller.drafting_took(requests, self.draft_seconds)
+        chosen = controller.choose(step, drafts)
+        starts = np.cumsum(chosen.counts) - chosen.counts
+        for r, count in enumerate(chosen.counts.tolist()):
+            path = chosen.tokens[starts[r] : starts[r] + count]
+            n = self.known[r]
+            right = path == self.texts[r, n : n + count]
+            self.known[r] += 1 + (count if right.all() else int(np.argmin(right)))
+            self.tokens += int(self.known[r] - n)
+        rows = requests + len(chosen.tokens)
+        seconds = float(self.curve(rows)) * (1 + 0.03 * self.rng.standard_normal())
+        controller.step_took(StepShape(requests, rows, 100.0 * rows), seconds)
+        self.clock += seconds + (self.draft_seconds * requests if counts else 0)
+        return len(chosen.tokens)
+
+    def run(self, steps, acceptance) -> np.ndarray:
+        return np.array([self.step(acceptance) for _ in range(steps)])
+
+
+def best_goodput(acceptance: float, requests: int = 1) -> float:
+    """Tokens per second of the best number of nodes, if all is known."""
+    k = np.arange(MAX_NODES + 1)
+    tokens = 1 + np.concatenate(([0.0], np.cumsum(acceptance ** k[1:])))
+    return float(np.max(requests * tokens / CURVE(requests * (1 + k))))
+
+
+@pytest.mark.parametrize("requests", [1, 6])
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.8, 0.95])
+def test_goodput_is_close_to_that_of_perfect_knowledge(acceptance, requests):
+    world = World(requests=requests)
+    world.run(100, acceptance)
+    clock, tokens = world.clock, world.tokens
+    world.run(500, acceptance)
+    reached = (world.tokens - tokens) / (world.clock - clock)
+    assert reached > 0.93 * best_goodput(acceptance, requests)
+
+
+def test_the_optimum_is_found_again_within_50_steps():
+    """Acceptance drops, as when prompts switch to random text, and recovers."""
+    world = World()
+    high = world.run(300, 0.9)[-100:].mean()
+    assert high > 5
+    dropped = world.run(300, 0.0)
+    assert dropped[-200:].mean() < 1
+    assert dropped[50:].mean() == pytest.approx(dropped[-200:].mean(), abs=1.0)
+    recovered = world.run(300, 0.9)
+    assert recovered[50:].mean() == pytest.approx(high, rel=0.25)
+
+
+def test_never_much_slower_than_plain_decoding():
+    """Drafts that are always wrong cost next to nothing."""
+    world = World(requests=8)
+    world.run(600, 0.0)
+    plain = 600 * float(CURVE(8))
+    assert world.clock < 1.02 * plain
+
+
+def test_every_request_gets_what_it_deserves():
+    world = World(requests=2)
+    world.run(200, [0.95, 0.02])
+    before = world.known.copy()
+    world.run(200, [0.95, 0.02])
+    easy, hard = world.known - before
+    assert easy > 3 * 200
+    assert hard < 1.1 * 200
+    step = StepContext(
+        world.names, world.texts, world.known.copy(), np.full(2, MAX_NODES, np.int32),
+        np.zeros(2, bool), NOTHING,
+    )  # fmt: skip
+    world.controller.prepare(step)
+    counts = step.max_nodes.copy()
+    drafts = DraftBatch(
+        np.ones(counts.sum(), np.int32),
+        np.concatenate([np.arange(-1, n - 1, dtype=np.int32) for n in counts]),
+        counts,
+    )
+    chosen = world.controller.choose(step, drafts)
+    assert chosen.counts[0] > 3
+    assert chosen.counts[1] <= 1
+
+
+def test_load_lowers_the_budget_of_each_request():
+    per_request = [World(requests=n).run(200, 0.7)[50:].mean() / n for n in (1, 4, 16)]
+    assert per_request[0] > per_request[1] > per_request[2]
+
+
+def test_a_cheap_method_keeps_looking_while_off():
+    """It grows trees that nothing verifies; the text labels them."""
+    world = World()
+    world.run(200, 0.0)
+    before = world.counters.as_dict()
+    world.run(100, 0.0)
+    after = world.counters.as_dict()
+    assert after["nodes_grown"] > before["nodes_grown"] + 100
+    assert after["nodes_labelled"] > before["nodes_labelled"] + 50
+    assert after["undrafted_steps"] - before["undrafted_steps"] > 90
+
+
+def test_an_expensive_method_is_probed_ever_more_rarely_and_comes_back():
+    world = World(draft_seconds=0.004)
+    nodes = world.run(3000, 0.0)
+    first, last = nodes[:300], nodes[-1000:]
+    assert 0 < np.count_nonzero(last) <= 1000 / PROBE_INTERVALS[1] + 2
+    assert np.count_nonzero(first) > np.count_nonzero(last)
+    assert world.counters["probe_steps"] > 3
+    assert world.run(1500, 0.95)[-200:].mean() > 4
+
+
+def test_drafting_time_counts():
+    """A method that pays if drafts were free, and does not at its price."""
+    assert World().run(300, 0.5)[100:].mean() > 1
+    assert World(draft_seconds=0.02).run(600, 0.5)[300:].mean() < 0.3
+
+
+def chain(world, count, requests=1):
+    step = StepContext(
+        world.names, world.texts, world.known.copy(), np.full(requests, count, np.int32),
+        np.zeros(requests, bool), NOTHING,
+    )  # fmt: skip
+    world.controller.prepare(step)
+    counts = np.full(requests, count, np.int32)
+    parents = np.tile(np.arange(-1, count - 1, dtype=np.int32), requests)
+    drafts = DraftBatch(np.ones(count * requests, np.int32), parents, counts)
+    return world.controller.choose(step, drafts)
+
+
+def test_fixed_verifies_everything_drafted():
+    world = World(FixedControl(policy="fixed"), requests=3)
+    assert chain(world, 16, 3).counts.tolist() == [16, 16, 16]
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.3, 0), (0.51, 1), (0.76, 2), (0.9, 3)])
+def test_threshold_bounds_the_probability_of_a_rejection(threshold, expected):
+    """Survival of a chain at acceptance 1/2: 1/2, 1/4, 1/8; SpecDec++ stops at 1 - h."""
+    world = World(ThresholdControl(policy="threshold", threshold=threshold))
+    assert chain(world, 8).counts.tolist() == [expected]
+
+
+def test_rows_are_capped_best_first():
+    world = World(FixedControl(policy="fixed"), requests=2)
+    world.controller.max_rows = 7
+    assert chain(world, 16, 2).counts.tolist() == [3, 2]
+    world.controller.max_rows = 2
+    assert chain(world, 16, 2).counts.tolist() == [0, 0]
+
+
+def test_nothing_is_drafted_before_the_step_is_profiled():
+    world = World()
+    world.controller.cost = None
+    assert chain(world, 8).counts.tolist() == [0]
+
+
+def test_predictions_and_measurements_are_counted():
+    world = World()
+    world.run(300, 0.8)
+    c = world.counters
+    assert c["timed_steps"] == c["control_steps"] == 300
+    assert c["predicted_step_seconds"] == pytest.approx(c["measured_step_seconds"], rel=0.05)
+    assert c["expected_tokens"] == pytest.approx(world.tokens - 300, rel=0.15)
+
+
+def test_confidence_replaces_the_source_table():
+    """A draft model's own certainty decides, before any label is seen."""
+    world = World(ThresholdControl(policy="threshold", threshold=0.6), requests=2)
+    step = StepContext(
+        world.names, world.texts, world.known.copy(), np.full(2, 2, np.int32),
+        np.zeros(2, bool), NOTHING,
+    )  # fmt: skip
+    world.controller.prepare(step)
+    drafts = DraftBatch(
+        np.ones(4, np.int32), np.array([-1, 0, -1, 0], np.int32), np.array([2, 2], np.int32),
+        confidence=np.array([0.99, 0.98, 0.05, 0.5], np.float32),
+    )  # fmt: skip
+    assert world.controller.choose(step, drafts).counts.tolist() == [2, 0]
+
+
+def test_reading_prompts_stays_within_its_share():
+    world = World()
+    controller = world.controller
+    assert controller.prompt_rows(500) == 500  # its price is not known yet
+    controller.prompt_took(500, 0.05)
+    world.run(50, 0.9)
+    spent = 0.0
+    start = world.clock
+    for _ in range(400):
+        world.step(0.9)
+        rows = controller.prompt_rows(200)
+        if rows:
+            controller.prompt_took(rows, rows * 1e-4)
+            spent += rows * 1e-4
+    assert 0 < spent < 1.2 * PROMPT_SHARE * (world.clock - start) + 0.1
+
+
+def test_prompts_are_not_read_where_speculation_gains_nothing():
+    world = World()
+    world.controller.prompt_took(500, 0.05)
+    world.run(500, 0.0)
+    for _ in range(200):
+        world.step(0.0)
+        rows = world.controller.prompt_rows(200)
+        if rows:
+            world.controller.prompt_took(rows, rows * 1e-4)
+    assert world.controller.prompt_rows(200) < 50

@@ -1,0 +1,123 @@
+"""Step cost: the profiled curve, its file, and the correction by real steps."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
+
+CURVE = CostCurve(np.array([1, 8, 16, 64]), np.array([0.010, 0.010, 0.012, 0.036]))
+KEY = {"model": "m", "dtype": "bfloat16", "tensor_parallel_size": 1}
+
+
+def test_curve_is_linear_between_points_and_beyond():
+    assert CURVE(np.array([1, 4, 12, 64])) == pytest.approx([0.010, 0.010, 0.011, 0.036])
+    assert CURVE.slope == pytest.approx(0.024 / 48)
+    assert CURVE(np.array([128]))[0] == pytest.approx(0.036 + 64 * 0.024 / 48)
+
+
+def test_fit_takes_the_fastest_and_never_falls():
+    """Disturbances only add time: a count is never slower than a larger one."""
+    rounds = np.array([[0.9, 0.012, 0.5], [0.010, 0.8, 0.011], [0.020, 0.013, 0.012]])
+    curve = CostCurve.fit(np.array([1, 2, 4]), rounds)
+    assert curve.seconds == pytest.approx([0.010, 0.011, 0.011])
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"),
+    [([1], [0.1]), ([1, 1], [0.1, 0.2]), ([2, 1], [0.1, 0.2]), ([1, 2], [0.1]),
+     ([1, 2], [0.1, 0.0]), ([1, 2], [0.1, float("nan")])],
+)  # fmt: skip
+def test_impossible_curves_are_refused(rows, seconds):
+    with pytest.raises(ValueError, match="a cost curve needs"):
+        CostCurve(np.array(rows), np.array(seconds))
+
+
+def test_file_round_trip(tmp_path):
+    CURVE.save(tmp_path / "cost.json", KEY)
+    again = CostCurve.load(tmp_path / "cost.json", KEY)
+    assert again.rows.tolist() == CURVE.rows.tolist()
+    assert again.seconds == pytest.approx(CURVE.seconds)
+    assert [p.name for p in tmp_path.iterdir()] == ["cost.json"]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "cost.json"
+    CURVE.save(path, KEY)
+    with pytest.raises(ValueError, match=r"dtype: 'bfloat16', here 'float32'.*delete it"):
+        CostCurve.load(path, KEY | {"dtype": "float32"})
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is not a cost file"):
+        CostCurve.load(path, KEY)
+    path.write_text("{nonsense")
+    with pytest.raises(ValueError, match="is not readable"):
+        CostCurve.load(path, KEY)
+    CURVE.save(path, KEY)
+    damaged = json.loads(path.read_text()) | {"seconds": [1.0, "x"]}
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(ValueError, match="is damaged"):
+        CostCurve.load(path, KEY)
+
+
+def truth(shape: StepShape) -> float:
+    """A machine with host work per step and request, and attention over the context."""
+    seconds = 1.1 * float(CURVE(shape.rows)) + 0.002 + 0.0004 * shape.requests
+    return seconds + 2e-8 * shape.row_context + 0.0001 * shape.prompt_rows
+
+
+def random_shape(rng) -> StepShape:
+    requests = int(rng.integers(1, 9))
+    rows = requests * int(rng.integers(1, 9))
+    return StepShape(requests, rows, rows * float(rng.integers(50, 1500)))
+
+
+def test_the_model_learns_what_the_profile_does_not_know():
+    rng, cost = np.random.default_rng(0), StepCost(CURVE)
+    for _ in range(400):
+        shape = random_shape(rng)
+        cost.observe(shape, truth(shape) * (1 + 0.05 * rng.standard_normal()))
+    for _ in range(50):
+        shape = random_shape(rng)
+        assert cost.predict_step(shape) == pytest.approx(truth(shape), rel=0.08)
+
+
+def test_unexcited_directions_keep_the_profile():
+    """Single requests only, always undrafted: the price of rows stays the profiled one."""
+    cost = StepCost(CURVE)
+    shape = StepShape(1, 1, 300.0)
+    for _ in range(2000):
+        cost.observe(shape, 0.015)
+    assert cost.predict_step(shape) == pytest.approx(0.015, rel=0.02)
+    rows = np.array([16, 64])
+    rise = float(np.diff(cost.predict(rows, 1, 300.0))[0])
+    assert rise == pytest.approx(0.024, rel=0.35)
+
+
+def test_a_machine_that_becomes_slower_is_noticed():
+    cost, shape = StepCost(CURVE), StepShape(1, 8, 800.0)
+    for _ in range(200):
+        cost.observe(shape, 0.012)
+    for _ in range(150):
+        cost.observe(shape, 0.024)
+    assert cost.predict_step(shape) == pytest.approx(0.024, rel=0.1)
+
+
+def test_one_pause_is_not_a_price():
+    cost, shape = StepCost(CURVE), StepShape(1, 8, 800.0)
+    for _ in range(200):
+        cost.observe(shape, 0.012)
+    cost.observe(shape, 30.0)
+    assert cost.predict_step(shape) == pytest.approx(0.012, rel=0.1)
+
+
+def test_more_rows_are_never_predicted_to_be_faster():
+    """Whatever noise says: else the budget would run away."""
+    rng, cost = np.random.default_rng(1), StepCost(CURVE)
+    for _ in range(300):
+        rows = int(rng.integers(1, 9))
+        cost.observe(StepShape(1, rows, rows * 100.0), 0.02 - 0.001 * rows)
+        seconds = cost.predict(np.arange(1, 80), 1, 100.0)
+        assert (np.diff(seconds) >= -1e-12).all()

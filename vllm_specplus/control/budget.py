@@ -1,0 +1,58 @@
+"""Which of the grown nodes are verified in the next step.
+
+All nodes of all requests compete: ranked by survival, the best ``b`` of them are
+verified. As a child never survives its parent, the best ``b`` are closed under
+parents, and no other choice of ``b`` nodes yields more expected tokens. What
+remains is ``b``:
+
+* **goodput** (SmartSpec, arXiv 2406.14066; there with one draft length for the whole
+  batch): the ``b`` with the most expected tokens per second of the step. Every ``b``
+  is evaluated, since measured step times have steps of their own and no single maximum
+  can be assumed. Zero is a legal answer.
+* **threshold** (SpecDec++, arXiv 2405.19715, sec. 3.1): a node is verified while the
+  probability that its path holds a rejection, ``1 - survival``, stays below a threshold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+def best_goodput(survival: np.ndarray, num_requests: int, seconds: np.ndarray) -> tuple[int, float]:
+    """The most productive number of nodes, and its goodput over that of no nodes.
+
+    ``survival`` float [N] in descending order; ``seconds`` float [N + 1] time of a step
+    that verifies 0..N of them. Each of the ``num_requests`` requests outputs one token
+    even undrafted. Ties go to fewer nodes.
+    """
+    tokens = num_requests + np.concatenate(([0.0], np.cumsum(survival, dtype=np.float64)))
+    goodput = tokens / seconds
+    best = int(np.argmax(goodput))
+    return best, float(goodput[best] / goodput[0])
+
+
+@njit(cache=True)
+def keep_nodes(tokens, parents, counts, kept):
+    """The subtrees of ``kept`` bool [N] nodes, renumbered: (tokens, parents, counts).
+
+    ``tokens``, ``parents`` int32 [N], ``counts`` int32 [R]. A kept node's parent is kept.
+    """
+    size = 0
+    for i in range(kept.shape[0]):
+        size += kept[i]
+    out_tokens = np.empty(size, np.int32)
+    out_parents = np.empty(size, np.int32)
+    out_counts = np.zeros(counts.shape[0], np.int32)
+    place = np.empty(kept.shape[0], np.int32)
+    first, total = 0, 0
+    for r in range(counts.shape[0]):
+        for i in range(first, first + counts[r]):
+            if kept[i]:
+                place[i] = out_counts[r]
+                out_tokens[total] = tokens[i]
+                out_parents[total] = -1 if parents[i] < 0 else place[first + parents[i]]
+                out_counts[r] += 1
+                total += 1
+        first += counts[r]
+    return out_tokens, out_parents, out_counts

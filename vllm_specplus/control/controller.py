@@ -1,0 +1,296 @@
+"""The controller: how many nodes every request gets in this step.
+
+One step, as the engine calls it::
+
+    step_took     the last step's shape and duration correct the cost model
+    prepare       the texts label the last trees; who may draft, and the acceptance
+                  tables by which a proposer grows its trees best first
+    (propose)     trees up to that limit, every node with its source
+    choose        the nodes to verify, by the policy
+
+Grown but unverified nodes cost microseconds with methods that look drafts up, so such
+methods keep growing while speculation is off: the text labels their trees, and drafting
+resumes in the step in which it pays. A method whose drafting itself costs time is
+only probed, ever more rarely up to ``PROBE_INTERVALS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_specplus.config import ControlConfig
+from vllm_specplus.control.acceptance import (
+    AcceptanceEstimator,
+    Source,
+    first_children,
+    label_nodes,
+    look_up,
+    survivals,
+)
+from vllm_specplus.control.budget import best_goodput, keep_nodes
+from vllm_specplus.control.confidence import ConfidenceEstimator
+from vllm_specplus.control.cost import StepCost, StepShape
+from vllm_specplus.metrics import Counters
+from vllm_specplus.proposers.base import StepContext
+from vllm_specplus.tree import DraftBatch
+
+#: Speculation that is off comes back when it promises this much more goodput.
+HYSTERESIS = 0.02
+#: While off, one step in so many is speculated, to keep the step cost honest.
+PROBE_INTERVALS = (16, 256)
+#: While on, one step in so many is not speculated, for the same reason; fewer where the
+#: predicted gain exceeds EXPLORE_GAIN.
+EXPLORE_INTERVALS, EXPLORE_GAIN = (40, 200), 1.3
+#: A method is cheap while drafting takes less than this share of an undrafted step.
+CHEAP_DRAFT = 0.02
+#: Expected tokens are scaled by how earlier expectations came true: memory per step, and
+#: tokens that the prior "exactly" counts for.
+CALIBRATION_MEMORY, CALIBRATION_PRIOR = 0.98, 10.0
+#: Showing prompts to a method costs the target's output layer. It may take a tenth of
+#: what speculation currently gains, at most this share of all time, and save up at most
+#: so many undrafted steps' worth.
+PROMPT_SHARE, PROMPT_SAVINGS = 0.05, 10.0
+#: A request grows at most GROWTH[0] nodes plus GROWTH[1] times the most any request
+#: got in the last step: more would be grown only to be cut.
+GROWTH = (6, 2)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Trees as grown, until the text tells which nodes were right."""
+
+    request_ids: list[str]
+    drafted_at: np.ndarray
+    tokens: np.ndarray
+    parents: np.ndarray
+    sources: np.ndarray
+    starts: np.ndarray
+    confidence: np.ndarray | None
+    expected: np.ndarray
+    """float64 [R] tokens each request was expected to gain by its verified nodes."""
+
+
+class Controller:
+    """Decides under one policy for one engine; see the module's docstring."""
+
+    def __init__(
+        self,
+        config: ControlConfig,
+        sources: Sequence[Source],
+        max_nodes: int,
+        max_rows: int,
+        counters: Counters,
+    ):
+        """``max_nodes`` per request; ``max_rows`` verified rows per step."""
+        self.config = config
+        self.acceptance = AcceptanceEstimator(sources)
+        self._confidence_estimator: ConfidenceEstimator | None = None
+        self.cost: StepCost | None = None
+        """Set by the engine once the step is profiled; goodput drafts nothing before."""
+        self.max_nodes = max_nodes
+        self.max_rows = max_rows
+        self.counters = counters
+        self.speculating = True
+        self._pending: _Pending | None = None
+        self._most = max_nodes  # nodes the luckiest request got in the last step
+        self._idle_steps = 0  # since the last verified draft, while off
+        self._interval = PROBE_INTERVALS[0]
+        self._draft_seconds = 0.0  # per drafted request, moving average
+        self._expected = self._gained = 0.0  # tokens of recent steps, decayed
+        self._steps_on = 0
+        self._gain = 1.0 + 10 * PROMPT_SHARE  # predicted goodput ratio, moving average
+        self._prompt_credit = float("inf")  # seconds that reading prompts may take now
+        self._prompt_row_seconds = 0.0
+
+    # -- what happened ------------------------------------------------------------
+
+    def step_took(self, shape: StepShape, seconds: float) -> None:
+        """The last step had this shape and took this long, drafting not included."""
+        if self.cost is None:
+            return
+        if not shape.prompt_rows:
+            self.counters.add("timed_steps")
+            self.counters.add("predicted_step_seconds", self.cost.predict_step(shape))
+            self.counters.add("measured_step_seconds", seconds)
+        self.cost.observe(shape, seconds)
+        share = min(0.1 * (self._gain - 1.0), PROMPT_SHARE)
+        savings = PROMPT_SAVINGS * self.cost.unit
+        self._prompt_credit = min(self._prompt_credit + share * seconds, savings)
+
+    def drafting_took(self, requests: int, seconds: float) -> None:
+        """Growing the last trees, for so many requests, took this long."""
+        if requests:
+            self._draft_seconds += 0.1 * (seconds / requests - self._draft_seconds)
+
+    def prompt_rows(self, rows: int) -> int:
+        """How many of a step's ``rows`` prompt rows the method may be shown."""
+        if self.config.policy != "goodput" or not self._prompt_row_seconds:
+            return rows
+        return min(rows, int(max(self._prompt_credit, 0.0) / self._prompt_row_seconds))
+
+    def prompt_took(self, rows: int, seconds: float) -> None:
+        """Showing ``rows`` prompt rows took this long."""
+        per_row = seconds / rows
+        weight = 0.1 if self._prompt_row_seconds else 1.0
+        self._prompt_row_seconds += weight * (per_row - self._prompt_row_seconds)
+        self._prompt_credit -= seconds
+
+    def forget(self, request_id: str) -> None:
+        self.acceptance.forget(request_id)
+
+    # -- before drafting ------------------------------------------------------------
+
+    def prepare(self, step: StepContext) -> None:
+        """Learn from the texts; set ``step.acceptance`` and lower ``step.max_nodes``."""
+        self._learn(step)
+        step.acceptance = self.acceptance.tables(step.request_ids)
+        if self.config.policy != "goodput":
+            return
+        if not self.speculating and not self._drafting_is_cheap(step) and not self._probe_is_due():
+            step.max_nodes[:] = 0
+            self._idle_steps += 1
+        else:
+            np.minimum(step.max_nodes, GROWTH[0] + GROWTH[1] * self._most, out=step.max_nodes)
+
+    def _learn(self, step: StepContext) -> None:
+        trees, self._pending = self._pending, None
+        if trees is None:
+            return
+        places = {name: i for i, name in enumerate(step.request_ids)}
+        here = [name for name in trees.request_ids if name in places]
+        if not here:
+            return
+        rows = np.array([places.get(name, -1) for name in trees.request_ids], np.int32)
+        gone = rows < 0
+        gained = step.num_tokens[rows] - trees.drafted_at - 1
+        self._expected = CALIBRATION_MEMORY * self._expected + trees.expected[~gone].sum()
+        self._gained = (
+            CALIBRATION_MEMORY * self._gained + gained[~gone & (trees.expected > 0)].sum()
+        )
+        labelled = self.acceptance.learn(
+            trees.tokens, trees.parents, trees.sources, trees.starts, trees.drafted_at,
+            trees.request_ids, rows, step.token_ids, step.num_tokens,
+        )  # fmt: skip
+        self.counters.add("nodes_labelled", labelled)
+        if trees.confidence is not None:
+            self._learn_confidence(trees, rows, step)
+
+    def _calibration(self) -> float:
+        """Accepted over expected tokens. The nodes with the highest estimates are those
+        that were overestimated most, so a choice by estimates expects too much."""
+        return min((self._gained + CALIBRATION_PRIOR) / (self._expected + CALIBRATION_PRIOR), 1.0)
+
+    def _learn_confidence(self, trees: _Pending, rows: np.ndarray, step: StepContext) -> None:
+        for r in np.flatnonzero(rows >= 0):
+            nodes = slice(trees.starts[r], trees.starts[r + 1])
+            labels, depths = label_nodes(
+                trees.tokens[nodes], trees.parents[nodes], step.token_ids[rows[r]],
+                trees.drafted_at[r], step.num_tokens[rows[r]],
+            )  # fmt: skip
+            own = np.array([0, nodes.stop - nodes.start], np.int32)
+            seen = (labels >= 0) & first_children(trees.parents[nodes], own)
+            self._confidence().observe(
+                trees.confidence[nodes][seen], depths[seen], labels[seen] == 1
+            )
+
+    def _confidence(self) -> ConfidenceEstimator:
+        if self._confidence_estimator is None:
+            self._confidence_estimator = ConfidenceEstimator(self.max_nodes)
+        return self._confidence_estimator
+
+    def _drafting_is_cheap(self, step: StepContext) -> bool:
+        if self.cost is None:
+            return True
+        requests = len(step.request_ids)
+        plain = float(self.cost.predict(requests, requests, float(step.num_tokens.mean())))
+        return self._draft_seconds * requests < CHEAP_DRAFT * plain
+
+    def _probe_is_due(self) -> bool:
+        return self._idle_steps >= self._interval
+
+    # -- after drafting -------------------------------------------------------------
+
+    def choose(self, step: StepContext, drafts: DraftBatch) -> DraftBatch:
+        """The nodes to verify: subtrees of ``drafts``, one tree per request."""
+        starts = np.zeros(len(drafts.counts) + 1, np.int32)
+        np.cumsum(drafts.counts, out=starts[1:])
+        sources = drafts.sources
+        if sources is None:
+            sources = np.zeros(len(drafts.tokens), np.int32)
+        self._pending = _Pending(
+            list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
+            drafts.parents.copy(), sources.copy(), starts,
+            None if drafts.confidence is None else drafts.confidence.copy(),
+            np.zeros(len(drafts.counts)),
+        )  # fmt: skip
+        acceptance, depths = look_up(drafts.parents, sources, starts, step.acceptance)
+        if drafts.confidence is not None:
+            confident = self._confidence().predict(drafts.confidence, depths)
+            acceptance = np.where(first_children(drafts.parents, starts), confident, acceptance)
+        survival = self._calibration() * survivals(drafts.parents, starts, acceptance)
+        kept = self._kept(step, drafts, survival)
+        self.counters.add("control_steps")
+        self.counters.add("nodes_grown", len(survival))
+        requests = np.repeat(np.arange(len(drafts.counts)), drafts.counts)
+        expected = np.bincount(requests, survival * kept, len(drafts.counts))
+        self._pending.expected = expected
+        self.counters.add("expected_tokens", float(expected.sum()))
+        if not kept.any():
+            self.counters.add("undrafted_steps")
+            self._most = 0
+            return DraftBatch.empty(len(drafts.counts))
+        if kept.all():
+            chosen = drafts
+        else:
+            chosen = DraftBatch(*keep_nodes(drafts.tokens, drafts.parents, drafts.counts, kept))
+        self._most = int(chosen.counts.max())
+        return chosen
+
+    def _kept(self, step: StepContext, drafts: DraftBatch, survival: np.ndarray) -> np.ndarray:
+        """Bool [N]: which nodes the policy verifies."""
+        kept = np.zeros(len(survival), bool)
+        if not len(survival):
+            return kept
+        # Stable: among equals a parent stays before its child.
+        order = np.argsort(-survival, kind="stable")
+        requests = len(step.request_ids)
+        order = order[: max(self.max_rows - requests, 0)]
+        if self.config.policy == "threshold":
+            order = order[survival[order] >= 1.0 - self.config.threshold]
+        elif self.config.policy == "goodput":
+            order = order[: self._budget(step, survival[order])]
+        kept[order] = True
+        return kept
+
+    def _budget(self, step: StepContext, survival: np.ndarray) -> int:
+        """Nodes of the whole batch, by goodput; ``survival`` in descending order."""
+        if self.cost is None:
+            return 0
+        requests = len(step.request_ids)
+        rows = requests + np.arange(len(survival) + 1)
+        seconds = self.cost.predict(rows, requests, float(step.num_tokens.mean()))
+        best, gain = best_goodput(survival, requests, seconds)
+        drafting = self._draft_seconds * requests
+        if not self._drafting_is_cheap(step):
+            # Time already spent on these drafts, but the next ones will cost it again.
+            gain *= float(seconds[best] / (seconds[best] + drafting))
+        self._gain += 0.05 * (gain - self._gain)
+        if self.speculating:
+            self.speculating = best > 0 and gain > 1.0
+        else:
+            self.speculating = best > 0 and gain > 1.0 + HYSTERESIS
+        if self.speculating:
+            self._idle_steps, self._interval = 0, PROBE_INTERVALS[0]
+            self._steps_on += 1
+            interval = EXPLORE_INTERVALS[gain > EXPLORE_GAIN]
+            return 0 if self._steps_on % interval == 0 else best
+        if self._probe_is_due():
+            self.counters.add("probe_steps")
+            self._idle_steps = 0
+            self._interval = min(2 * self._interval, PROBE_INTERVALS[1])
+            return max(best, 1)
+        self._idle_steps += 1
+        return 0

@@ -1,0 +1,184 @@
+"""How long a step of the target takes, by what is in it.
+
+The curve "seconds of a forward pass and output layer over n rows" is profiled when the
+engine starts (or read from a file). Host work, attention over the context, prompts in
+the same step and whatever else the curve does not know is learnt from the steps that
+are actually run: a linear correction, fitted by recursive least squares with
+exponential forgetting towards the profile (so that directions the traffic does not
+excite stay where the profile put them). SmartSpec (arXiv 2406.14066, sec. 4) fits the
+same kind of features offline.
+
+Times are loop times, from one step's start to the next one's, so that scheduling and
+output processing count too; the time a method takes to draft is kept apart.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "vllm-specplus step cost 1"
+
+#: Row counts profiled: where CPUs and GPUs change tiles, then powers of two.
+PROFILE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PROFILE_ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Seconds of a forward pass over ``rows`` rows, each with its logits."""
+
+    rows: np.ndarray
+    """int64 [G] ascending."""
+    seconds: np.ndarray
+    """float64 [G]."""
+
+    def __post_init__(self):
+        ascending = (np.diff(self.rows) > 0).all()
+        if len(self.rows) != len(self.seconds) or len(self.rows) < 2 or not ascending:
+            raise ValueError("a cost curve needs at least two ascending row counts and their times")
+        if not (np.isfinite(self.seconds).all() and (np.asarray(self.seconds) > 0).all()):
+            raise ValueError("a cost curve needs positive times")
+
+    @classmethod
+    def fit(cls, rows: np.ndarray, rounds: np.ndarray) -> CostCurve:
+        """From repeated timings, float64 [rounds, G]: the fastest of each row count, and
+        never more than a larger count took (what disturbs a timing only adds to it)."""
+        fastest = np.asarray(rounds).min(axis=0)
+        return cls(rows, np.minimum.accumulate(fastest[::-1])[::-1])
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Linear between the profiled points and, with ``slope``, beyond them."""
+        inside = np.interp(rows, self.rows, self.seconds)
+        return inside + self.slope * np.maximum(np.asarray(rows) - self.rows[-1], 0)
+
+    @property
+    def slope(self) -> float:
+        """Seconds per row over the upper half of the curve: the price of many rows."""
+        middle = len(self.rows) // 2
+        rise = self.seconds[-1] - self.seconds[middle]
+        return max(float(rise / (self.rows[-1] - self.rows[middle])), 0.0)
+
+    def save(self, path: str | Path, key: dict[str, Any]) -> None:
+        """Write the curve (JSON), atomically; ``key`` says what it was measured on."""
+        part = Path(f"{path}.part")
+        content = {
+            "format": FORMAT,
+            "key": key,
+            "rows": [int(n) for n in self.rows],
+            "seconds": [float(s) for s in self.seconds],
+        }
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, key: dict[str, Any]) -> CostCurve:
+        """Read what :meth:`save` wrote; ValueError if it was measured on anything else."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cost_file {str(path)!r} is not readable: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"cost_file {str(path)!r} is not a cost file of vllm-specplus")
+        measured = content.get("key", {})
+        differing = [
+            f"{name}: {measured.get(name)!r}, here {value!r}"
+            for name, value in key.items()
+            if measured.get(name) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"cost_file {str(path)!r} was measured on something else "
+                f"({'; '.join(differing)}): delete it to measure again, or name another file"
+            )
+        try:
+            rows = np.array(content["rows"], np.int64)
+            return cls(rows, np.array(content["seconds"], np.float64))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"cost_file {str(path)!r} is damaged: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What was in a step."""
+
+    requests: int
+    rows: int
+    """Verified rows: the requests' newest tokens and their drafted nodes."""
+    row_context: float
+    """Tokens of context, summed over the verified rows."""
+    prompt_rows: int = 0
+    """Rows of prompts read in the same step."""
+
+
+class StepCost:
+    """Predicts seconds per step; corrected by every step that was timed."""
+
+    #: A step tells about the next 50; older ones fade.
+    FORGET = 0.98
+    #: Standard deviation of a single step's time, relative.
+    NOISE = 0.1
+
+    def __init__(self, curve: CostCurve):
+        self.curve = curve
+        # All times in units of a one-row step, so that one prior serves any machine.
+        self.unit = float(curve.seconds[0])
+        tail = curve.slope / self.unit
+        # Coefficients of: the curve, a constant, each request, each row with 1000
+        # tokens of context, drafts present at all, each prompt row.
+        self._mean = np.array([1.0, 0.2, 0.01, 0.0, 0.0, tail])
+        deviation = np.array([0.3, 0.3, 0.05, 0.01, 0.2, tail + 0.002])
+        self._prior = np.diag(deviation**-2.0)
+        self._information = np.zeros((6, 6))
+        self._evidence = np.zeros(6)
+        self.theta = self._mean.copy()
+
+    def predict(
+        self, rows: np.ndarray, requests: int, mean_context: float, prompt_rows: int = 0
+    ) -> np.ndarray:
+        """Seconds, float64 [...], of steps with ``rows`` int [...] verified rows."""
+        rows = np.asarray(rows)
+        a, constant, request, context, drafts, prompt = self.theta
+        units = (
+            a * self.curve(rows) / self.unit
+            + constant
+            + request * requests
+            + context * rows * (mean_context / 1000)
+            + drafts * (rows > requests)
+            + prompt * prompt_rows
+        )
+        return np.maximum(units, 0.05) * self.unit
+
+    def predict_step(self, shape: StepShape) -> float:
+        """Seconds of a step of this shape."""
+        context = shape.row_context / max(shape.rows, 1)
+        return float(self.predict(shape.rows, shape.requests, context, shape.prompt_rows))
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """A step of this shape took ``seconds``."""
+        predicted = self.predict_step(shape)
+        # A pause of the machine is not a price: one step moves the model at most so far.
+        seconds = min(max(seconds, predicted / 2), 2 * predicted)
+        x = np.array(
+            [
+                float(self.curve(shape.rows)) / self.unit,
+                1.0,
+                shape.requests,
+                shape.row_context / 1000,
+                float(shape.rows > shape.requests),
+                shape.prompt_rows,
+            ]
+        )
+        weight = (self.unit / (self.NOISE * predicted)) ** 2
+        y = seconds / self.unit
+        self._information = self.FORGET * self._information + weight * np.outer(x, x)
+        self._evidence = self.FORGET * self._evidence + weight * (y - x @ self._mean) * x
+        shift = np.linalg.solve(self._prior + self._information, self._evidence)
+        self.theta = self._mean + shift
+        # Rows, requests, context and prompts never make a step shorter.
+        floor = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0])
+        np.maximum(self.theta, floor, out=self.theta)

@@ -1,0 +1,60 @@
+"""What a single request may ask for: ``extra_args={"specplus": {...}}``.
+
+Over HTTP the same object travels in ``vllm_xargs``, as JSON text, because vLLM allows
+only strings and numbers there: ``{"vllm_xargs": {"specplus": "{\\"enabled\\": false}"}}``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+KEY = "specplus"
+
+
+class RequestControls(BaseModel):
+    """A request's own limits, below those of the engine."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    enabled: bool = True
+    """False: decode this request without drafts."""
+    max_nodes: Annotated[int, Field(ge=0, le=80)] | None = None
+    """Most nodes drafted per step; the engine's limit stays in force above it."""
+
+    @property
+    def limit(self) -> int | None:
+        """Most nodes per step, None = the engine's limit."""
+        return self.max_nodes if self.enabled else 0
+
+
+DEFAULT = RequestControls()
+
+
+def parse(extra_args: dict[str, Any] | None) -> RequestControls:
+    """Read a request's controls; ValueError with one sentence for the client."""
+    raw = (extra_args or {}).get(KEY)
+    if raw is None:
+        return DEFAULT
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw)
+        except ValueError as error:
+            raise ValueError(
+                f'{KEY}: not valid JSON ({error}); write for example {{"enabled": false}}'
+            ) from None
+    if not isinstance(raw, dict):
+        raise ValueError(f'{KEY}: must be an object such as {{"max_nodes": 8}}, not {raw!r}')
+    try:
+        return RequestControls.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError("; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{KEY}: unknown key {key!r} (allowed: {', '.join(RequestControls.model_fields)})"
+    return f"{KEY}: {key!r} is {error['input']!r}: {error['msg'][0].lower() + error['msg'][1:]}"

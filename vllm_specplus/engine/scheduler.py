@@ -1,0 +1,73 @@
+"""The stock scheduler, which never pays for drafts with another request's memory.
+
+Before every step, drafts are cut where they would need cache blocks or token budget
+that plain decoding could need: speculation then causes no preemption and starves no
+request that plain decoding would have served (SpecMemo, arXiv 2506.01986, asks for the
+same bound; SmartSpec guards with a margin on free blocks).
+"""
+
+from __future__ import annotations
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_specplus import metrics
+from vllm_specplus.plugin import CONFIG_KEY
+
+
+class GuardedScheduler(Scheduler):
+    """Stock scheduling on drafts that fit."""
+
+    def __init__(self, vllm_config, *args, **kwargs):
+        super().__init__(vllm_config, *args, **kwargs)
+        extra = vllm_config.additional_config[CONFIG_KEY]
+        self._counters = metrics.Counters(extra.get("counters"))
+
+    def schedule(self, *args, **kwargs):
+        self._trim_drafts()
+        return super().schedule(*args, **kwargs)
+
+    def _trim_drafts(self) -> None:
+        drafted = [r for r in self.running if r.spec_token_ids]
+        if not drafted:
+            return
+        budget = self.max_num_scheduled_tokens
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        if self._plenty(budget, free):
+            return
+        for request in self.running:
+            plain = request.num_tokens - request.num_computed_tokens
+            budget -= min(plain, self.max_num_scheduled_tokens)
+            free -= max(cdiv(request.num_tokens, self.block_size) - self._blocks(request), 0)
+        # What the coming steps may need before a drafted block comes into use: a block
+        # for every running request, and the prompts that may be admitted meanwhile.
+        free -= len(self.running)
+        if self.waiting:
+            free -= cdiv(self.max_num_scheduled_tokens, self.block_size) + len(self.waiting)
+        for request in drafted:
+            count = len(request.spec_token_ids)
+            fits = max(min(count, budget), 0)
+            # Slots of its own last block are free of charge.
+            owned = max(self._blocks(request), cdiv(request.num_tokens, self.block_size))
+            room = owned * self.block_size - request.num_tokens
+            blocks = max(cdiv(fits - room, self.block_size), 0)
+            if blocks > max(free, 0):
+                blocks = max(free, 0)
+                fits = min(fits, max(room, 0) + blocks * self.block_size)
+            free -= blocks
+            budget -= fits
+            if fits < count:
+                # A prefix of the list keeps its tree; see tree.DraftTokens.
+                request.spec_token_ids = request.spec_token_ids[:fits]
+                self._counters.add("memory_guard_trims")
+
+    def _plenty(self, budget: int, free: int) -> bool:
+        """Can everything be served, by an upper bound that looks at no block table?"""
+        rows = sum(r.num_tokens_with_spec - r.num_computed_tokens for r in self.running)
+        waiting = budget if self.waiting else 0
+        blocks = (rows + waiting) // self.block_size + 3 * len(self.running) + len(self.waiting)
+        return rows <= budget and blocks < free
+
+    def _blocks(self, request) -> int:
+        """Cache blocks the request holds."""
+        return len(self.kv_cache_manager.get_block_ids(request.request_id)[0])
