@@ -115,7 +115,10 @@ def time_steps(llm, runner, chats, batches: list[int]) -> dict:
             prompts.append((shape, seconds))
         elif abs(nearest - nodes) <= 0.05 * nearest:
             cells[shape.requests, nearest].append(seconds)
-    table = [[float(np.median(cells[b, n])) for n in NODE_CHOICES] for b in batches]
+    table = [
+        [float(np.median(cells[b, n])) if cells[b, n] else None for n in NODE_CHOICES]
+        for b in batches
+    ]
     return {
         "requests": batches,
         "nodes": list(NODE_CHOICES),

@@ -81,8 +81,15 @@ class StepTimes:
     @classmethod
     def load(cls, path: Path) -> StepTimes:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        grid = (np.array(content[name], float) for name in ("requests", "nodes", "seconds"))
-        return cls(*grid, float(content["prompt_row_seconds"]))
+        requests, nodes, seconds = (
+            np.array(content[name], float) for name in ("requests", "nodes", "seconds")
+        )
+        # Large batches are not measured at the largest trees: their rows exceed the cap.
+        for line in seconds:
+            for j in np.flatnonzero(np.isnan(line)):
+                slope = (line[j - 1] - line[j - 2]) / (nodes[j - 1] - nodes[j - 2])
+                line[j] = line[j - 1] + slope * (nodes[j] - nodes[j - 1])
+        return cls(requests, nodes, seconds, float(content["prompt_row_seconds"]))
 
     def __call__(self, requests: int, rows: int, prompt_rows: int) -> float:
         """Bilinear in (requests, nodes per request); linear beyond the last request count."""
@@ -230,7 +237,7 @@ class Simulator:
         result.batches.append(len(batch))
         result.seconds = self.clock
         if self.controller is not None:
-            shape = StepShape(len(batch), rows, context / len(batch) * rows, prompt_rows)
+            shape = StepShape(len(batch), rows, context, prompt_rows)
             self.controller.step_took(shape, seconds)
 
         finished = [r for r in batch if r.produced >= len(r.trace.output)]

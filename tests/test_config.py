@@ -14,7 +14,7 @@ def test_defaults():
     config = parse({"method": "token_recycling"})
     assert config.model_dump() == {
         "method": "token_recycling", "num_speculative_tokens": 32, "tree": "best_first",
-        "top_k": 8, "pair_keys": True, "match_context": True, "seed_from_prompt": True,
+        "top_k": 8, "pair_keys": True, "match_context": True, "seed_from_prompt": False,
         "load_matrix": None, "save_matrix": None,
         "control": {"policy": "goodput", "cost_file": None},
     }  # fmt: skip

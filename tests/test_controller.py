@@ -7,7 +7,7 @@ import pytest
 
 from vllm_specplus.config import FixedControl, GoodputControl, ThresholdControl
 from vllm_specplus.control.acceptance import Source
-from vllm_specplus.control.controller import PROBE_INTERVALS, PROMPT_SHARE, Controller
+from vllm_specplus.control.controller import PROBE_INTERVALS, Controller
 from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposers.base import Observation, StepContext
@@ -74,7 +74,7 @@ class World:
             self.tokens += int(self.known[r] - n)
         rows = requests + len(chosen.tokens)
         seconds = float(self.curve(rows)) * (1 + 0.03 * self.rng.standard_normal())
-        controller.step_took(StepShape(requests, rows, 100.0 * rows), seconds)
+        controller.step_took(StepShape(requests, rows, 100 * requests), seconds)
         self.clock += seconds + (self.draft_seconds * requests if counts else 0)
         return len(chosen.tokens)
 
@@ -100,16 +100,20 @@ def test_goodput_is_close_to_that_of_perfect_knowledge(acceptance, requests):
     assert reached > 0.93 * best_goodput(acceptance, requests)
 
 
-def test_the_optimum_is_found_again_within_50_steps():
-    """Acceptance drops, as when prompts switch to random text, and recovers."""
+def test_a_drop_and_a_recovery_are_followed():
+    """One source, nearly free rows: the hardest case, since nothing but misses tells.
+
+    With several sources the tree itself changes; see test_simulator.py.
+    """
     world = World()
     high = world.run(300, 0.9)[-100:].mean()
     assert high > 5
-    dropped = world.run(300, 0.0)
-    assert dropped[-200:].mean() < 1
-    assert dropped[50:].mean() == pytest.approx(dropped[-200:].mean(), abs=1.0)
-    recovered = world.run(300, 0.9)
-    assert recovered[50:].mean() == pytest.approx(high, rel=0.25)
+    dropped = world.run(400, 0.0)
+    assert dropped[50:100].mean() < 0.4 * high
+    assert dropped[-100:].mean() < 1
+    recovered = world.run(200, 0.9)
+    assert recovered[:50].mean() > 0.75 * high
+    assert recovered[50:].mean() == pytest.approx(high, rel=0.3)
 
 
 def test_never_much_slower_than_plain_decoding():
@@ -152,7 +156,7 @@ def test_load_lowers_the_budget_of_each_request():
 def test_a_cheap_method_keeps_looking_while_off():
     """It grows trees that nothing verifies; the text labels them."""
     world = World()
-    world.run(200, 0.0)
+    world.run(400, 0.0)
     before = world.counters.as_dict()
     world.run(100, 0.0)
     after = world.counters.as_dict()
@@ -237,32 +241,3 @@ def test_confidence_replaces_the_source_table():
         confidence=np.array([0.99, 0.98, 0.05, 0.5], np.float32),
     )  # fmt: skip
     assert world.controller.choose(step, drafts).counts.tolist() == [2, 0]
-
-
-def test_reading_prompts_stays_within_its_share():
-    world = World()
-    controller = world.controller
-    assert controller.prompt_rows(500) == 500  # its price is not known yet
-    controller.prompt_took(500, 0.05)
-    world.run(50, 0.9)
-    spent = 0.0
-    start = world.clock
-    for _ in range(400):
-        world.step(0.9)
-        rows = controller.prompt_rows(200)
-        if rows:
-            controller.prompt_took(rows, rows * 1e-4)
-            spent += rows * 1e-4
-    assert 0 < spent < 1.2 * PROMPT_SHARE * (world.clock - start) + 0.1
-
-
-def test_prompts_are_not_read_where_speculation_gains_nothing():
-    world = World()
-    world.controller.prompt_took(500, 0.05)
-    world.run(500, 0.0)
-    for _ in range(200):
-        world.step(0.0)
-        rows = world.controller.prompt_rows(200)
-        if rows:
-            world.controller.prompt_took(rows, rows * 1e-4)
-    assert world.controller.prompt_rows(200) < 50

@@ -78,7 +78,7 @@ class TokenRecyclingConfig(MethodConfig):
     """Also keep successors keyed by the last two tokens."""
     match_context: bool = True
     """Merge the continuation of the longest match in the request's own text."""
-    seed_from_prompt: bool = True
+    seed_from_prompt: bool = False
     """Fill the matrix from the prompt's logits (costs the output layer per prompt token)."""
     load_matrix: str | None = None
     """Start from a matrix written by ``save_matrix``."""

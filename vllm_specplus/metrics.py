@@ -26,8 +26,6 @@ COUNTERS = {
     "nodes_accepted": "Draft nodes that became text.",
     "kv_slots_moved": "Cache slots copied to compact an accepted path.",
     "draft_seconds": "Seconds spent learning from the step and drafting.",
-    "prompt_seconds": "Seconds spent showing prompts to the method.",
-    "prompt_rows_read": "Prompt rows the method was shown.",
     "control_seconds": "Seconds spent deciding how much to draft.",
     "verify_seconds": "Seconds spent sampling at every row and following the tree.",
     "compact_seconds": "Seconds spent moving accepted KV slots.",

@@ -27,15 +27,15 @@ from numba import njit
 #: Depths 1, 2, 3 and "4 or more" have estimates of their own.
 DEPTHS = 4
 #: The prior counts like this many observations, and fades like them.
-PRIOR_WEIGHT = 30.0
+PRIOR_WEIGHT = 10.0
 #: Estimates stay this far from certainty, where log-odds would end.
 MARGIN = 1e-4
-#: Each observation weighs 1/500 less than the next: a change of traffic is followed
+#: Each observation weighs 1 % less than the next: a change of traffic is followed
 #: within some hundred observations.
-DECAY = 0.998
+DECAY = 0.99
 #: Offsets of requests: prior variance in squared log-odds, and memory per observation.
-OFFSET_VARIANCE = 0.5
-OFFSET_DECAY = 0.96
+OFFSET_VARIANCE = 1.0
+OFFSET_DECAY = 0.98
 
 
 @dataclass(frozen=True, slots=True)

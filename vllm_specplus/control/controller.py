@@ -41,18 +41,14 @@ from vllm_specplus.tree import DraftBatch
 HYSTERESIS = 0.02
 #: While off, one step in so many is speculated, to keep the step cost honest.
 PROBE_INTERVALS = (16, 256)
-#: While on, one step in so many is not speculated, for the same reason; fewer where the
-#: predicted gain exceeds EXPLORE_GAIN.
-EXPLORE_INTERVALS, EXPLORE_GAIN = (40, 200), 1.3
+#: While on, some steps are not speculated either, for the same reason: as many as cost
+#: this share of the tokens.
+EXPLORE_LOSS = 0.004
 #: A method is cheap while drafting takes less than this share of an undrafted step.
 CHEAP_DRAFT = 0.02
 #: Expected tokens are scaled by how earlier expectations came true: memory per step, and
 #: tokens that the prior "exactly" counts for.
-CALIBRATION_MEMORY, CALIBRATION_PRIOR = 0.98, 10.0
-#: Showing prompts to a method costs the target's output layer. It may take a tenth of
-#: what speculation currently gains, at most this share of all time, and save up at most
-#: so many undrafted steps' worth.
-PROMPT_SHARE, PROMPT_SAVINGS = 0.05, 10.0
+CALIBRATION_MEMORY, CALIBRATION_PRIOR = 0.9, 3.0
 #: A request grows at most GROWTH[0] nodes plus GROWTH[1] times the most any request
 #: got in the last step: more would be grown only to be cut.
 GROWTH = (6, 2)
@@ -100,10 +96,7 @@ class Controller:
         self._interval = PROBE_INTERVALS[0]
         self._draft_seconds = 0.0  # per drafted request, moving average
         self._expected = self._gained = 0.0  # tokens of recent steps, decayed
-        self._steps_on = 0
-        self._gain = 1.0 + 10 * PROMPT_SHARE  # predicted goodput ratio, moving average
-        self._prompt_credit = float("inf")  # seconds that reading prompts may take now
-        self._prompt_row_seconds = 0.0
+        self._explore_credit = 0.0
 
     # -- what happened ------------------------------------------------------------
 
@@ -116,27 +109,11 @@ class Controller:
             self.counters.add("predicted_step_seconds", self.cost.predict_step(shape))
             self.counters.add("measured_step_seconds", seconds)
         self.cost.observe(shape, seconds)
-        share = min(0.1 * (self._gain - 1.0), PROMPT_SHARE)
-        savings = PROMPT_SAVINGS * self.cost.unit
-        self._prompt_credit = min(self._prompt_credit + share * seconds, savings)
 
     def drafting_took(self, requests: int, seconds: float) -> None:
         """Growing the last trees, for so many requests, took this long."""
         if requests:
             self._draft_seconds += 0.1 * (seconds / requests - self._draft_seconds)
-
-    def prompt_rows(self, rows: int) -> int:
-        """How many of a step's ``rows`` prompt rows the method may be shown."""
-        if self.config.policy != "goodput" or not self._prompt_row_seconds:
-            return rows
-        return min(rows, int(max(self._prompt_credit, 0.0) / self._prompt_row_seconds))
-
-    def prompt_took(self, rows: int, seconds: float) -> None:
-        """Showing ``rows`` prompt rows took this long."""
-        per_row = seconds / rows
-        weight = 0.1 if self._prompt_row_seconds else 1.0
-        self._prompt_row_seconds += weight * (per_row - self._prompt_row_seconds)
-        self._prompt_credit -= seconds
 
     def forget(self, request_id: str) -> None:
         self.acceptance.forget(request_id)
@@ -205,7 +182,7 @@ class Controller:
         if self.cost is None:
             return True
         requests = len(step.request_ids)
-        plain = float(self.cost.predict(requests, requests, float(step.num_tokens.mean())))
+        plain = float(self.cost.predict(requests, requests, float(step.num_tokens.sum())))
         return self._draft_seconds * requests < CHEAP_DRAFT * plain
 
     def _probe_is_due(self) -> bool:
@@ -271,22 +248,23 @@ class Controller:
             return 0
         requests = len(step.request_ids)
         rows = requests + np.arange(len(survival) + 1)
-        seconds = self.cost.predict(rows, requests, float(step.num_tokens.mean()))
+        seconds = self.cost.predict(rows, requests, float(step.num_tokens.sum()))
         best, gain = best_goodput(survival, requests, seconds)
         drafting = self._draft_seconds * requests
         if not self._drafting_is_cheap(step):
             # Time already spent on these drafts, but the next ones will cost it again.
             gain *= float(seconds[best] / (seconds[best] + drafting))
-        self._gain += 0.05 * (gain - self._gain)
         if self.speculating:
             self.speculating = best > 0 and gain > 1.0
         else:
             self.speculating = best > 0 and gain > 1.0 + HYSTERESIS
         if self.speculating:
             self._idle_steps, self._interval = 0, PROBE_INTERVALS[0]
-            self._steps_on += 1
-            interval = EXPLORE_INTERVALS[gain > EXPLORE_GAIN]
-            return 0 if self._steps_on % interval == 0 else best
+            self._explore_credit += EXPLORE_LOSS
+            if self._explore_credit >= 1.0 - 1.0 / gain:
+                self._explore_credit = 0.0
+                return 0
+            return best
         if self._probe_is_due():
             self.counters.add("probe_steps")
             self._idle_steps = 0

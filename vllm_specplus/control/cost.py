@@ -3,10 +3,9 @@
 The curve "seconds of a forward pass and output layer over n rows" is profiled when the
 engine starts (or read from a file). Host work, attention over the context, prompts in
 the same step and whatever else the curve does not know is learnt from the steps that
-are actually run: a linear correction, fitted by recursive least squares with
-exponential forgetting towards the profile (so that directions the traffic does not
-excite stay where the profile put them). SmartSpec (arXiv 2406.14066, sec. 4) fits the
-same kind of features offline.
+are actually run: a linear correction, fitted by least squares to recent steps with the
+profile as prior, so that directions the traffic does not excite stay where the profile
+put them. SmartSpec (arXiv 2406.14066, sec. 4) fits the same kind of features offline.
 
 Times are loop times, from one step's start to the next one's, so that scheduling and
 output processing count too; the time a method takes to draft is kept apart.
@@ -109,17 +108,21 @@ class StepShape:
     requests: int
     rows: int
     """Verified rows: the requests' newest tokens and their drafted nodes."""
-    row_context: float
-    """Tokens of context, summed over the verified rows."""
+    context: int
+    """Tokens of context, summed over the requests."""
     prompt_rows: int = 0
     """Rows of prompts read in the same step."""
 
 
 class StepCost:
-    """Predicts seconds per step; corrected by every step that was timed."""
+    """Predicts seconds per step; corrected by every step that was timed.
 
-    #: A step tells about the next 50; older ones fade.
-    FORGET = 0.98
+    The newest ``WINDOW`` steps of each kind (undrafted, drafted, with prompts) count
+    equally, however rare a kind has become: what an undrafted step costs is still known
+    after hundreds of drafted ones.
+    """
+
+    WINDOW = 64
     #: Standard deviation of a single step's time, relative.
     NOISE = 0.1
 
@@ -128,57 +131,74 @@ class StepCost:
         # All times in units of a one-row step, so that one prior serves any machine.
         self.unit = float(curve.seconds[0])
         tail = curve.slope / self.unit
-        # Coefficients of: the curve, a constant, each request, each row with 1000
-        # tokens of context, drafts present at all, each prompt row.
-        self._mean = np.array([1.0, 0.2, 0.01, 0.0, 0.0, tail])
-        deviation = np.array([0.3, 0.3, 0.05, 0.01, 0.2, tail + 0.002])
+        # Coefficients of: the curve, a constant, each request, 1000 tokens of context,
+        # drafts present at all, each drafted request, each prompt row.
+        self._mean = np.array([1.0, 0.2, 0.01, 0.01, 0.02, 0.0, tail])
+        deviation = np.array([0.3, 0.3, 0.05, 0.03, 0.1, 0.01, tail + 0.002])
         self._prior = np.diag(deviation**-2.0)
-        self._information = np.zeros((6, 6))
-        self._evidence = np.zeros(6)
+        self._information = np.zeros((7, 7))
+        self._evidence = np.zeros(7)
+        # Rings of weighted samples, by kind, so that the oldest can be taken back.
+        self._x = np.zeros((3, self.WINDOW, 7))
+        self._y = np.zeros((3, self.WINDOW))
+        self._seen = np.zeros(3, np.int64)
         self.theta = self._mean.copy()
 
     def predict(
-        self, rows: np.ndarray, requests: int, mean_context: float, prompt_rows: int = 0
+        self, rows: np.ndarray, requests: int, context: float, prompt_rows: int = 0
     ) -> np.ndarray:
-        """Seconds, float64 [...], of steps with ``rows`` int [...] verified rows."""
+        """Seconds, float64 [...], of steps with ``rows`` int [...] verified rows.
+
+        ``context``: tokens, summed over the requests. Of ``n`` drafted nodes the best
+        belong to ``min(n, requests)`` requests at most.
+        """
         rows = np.asarray(rows)
-        a, constant, request, context, drafts, prompt = self.theta
+        a, constant, request, kilo_token, drafts, drafted, prompt = self.theta
+        nodes = rows - requests
         units = (
             a * self.curve(rows) / self.unit
             + constant
             + request * requests
-            + context * rows * (mean_context / 1000)
-            + drafts * (rows > requests)
+            + kilo_token * context / 1000
+            + drafts * (nodes > 0)
+            + drafted * np.minimum(nodes, requests)
             + prompt * prompt_rows
         )
         return np.maximum(units, 0.05) * self.unit
 
     def predict_step(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
-        context = shape.row_context / max(shape.rows, 1)
-        return float(self.predict(shape.rows, shape.requests, context, shape.prompt_rows))
+        return float(self.predict(shape.rows, shape.requests, shape.context, shape.prompt_rows))
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of this shape took ``seconds``."""
         predicted = self.predict_step(shape)
         # A pause of the machine is not a price: one step moves the model at most so far.
         seconds = min(max(seconds, predicted / 2), 2 * predicted)
+        nodes = shape.rows - shape.requests
         x = np.array(
             [
                 float(self.curve(shape.rows)) / self.unit,
                 1.0,
                 shape.requests,
-                shape.row_context / 1000,
-                float(shape.rows > shape.requests),
+                shape.context / 1000,
+                nodes > 0,
+                min(nodes, shape.requests),
                 shape.prompt_rows,
             ]
         )
-        weight = (self.unit / (self.NOISE * predicted)) ** 2
-        y = seconds / self.unit
-        self._information = self.FORGET * self._information + weight * np.outer(x, x)
-        self._evidence = self.FORGET * self._evidence + weight * (y - x @ self._mean) * x
-        shift = np.linalg.solve(self._prior + self._information, self._evidence)
-        self.theta = self._mean + shift
+        weight = self.unit / (self.NOISE * predicted)
+        x *= weight
+        y = weight * seconds / self.unit - x @ self._mean
+        kind = 2 if shape.prompt_rows else int(nodes > 0)
+        place = self._seen[kind] % self.WINDOW
+        old_x, old_y = self._x[kind, place], self._y[kind, place]
+        self._information += np.outer(x, x) - np.outer(old_x, old_x)
+        self._evidence += x * y - old_x * old_y
+        self._x[kind, place], self._y[kind, place] = x, y
+        self._seen[kind] += 1
+        self.theta = self._mean + np.linalg.solve(self._prior + self._information, self._evidence)
         # Rows, requests, context and prompts never make a step shorter.
-        floor = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0])
-        np.maximum(self.theta, floor, out=self.theta)
+        np.maximum(self.theta, self._FLOOR, out=self.theta)
+
+    _FLOOR = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0, 0.0])

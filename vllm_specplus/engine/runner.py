@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numba import njit
 from vllm import __version__ as vllm_version
-from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -70,7 +70,7 @@ class Clock:
     request_ids: frozenset[str]
     shape: StepShape
     drafting: float
-    """Value of the drafting and controlling counters when it started."""
+    """Value of the drafting counter when it started."""
 
 
 @njit("int32[::1](int32[::1], int32[::1], int32[::1], int32[::1])", cache=True)
@@ -156,7 +156,7 @@ class TreeRunnerMixin:
     def execute_model(self, scheduler_output, *args, **kwargs):
         self._stop_clock(scheduler_output)
         started = time.perf_counter()
-        drafting = self._drafting_seconds()
+        drafting = self.drafter.counters["draft_seconds"]
         out = super().execute_model(scheduler_output, *args, **kwargs)
         if self._step is not None and get_tensor_model_parallel_rank() == 0:
             names = frozenset(scheduler_output.num_scheduled_tokens)
@@ -172,12 +172,8 @@ class TreeRunnerMixin:
         if clock.request_ids.isdisjoint(scheduler_output.num_scheduled_tokens):
             return
         seconds = time.perf_counter() - clock.started
-        drafting = self._drafting_seconds() - clock.drafting
+        drafting = self.drafter.counters["draft_seconds"] - clock.drafting
         self.drafter.controller.step_took(clock.shape, seconds - drafting)
-
-    def _drafting_seconds(self) -> float:
-        counters = self.drafter.counters
-        return counters["draft_seconds"] + counters["prompt_seconds"]
 
     # -- inputs ---------------------------------------------------------------
 
@@ -266,7 +262,7 @@ class TreeRunnerMixin:
             shape=StepShape(
                 requests=num_reqs,
                 rows=len(flat),
-                row_context=float((counts * lengths.astype(np.int64)).sum()),
+                context=int(lengths.sum()),
                 prompt_rows=int(num_scheduled.sum()) - len(flat),
             ),
             rows=rows,
@@ -486,29 +482,20 @@ class TreeRunnerMixin:
         counters.add("nodes_accepted", int(lengths[in_output].sum() - in_output.sum()))
 
     def _show_prompt(self, step: Step, hidden_states: torch.Tensor) -> None:
-        """Let the proposer see what follows the prompt tokens read in this step, as many
-        of them as the controller grants; the last ones of each prompt come first."""
+        """Let the proposer see what follows every prompt token read in this step."""
+        start = time.perf_counter()
         # The verified rows, a request's last ones, are observed with the step.
         unverified = step.num_scheduled - np.diff(step.rows.starts)
-        granted = self._agree(lambda: self.drafter.controller.prompt_rows(int(unverified.sum())))
-        if not granted:
-            return
-        start, shown = time.perf_counter(), 0
         ends = np.cumsum(step.num_scheduled) - step.num_scheduled + unverified
         for i in np.flatnonzero(unverified):
-            count = min(int(unverified[i]), granted - shown)
             known = int(self.input_batch.num_computed_tokens_cpu[i] + unverified[i])
-            for ahead in range(count, 0, -PROMPT_CHUNK):
+            for ahead in range(int(unverified[i]), 0, -PROMPT_CHUNK):
                 size = min(PROMPT_CHUNK, ahead)
                 first = int(ends[i]) - ahead
                 logits = self.model.compute_logits(hidden_states[first : first + size])
                 if get_tensor_model_parallel_rank() == 0:
                     self._show_prompt_rows(int(i), known - ahead, size, logits)
-            shown += count
-        self.drafter.counters.add("prompt_rows_read", shown)
-        seconds = time.perf_counter() - start
-        self.drafter.counters.add("prompt_seconds", seconds)
-        self.drafter.controller.prompt_took(shown, seconds)
+        self.drafter.counters.add("draft_seconds", time.perf_counter() - start)
 
     def _show_prompt_rows(self, request: int, begin: int, size: int, logits: torch.Tensor) -> None:
         """Rows ``begin``.. of a request's text, with the logits after each of them."""
@@ -518,13 +505,6 @@ class TreeRunnerMixin:
         head = min(begin, 1)  # the very first token has none before it
         previous[1 - head :] = text[begin - head : begin + size - 1]
         self.drafter.observe_prompt(text[begin : begin + size], previous, top_ids)
-
-    def _agree(self, decide) -> int:
-        """Rank 0's decision, on every rank: what follows it is collective."""
-        group = get_tp_group()
-        if group.world_size == 1:
-            return decide()
-        return group.broadcast_object(decide() if group.rank_in_group == 0 else None, src=0)
 
     def sample_tokens(self, grammar_output):
         try:

@@ -63,8 +63,8 @@ TOKEN_RANK_ACCEPTANCE = (0.35, 0.10, 0.06, 0.055, 0.03, 0.03, 0.015, 0.01)
 PAIR_RANK_ACCEPTANCE = (0.51, 0.07, 0.04, 0.02)
 #: The same for the suffix match's continuation, by length of the match, from 1; alone,
 #: and where a row proposes the same token.
-MATCH_ACCEPTANCE = (0.21, 0.64, 0.67, 0.68, 0.70, 0.72, 0.83, 0.88)
-AGREED_ACCEPTANCE = (0.45, 0.75, 0.80, 0.82, 0.84, 0.86, 0.90, 0.93)
+MATCH_ACCEPTANCE = (0.17, 0.50, 0.64, 0.68, 0.70, 0.74, 0.80, 0.86)
+AGREED_ACCEPTANCE = (0.40, 0.66, 0.72, 0.76, 0.80, 0.85, 0.89, 0.92)
 
 
 def template_nodes(children: dict[tuple[int, ...], int]) -> tuple[np.ndarray, np.ndarray]:
