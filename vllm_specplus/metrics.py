@@ -3,8 +3,10 @@
 The worker that drafts runs in another process than the HTTP server. It counts in
 a small memory-mapped file of float64; a collector in the front end reads the file
 when Prometheus scrapes. Adding to a counter is one store: no lock, no message.
-The file is named in ``additional_config``; a driver worker on another machine
-than the front end (Ray, several nodes) simply leaves the counters at zero.
+The file's name travels in the environment, not in the engine's config: vLLM hashes the
+config to find its compiled graphs, and a new name would compile them anew at every start.
+A driver worker on another machine than the front end (Ray, several nodes) simply leaves
+the counters at zero.
 """
 
 from __future__ import annotations
@@ -44,6 +46,11 @@ COUNTERS = {
     "draft_failures": "Steps whose drafting failed; they went on undrafted.",
 }
 _INDEX = {name: i for i, name in enumerate(COUNTERS)}
+
+
+#: Names the counter file of the engine that is being started. vLLM hands variables that
+#: begin with its name on to workers on Ray.
+VARIABLE = "VLLM_SPECPLUS_COUNTERS"
 
 
 class Counters:
@@ -103,7 +110,8 @@ _collector: _Collector | None = None
 
 
 def publish(method: str) -> str:
-    """Create a counter file for a new engine and show it on ``/metrics``; its path."""
+    """Create a counter file for a new engine, show it on ``/metrics`` and name it in the
+    environment of the processes the engine will start; its path."""
     global _collector
     if _collector is None:
         _collector = _Collector()
@@ -112,6 +120,7 @@ def publish(method: str) -> str:
     os.write(handle, bytes(8 * len(COUNTERS)))
     os.close(handle)
     _collector.files[path] = method
+    os.environ[VARIABLE] = path
     atexit.register(_remove, path)
     return path
 

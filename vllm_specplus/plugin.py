@@ -101,6 +101,8 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     """Rewrite the engine arguments for a method of ours; raises ValueError on conflict."""
     from vllm.platforms import current_platform
 
+    from vllm_specplus import metrics
+
     missing = [hook for hook in compat.check() if hook.problem]
     if missing:
         raise ValueError(
@@ -119,17 +121,13 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: worker_config(config)}
     parallel_config.worker_cls = WORKERS[current_platform.device_type]
     args.scheduler_cls = SCHEDULER
+    metrics.publish(config.method)
 
 
 def worker_config(config: MethodConfig) -> dict[str, Any]:
     """The JSON that travels in ``additional_config`` to every worker."""
-    from vllm_specplus import metrics
-
     # Only what the user set: defaults are conflicts elsewhere when written out.
-    return {
-        "config": config.model_dump(exclude_unset=True),
-        "counters": metrics.publish(config.method),
-    }
+    return {"config": config.model_dump(exclude_unset=True)}
 
 
 def conflicts(args: Any, model_config: Any, parallel_config: Any, device_type: str):

@@ -37,6 +37,18 @@ def sabotage(kind: str) -> None:
             return right(rows, sampled)
 
         lossless.accept = accept
+    elif kind == "no_guard":
+        from vllm_specplus.engine.scheduler import GuardedScheduler
+
+        GuardedScheduler._trim_drafts = lambda self: None
+    elif kind == "fixed_prices":
+        # Decisions that do not depend on the machine's mood: 3 % of a step per row.
+        from vllm_specplus.control.cost import StepCost
+
+        StepCost.observe = lambda self, shape, seconds: None
+        StepCost.predict = lambda self, rows, requests, context, prompt_rows=0: (
+            0.01 + 0.0003 * np.asarray(rows)
+        )
     elif kind == "no_native_kernels":
         from vllm_specplus.kernels import native
 

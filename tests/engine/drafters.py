@@ -61,6 +61,34 @@ class HiddenTruth(Proposer):
         return nodes
 
 
+class Switching(Proposer):
+    """Chains of the truth for a single request, except between two positions."""
+
+    top_k = 1
+
+    def __init__(self, config, vocab_size, fingerprint):
+        super().__init__(config, vocab_size, fingerprint)
+        with open(config.reference) as f:
+            ((self.prompt, self.output),) = json.load(f)
+        self.steps = []
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        known = int(step.num_tokens[0])
+        self.steps.append([known, len(step.observation.tokens) - 1])
+        place = known - len(self.prompt)
+        drafts = self.output[place : place + int(step.max_nodes[0])]
+        first, end = self.config.wrong
+        if first <= place < end:
+            drafts = [(token + 1) % self.vocab_size for token in drafts]
+        n = len(drafts)
+        parents = np.arange(-1, n - 1, dtype=np.int32)
+        return DraftBatch(np.array(drafts, np.int32), parents, np.array([n], np.int32))
+
+    def close(self) -> None:
+        with open(self.config.record, "w") as f:
+            json.dump(self.steps, f)
+
+
 class Broken(Proposer):
     """Fails in every step."""
 

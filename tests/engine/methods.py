@@ -33,12 +33,24 @@ class HiddenTruthConfig(Everything):
     seed: int = 0
 
 
+class SwitchingConfig(Everything):
+    method: Literal["switching"] = "switching"
+    num_speculative_tokens: int = 8
+    reference: str
+    record: str
+    """File to write: [[tokens known, nodes verified in the step before], ...]."""
+    wrong: tuple[int, int]
+    """Output positions between which all drafts are wrong."""
+
+
 class BrokenConfig(Everything):
     method: Literal["broken"] = "broken"
     num_speculative_tokens: int = 4
 
 
 METHODS["hidden_truth"] = HiddenTruthConfig
+METHODS["switching"] = SwitchingConfig
 METHODS["broken"] = BrokenConfig
 REGISTRY["hidden_truth"] = "tests.engine.drafters:HiddenTruth"
+REGISTRY["switching"] = "tests.engine.drafters:Switching"
 REGISTRY["broken"] = "tests.engine.drafters:Broken"

@@ -192,6 +192,58 @@ def test_metrics(ask, server):
     assert grown["vllm:spec_decode_num_accepted_tokens_total"] == accepted
 
 
+def test_a_request_can_switch_speculation_off(ask, server):
+    """Through ``vllm_xargs``, which carries strings: the object as JSON text."""
+    for controls in ({"enabled": False}, {"max_nodes": 0}):
+        before = metrics(server)
+        answer = ask(COUNT, 24, extra_body={"vllm_xargs": {"specplus": json.dumps(controls)}})
+        after = metrics(server)
+        name = "vllm:specplus_nodes_drafted_total"
+        assert after[name] == before[name]
+        assert answer.choices[0].message.content.startswith("1. 1\n2. 2\n")
+    before = metrics(server)
+    ask(COUNT, 24, extra_body={"vllm_xargs": {"specplus": '{"max_nodes": 1}'}})
+    after = metrics(server)
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["vllm:specplus_nodes_drafted_total"] <= grown["vllm:specplus_request_steps_total"]
+
+
+@pytest.mark.parametrize(
+    ("controls", "sentence"),
+    [
+        ('{"max_nodes": 999}', "specplus: 'max_nodes' is 999: input should be less than"),
+        ('{"nodes": 3}', "specplus: unknown key 'nodes' (allowed: enabled, max_nodes)"),
+        ("{off", "specplus: not valid JSON"),
+    ],
+)
+def test_bad_controls_get_http_400_and_disturb_nobody(ask, controls, sentence):
+    from openai import BadRequestError
+
+    with ThreadPoolExecutor(2) as pool:
+        neighbour = pool.submit(ask, COUNT, 24)
+        with pytest.raises(BadRequestError) as refused:
+            ask(COUNT, 24, extra_body={"vllm_xargs": {"specplus": controls}})
+    assert refused.value.status_code == 400
+    assert sentence in str(refused.value)
+    assert neighbour.result().choices[0].message.content.startswith("1. 1\n2. 2\n")
+
+
+def test_decisions_are_on_metrics(ask, server):
+    before = metrics(server)
+    ask(COUNT, 64, extra_body={"ignore_eos": True})
+    after = metrics(server)
+    grown = {
+        name.removeprefix("vllm:specplus_").removesuffix("_total"): after[name] - before[name]
+        for name in after
+        if name.startswith("vllm:specplus_")
+    }
+    assert grown["control_steps"] >= grown["timed_steps"] > 0
+    assert grown["measured_step_seconds"] > 0
+    assert grown["predicted_step_seconds"] == pytest.approx(grown["measured_step_seconds"], rel=1.0)
+    assert grown["nodes_grown"] >= grown["nodes_drafted"]
+    assert grown["expected_tokens"] > 0
+
+
 DOTTED = """
 import json, sys
 from vllm.plugins import load_general_plugins

@@ -4,6 +4,7 @@ controller, guarded."""
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ class Drafter:
         self.config = METHODS[extra["config"]["method"]].model_validate(extra["config"])
         # Every rank verifies and compacts; one of them counts for /metrics.
         counts = get_tensor_model_parallel_rank() == 0
-        self.counters = metrics.Counters(extra.get("counters") if counts else None)
+        self.counters = metrics.Counters(os.environ.get(metrics.VARIABLE) if counts else None)
         model = vllm_config.model_config
         self.proposer = proposer_class(self.config.method)(
             self.config,

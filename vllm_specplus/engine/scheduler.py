@@ -8,11 +8,12 @@ same bound; SmartSpec guards with a margin on free blocks).
 
 from __future__ import annotations
 
+import os
+
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_specplus import metrics
-from vllm_specplus.plugin import CONFIG_KEY
 
 
 class GuardedScheduler(Scheduler):
@@ -20,8 +21,7 @@ class GuardedScheduler(Scheduler):
 
     def __init__(self, vllm_config, *args, **kwargs):
         super().__init__(vllm_config, *args, **kwargs)
-        extra = vllm_config.additional_config[CONFIG_KEY]
-        self._counters = metrics.Counters(extra.get("counters"))
+        self._counters = metrics.Counters(os.environ.get(metrics.VARIABLE))
 
     def schedule(self, *args, **kwargs):
         self._trim_drafts()
