@@ -39,7 +39,7 @@ class SwitchingConfig(Everything):
     reference: str
     record: str
     """File to write: [[tokens known, nodes verified in the step before], ...]."""
-    wrong: tuple[int, int]
+    wrong: list[int]
     """Output positions between which all drafts are wrong."""
 
 

@@ -109,11 +109,14 @@ def test_json_schema_beside_ordinary_requests(plain, speculative):
 
 def test_bfloat16_differs_only_at_near_ties(tmp_path, engine):
     """Rows of another batch shape are rounded another way; nothing more may happen."""
-    requests = [[chat(q), {"temperature": 0, "max_tokens": 48, "logprobs": 2}] for q in QUESTIONS]
+    requests = [[chat(q), {"temperature": 0, "max_tokens": 48, "logprobs": 5}] for q in QUESTIONS]
     engine = engine | {"dtype": "bfloat16"}
     plain = harness.run(tmp_path, engine, [{"requests": requests}])
     speculative = harness.run(
-        tmp_path, engine | {"speculative_config": SPEC}, [{"requests": requests}]
+        tmp_path,
+        # Decisions by measured time would make the number of identical texts a matter of luck.
+        engine | {"speculative_config": SPEC | {"control": {"policy": "fixed"}}},
+        [{"requests": requests}],
     )
     assert speculative["counters"]["nodes_accepted"] > 0
     identical = 0
@@ -126,7 +129,8 @@ def test_bfloat16_differs_only_at_near_ties(tmp_path, engine):
         if first is None:
             assert a == b
             continue
-        best, second = sorted(want["logprobs"][0][first].values(), reverse=True)[:2]
-        assert best - second < 0.5, f"token {first}: {got['text']} != {want['text']}"
-        assert str(a[first]) in want["logprobs"][0][first]
+        plainly = want["logprobs"][0][first]
+        assert str(a[first]) in plainly
+        margin = max(plainly.values()) - plainly[str(a[first])]
+        assert margin < 0.5, f"token {first}: {got['text']} != {want['text']}"
     assert identical >= len(requests) // 4  # 5 of 8 where this was written

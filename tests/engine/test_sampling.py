@@ -58,20 +58,28 @@ def chi_square(law: dict[tuple, float], texts: list[tuple]) -> float:
     return chisquare(observed[keep], expected[keep] * observed.sum() / expected[keep].sum()).pvalue
 
 
-@pytest.mark.parametrize("sabotage", [None, "first_draft_wins"])
-def test_joint_distribution(tmp_path, small_vocab_model, sabotage):
+@pytest.mark.parametrize(
+    ("policy", "sabotage"),
+    [("fixed", None), ("goodput", None), ("fixed", "first_draft_wins")],
+)
+def test_joint_distribution(tmp_path, small_vocab_model, policy, sabotage):
     """Three tokens in one go, drafted as trees by a warm Token Recycling matrix."""
     prompt = [5, 9, 17, 3, 21]
     engine = {
         "model": small_vocab_model, "skip_tokenizer_init": True, "dtype": "float32",
         "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 256,
         "max_num_batched_tokens": 4096,
-        "speculative_config": {"method": "token_recycling", "num_speculative_tokens": 10},
+        "speculative_config": {
+            "method": "token_recycling", "num_speculative_tokens": 10,
+            "control": {"policy": policy},
+        },
     }  # fmt: skip
     params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
     batch = {"prompt": prompt, "params": params | {"detokenize": False}, "repeat": SAMPLES}
     result = harness.run(tmp_path, engine, [batch], sabotage)
-    assert result["counters"]["nodes_accepted"] > 0.3 * SAMPLES
+    # At 256 requests on few cores the controller finds little worth verifying.
+    enough = 0.3 * SAMPLES if policy == "fixed" else 100
+    assert result["counters"]["nodes_accepted"] > enough
     texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
     p = chi_square(joint_probabilities(small_vocab_model, prompt, 6), texts)
     if sabotage is None:
