@@ -26,19 +26,16 @@ VARIANTS = (
     {f"paper's rows, {n} nodes": {"num_speculative_tokens": n} | PLAIN for n in (4, 8, 16, 40, 80)}
     | {
         "paper's template 2.2.2": {"num_speculative_tokens": 80, "tree": "2.2.2"},
-        "paper's rows, unseeded, 8": {"num_speculative_tokens": 8, "seed_from_prompt": False}
+        "paper's rows, seeded from the prompt, 8": {
+            "num_speculative_tokens": 8,
+            "seed_from_prompt": True,
+        }
         | PLAIN,
         "pair keys, 8": {"num_speculative_tokens": 8, "match_context": False},
         "match, 8": {"num_speculative_tokens": 8, "pair_keys": False},
     }
     | {f"ours, {n} nodes": {"num_speculative_tokens": n} for n in (2, 3, 4, 6, 8, 12, 16, 40, 80)}
 )
-
-
-def source_name(source: int) -> str:
-    if source >= 16:
-        return f"match of {min(source - 16, 8)}"
-    return f"{'pair' if source >= 8 else 'token'} rank {source % 8}"
 
 
 class Meter:
@@ -56,12 +53,11 @@ class Meter:
             parents, sources = self._drafted
             for i in range(min(len(accepted) - 1, len(parents))):
                 if accepted[parents[i] + 1]:
-                    name = source_name(sources[i])
+                    name = self._proposer.sources[sources[i]].name
                     self.seen[name] += 1
                     self.hit[name] += bool(accepted[i + 1])
         drafts = self._propose(step)
-        n = len(drafts.tokens)
-        self._drafted = drafts.parents.copy(), self._proposer._buffers[2][:n].copy()
+        self._drafted = drafts.parents.copy(), drafts.sources.copy()
         return drafts
 
 
@@ -78,7 +74,8 @@ def main() -> None:
     import vllm
     from vllm import LLM, SamplingParams
 
-    from vllm_specplus.config import TokenRecyclingConfig
+    from vllm_specplus.config import FixedControl, TokenRecyclingConfig
+    from vllm_specplus.control.controller import Controller
     from vllm_specplus.plugin import register
 
     register()
@@ -88,7 +85,10 @@ def main() -> None:
     chats = [[{"role": "user", "content": q}] for q in questions[::stride][: args.limit]]
     llm = LLM(
         model=args.model, max_model_len=2048, kv_cache_memory_bytes=1 << 29,
-        speculative_config={"method": "token_recycling", "num_speculative_tokens": 80},
+        speculative_config={
+            "method": "token_recycling", "num_speculative_tokens": 80,
+            "control": {"policy": "fixed"},
+        },
     )  # fmt: skip
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     from vllm_specplus.proposers.token_recycling import TokenRecycling
@@ -104,6 +104,9 @@ def main() -> None:
             TokenRecyclingConfig(**keys), runner.drafter.proposer.vocab_size, "ablation"
         )
         runner.drafter.proposer = proposer
+        runner.drafter.controller = Controller(
+            FixedControl(policy="fixed"), proposer.sources, 80, 1 << 16, runner.drafter.counters
+        )
         runner.num_spec_tokens = keys["num_speculative_tokens"]
         llm.reset_prefix_cache()
         meter = Meter(proposer)

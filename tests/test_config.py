@@ -184,10 +184,17 @@ def test_config_is_written_out_as_the_user_wrote_it():
     assert parse(plugin.worker_config(config)["config"]) == config
 
 
+def test_the_workers_config_is_the_same_at_every_start():
+    """vLLM hashes it to find its compiled graphs: a name made at start would hide them."""
+    config = parse({"method": "token_recycling"})
+    assert plugin.worker_config(config) == plugin.worker_config(config)
+
+
 def test_the_front_end_does_not_load_numba_or_vllm():
     """vLLM's CPU platform fails to start once numba is loaded."""
     code = (
         "import sys, vllm_specplus.plugin, vllm_specplus.metrics, vllm_specplus.proposers;"
+        "import vllm_specplus.control.requests;"
         "bad = {'vllm', 'numba', 'torch'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -128,5 +128,7 @@ def publish(method: str) -> str:
 def _remove(path: str) -> None:
     if _collector is not None:
         _collector.files.pop(path, None)
+    if os.environ.get(VARIABLE) == path:
+        del os.environ[VARIABLE]
     if os.path.exists(path):
         os.unlink(path)
