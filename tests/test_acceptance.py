@@ -166,6 +166,19 @@ def test_requests_that_are_gone_are_not_labelled():
     assert estimator.learn(*args, i32(-1, 0), text, i32(2)) == 1
 
 
+def test_finished_requests_leave_nothing_behind():
+    """Their last trees are looked at once more, after they were forgotten."""
+    estimator = AcceptanceEstimator(SOURCES)
+    text = i32(7, 1).reshape(1, -1)
+    for i in range(100):
+        args = (i32(1), i32(-1), i32(0), i32(0, 1), i32(1), [f"r{i}"])
+        estimator.learn(*args, i32(0), text, i32(2))
+        estimator.forget(f"r{i}")
+        estimator.learn(*args, i32(-1), text, i32(2))
+    assert not estimator._slots
+    assert len(estimator._offsets) == 16
+
+
 @pytest.mark.parametrize("prior", [0.0, 1.0, 1.2])
 def test_impossible_priors_are_refused(prior):
     with pytest.raises(ValueError, match=r"source 'x': prior .* is not in \(0, 1\)"):

@@ -199,7 +199,14 @@ class AcceptanceEstimator:
         ``request_ids`` [R]. The texts by now: ``token_ids`` int32 [B, max_len],
         ``num_tokens`` int32 [B]; ``rows`` int32 [R] finds a request there, -1 = gone.
         """
-        slots = np.array([self._slot(name) for name in request_ids], np.int32)
+        # A request that is gone must not take a slot again: nobody would forget it.
+        slots = np.array(
+            [
+                self._slot(name) if row >= 0 else -1
+                for name, row in zip(request_ids, rows, strict=True)
+            ],
+            np.int32,
+        )
         return _learn(
             tokens, parents, sources, starts, drafted_at, rows, slots, token_ids, num_tokens,
             self._hits, self._trials, self._groups, self._offsets, self._information,
