@@ -73,6 +73,7 @@ HOOKS = (
     ),
     Hook(_RUNNER + "_build_attention_metadata", "attaches the trees"),
     Hook(_RUNNER + "execute_model", "times the steps", ("scheduler_output",)),
+    Hook("vllm.distributed:get_tp_group", "one decision for all ranks"),
     Hook(_RUNNER + "_dummy_run", "profiles what a step costs", ("num_tokens",)),
     Hook(_RUNNER + "_sample", "verification", ("logits", "spec_decode_metadata")),
     Hook(

@@ -11,7 +11,9 @@ from tests.engine import harness
 
 pytestmark = pytest.mark.engine
 
-SPEC = {"method": "token_recycling", "num_speculative_tokens": 8}
+SPEC = {
+    "method": "token_recycling", "num_speculative_tokens": 8, "control": {"policy": "fixed"}
+}  # fmt: skip
 ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 #: vLLM's Ray executor refuses the CPU because its platform names no Ray resource.
@@ -80,3 +82,20 @@ def test_two_ranks(tmp_path, engine, mixed_requests, expected, backend, request)
     second = result["ranks"][1]
     assert counters["kv_slots_moved"] == second["kv_slots_moved"] > 0
     assert counters["request_steps"] > second["request_steps"] == 0
+
+
+def test_two_ranks_measure_once_and_read_together(tmp_path, engine, mixed_requests, expected):
+    """Measuring is collective; with the file there, no rank may wait for another to."""
+    path = tmp_path / "cost.json"
+    spec = {
+        "method": "token_recycling",
+        "control": {"policy": "goodput", "cost_file": str(path)},
+    }
+    two = engine | {"distributed_executor_backend": "mp", "speculative_config": spec}
+    written = set()
+    for _ in range(2):
+        result = harness.run(tmp_path, two, [{"requests": mixed_requests}], env=ENV)
+        assert harness.ids(result) == expected[0]
+        assert result["counters"]["control_steps"] > 50
+        written.add(path.stat().st_mtime_ns)
+    assert len(written) == 1

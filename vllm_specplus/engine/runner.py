@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numba import njit
 from vllm import __version__ as vllm_version
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -104,14 +104,17 @@ class TreeRunnerMixin:
         control = self.drafter.config.control
         if control.policy != "goodput":
             return
-        key = self._cost_key()
-        path = control.cost_file
-        if path and Path(path).exists():
+        key, path = self._cost_key(), control.cost_file
+        group = get_tp_group()
+        # Rank 0's answer: the file may be on its machine only, and measuring is collective.
+        kept = group.broadcast_object(bool(path) and Path(path).exists(), src=0)
+        curve = None if kept else self._measure_curve()
+        if group.rank_in_group:
+            return  # rank 0 decides
+        if kept:
             curve = CostCurve.load(path, key)
-        else:
-            curve = self._measure_curve()
-            if path and get_tensor_model_parallel_rank() == 0:
-                curve.save(path, key)
+        elif path:
+            curve.save(path, key)
         self.drafter.controller.cost = StepCost(curve)
 
     def _cost_key(self) -> dict:
