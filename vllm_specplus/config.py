@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
+    """Unknown keys are errors, values are not coerced, nothing changes afterwards."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class GoodputControl(_Model):
+class GoodputControl(StrictModel):
     """As many nodes as make the most expected tokens per second, every step."""
 
     policy: Literal["goodput"] = "goodput"
@@ -30,13 +32,13 @@ class GoodputControl(_Model):
         return self
 
 
-class FixedControl(_Model):
+class FixedControl(StrictModel):
     """Always ``num_speculative_tokens`` nodes, or as many as the method finds."""
 
     policy: Literal["fixed"]
 
 
-class ThresholdControl(_Model):
+class ThresholdControl(StrictModel):
     """Nodes whose path holds a rejection with less than this probability (SpecDec++)."""
 
     policy: Literal["threshold"]
@@ -46,7 +48,7 @@ class ThresholdControl(_Model):
 ControlConfig = GoodputControl | FixedControl | ThresholdControl
 
 
-class MethodConfig(_Model):
+class MethodConfig(StrictModel):
     """Keys every method of ours understands."""
 
     method: str
@@ -126,35 +128,26 @@ def parse(raw: dict[str, Any]) -> MethodConfig:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        problems = [_sentence(e, model) for e in error.errors()]
+        problems = [sentence(e, model) for e in error.errors()]
         raise ValueError(f"speculative_config for {method!r}: {'; '.join(problems)}") from None
 
 
-def _sentence(error: dict[str, Any], model: type[MethodConfig]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["loc"][:1] == ("control",):
-        return _control_sentence(error)
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r} (allowed: {', '.join(model.model_fields)})"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key!r} is {error['input']!r}: {message}"
-
-
-def _control_sentence(error: dict[str, Any]) -> str:
-    """An error inside ``control``; pydantic puts the policy's name into the location."""
+def sentence(error: dict[str, Any], model: type[StrictModel]) -> str:
+    """One mistake, as pydantic describes it, for the user; ``model`` was validated."""
+    keys, allows = list(error["loc"]), "allowed"
     policies = {m.model_fields["policy"].annotation.__args__[0]: m for m in get_args(ControlConfig)}
     if error["type"].startswith("union_tag"):
         given = error["input"].get("policy") if isinstance(error["input"], dict) else None
         what = "'control' needs a policy" if given is None else f"unknown control policy {given!r}"
         return f"{what} (allowed: {', '.join(policies)})"
+    if len(keys) > 1 and keys[0] == "control":
+        # pydantic puts the name of the chosen policy between the keys.
+        policy = keys.pop(1)
+        model, allows = policies[policy], f"policy {policy!r} allows"
+    key = ".".join(str(part) for part in keys)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r} ({allows}: {', '.join(model.model_fields)})"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    policy, *rest = error["loc"][1:] or (None,)
-    key = ".".join(("control", *map(str, rest)))
-    if error["type"] == "extra_forbidden":
-        fields = ", ".join(policies[policy].model_fields)
-        return f"unknown key {key!r} (policy {policy!r} allows: {fields})"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{key!r} is {error['input']!r}: {message}"

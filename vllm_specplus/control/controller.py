@@ -104,11 +104,11 @@ class Controller:
         """The last step had this shape and took this long, drafting not included."""
         if self.cost is None:
             return
+        predicted = self.cost.observe(shape, seconds)
         if not shape.prompt_rows:
             self.counters.add("timed_steps")
-            self.counters.add("predicted_step_seconds", self.cost.predict_step(shape))
+            self.counters.add("predicted_step_seconds", predicted)
             self.counters.add("measured_step_seconds", seconds)
-        self.cost.observe(shape, seconds)
 
     def drafting_took(self, requests: int, seconds: float) -> None:
         """Growing the last trees, for so many requests, took this long."""
@@ -137,16 +137,13 @@ class Controller:
         if trees is None:
             return
         places = {name: i for i, name in enumerate(step.request_ids)}
-        here = [name for name in trees.request_ids if name in places]
-        if not here:
-            return
         rows = np.array([places.get(name, -1) for name in trees.request_ids], np.int32)
-        gone = rows < 0
+        here = rows >= 0
+        if not here.any():
+            return
         gained = step.num_tokens[rows] - trees.drafted_at - 1
-        self._expected = CALIBRATION_MEMORY * self._expected + trees.expected[~gone].sum()
-        self._gained = (
-            CALIBRATION_MEMORY * self._gained + gained[~gone & (trees.expected > 0)].sum()
-        )
+        self._expected = CALIBRATION_MEMORY * self._expected + trees.expected[here].sum()
+        self._gained = CALIBRATION_MEMORY * self._gained + gained[here & (trees.expected > 0)].sum()
         labelled = self.acceptance.learn(
             trees.tokens, trees.parents, trees.sources, trees.starts, trees.drafted_at,
             trees.request_ids, rows, step.token_ids, step.num_tokens,
@@ -197,12 +194,6 @@ class Controller:
         sources = drafts.sources
         if sources is None:
             sources = np.zeros(len(drafts.tokens), np.int32)
-        self._pending = _Pending(
-            list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
-            drafts.parents.copy(), sources.copy(), starts,
-            None if drafts.confidence is None else drafts.confidence.copy(),
-            np.zeros(len(drafts.counts)),
-        )  # fmt: skip
         acceptance, depths = look_up(drafts.parents, sources, starts, step.acceptance)
         if drafts.confidence is not None:
             confident = self._confidence().predict(drafts.confidence, depths)
@@ -213,7 +204,11 @@ class Controller:
         self.counters.add("nodes_grown", len(survival))
         requests = np.repeat(np.arange(len(drafts.counts)), drafts.counts)
         expected = np.bincount(requests, survival * kept, len(drafts.counts))
-        self._pending.expected = expected
+        self._pending = _Pending(
+            list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
+            drafts.parents.copy(), sources.copy(), starts,
+            None if drafts.confidence is None else drafts.confidence.copy(), expected,
+        )  # fmt: skip
         self.counters.add("expected_tokens", float(expected.sum()))
         if not kept.any():
             self.counters.add("undrafted_steps")

@@ -125,6 +125,8 @@ class StepCost:
     WINDOW = 64
     #: Standard deviation of a single step's time, relative.
     NOISE = 0.1
+    #: Rows, requests, context and prompts never make a step shorter.
+    FLOOR = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0, 0.0])
 
     def __init__(self, curve: CostCurve):
         self.curve = curve
@@ -170,8 +172,8 @@ class StepCost:
         """Seconds of a step of this shape."""
         return float(self.predict(shape.rows, shape.requests, shape.context, shape.prompt_rows))
 
-    def observe(self, shape: StepShape, seconds: float) -> None:
-        """A step of this shape took ``seconds``."""
+    def observe(self, shape: StepShape, seconds: float) -> float:
+        """A step of this shape took ``seconds``; returns what was predicted."""
         predicted = self.predict_step(shape)
         # A pause of the machine is not a price: one step moves the model at most so far.
         seconds = min(max(seconds, predicted / 2), 2 * predicted)
@@ -198,7 +200,5 @@ class StepCost:
         self._x[kind, place], self._y[kind, place] = x, y
         self._seen[kind] += 1
         self.theta = self._mean + np.linalg.solve(self._prior + self._information, self._evidence)
-        # Rows, requests, context and prompts never make a step shorter.
-        np.maximum(self.theta, self._FLOOR, out=self.theta)
-
-    _FLOOR = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0, 0.0])
+        np.maximum(self.theta, self.FLOOR, out=self.theta)
+        return predicted

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
+
+from vllm_specplus.config import StrictModel, sentence
 
 KEY = "specplus"
 
 
-class RequestControls(BaseModel):
+class RequestControls(StrictModel):
     """A request's own limits, below those of the engine."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     enabled: bool = True
     """False: decode this request without drafts."""
@@ -50,11 +50,5 @@ def parse(extra_args: dict[str, Any] | None) -> RequestControls:
     try:
         return RequestControls.model_validate(raw)
     except ValidationError as error:
-        raise ValueError("; ".join(_sentence(e) for e in error.errors())) from None
-
-
-def _sentence(error: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{KEY}: unknown key {key!r} (allowed: {', '.join(RequestControls.model_fields)})"
-    return f"{KEY}: {key!r} is {error['input']!r}: {error['msg'][0].lower() + error['msg'][1:]}"
+        mistakes = "; ".join(sentence(e, RequestControls) for e in error.errors())
+        raise ValueError(f"{KEY}: {mistakes}") from None

@@ -48,7 +48,7 @@ class Step:
     rows: Rows
     batch_rows: np.ndarray
     """int64 [L] index of each verified row among the batch's token rows."""
-    ours: np.ndarray
+    tree_attention: np.ndarray
     """bool [R] requests served by our attention: all whose draft is not a chain; and, on
     the CPU, all that read no prompt in a step with drafts."""
     num_scheduled: np.ndarray
@@ -209,7 +209,7 @@ class TreeRunnerMixin:
     def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
         out = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self._step = step = self._describe(scheduler_output, num_scheduled_tokens)
-        if step.ours.any():
+        if step.tree_attention.any():
             # The cache slots, computed from sequential positions, stay; the rotary
             # phase follows depth.
             in_request = np.arange(len(step.batch_rows)) - np.repeat(
@@ -258,9 +258,9 @@ class TreeRunnerMixin:
             before >= 0, batch.token_ids_cpu[np.arange(num_reqs), np.maximum(before, 0)], -1
         ).astype(np.int32)
         lengths = batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled
-        ours = has_tree
+        tree_attention = has_tree
         if counts.max() > 1 and self._faster_than_stock:
-            ours = num_scheduled == counts
+            tree_attention = num_scheduled == counts
         return Step(
             shape=StepShape(
                 requests=num_reqs,
@@ -270,7 +270,7 @@ class TreeRunnerMixin:
             ),
             rows=rows,
             batch_rows=batch_rows,
-            ours=ours,
+            tree_attention=tree_attention,
             num_scheduled=num_scheduled,
             previous=_previous_tokens(tokens, flat, starts, before_root),
         )
@@ -280,7 +280,7 @@ class TreeRunnerMixin:
     def _build_attention_metadata(self, *args, **kwargs):
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
         step = self._step
-        if step is None or not step.ours.any():
+        if step is None or not step.tree_attention.any():
             return metadata, common
         if len(self.attn_groups) != 1:
             raise RuntimeError("vllm-specplus supports models with one KV cache group")
@@ -291,10 +291,10 @@ class TreeRunnerMixin:
         return metadata, common
 
     def _tree_metadata(self, step: Step, common, group) -> TreeAttentionMetadata:
-        trees = np.flatnonzero(step.ours)
+        trees = np.flatnonzero(step.tree_attention)
         rows = step.rows
         counts = np.diff(rows.starts)
-        of_tree = np.repeat(step.ours, counts)
+        of_tree = np.repeat(step.tree_attention, counts)
         starts = np.zeros(len(trees) + 1, np.int32)
         np.cumsum(counts[trees], out=starts[1:])
         parents = rows.parents[of_tree]
@@ -304,7 +304,7 @@ class TreeRunnerMixin:
         if self.device.type != "cpu":
             mask = self._to_device(ancestor_mask(parents, starts, max_rows))
         other_rows = other = None
-        if len(trees) < len(step.ours):
+        if len(trees) < len(step.tree_attention):
             other_rows, other = self._other_metadata(step, common, group)
         return TreeAttentionMetadata(
             rows=self._to_device(step.batch_rows[of_tree]),
@@ -321,11 +321,11 @@ class TreeRunnerMixin:
 
     def _other_metadata(self, step: Step, common, group):
         """Stock metadata of the requests without a tree, and their batch rows."""
-        others = np.flatnonzero(~step.ours)
+        others = np.flatnonzero(~step.tree_attention)
         lengths = step.num_scheduled[others]
         starts = np.zeros(len(others) + 1, np.int32)
         np.cumsum(lengths, out=starts[1:])
-        of_other = np.repeat(~step.ours, step.num_scheduled)
+        of_other = np.repeat(~step.tree_attention, step.num_scheduled)
         rows = self._to_device(np.flatnonzero(of_other))
         index = self._to_device(others)
         seq_lens = self.optimistic_seq_lens_cpu[torch.from_numpy(others)]
@@ -396,7 +396,7 @@ class TreeRunnerMixin:
         return acceptance.lengths
 
     def _compact(self, step: Step, acceptance: Acceptance) -> None:
-        if not step.ours.any():
+        if not step.tree_attention.any():
             return
         request, source, destination = kv.moves(acceptance)
         if not len(request):

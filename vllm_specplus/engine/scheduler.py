@@ -44,16 +44,14 @@ class GuardedScheduler(Scheduler):
         free -= len(self.running)
         if self.waiting:
             free -= cdiv(self.max_num_scheduled_tokens, self.block_size) + len(self.waiting)
+        free, budget = max(free, 0), max(budget, 0)
         for request in drafted:
             count = len(request.spec_token_ids)
-            fits = max(min(count, budget), 0)
             # Slots of its own last block are free of charge.
             owned = max(self._blocks(request), cdiv(request.num_tokens, self.block_size))
             room = owned * self.block_size - request.num_tokens
+            fits = min(count, budget, room + free * self.block_size)
             blocks = max(cdiv(fits - room, self.block_size), 0)
-            if blocks > max(free, 0):
-                blocks = max(free, 0)
-                fits = min(fits, max(room, 0) + blocks * self.block_size)
             free -= blocks
             budget -= fits
             if fits < count:
