@@ -20,9 +20,9 @@ fixed budget of that load.
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +30,13 @@ from pathlib import Path
 import numpy as np
 
 from vllm_specplus.config import FixedControl, GoodputControl, TokenRecyclingConfig
+from vllm_specplus.control.acceptance import label_nodes
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposers.base import Observation, StepContext
 from vllm_specplus.proposers.token_recycling import TokenRecycling
-from vllm_specplus.tree import DraftBatch, accepted_paths
+from vllm_specplus.tree import DraftBatch
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,6 @@ class Running:
     name: str
     trace: Trace
     row: int
-    arrived: float
     started: float = 0.0
     produced: int = 0
     fed: int = 0
@@ -203,10 +203,10 @@ class Simulator:
         self.result = Result()
         self._names = 0
 
-    def admit(self, trace: Trace, arrived: float) -> None:
+    def admit(self, trace: Trace) -> None:
         """Start a request; its prompt is read in the next step."""
         self._names += 1
-        running = Running(f"request {self._names}", trace, self.free.pop(), arrived)
+        running = Running(f"request {self._names}", trace, self.free.pop())
         length = len(trace.prompt)
         self.texts[running.row, :length] = trace.prompt
         self.texts[running.row, length : length + len(trace.output)] = trace.output
@@ -259,25 +259,14 @@ class Simulator:
             return [1] * len(decoding)
         out, start = [], 0
         for r, count in zip(decoding, self.drafts.counts.tolist(), strict=True):
-            tokens = self.drafts.tokens[start : start + count]
-            parents = self.drafts.parents[start : start + count]
+            nodes = slice(start, start + count)
             start += count
-            # The target's draw at every row: the text's next token on the path.
-            path, depth = np.zeros(count + 1, bool), np.zeros(count + 1, np.int32)
-            path[0] = True
-            ahead = np.append(r.trace.output[r.produced :], -1)
-            drawn = np.full(count + 1, -2, np.int32)
-            drawn[0] = ahead[0]
-            for i in range(count):
-                above = parents[i] + 1
-                depth[i + 1] = depth[above] + 1
-                path[i + 1] = path[above] and tokens[i] == drawn[above]
-                if path[i + 1] and depth[i + 1] < len(ahead):
-                    drawn[i + 1] = ahead[depth[i + 1]]
-            rows = np.concatenate(([0], tokens)).astype(np.int32)
-            above = np.concatenate(([-1], parents + 1)).astype(np.int32)
-            _, lengths = accepted_paths(rows, above, np.array([0, count + 1], np.int32), drawn)
-            out.append(int(lengths[0]))
+            prompt = len(r.trace.prompt)
+            labels, depths = label_nodes(
+                self.drafts.tokens[nodes], self.drafts.parents[nodes], self.texts[r.row],
+                prompt + r.produced, prompt + len(r.trace.output),
+            )  # fmt: skip
+            out.append(1 + int(depths[labels == 1].max(initial=0)))
         return out
 
     def _read_prompt(self, r: Running) -> None:
@@ -323,25 +312,23 @@ def closed_loop(simulator: Simulator, traces: Sequence[Trace], in_flight: int) -
     """``in_flight`` requests at all times, until all traces are answered."""
     waiting = iter(traces)
     for trace in _take(waiting, in_flight):
-        simulator.admit(trace, simulator.clock)
+        simulator.admit(trace)
     while simulator.running:
         for _ in simulator.step():
             for trace in _take(waiting, 1):
-                simulator.admit(trace, simulator.clock)
+                simulator.admit(trace)
     return simulator.result
 
 
 def open_loop(simulator: Simulator, traces: Sequence[Trace], rate: float, seed: int = 0) -> Result:
     """Poisson arrivals, ``rate`` per second."""
     gaps = np.random.default_rng(seed).exponential(1.0 / rate, len(traces))
-    arrivals = list(zip(np.cumsum(gaps).tolist(), range(len(traces)), strict=True))
-    heapq.heapify(arrivals)
+    arrivals = deque(zip(np.cumsum(gaps).tolist(), traces, strict=True))
     while arrivals or simulator.running:
         if not simulator.running:
             simulator.clock = max(simulator.clock, arrivals[0][0])
         while arrivals and arrivals[0][0] <= simulator.clock and simulator.free:
-            arrived, index = heapq.heappop(arrivals)
-            simulator.admit(traces[index], arrived)
+            simulator.admit(arrivals.popleft()[1])
         simulator.step()
     return simulator.result
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,29 +12,13 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from vllm.v1.sample.ops import topk_topp_sampler
 
+from tests.model_configs import LLAMA_2_7B, LLAMA_3_8B
 from vllm_specplus.config import TokenRecyclingConfig
 from vllm_specplus.control import memory
 from vllm_specplus.control.memory import ModelDimensions
 from vllm_specplus.engine.runner import PROMPT_CHUNK
 from vllm_specplus.proposers.token_recycling import TokenRecycling
 
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 128256,
-}
-LLAMA_2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "torch_dtype": "float16",
-    "vocab_size": 32000,
-}
 LLAMA_3 = ModelDimensions.from_config(LLAMA_3_8B)
 LLAMA_2 = ModelDimensions.from_config(LLAMA_2_7B)
 
@@ -139,7 +124,7 @@ def test_heads_that_cannot_be_divided():
 def test_hand_values():
     assert memory.kv_token_bytes(LLAMA_3) == 131072
     assert memory.kv_token_bytes(LLAMA_2) == 524288
-    assert memory.float32_row_bytes(LLAMA_3) == 513024
+    assert memory.logits_bytes(replace(LLAMA_3, dtype_bytes=4), 1) == 513024
     assert memory.logits_bytes(LLAMA_3, 1) == 256512
     assert memory.logits_copies_bytes(LLAMA_3, 1) == 3 * 513024
     assert memory.logits_copies_bytes(LLAMA_3, 1, "greedy") == 0

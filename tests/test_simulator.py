@@ -95,7 +95,7 @@ def test_a_change_of_traffic_is_followed_within_50_steps(in_flight):
     traces = [text_trace("rxxrr", rng) for _ in range(in_flight)]
     world = simulator.Simulator(TIMES, simulator.goodput(), VOCAB, in_flight, 2100)
     for trace in traces:
-        world.admit(trace, 0.0)
+        world.admit(trace)
     position, nodes = [], []
     while world.running:
         first = world.running[0]

@@ -8,6 +8,7 @@ import pytest
 import vllm.engine.arg_utils  # noqa: F401  before a test pretends to be on another platform
 from typer.testing import CliRunner
 
+from tests.model_configs import LLAMA_3_8B
 from vllm_specplus import compat
 from vllm_specplus.cli import doctor
 from vllm_specplus.cli.main import app
@@ -209,14 +210,6 @@ def test_log_is_back_after_the_report(caplog):
 
 # -- memory of speculation --------------------------------------------------------
 
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 SECTION = "Memory of speculation"
 
 

@@ -26,8 +26,6 @@ from typing import Any, Literal
 #: How the rows' tokens are drawn; see :func:`logits_copies_bytes`.
 Sampling = Literal["greedy", "sampled", "sorted"]
 
-FLOAT32_BYTES = 4
-
 SAMPLER_BYTES: dict[Sampling, int] = {"greedy": 0, "sampled": 12, "sorted": 21}
 """Bytes per row and vocabulary entry that drawing takes beside the raw logits.
 
@@ -141,11 +139,6 @@ def kv_nodes_bytes(dims: ModelDimensions, requests: int, nodes: int, block_size:
     return kv_bytes(dims, requests, nodes, block_size)
 
 
-def float32_row_bytes(dims: ModelDimensions) -> int:
-    """One row of float32 logits over the whole vocabulary: the sampler's unit."""
-    return dims.vocab_size * FLOAT32_BYTES
-
-
 def logits_bytes(dims: ModelDimensions, rows: int) -> int:
     """Raw logits of ``rows`` rows as the output layer gives them, in the model's dtype.
 
@@ -155,18 +148,26 @@ def logits_bytes(dims: ModelDimensions, rows: int) -> int:
     return rows * dims.vocab_size * dims.dtype_bytes
 
 
-def logits_copies_bytes(dims: ModelDimensions, rows: int, sampling: Sampling = "sampled") -> int:
-    """Most that is alive beside the raw logits: while gathering or while drawing.
+def logits_row_bytes(
+    vocab_size: int, dtype_bytes: int, tensor_parallel: int = 1, sampling: Sampling = "sampled"
+) -> int:
+    """One verified row: its raw logits, and the most that is alive beside them.
 
-    Gathering over ranks (vLLM's ``all_gather`` along the vocabulary) keeps the rank's
-    own part and the gathered tensor before its dimensions are put in order. Those are
-    gone when the sampler makes its copies, so the larger of the two counts.
+    That is while gathering or while drawing. Gathering over ranks (vLLM's ``all_gather``
+    along the vocabulary) keeps the rank's own part and the gathered tensor before its
+    dimensions are put in order. Those are gone when the sampler makes its copies, so the
+    larger of the two counts.
     """
     gather = 0
-    if dims.tensor_parallel > 1:
-        part = _ceil(dims.vocab_size, dims.tensor_parallel)
-        gather = (part + dims.vocab_size) * dims.dtype_bytes
-    return rows * max(gather, dims.vocab_size * SAMPLER_BYTES[sampling])
+    if tensor_parallel > 1:
+        gather = (_ceil(vocab_size, tensor_parallel) + vocab_size) * dtype_bytes
+    return vocab_size * dtype_bytes + max(gather, vocab_size * SAMPLER_BYTES[sampling])
+
+
+def logits_copies_bytes(dims: ModelDimensions, rows: int, sampling: Sampling = "sampled") -> int:
+    """What :func:`logits_row_bytes` counts beside the raw logits, for ``rows`` rows."""
+    row = logits_row_bytes(dims.vocab_size, dims.dtype_bytes, dims.tensor_parallel, sampling)
+    return rows * row - logits_bytes(dims, rows)
 
 
 def tree_mask_bytes(requests: int, nodes: int) -> int:
@@ -263,7 +264,7 @@ def max_rows(
 
     May be less than the number of requests, even 0; roots have to be verified anyway.
     """
-    row = logits_bytes(dims, 1) + logits_copies_bytes(dims, 1, sampling)
+    row = logits_row_bytes(dims.vocab_size, dims.dtype_bytes, dims.tensor_parallel, sampling)
     return max(logits_budget_bytes, 0) // row
 
 

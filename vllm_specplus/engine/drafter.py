@@ -109,6 +109,7 @@ class Drafter:
 def max_rows(vllm_config: VllmConfig) -> int:
     """Most rows a step may verify: the batch's token budget and the logits' memory."""
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    row = model.get_vocab_size() * (model.dtype.itemsize + memory.SAMPLER_BYTES["sampled"])
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    row = memory.logits_row_bytes(model.get_vocab_size(), model.dtype.itemsize, ranks)
     by_logits = memory.LOGITS_BUDGET // row
     return min(scheduler.max_num_batched_tokens, max(by_logits, scheduler.max_num_seqs))
