@@ -245,10 +245,8 @@ class Controller:
         rows = requests + np.arange(len(survival) + 1)
         seconds = self.cost.predict(rows, requests, float(step.num_tokens.sum()))
         best, gain = best_goodput(survival, requests, seconds)
-        drafting = self._draft_seconds * requests
-        if not self._drafting_is_cheap(step):
-            # Time already spent on these drafts, but the next ones will cost it again.
-            gain *= float(seconds[best] / (seconds[best] + drafting))
+        # The time for these drafts is spent, but the next ones will cost it again.
+        gain *= float(seconds[best] / (seconds[best] + self._draft_seconds * requests))
         if self.speculating:
             self.speculating = best > 0 and gain > 1.0
         else:
