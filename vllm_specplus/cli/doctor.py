@@ -279,8 +279,8 @@ def speculation_memory(
             "verified rows",
             f"{fits}, but {requests} requests can have {most} in a step where tokens are sampled",
             "warning",
-            "vLLM plans for one or two rows per request when it starts: lower max_num_seqs, "
-            "num_speculative_tokens or, on GPUs, gpu_memory_utilization",
+            "the engine then verifies only the most probable drafts, up to that many rows; to draft "
+            "less from the start lower max_num_seqs or num_speculative_tokens",
         )
     else:
         yield Finding(section, "verified rows", f"{fits}; a step has at most {most}")
