@@ -279,8 +279,8 @@ def speculation_memory(
             "verified rows",
             f"{fits}, but {requests} requests can have {most} in a step where tokens are sampled",
             "warning",
-            "the engine then verifies only the most probable drafts, up to that many rows; to draft "
-            "less from the start lower max_num_seqs or num_speculative_tokens",
+            "the engine then verifies only the most probable drafts, up to that many rows; to "
+            "draft less from the start lower max_num_seqs or num_speculative_tokens",
         )
     else:
         yield Finding(section, "verified rows", f"{fits}; a step has at most {most}")
