@@ -45,7 +45,7 @@ def sabotage(kind: str) -> None:
         # Decisions that do not depend on the machine's mood: 3 % of a step per row.
         from vllm_specplus.control.cost import StepCost
 
-        StepCost.observe = lambda self, shape, seconds: None
+        StepCost.observe = lambda self, shape, seconds: self.predict_step(shape)
         StepCost.predict = lambda self, rows, requests, context, prompt_rows=0: (
             0.01 + 0.0003 * np.asarray(rows)
         )
