@@ -109,6 +109,17 @@ def survivals(parents, starts, acceptance):
 
 
 @njit(cache=True)
+def expected_tokens(survival, kept, starts):
+    """float64 [R]: sum over each request's ``kept`` bool [N] nodes of ``survival`` [N]."""
+    out = np.zeros(starts.shape[0] - 1)
+    for r in range(starts.shape[0] - 1):
+        for i in range(starts[r], starts[r + 1]):
+            if kept[i]:
+                out[r] += survival[i]
+    return out
+
+
+@njit(cache=True)
 def _odds(hits, trials):
     p = min(max(hits / trials, MARGIN), 1.0 - MARGIN)
     return p / (1.0 - p)

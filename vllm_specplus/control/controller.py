@@ -25,6 +25,7 @@ from vllm_specplus.config import ControlConfig
 from vllm_specplus.control.acceptance import (
     AcceptanceEstimator,
     Source,
+    expected_tokens,
     first_children,
     label_nodes,
     look_up,
@@ -202,8 +203,7 @@ class Controller:
         kept = self._kept(step, drafts, survival)
         self.counters.add("control_steps")
         self.counters.add("nodes_grown", len(survival))
-        requests = np.repeat(np.arange(len(drafts.counts)), drafts.counts)
-        expected = np.bincount(requests, survival * kept, len(drafts.counts))
+        expected = expected_tokens(survival, kept, starts)
         self._pending = _Pending(
             list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
             drafts.parents.copy(), sources.copy(), starts,

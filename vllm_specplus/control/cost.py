@@ -127,11 +127,15 @@ class StepCost:
     NOISE = 0.1
     #: Rows, requests, context and prompts never make a step shorter.
     FLOOR = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0, 0.0])
+    #: Once the windows have filled, the fit follows every so many steps.
+    REFIT = 4
 
     def __init__(self, curve: CostCurve):
         self.curve = curve
         # All times in units of a one-row step, so that one prior serves any machine.
         self.unit = float(curve.seconds[0])
+        self._units = np.empty(0)  # the curve in units, at 0, 1, ... rows
+        self._tabulate(512)
         tail = curve.slope / self.unit
         # Coefficients of: the curve, a constant, each request, 1000 tokens of context,
         # drafts present at all, each drafted request, each prompt row.
@@ -155,18 +159,19 @@ class StepCost:
         belong to ``min(n, requests)`` requests at most.
         """
         rows = np.asarray(rows)
-        a, constant, request, kilo_token, drafts, drafted, prompt = self.theta
+        last = int(rows.max())
+        if last >= len(self._units):
+            self._tabulate(2 * last)
+        a, constant, request, kilo_token, drafts, drafted, prompt = self.theta.tolist()
         nodes = rows - requests
-        units = (
-            a * self.curve(rows) / self.unit
-            + constant
-            + request * requests
-            + kilo_token * context / 1000
-            + drafts * (nodes > 0)
-            + drafted * np.minimum(nodes, requests)
-            + prompt * prompt_rows
-        )
+        units = a * self._units[rows]
+        units += constant + request * requests + kilo_token * context / 1000 + prompt * prompt_rows
+        units += drafts * (nodes > 0)
+        units += drafted * np.minimum(nodes, requests)
         return np.maximum(units, 0.05) * self.unit
+
+    def _tabulate(self, rows: int) -> None:
+        self._units = self.curve(np.arange(rows + 1)) / self.unit
 
     def predict_step(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
@@ -180,7 +185,7 @@ class StepCost:
         nodes = shape.rows - shape.requests
         x = np.array(
             [
-                float(self.curve(shape.rows)) / self.unit,
+                self._units[shape.rows],
                 1.0,
                 shape.requests,
                 shape.context / 1000,
@@ -195,10 +200,11 @@ class StepCost:
         kind = 2 if shape.prompt_rows else int(nodes > 0)
         place = self._seen[kind] % self.WINDOW
         old_x, old_y = self._x[kind, place], self._y[kind, place]
-        self._information += np.outer(x, x) - np.outer(old_x, old_x)
+        self._information += x[:, None] * x - old_x[:, None] * old_x
         self._evidence += x * y - old_x * old_y
         self._x[kind, place], self._y[kind, place] = x, y
         self._seen[kind] += 1
-        self.theta = self._mean + np.linalg.solve(self._prior + self._information, self._evidence)
-        np.maximum(self.theta, self.FLOOR, out=self.theta)
+        if self._seen[kind] <= self.WINDOW or self._seen[kind] % self.REFIT == 0:
+            fit = np.linalg.solve(self._prior + self._information, self._evidence)
+            self.theta = np.maximum(self._mean + fit, self.FLOOR)
         return predicted
