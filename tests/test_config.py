@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.datastores import NumberTokenizer, build_datastore
 from vllm_specplus import plugin
 from vllm_specplus.config import parse
 
@@ -22,7 +23,7 @@ def test_defaults():
 
 @pytest.mark.parametrize("raw", [{"method": "medusa"}, {}, {"method": None}])
 def test_an_unknown_method_is_told_what_there_is(raw):
-    with pytest.raises(ValueError, match=r"unknown method .*; vllm-specplus has token_recycling$"):
+    with pytest.raises(ValueError, match=r"unknown method .*; vllm-specplus has rasd, rest, "):
         parse(raw)
 
 
@@ -69,6 +70,60 @@ def test_mistakes_are_one_sentence(keys, words):
         parse({"method": "token_recycling", **keys})
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"method": "rest"}, "for 'rest': 'datastore' is missing"),
+        ({"method": "rest", "datastore": "/nowhere"}, "'/nowhere' is not a datastore (no manifest"),
+        ({"method": "suffix_tree", "max_depth": 1}, "'max_depth' is 1: input should be greater"),
+        ({"method": "rasd", "sources": []}, "'sources' is []: list should have at least 1 item"),
+        ({"method": "rasd", "sources": ["ngram"]}, "'sources' holds 'ngram' (allowed: rest, suff"),
+        ({"method": "rasd", "sources": ["rasd"]}, "'sources' holds 'rasd' (allowed: rest, suffix"),
+        ({"method": "rasd", "sources": [{"top_k": 3}]}, "'sources' holds {'top_k': 3}"),
+        ({"method": "rasd", "sources": ["rest"]}, "for 'rest': 'datastore' is missing"),
+        ({"method": "rasd", "sources": ["suffix_tree"] * 2}, "names 'suffix_tree' twice"),
+        (
+            {"method": "rasd", "sources": [{"method": "token_recycling", "topk": 3}]},
+            "for 'token_recycling': unknown key 'topk'",
+        ),
+        (
+            {"method": "rasd", "sources": [{"method": "suffix_tree", "control": {}}]},
+            "'suffix_tree' has a 'control' of its own: set it once, for 'rasd'",
+        ),
+        ({"method": "rasd", "sources": ["suffix_tree"], "prune": 0.1}, "needs a source that draft"),
+    ],
+)
+def test_mistakes_of_retrieval(raw, words):
+    with pytest.raises(ValueError, match="speculative_config for") as error:
+        parse(raw)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sources_get_the_common_budget():
+    config = parse({"method": "rasd", "num_speculative_tokens": 20})
+    assert [m.method for m in config.members()] == ["token_recycling", "suffix_tree"]
+    assert {m.num_speculative_tokens for m in config.members()} == {20}
+
+
+def test_a_datastore_must_fit_the_model(tmp_path):
+    store = str(build_datastore(tmp_path / "store", [[1, 2, 3]], 9))
+    for raw in (
+        {"method": "rest", "datastore": store},
+        {"method": "rasd", "sources": [{"method": "rest", "datastore": store}]},
+    ):
+        config = parse(raw)
+        config.check_target(lambda: NumberTokenizer(9), 9)
+        with pytest.raises(ValueError, match="was built with another tokenizer"):
+            config.check_target(lambda: NumberTokenizer(8), 9)
+        tokens = tmp_path / "store" / "tokens.bin"
+        content = tokens.read_bytes()
+        tokens.write_bytes(bytes(len(content)))
+        with pytest.raises(ValueError, match=r"checksum of tokens\.bin"):
+            config.check_target(lambda: NumberTokenizer(9), 9)
+        tokens.write_bytes(content)
 
 
 def test_several_mistakes_are_all_told():

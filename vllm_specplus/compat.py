@@ -48,6 +48,11 @@ HOOKS = (
         "loads our drafter",
         ("vllm_config",),
     ),
+    Hook(
+        "vllm.tokenizers:cached_tokenizer_from_config",
+        "compares a datastore's tokenizer with the model's",
+        ("model_config",),
+    ),
     Hook("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "builds our CPU model runner"),
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",

@@ -6,16 +6,15 @@ here imports vLLM.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-
-class StrictModel(BaseModel):
-    """Unknown keys are errors, values are not coerced, nothing changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from vllm_specplus.retrieval import datastore
+from vllm_specplus.strict import StrictModel
 
 
 class GoodputControl(StrictModel):
@@ -51,6 +50,9 @@ ControlConfig = GoodputControl | FixedControl | ThresholdControl
 class MethodConfig(StrictModel):
     """Keys every method of ours understands."""
 
+    retrieves: ClassVar[bool] = False
+    """Does the method only look texts up, with no opinion on the next token of its own?"""
+
     method: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)]
     """Most nodes drafted per request and step."""
@@ -65,6 +67,13 @@ class MethodConfig(StrictModel):
                 "set num_speculative_tokens"
             )
         return self
+
+    def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
+        """Raise ValueError if the method's files do not fit the target model.
+
+        ``load_tokenizer`` returns the target's Hugging Face tokenizer, or None if the engine
+        runs without one; ``vocab_size`` is the model's.
+        """
 
 
 class TokenRecyclingConfig(MethodConfig):
@@ -109,8 +118,102 @@ class TokenRecyclingConfig(MethodConfig):
         return self
 
 
+class RestConfig(MethodConfig):
+    """``{"method": "rest", ...}``; see ``proposers/rest.py``."""
+
+    retrieves: ClassVar[bool] = True
+
+    method: Literal["rest"] = "rest"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
+    datastore: str
+    """Folder written by ``vllm-specplus datastore build``."""
+
+    @model_validator(mode="after")
+    def _datastore_opens(self):
+        datastore.Datastore.open(self.datastore)
+        return self
+
+    def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
+        manifest = datastore.verify(self.datastore)
+        datastore.check_target(manifest, self.datastore, load_tokenizer(), vocab_size)
+
+
+class SuffixTreeConfig(MethodConfig):
+    """``{"method": "suffix_tree", ...}``; see ``proposers/suffix_tree.py``."""
+
+    retrieves: ClassVar[bool] = True
+
+    method: Literal["suffix_tree"] = "suffix_tree"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
+    max_depth: Annotated[int, Field(ge=2, le=256)] = 24
+    """Longest match plus continuation the trees hold."""
+    max_memory_mb: Annotated[int, Field(ge=1)] = 256
+    """Finished responses are forgotten, oldest first, beyond this."""
+
+    @model_validator(mode="after")
+    def _library_is_there(self):
+        if importlib.util.find_spec("arctic_inference") is None:
+            raise ValueError(
+                "method 'suffix_tree' needs arctic-inference: pip install 'vllm-specplus[suffix]'"
+            )
+        return self
+
+
+class RasdConfig(MethodConfig):
+    """``{"method": "rasd", "sources": [...]}``; see ``proposers/rasd.py``."""
+
+    method: Literal["rasd"] = "rasd"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
+    sources: list[str | dict[str, Any]] = Field(
+        default=["token_recycling", "suffix_tree"], min_length=1
+    )
+    """Methods to fuse: names, or objects with the method's own keys."""
+    prune: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Retrieved branches go if the drafting sources give their first token less."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self):
+        names = [member.method for member in self.members()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"'sources' names {name!r} twice: name every method once")
+        if self.prune and all(member.retrieves for member in self.members()):
+            raise ValueError(
+                "'prune' needs a source that drafts, such as token_recycling: "
+                "add one or remove 'prune'"
+            )
+        return self
+
+    def members(self) -> list[MethodConfig]:
+        """The sources' own configs, with this one's ``num_speculative_tokens``."""
+        members = []
+        for source in self.sources:
+            keys = {"method": source} if isinstance(source, str) else dict(source)
+            name = keys.get("method")
+            if name not in METHODS or name == self.method:
+                allowed = ", ".join(sorted(METHODS.keys() - {self.method}))
+                raise ValueError(f"'sources' holds {source!r} (allowed: {allowed})")
+            for key in ("num_speculative_tokens", "control"):
+                if key in keys:
+                    raise ValueError(
+                        f"'sources': {name!r} has a {key!r} of its own: "
+                        f"set it once, for {self.method!r}"
+                    )
+            members.append(parse(keys | {"num_speculative_tokens": self.num_speculative_tokens}))
+        return members
+
+    def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
+        for member in self.members():
+            member.check_target(load_tokenizer, vocab_size)
+
+
 #: method name -> its model.
-METHODS: dict[str, type[MethodConfig]] = {"token_recycling": TokenRecyclingConfig}
+METHODS: dict[str, type[MethodConfig]] = {
+    "rasd": RasdConfig,
+    "rest": RestConfig,
+    "suffix_tree": SuffixTreeConfig,
+    "token_recycling": TokenRecyclingConfig,
+}
 
 
 def parse(raw: dict[str, Any]) -> MethodConfig:
@@ -145,6 +248,8 @@ def sentence(error: dict[str, Any], model: type[StrictModel]) -> str:
         policy = keys.pop(1)
         model, allows = policies[policy], f"policy {policy!r} allows"
     key = ".".join(str(part) for part in keys)
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r} ({allows}: {', '.join(model.model_fields)})"
     if error["type"] == "value_error":

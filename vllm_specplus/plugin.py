@@ -100,6 +100,7 @@ def _ours(args: Any) -> dict[str, Any] | None:
 def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) -> None:
     """Rewrite the engine arguments for a method of ours; raises ValueError on conflict."""
     from vllm.platforms import current_platform
+    from vllm.tokenizers import cached_tokenizer_from_config
 
     from vllm_specplus import metrics
 
@@ -112,6 +113,9 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     config = parse(raw)
     for problem in conflicts(args, model_config, parallel_config, current_platform.device_type):
         raise ValueError(f"speculative method {config.method!r} {problem}")
+    config.check_target(
+        lambda: cached_tokenizer_from_config(model_config), model_config.get_vocab_size()
+    )
     args.speculative_config = {
         "method": "custom_class",
         "model": DRAFTER,

@@ -85,6 +85,8 @@ def main(job_path: str, out_path: str) -> None:
         sabotage(job["sabotage"])
     result = []
     for batch in job["batches"]:
+        if batch.get("truncate"):
+            os.truncate(batch["truncate"], 8)
         if batch.get("repeat"):
             requests = [(batch["prompt"], batch["params"])] * batch["repeat"]
         else:

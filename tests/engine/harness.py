@@ -20,8 +20,8 @@ def run(
 ) -> dict:
     """``engine``: arguments of ``vllm.LLM``; ``batches``: ``{"requests": [[prompt,
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
-    other; ``env``: more environment. Returns {"batches": [[{"ids", "text", ...}]],
-    "counters": {...}}.
+    other (before one with "truncate", that file is cut short); ``env``: more environment.
+    Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}}.
     """
     number = len(list(tmp_path.glob("job*.json")))
     job, out = tmp_path / f"job{number}.json", tmp_path / f"out{number}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.datastores import build_datastore
 from tests.engine import harness
 from tests.engine.conftest import build_model
 
@@ -59,19 +60,31 @@ def chi_square(law: dict[tuple, float], texts: list[tuple]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("policy", "sabotage"),
-    [("fixed", None), ("goodput", None), ("fixed", "first_draft_wins")],
+    ("method", "policy", "sabotage"),
+    [
+        ("token_recycling", "fixed", None),
+        ("token_recycling", "goodput", None),
+        ("rasd", "fixed", None),
+        ("token_recycling", "fixed", "first_draft_wins"),
+    ],
 )
-def test_joint_distribution(tmp_path, small_vocab_model, policy, sabotage):
-    """Three tokens in one go, drafted as trees by a warm Token Recycling matrix."""
+def test_joint_distribution(tmp_path, small_vocab_model, method, policy, sabotage):
+    """Three tokens in one go, drafted as trees by a warm Token Recycling matrix; and by it
+    fused with suffix trees and a datastore."""
+    keys = {}
+    if method == "rasd":
+        rng = np.random.default_rng(0)
+        documents = rng.integers(0, VOCAB, (200, 30)).tolist()
+        store = build_datastore(tmp_path / "store", documents, VOCAB)
+        rest = {"method": "rest", "datastore": str(store)}
+        keys = {"sources": ["token_recycling", "suffix_tree", rest]}
     prompt = [5, 9, 17, 3, 21]
     engine = {
         "model": small_vocab_model, "skip_tokenizer_init": True, "dtype": "float32",
         "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 256,
         "max_num_batched_tokens": 4096,
         "speculative_config": {
-            "method": "token_recycling", "num_speculative_tokens": 10,
-            "control": {"policy": policy},
+            "method": method, "num_speculative_tokens": 10, "control": {"policy": policy}, **keys,
         },
     }  # fmt: skip
     params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from vllm_specplus import __version__
+from vllm_specplus.cli import datastore
 from vllm_specplus.cli.bench import bench
 from vllm_specplus.cli.demo import demo
 from vllm_specplus.cli.doctor import doctor
@@ -37,6 +38,7 @@ def main(
 
 
 app.command("bench")(bench)
+app.add_typer(datastore.app, name="datastore")
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.command("prepare-model")(prepare_model_command)

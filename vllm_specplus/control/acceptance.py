@@ -164,13 +164,15 @@ def _learn(
 @njit(cache=True)
 def _tables(hits, trials, groups, offsets, slots, out):
     """out[r, d, s]: conditional acceptance for the request in ``slots[r]`` (-1: none)."""
+    factors = np.ones((slots.shape[0], offsets.shape[1]))
+    for r in range(slots.shape[0]):
+        if slots[r] >= 0:
+            factors[r] = np.exp(offsets[slots[r]])
     for d in range(hits.shape[0]):
         for s in range(hits.shape[1]):
             odds = _odds(hits[d, s], trials[d, s])
             for r in range(slots.shape[0]):
-                mine = odds
-                if slots[r] >= 0:
-                    mine = odds * np.exp(offsets[slots[r], groups[s]])
+                mine = odds * factors[r, groups[s]]
                 out[r, d, s] = mine / (1.0 + mine)
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from vllm_specplus.config import StrictModel, sentence
+from vllm_specplus.config import sentence
+from vllm_specplus.strict import StrictModel
 
 KEY = "specplus"
 
@@ -23,6 +24,8 @@ class RequestControls(StrictModel):
     """False: decode this request without drafts."""
     max_nodes: Annotated[int, Field(ge=0, le=80)] | None = None
     """Most nodes drafted per step; the engine's limit stays in force above it."""
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
+    """Drafts from other requests' texts come only from requests of the same salt."""
 
     @property
     def limit(self) -> int | None:

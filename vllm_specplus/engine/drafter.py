@@ -50,6 +50,7 @@ class Drafter:
             counters=self.counters,
         )
         self._warned = False
+        self.proposer.report = self._failed
 
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""

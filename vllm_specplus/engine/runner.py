@@ -62,6 +62,15 @@ class Step:
     acceptance: Acceptance | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a request's parameters say about drafting; fixed for its life."""
+
+    max_nodes: int
+    chain_only: bool
+    cache_salt: str
+
+
 @dataclass(slots=True)
 class Clock:
     """A step that is being timed, from its start to the next one's."""
@@ -88,7 +97,7 @@ class TreeRunnerMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._limits: dict[str, tuple[int, bool]] = {}
+        self._wishes: dict[str, Wishes] = {}
 
     _step: Step | None = None
     _clock: Clock | None = None
@@ -440,10 +449,10 @@ class TreeRunnerMixin:
         accepted[step.rows.starts[request] + path[request, column]] = True
         num_tokens = batch.num_tokens_no_spec[:num_reqs].astype(np.int32)
         room = np.minimum(self.num_spec_tokens, self.max_model_len - 1 - num_tokens)
-        limits = [self._draft_limits(name) for name in batch.req_ids]
-        room = np.minimum(room, [most for most, _ in limits])
+        wishes = [self._wishes_of(name) for name in batch.req_ids]
+        room = np.minimum(room, [each.max_nodes for each in wishes])
         max_nodes = np.where(decoding, np.maximum(room, 0), 0).astype(np.int32)
-        chain_only = np.array([chain for _, chain in limits], bool)
+        chain_only = np.array([each.chain_only for each in wishes], bool)
         self.drafter.counters.add("chain_fallbacks:structured_output", int(chain_only.sum()))
         drafts = self.drafter.draft(
             StepContext(
@@ -453,21 +462,24 @@ class TreeRunnerMixin:
                 max_nodes=max_nodes,
                 chain_only=chain_only,
                 observation=Observation(step.rows.tokens, step.previous, step.top_ids, accepted),
+                num_prompt_tokens=batch.num_prompt_tokens[:num_reqs],
+                cache_salts=[each.cache_salt for each in wishes],
             )
         )
         return drafts.split()
 
-    def _draft_limits(self, request_id: str) -> tuple[int, bool]:
-        """Most nodes of a request, and whether they must form a chain; fixed for its life."""
-        limits = self._limits.get(request_id)
-        if limits is None:
+    def _wishes_of(self, request_id: str) -> Wishes:
+        wishes = self._wishes.get(request_id)
+        if wishes is None:
             params = self.requests[request_id].sampling_params
             # Checked in the front end; nothing here can fail for a request that got in.
-            limit = request_controls.parse(params.extra_args).limit if params else 0
-            chain = params is not None and params.structured_outputs is not None
-            limits = (self.num_spec_tokens if limit is None else limit, chain)
-            self._limits[request_id] = limits
-        return limits
+            controls = request_controls.parse(params.extra_args if params else None)
+            wishes = self._wishes[request_id] = Wishes(
+                max_nodes=self.num_spec_tokens if controls.limit is None else controls.limit,
+                chain_only=params is not None and params.structured_outputs is not None,
+                cache_salt=controls.cache_salt,
+            )
+        return wishes
 
     def _count(self, step: Step, decoding: np.ndarray) -> None:
         """Count decoding steps; a prompt's last chunk makes its first token, not a step."""
@@ -517,7 +529,7 @@ class TreeRunnerMixin:
 
     def _on_request_state_removed(self, req_id, req_state) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        self._limits.pop(req_id, None)
+        self._wishes.pop(req_id, None)
         self.drafter.forget(req_id)
 
     def close_drafter(self) -> None:

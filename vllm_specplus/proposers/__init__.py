@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 #: method name -> "module:class"; imported on use, so an unused method costs nothing.
 REGISTRY: dict[str, str] = {
+    "rasd": "vllm_specplus.proposers.rasd:Rasd",
+    "rest": "vllm_specplus.proposers.rest:Rest",
+    "suffix_tree": "vllm_specplus.proposers.suffix_tree:SuffixTree",
     "token_recycling": "vllm_specplus.proposers.token_recycling:TokenRecycling",
 }
 

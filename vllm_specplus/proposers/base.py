@@ -10,12 +10,13 @@ in the one copy per step that every speculative method of this runner makes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vllm_specplus.control.acceptance import Source
+from vllm_specplus.control.acceptance import Source, prior_tables
 from vllm_specplus.tree import DraftBatch
 
 
@@ -56,9 +57,30 @@ class StepContext:
     """bool [R] requests that must get a chain, not a tree (structured output)."""
     observation: Observation
     """The step's rows, request by request."""
+    num_prompt_tokens: np.ndarray | None = None
+    """int32 [R] how many of the known tokens are the prompt."""
+    cache_salts: list[str] | None = None
+    """[R] requests of different salts must not see each other's texts; None: all alike."""
     acceptance: np.ndarray | None = None
     """float32 [R, depths, S] probability that a node is accepted if its parent was, by
     depth (the last entry serves all deeper ones) and source; set by the controller."""
+
+
+def warm_up_step(proposer: Proposer, max_nodes: int) -> StepContext:
+    """A step of one dummy request, of the types of a real one, to compile loops with."""
+    one, none = np.ones(1, np.int32), np.empty(0, np.int32)
+    return StepContext(
+        request_ids=["warm-up"],
+        token_ids=np.zeros((1, 4), np.int32),
+        num_tokens=4 * one,
+        max_nodes=max_nodes * one,
+        chain_only=np.zeros(1, bool),
+        observation=Observation(
+            none, none, np.empty((0, proposer.top_k), np.int32), np.empty(0, bool)
+        ),
+        num_prompt_tokens=one,
+        acceptance=prior_tables(proposer.sources, 1),
+    )
 
 
 class Proposer(ABC):
@@ -80,6 +102,9 @@ class Proposer(ABC):
         self.config = config
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
+        self.report: Callable[[Exception], None] = lambda error: None
+        """Set by the engine: counts and logs a fault that costs only some of the drafts.
+        Exceptions need no report: the engine sees them, and the step goes on undrafted."""
 
     @abstractmethod
     def propose(self, step: StepContext) -> DraftBatch:

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from vllm_specplus.control.acceptance import Source, prior_tables
-from vllm_specplus.proposers.base import Observation, Proposer, StepContext
+from vllm_specplus.control.acceptance import Source
+from vllm_specplus.proposers.base import Observation, Proposer, StepContext, warm_up_step
 from vllm_specplus.tree import DraftBatch
 
 logger = logging.getLogger(__name__)
@@ -380,13 +380,7 @@ class TokenRecycling(Proposer):
 
     def warm_up(self) -> None:
         """Compile the loops (or load them from numba's cache) on a dummy request."""
-        one = np.zeros(1, np.int32)
-        none = np.empty(0, np.int32)
-        nothing = Observation(none, none, np.empty((0, self.top_k), np.int32), np.empty(0, bool))
-        text = np.zeros((1, 4), np.int32)
-        budget = np.full(1, self.config.num_speculative_tokens, np.int32)
-        priors = prior_tables(self.sources, 1)
-        self.propose(StepContext(["warm-up"], text, one + 4, budget, one > 0, nothing, priors))
+        self.propose(warm_up_step(self, self.config.num_speculative_tokens))
 
     def save(self, path: str) -> None:
         """Write the matrix and the pair table (safetensors), atomically."""

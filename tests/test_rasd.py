@@ -1,0 +1,207 @@
+"""RASD: members are run, fused, and lossless together."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from tests.datastores import build_datastore
+from vllm_specplus import config
+from vllm_specplus.control.acceptance import prior_tables
+from vllm_specplus.proposers.base import Observation, Proposer, StepContext
+from vllm_specplus.proposers.rasd import Rasd
+from vllm_specplus.proposers.trees import Fusion
+from vllm_specplus.samplers import lossless
+from vllm_specplus.samplers.base import Rows
+from vllm_specplus.tree import DraftBatch, row_depths
+
+VOCAB = 40
+
+
+def observed(text: list[int], ranks: int = 8) -> Observation:
+    """Every token of the text is followed by the next one and by ranks that are wrong."""
+    tokens = np.array(text[:-1], np.int32)
+    top = np.stack([(np.array(text[1:], np.int32) + i) % VOCAB for i in range(ranks)], 1)
+    previous = np.concatenate(([-1], tokens[:-1])).astype(np.int32)
+    return Observation(tokens, previous, np.ascontiguousarray(top), np.ones(len(tokens), bool))
+
+
+def context(proposer: Proposer, text: list[int], nodes: int = 20) -> StepContext:
+    return StepContext(
+        ["r"], np.array([text], np.int32), np.array([len(text)], np.int32),
+        np.array([nodes], np.int32), np.zeros(1, bool), observed(text),
+        num_prompt_tokens=np.ones(1, np.int32), acceptance=prior_tables(proposer.sources, 1),
+    )  # fmt: skip
+
+
+def paths_of(batch: DraftBatch) -> set[tuple[int, ...]]:
+    paths = []
+    for token, parent in zip(batch.tokens.tolist(), batch.parents.tolist(), strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    return set(paths)
+
+
+@pytest.fixture
+def rasd(tmp_path) -> Rasd:
+    store = build_datastore(tmp_path / "store", [[7, 8, 30, 31, 32], [7, 8, 9, 33]], VOCAB)
+    parsed = config.parse(
+        {
+            "method": "rasd",
+            "sources": ["suffix_tree", {"method": "rest", "datastore": str(store)},
+                        {"method": "token_recycling", "top_k": 4, "match_context": False}],
+        }
+    )  # fmt: skip
+    return Rasd(parsed, VOCAB, "")
+
+
+TEXT = [5, 7, 8, 9, 10, 5, 7, 8]
+
+
+def test_the_draft_holds_what_every_source_finds(rasd):
+    rasd.warm_up()
+    batch = rasd.propose(context(rasd, TEXT, nodes=60))
+    paths = paths_of(batch)
+    assert (9, 10, 5) in paths  # its own text
+    assert (30, 31, 32) in paths  # the datastore
+    assert (12,) in paths  # fourth rank of a row
+    by_path = {rasd.sources[s].name for s in batch.sources}
+    assert any(name.startswith(("two agree", "more agree")) for name in by_path)
+    assert any(name.startswith("datastore") for name in by_path)
+    assert any(name.startswith("pair rank") for name in by_path)
+
+
+def test_drafters_come_first_and_get_the_ranks_they_asked_for(rasd):
+    assert [m.config.method for m in rasd.members] == ["token_recycling", "suffix_tree", "rest"]
+    assert rasd.top_k == 4
+    rasd.propose(context(rasd, TEXT))
+    assert rasd.members[0].matrix[5].tolist() == [7, 8, 9, 10]
+
+
+def test_a_failing_source_costs_only_its_own_drafts(rasd):
+    reported = []
+    rasd.report = reported.append
+    store = rasd.members[2]
+    (store.datastore.path / "order.bin").unlink()
+    paths = paths_of(rasd.propose(context(rasd, TEXT, nodes=60)))
+    assert "order.bin" in str(reported[0])
+    assert (9, 10, 5) in paths
+    assert (30, 31, 32) not in paths
+
+
+def test_forgetting_reaches_every_source(rasd):
+    rasd.propose(context(rasd, TEXT))
+    suffix_tree = rasd.members[1]
+    assert suffix_tree._requests
+    rasd.forget("r")
+    assert not suffix_tree._requests
+
+
+def test_without_retrieved_tokens_the_draft_is_the_drafters(tmp_path):
+    store = build_datastore(tmp_path / "store", [[1, 2]], VOCAB)
+    keys = {"method": "token_recycling", "match_context": False}
+    both = Rasd(
+        config.parse(
+            {"method": "rasd", "sources": [keys, {"method": "rest", "datastore": str(store)}]}
+        ),
+        VOCAB,
+        "",
+    )
+    alone = Rasd(config.parse({"method": "rasd", "sources": [keys]}), VOCAB, "")
+    drafts = [r.propose(context(r, TEXT)) for r in (both, alone)]
+    assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
+    assert drafts[0].parents.tolist() == drafts[1].parents.tolist()
+    assert drafts[0].sources.tolist() == drafts[1].sources.tolist()
+
+
+# -- exactness ------------------------------------------------------------------------
+
+
+def target(path: tuple[int, ...]) -> list[Fraction]:
+    """A distribution over three tokens that depends on the whole path."""
+    weights = [1 + (7 * t + 3 * sum(path) + len(path) ** 2) % 5 for t in range(3)]
+    return [Fraction(w, sum(weights)) for w in weights]
+
+
+def law_of(batch: DraftBatch, length: int, accept) -> dict[tuple[int, ...], Fraction]:
+    """Exact law of the next ``length`` tokens: all draws at all rows, then plain decoding."""
+    count = len(batch.tokens)
+    parents = np.concatenate(([-1], batch.parents + 1)).astype(np.int32)
+    starts = np.array([0, count + 1], np.int32)
+    rows = Rows(
+        np.concatenate(([0], batch.tokens)).astype(np.int32), parents, starts,
+        row_depths(parents, starts),
+    )  # fmt: skip
+    paths = [()]
+    for token, parent in zip(batch.tokens.tolist(), batch.parents.tolist(), strict=True):
+        paths.append((*paths[parent + 1], token))
+    law: dict[tuple[int, ...], Fraction] = {}
+    for draws in itertools.product(range(3), repeat=count + 1):
+        p = Fraction(1)
+        for path, token in zip(paths, draws, strict=True):
+            p *= target(path)[token]
+        for text, q in accept(rows, np.array(draws, np.int32), paths).items():
+            law[text] = law.get(text, 0) + p * q
+    for _ in range(length):
+        longer: dict[tuple[int, ...], Fraction] = {}
+        for text, p in law.items():
+            follow = [(text, p)] if len(text) >= length else [
+                ((*text, t), p * q) for t, q in enumerate(target(text))
+            ]  # fmt: skip
+            for t, q in follow:
+                longer[t[:length]] = longer.get(t[:length], 0) + q
+        law = longer
+    return law
+
+
+def plain(length: int) -> dict[tuple[int, ...], Fraction]:
+    law = {(): Fraction(1)}
+    for _ in range(length):
+        law = {(*t, i): p * q for t, p in law.items() for i, q in enumerate(target(t))}
+    return law
+
+
+def fused_draft() -> DraftBatch:
+    """Two deterministic sources that share a node: 0 -> 1 and 0 -> 2, 1."""
+    fusion = Fusion([Proposer.sources] * 2)
+    zero = np.zeros(4, np.int32)
+    first = DraftBatch(np.array([0, 1], np.int32), np.array([-1, 0], np.int32), zero[:1] + 2)
+    second = DraftBatch(
+        np.array([0, 2, 1], np.int32), np.array([-1, 0, -1], np.int32), zero[:1] + 3
+    )
+    drafts = [replace(d, sources=zero[: len(d.tokens)]) for d in (first, second)]
+    none = np.empty(0, np.int32)
+    step = StepContext(
+        ["r"], zero[None], zero[:1] + 4, zero[:1] + 10, zero[:1] > 0,
+        Observation(none, none, none.reshape(0, 0), none > 0),
+        acceptance=prior_tables(fusion.sources, 1),
+    )  # fmt: skip
+    batch = fusion.fuse(drafts, step)
+    assert paths_of(batch) == {(0,), (0, 1), (0, 2), (1,)}
+    return batch
+
+
+def test_the_fused_tree_is_verified_exactly():
+    def accept(rows, draws, paths):
+        accepted = lossless.accept(rows, draws)
+        return {tuple(accepted.output[0, : accepted.lengths[0]].tolist()): Fraction(1)}
+
+    assert law_of(fused_draft(), 3, accept) == plain(3)
+
+
+def test_a_ratio_rule_on_retrieved_nodes_is_not():
+    """Negative control of the card: p/q with q = the source's probability of the node."""
+    q = Fraction(1, 2)
+
+    def accept(rows, draws, paths):
+        # The first child of the root is taken with min(1, p/q), else the root's own draw.
+        p = target(())[int(rows.tokens[1])]
+        ratio = min(Fraction(1), p / q)
+        return {(int(rows.tokens[1]),): ratio, (int(draws[0]),): 1 - ratio}
+
+    law, exact = law_of(fused_draft(), 1, accept), plain(1)
+    distance = sum(abs(law[t] - exact[t]) for t in exact) / 2
+    assert distance > Fraction(1, 100)

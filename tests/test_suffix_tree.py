@@ -1,0 +1,124 @@
+"""Suffix decoding: what is drafted, who sees whose text, and what is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_specplus.config import SuffixTreeConfig
+from vllm_specplus.control.acceptance import prior_tables
+from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.proposers.suffix_tree import SuffixTree
+
+A, B, C, D = 1, 2, 3, 4
+
+
+def proposer(**keys) -> SuffixTree:
+    return SuffixTree(SuffixTreeConfig(**keys), 1000, "")
+
+
+def draft(tree: SuffixTree, texts: dict, prompt=0, salts=None, nodes=16, chain=False):
+    """{name: text} as one step; {name: [paths]} of the drafts."""
+    longest = max(map(len, texts.values())) + 1
+    ids = np.zeros((len(texts), longest), np.int32)
+    for r, text in enumerate(texts.values()):
+        ids[r, : len(text)] = text
+    none = np.empty(0, np.int32)
+    step = StepContext(
+        list(texts), ids, np.array([len(t) for t in texts.values()], np.int32),
+        np.full(len(texts), nodes, np.int32), np.full(len(texts), chain),
+        Observation(none, none, none.reshape(0, 0), none > 0),
+        num_prompt_tokens=np.full(len(texts), prompt, np.int32),
+        cache_salts=[(salts or {}).get(name, "") for name in texts],
+        acceptance=prior_tables(tree.sources, len(texts)),
+    )  # fmt: skip
+    batch = tree.propose(step)
+    out, start = {}, 0
+    for name, count in zip(texts, batch.counts.tolist(), strict=True):
+        paths = []
+        for i in range(start, start + count):
+            parent = int(batch.parents[i])
+            paths.append((*(paths[parent] if parent >= 0 else ()), int(batch.tokens[i])))
+        out[name] = paths
+        start += count
+    return out
+
+
+def test_a_text_that_repeats_itself_is_continued():
+    paths = draft(proposer(), {"r": [A, B, C, A, B, C, A, B]})["r"]
+    assert {(C,), (C, A), (C, A, B)} <= set(paths)
+
+
+def test_it_drafts_trees():
+    text = [A, B, C, 7, A, B, D, 8, A, B, C, 9, A, B]
+    paths = draft(proposer(), {"r": text})["r"]
+    assert {(C,), (D,), (D, 8)} <= set(paths)
+    chain = draft(proposer(), {"r": text}, chain=True)["r"]
+    assert [len(p) for p in chain] == list(range(1, len(chain) + 1))
+    assert chain[0] == (C,)
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 3])
+def test_the_budget_is_kept(nodes):
+    assert len(draft(proposer(), {"r": [A, B, C, A, B, D, A, B]}, nodes=nodes)["r"]) == nodes
+
+
+def test_short_texts_and_prompts_still_being_read():
+    tree = proposer()
+    assert draft(tree, {"r": [A]}) == {"r": []}
+    assert draft(tree, {"q": [A, B, A, B]}, prompt=9) == {"q": []}
+    assert tree.stored_tokens == 1
+
+
+def test_responses_serve_later_requests_and_prompts_do_not():
+    tree = proposer()
+    draft(tree, {"first": [90, 91, A, B, C, D]}, prompt=2)
+    tree.forget("first")
+    assert (C, D) in draft(tree, {"second": [70, A, B]}, prompt=1)["second"]
+    assert draft(tree, {"third": [71, 90]}, prompt=1)["third"] == []  # 90 91 was a prompt
+
+
+def test_salts_do_not_see_each_other():
+    """Neither finished nor running requests of another salt shape a draft."""
+    tree = proposer()
+    salts = {"mine": "one", "theirs": "two", "later": "two", "ours": "one"}
+    draft(tree, {"mine": [9, A, B, C, D]}, prompt=1, salts=salts)
+    assert draft(tree, {"theirs": [8, A, B]}, prompt=1, salts=salts)["theirs"] == []
+    tree.forget("mine")
+    assert draft(tree, {"later": [7, A, B]}, prompt=1, salts=salts)["later"] == []
+    assert (C, D) in draft(tree, {"ours": [6, A, B]}, prompt=1, salts=salts)["ours"]
+
+
+def test_text_is_inserted_once_as_it_grows():
+    """Also after steps in which the request was not there (preemption)."""
+    grown, whole = proposer(), proposer()
+    text = [9, A, B, C, A, B, D, A, C, B, A, B]
+    for n in (3, 4, 7, 7, 12):
+        drafted = draft(grown, {"r": text[:n]}, prompt=1)
+    assert drafted == draft(whole, {"r": text}, prompt=1)
+    assert grown.stored_tokens == whole.stored_tokens == 11
+
+
+def test_the_oldest_responses_go_when_memory_is_short():
+    rng = np.random.default_rng(0)
+    tree = proposer(max_memory_mb=1)
+    texts = {f"r{i}": [0, *rng.integers(5, 900, 400).tolist()] for i in range(40)}
+    for i, (name, text) in enumerate(texts.items()):
+        draft(tree, {name: text}, prompt=1, salts={name: f"salt {i % 3}"})
+        tree.forget(name)
+    size = sum(shared.tree.estimate_memory() for shared in tree._shared.values())
+    assert 0.5e6 < size < 1.3e6
+    newest = texts["r39"]
+    salts = {"new": "salt 0", "old": "salt 0"}
+    assert draft(tree, {"new": [1, *newest[100:110]]}, prompt=1, salts=salts)["new"]
+    assert not draft(tree, {"old": [1, *texts["r0"][100:110]]}, prompt=1, salts=salts)["old"]
+    stored = tree.stored_tokens
+    for name in ("new", "old"):
+        tree.forget(name)
+    assert sum(size for _, size in tree._finished.values()) == tree.stored_tokens == stored
+
+
+def test_two_instances_draft_the_same():
+    rng = np.random.default_rng(2)
+    text = rng.integers(0, 6, 200).tolist()
+    assert draft(proposer(), {"r": text}) == draft(proposer(), {"r": text})

@@ -1,0 +1,194 @@
+"""Trimming and fusing draft trees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_specplus.control.acceptance import DEPTHS, Source
+from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.proposers.trees import AGREEMENT, Fusion, keep_best
+from vllm_specplus.tree import DraftBatch
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_tree(rng, most=40, vocab=4):
+    """(tokens, parents) without siblings of equal token."""
+    tokens, parents, seen = [], [], set()
+    for _ in range(int(rng.integers(0, most + 1))):
+        parent, token = int(rng.integers(-1, len(tokens))), int(rng.integers(vocab))
+        if (parent, token) not in seen:
+            seen.add((parent, token))
+            parents.append(parent)
+            tokens.append(token)
+    return np.array(tokens, np.int32), np.array(parents, np.int32)
+
+
+def paths_of(tokens, parents) -> list[tuple[int, ...]]:
+    paths = []
+    for token, parent in zip(tokens.tolist(), parents.tolist(), strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    return paths
+
+
+def random_survival(rng, parents):
+    survival = np.empty(len(parents), np.float32)
+    for i, parent in enumerate(parents):
+        survival[i] = (survival[parent] if parent >= 0 else 1.0) * rng.choice([0.25, 0.5, 1.0])
+    return survival
+
+
+@given(seeds, st.integers(0, 50))
+@settings(max_examples=100, deadline=None)
+def test_the_best_nodes_are_kept(seed, budget):
+    rng = np.random.default_rng(seed)
+    tokens, parents = random_tree(rng)
+    survival = random_survival(rng, parents)
+    sources = np.arange(len(tokens), dtype=np.int32)  # tells which node is which
+    out = np.empty((3, 60), np.int32)
+    count = keep_best(tokens, parents, sources, survival, budget, False, out)
+    kept = out[2, :count]
+    expected = sorted(range(len(tokens)), key=lambda i: (-survival[i], i))[:budget]
+    assert sorted(expected) == kept.tolist()
+    assert paths_of(*out[:2, :count]) == [paths_of(tokens, parents)[i] for i in kept]
+
+
+@given(seeds, st.integers(0, 10))
+@settings(max_examples=60, deadline=None)
+def test_a_chain_follows_the_best_child(seed, budget):
+    rng = np.random.default_rng(seed)
+    tokens, parents = random_tree(rng)
+    survival = random_survival(rng, parents)
+    out = np.empty((3, 60), np.int32)
+    count = keep_best(tokens, parents, tokens, survival, budget, True, out)
+    assert out[1, :count].tolist() == list(range(-1, count - 1))
+    node, expected = -1, []
+    while len(expected) < budget and (parents == node).any():
+        node = int(np.argmax(np.where(parents == node, survival, -1)))
+        expected.append(int(tokens[node]))
+    assert out[0, :count].tolist() == expected
+
+
+# -- fusion -----------------------------------------------------------------------------
+
+#: One source per probability, so that a test can give every node the one it wants.
+LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.6, 0.9)
+MEMBER = tuple(Source(str(p), "m", p) for p in LEVELS)
+
+
+def step(fusion: Fusion, max_nodes=80, chain=False, requests=1) -> StepContext:
+    """Acceptance as stated by the sources; agreeing nodes are as good as the best of theirs."""
+    table = [s.prior for s in fusion.sources[: fusion.agreement]] + list(AGREEMENT) * 2
+    none = np.empty(0, np.int32)
+    return StepContext(
+        [str(i) for i in range(requests)], np.zeros((requests, 4), np.int32),
+        np.full(requests, 4, np.int32), np.full(requests, max_nodes, np.int32),
+        np.full(requests, chain), Observation(none, none, none.reshape(0, 0), none > 0),
+        acceptance=np.broadcast_to(
+            np.array(table, np.float32), (requests, DEPTHS, len(table))
+        ).copy(),
+    )  # fmt: skip
+
+
+def batch(trees) -> DraftBatch:
+    tokens, parents, sources = (
+        np.concatenate([np.array(t[i], np.int32) for t in trees]) for i in range(3)
+    )
+    return DraftBatch(tokens, parents, np.array([len(t[0]) for t in trees], np.int32), sources)
+
+
+def with_sources(rng, tree):
+    return (*tree, rng.integers(0, len(MEMBER), len(tree[0])).astype(np.int32))
+
+
+@given(seeds, st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_fusion_is_the_union_of_paths(seed, members):
+    rng = np.random.default_rng(seed)
+    requests = 3
+    fusion = Fusion([MEMBER] * members)
+    trees = [[with_sources(rng, random_tree(rng)) for _ in range(requests)] for _ in range(members)]
+    fused = fusion.fuse([batch(t) for t in trees], step(fusion, 500, requests=requests))
+    starts = np.concatenate(([0], np.cumsum(fused.counts)))
+    for r in range(requests):
+        nodes = slice(starts[r], starts[r + 1])
+        paths = paths_of(fused.tokens[nodes], fused.parents[nodes])
+        union = {p for member in trees for p in paths_of(*member[r][:2])}
+        assert len(paths) == len(set(paths))  # nothing is verified twice
+        assert set(paths) == union
+        by_path = dict(zip(paths, fused.sources[nodes].tolist(), strict=True))
+        for path, source in by_path.items():
+            proposing = [
+                (m, int(member[r][2][paths_of(*member[r][:2]).index(path)]))
+                for m, member in enumerate(trees)
+                if path in paths_of(*member[r][:2])
+            ]
+            if len(proposing) == 1:
+                ((m, own),) = proposing
+                assert source == fusion.offsets[m] + own
+            else:
+                best = float(np.float32(max(LEVELS[own] for _, own in proposing)))
+                column = next(i for i, high in enumerate(AGREEMENT) if best <= high)
+                more = len(AGREEMENT) * (len(proposing) > 2)
+                assert source == fusion.agreement + more + column
+
+
+def test_fusing_a_tree_with_itself_changes_nothing():
+    rng = np.random.default_rng(5)
+    fusion = Fusion([MEMBER, MEMBER])
+    for _ in range(20):
+        tree = with_sources(rng, random_tree(rng))
+        fused = fusion.fuse([batch([tree])] * 2, step(fusion, 500))
+        assert paths_of(fused.tokens, fused.parents) == paths_of(*tree[:2])
+
+
+@given(seeds, st.integers(0, 30))
+@settings(max_examples=40, deadline=None)
+def test_the_union_is_trimmed_to_the_best(seed, budget):
+    rng = np.random.default_rng(seed)
+    fusion = Fusion([MEMBER, MEMBER])
+    drafts = [batch([with_sources(rng, random_tree(rng))]) for _ in range(2)]
+    whole = fusion.fuse(drafts, step(fusion, 500))
+    table = step(fusion).acceptance[0, 0]
+    survival = {}
+    paths = paths_of(whole.tokens, whole.parents)
+    for path, source in zip(paths, whole.sources.tolist(), strict=True):
+        survival[path] = survival.get(path[:-1], np.float32(1.0)) * table[source]
+    trimmed = fusion.fuse(drafts, step(fusion, budget))
+    kept = paths_of(trimmed.tokens, trimmed.parents)
+    assert len(kept) == min(budget, len(paths))
+    assert sorted(survival[p] for p in kept) == sorted(survival.values())[len(paths) - len(kept) :]
+
+
+def test_worked_example():
+    """Card rasd.md, section 2: draft {a: 0.6, b: 0.3}, a -> {c: 0.5}; retrieved a c d three
+    times, b e once, z z four times. z is pruned; five nodes remain, three of them shared."""
+    a, b, c, d, e, z = range(6)
+    fusion = Fusion([MEMBER, MEMBER], [False, True])
+    level = {p: i for i, p in enumerate(LEVELS)}
+    drafted = ([a, b, c], [-1, -1, 0], [level[0.6], level[0.3], level[0.5]])
+    high = level[0.9]
+    retrieved = ([a, c, d, b, e, z, z], [-1, 0, 1, -1, 3, -1, 5], [high] * 7)
+    drafts = [batch([drafted]), batch([retrieved])]
+    fused = fusion.fuse(drafts, step(fusion), least=1e-3)
+    paths = paths_of(fused.tokens, fused.parents)
+    assert sorted(paths) == [(a,), (a, c), (a, c, d), (b,), (b, e)]
+    shared = {p for p, s in zip(paths, fused.sources, strict=True) if s >= fusion.agreement}
+    assert shared == {(a,), (b,), (a, c)}
+
+
+@pytest.mark.parametrize("least", [0.0, 0.25, 1.0])
+def test_pruning(least):
+    """0 is the union; above any probability of the draft only the drafted tree is left."""
+    rng = np.random.default_rng(8)
+    fusion = Fusion([MEMBER, MEMBER], [False, True])
+    for _ in range(30):
+        trees = [with_sources(rng, random_tree(rng)) for _ in range(2)]
+        drafted, retrieved = (paths_of(*t[:2]) for t in trees)
+        q = {p[0]: LEVELS[s] for p, s in zip(drafted, trees[0][2], strict=True) if len(p) == 1}
+        fused = fusion.fuse([batch([t]) for t in trees], step(fusion, 500), least)
+        expected = set(drafted) | {p for p in retrieved if q.get(p[0], 0.0) >= least}
+        assert set(paths_of(fused.tokens, fused.parents)) == expected

@@ -1,0 +1,219 @@
+"""`vllm-specplus datastore`: build, extend and inspect what `rest` drafts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Datastores of text, for the method rest.")
+
+Store = Annotated[Path, typer.Argument(help="Folder of the datastore.", show_default=False)]
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Text files, .jsonl, .parquet, or folders of them (see --glob).", show_default=False
+    ),
+]
+Glob = Annotated[str, typer.Option(help="Which files of a folder to read.")]
+TextKey = Annotated[str, typer.Option(help="Field of .jsonl and column of .parquet to read.")]
+ShardTokens = Annotated[
+    int, typer.Option(min=1024, help="Tokens sorted at a time; about 20 bytes of memory each.")
+]
+_SHARD_TOKENS = 1 << 24
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One line for the user, exit code 1."""
+    from vllm_specplus.retrieval.corpus import CorpusError
+    from vllm_specplus.retrieval.datastore import DatastoreError
+
+    try:
+        yield
+    except (DatastoreError, CorpusError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'datastore'}: {error.strerror}; run the same command to go on")
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command to go on")
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    store: Store,
+    inputs: Inputs,
+    tokenizer: Annotated[str, typer.Option(help="The model, or its tokenizer: a folder or name.")],
+    glob: Glob = "**/*",
+    text_key: TextKey = "text",
+    shard_tokens: ShardTokens = _SHARD_TOKENS,
+) -> None:
+    """Tokenise a corpus into a new datastore, or finish an interrupted build."""
+    from vllm_specplus.retrieval import build as building
+
+    with _errors():
+        loaded, vocab_size = _load(tokenizer)
+        corpus = _corpus(inputs, glob, text_key)
+        with _progress(corpus.size) as progress:
+            manifest = building.build(
+                store, corpus, loaded, tokenizer, vocab_size, shard_tokens, progress
+            )
+    _describe(store, manifest)
+
+
+@app.command()
+def add(
+    store: Store,
+    inputs: Inputs,
+    glob: Glob = "**/*",
+    text_key: TextKey = "text",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where the tokenizer is now, if it has moved.")
+    ] = None,
+    shard_tokens: ShardTokens = _SHARD_TOKENS,
+) -> None:
+    """Append a corpus to a datastore. Engines that use it see it after their next start."""
+    from vllm_specplus.retrieval import build as building
+    from vllm_specplus.retrieval.datastore import read_manifest
+
+    with _errors():
+        loaded, _ = _load(tokenizer or read_manifest(store).tokenizer_name)
+        corpus = _corpus(inputs, glob, text_key)
+        with _progress(corpus.size) as progress:
+            manifest = building.add(store, corpus, loaded, shard_tokens, progress)
+    _describe(store, manifest)
+
+
+@app.command()
+def info(store: Store) -> None:
+    """What a datastore holds."""
+    from vllm_specplus.retrieval.datastore import read_manifest
+
+    with _errors():
+        manifest = read_manifest(store)
+    _describe(store, manifest)
+
+
+@app.command()
+def verify(store: Store) -> None:
+    """Read all of a datastore and compare its checksums."""
+    from vllm_specplus.retrieval import datastore
+
+    with _errors():
+        size = sum(datastore.read_manifest(store).sizes().values())
+        with _progress(size) as progress:
+            manifest = datastore.verify(store, lambda n: progress(n, 0))
+    typer.echo(f"{store}: {manifest.num_tokens} tokens, all checksums are right")
+
+
+@app.command()
+def query(
+    store: Store,
+    text: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where the tokenizer is now, if it has moved.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, max=80, help="Nodes of the draft tree.")] = 16,
+) -> None:
+    """Show the draft tree that `rest` would make after a text."""
+    import numpy as np
+
+    from vllm_specplus.config import RestConfig
+    from vllm_specplus.control.acceptance import label_nodes, prior_tables
+    from vllm_specplus.proposers.base import warm_up_step
+    from vllm_specplus.proposers.rest import Rest
+    from vllm_specplus.retrieval.datastore import check_target, read_manifest
+
+    with _errors():
+        manifest = read_manifest(store)
+        loaded, vocab_size = _load(tokenizer or manifest.tokenizer_name)
+        check_target(manifest, str(store), loaded, vocab_size)
+        ids = np.array([loaded.encode(text, add_special_tokens=False)], np.int32)
+        if ids.shape[1] < 2:
+            _fail("a query needs two tokens of text at least")
+        proposer = Rest(RestConfig(datastore=str(store)), vocab_size, "")
+    step = warm_up_step(proposer, nodes)
+    step.token_ids, step.num_tokens = ids, np.array([ids.shape[1]], np.int32)
+    step.acceptance = prior_tables(proposer.sources, 1)
+    draft = proposer.propose(step)
+    if not len(draft.tokens):
+        typer.echo("nothing in the datastore continues the last two tokens")
+        return
+    _, depths = label_nodes(draft.tokens, draft.parents, ids[0], ids.shape[1], ids.shape[1])
+    table = Table("token", "source")
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(draft.parents.tolist()):
+        children.setdefault(parent, []).append(node)
+    stack = children.get(-1, [])[::-1]
+    while stack:
+        node = stack.pop()
+        word = loaded.decode([int(draft.tokens[node])])
+        table.add_row(
+            "  " * (int(depths[node]) - 1) + repr(word), proposer.sources[draft.sources[node]].name
+        )
+        stack += children.get(node, [])[::-1]
+    Console().print(table)
+
+
+def _load(name: str) -> tuple[Any, int]:
+    """A tokenizer from a folder (or hub name), and the size of the model's vocabulary."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from vllm_specplus.retrieval.datastore import DatastoreError
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DatastoreError(f"cannot load the tokenizer {name!r}: {reason}") from None
+    vocab_size = len(tokenizer)
+    with suppress(OSError, ValueError, AttributeError):  # it may be a tokenizer alone
+        # A model may have more rows than its tokenizer has tokens.
+        vocab_size = max(vocab_size, AutoConfig.from_pretrained(name).get_text_config().vocab_size)
+    return tokenizer, vocab_size
+
+
+def _corpus(inputs: list[Path], glob: str, text_key: str):
+    from vllm_specplus.retrieval.corpus import Corpus
+
+    return Corpus.find(inputs, glob, text_key)
+
+
+@contextmanager
+def _progress(size: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar over bytes of input; yields what advances it by (bytes, tokens)."""
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.fields[n]}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task, tokens = bar.add_task("", total=size, n=""), 0
+
+        def advance(read: int, tokenised: int) -> None:
+            nonlocal tokens
+            tokens += tokenised
+            bar.update(task, advance=read, n=f"{tokens:,} tokens" if tokens else "")
+
+        yield advance
+
+
+def _describe(store: Path, manifest) -> None:
+    size = sum(manifest.sizes().values())
+    table = Table(show_header=False, box=None)
+    table.add_row("datastore", str(store))
+    table.add_row("tokens", f"{manifest.num_tokens:,} in {len(manifest.shards)} shard(s)")
+    table.add_row("documents", f"{manifest.num_documents:,}")
+    table.add_row("on disk", f"{size / 1e6:,.1f} MB")
+    table.add_row("tokenizer", f"{manifest.tokenizer_name} ({manifest.vocab_size:,} ids)")
+    for corpus in manifest.corpora:
+        state = "" if corpus.complete else " (unfinished: run the same command to go on)"
+        table.add_row("corpus", f"{corpus.description}{state}")
+    Console().print(table)

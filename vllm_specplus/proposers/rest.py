@@ -1,0 +1,100 @@
+"""REST: drafts from a datastore of text.
+
+"REST: Retrieval-Based Speculative Decoding" (arXiv 2311.08252). The longest suffix of the
+context that occurs in the datastore (16 to 2 tokens) is looked up; what follows it there
+becomes a trie whose nodes weigh as many continuations as pass through them (sec. 3.2).
+
+Where the paper's code keeps the 64 heaviest prefixes and cuts them to a budget afterwards,
+nodes are taken best first under the budget: by the acceptance probabilities that the
+controller learns for each class of evidence (``retrieval/evidence.py``). The first 5000
+matches of the paper's code are replaced by an even sample, and its verification, which is
+not lossless when sampling, by the engine's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from vllm_specplus.proposers.base import Proposer, StepContext, warm_up_step
+from vllm_specplus.proposers.trees import keep_best
+from vllm_specplus.retrieval.datastore import Datastore
+from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
+from vllm_specplus.retrieval.search import NEAREST, SAMPLES, continuations_trie, longest_match
+from vllm_specplus.tree import DraftBatch
+
+SHORTEST, LONGEST = 2, 16
+
+
+@njit(cache=True, nogil=True)
+def retrieve(
+    tokens, order, first, starts, vocab_size, acceptance,
+    token_ids, num_tokens, max_nodes, chain_only, out, counts,
+):  # fmt: skip
+    """Drafts of all requests, back to back in ``out`` int32 [3, >= sum(max_nodes)] (tokens,
+    parents, sources); ``counts`` int32 [R]. Returns the total number of nodes."""
+    capacity = SAMPLES * NEAREST
+    trie_tokens = np.empty(capacity, np.int32)
+    trie_parents = np.empty(capacity, np.int32)
+    weights = np.empty(capacity, np.int32)
+    depths = np.empty(capacity, np.int32)
+    sources = np.empty(capacity, np.int32)
+    survival = np.empty(capacity, np.float32)
+    ranges = np.zeros((first.shape[0], 2), np.int64)
+    total = 0
+    for r in range(num_tokens.shape[0]):
+        counts[r] = 0
+        if max_nodes[r] <= 0 or num_tokens[r] < SHORTEST:
+            continue
+        text, n = token_ids[r], num_tokens[r]
+        length = longest_match(tokens, order, first, starts, text, n, SHORTEST, LONGEST, ranges)
+        if length == 0:
+            continue
+        nodes, followed = continuations_trie(
+            tokens, order, starts, vocab_size, ranges, trie_tokens, trie_parents, weights
+        )
+        for i in range(nodes):
+            parent = trie_parents[i]
+            above, depth, passing = np.float32(1.0), 1, followed
+            if parent >= 0:
+                above, depth, passing = survival[parent], depths[parent] + 1, weights[parent]
+            depths[i] = depth
+            sources[i] = evidence_class(length + depth - 1, weights[i], passing)
+            p = acceptance[r, min(depth, acceptance.shape[1]) - 1, sources[i]]
+            survival[i] = above * p
+        counts[r] = keep_best(
+            trie_tokens[:nodes], trie_parents[:nodes], sources[:nodes], survival[:nodes],
+            max_nodes[r], chain_only[r], out[:, total:],
+        )  # fmt: skip
+        total += counts[r]
+    return total
+
+
+class Rest(Proposer):
+    """Retrieval from one memory-mapped datastore."""
+
+    sources = evidence_sources("datastore")
+
+    def __init__(self, config, vocab_size: int, fingerprint: str):
+        super().__init__(config, vocab_size, fingerprint)
+        self.datastore = Datastore.open(config.datastore)
+        self._out = np.empty((3, 0), np.int32)
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        self.datastore.check_intact()
+        store = self.datastore
+        capacity = int(step.max_nodes.sum())
+        if self._out.shape[1] < capacity:
+            self._out = np.empty((3, capacity), np.int32)
+        counts = np.empty(len(step.num_tokens), np.int32)
+        total = retrieve(
+            store.tokens, store.order, store.first, store.starts, store.manifest.vocab_size,
+            step.acceptance, step.token_ids, step.num_tokens, step.max_nodes, step.chain_only,
+            self._out, counts,
+        )  # fmt: skip
+        tokens, parents, sources = self._out[:, :total]
+        return DraftBatch(tokens, parents, counts, sources)
+
+    def warm_up(self) -> None:
+        """Compile the search (or load it from numba's cache) on a dummy request."""
+        self.propose(warm_up_step(self, self.config.num_speculative_tokens))

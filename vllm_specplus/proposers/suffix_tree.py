@@ -1,0 +1,196 @@
+"""Suffix decoding, as trees: what this request and earlier responses went on with.
+
+"SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications" (arXiv
+2411.04975). Two kinds of suffix trees: one per running request over its prompt and output,
+and one shared over responses (prompts are not stored). vLLM's own ``suffix`` verifies one
+chain, from whichever of the two scores higher; here both are queried for trees, which are
+fused, and the controller decides by learnt acceptance.
+
+The trees are those of ``arctic-inference``, which vLLM's method uses too: C++, and memory
+that grows with the tokens stored. Responses are kept per *cache salt*, in a shared
+tree of their own: a request draws only on responses of its salt. Over all salts the
+oldest finished responses go once ``max_memory_mb`` is reached.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from vllm_specplus.proposers.base import Proposer, StepContext, warm_up_step
+from vllm_specplus.proposers.trees import Fusion
+from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
+from vllm_specplus.tree import DraftBatch
+
+#: A draft has at most FACTOR tokens per matched token plus OFFSET, and none below
+#: LEAST_PROBABILITY: the paper's rule (sec. 4) that short matches deserve short drafts.
+FACTOR, OFFSET, LEAST_PROBABILITY = 2.0, 2.0, 0.05
+#: Memory is estimated anew when the stored tokens have grown by this share.
+REESTIMATE = 0.1
+#: Stands for "many" where a tree tells frequencies and not counts.
+PLACES = 1000
+
+_EMPTY = np.empty(0, np.int32)
+_NOTHING = (_EMPTY, _EMPTY, _EMPTY)
+
+
+@dataclass(slots=True)
+class _Shared:
+    """The responses of one cache salt."""
+
+    tree: object
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Request:
+    salt: str
+    local: object
+    """Suffix tree of its prompt and output."""
+    response: int
+    """Sequence number of its response in the shared tree."""
+    known: int = 0
+    """Tokens of its text that are in the local tree."""
+    tokens: int = 0
+    """Tokens of its response stored there."""
+
+
+@njit(cache=True)
+def _classes(parents, probability, length):
+    """Class of evidence int32 [N] of a draft's nodes; ``probability`` float32 [N] is that of
+    the path, the match had ``length`` tokens."""
+    out = np.empty(parents.shape[0], np.int32)
+    depths = np.empty(parents.shape[0], np.int32)
+    for i in range(parents.shape[0]):
+        parent = parents[i]
+        depths[i] = 1 if parent < 0 else depths[parent] + 1
+        above = 1.0 if parent < 0 else probability[parent]
+        places = round(PLACES * probability[i] / above)
+        out[i] = evidence_class(length + depths[i] - 1, places, PLACES)
+    return out
+
+
+class SuffixTree(Proposer):
+    """Online suffix trees over requests and responses."""
+
+    def __init__(self, config, vocab_size: int, fingerprint: str):
+        super().__init__(config, vocab_size, fingerprint)
+        try:
+            from arctic_inference.suffix_decoding.cache import SuffixTree as NativeTree
+        except ImportError as error:
+            raise ValueError(
+                f"method 'suffix_tree' needs arctic-inference ({error}): "
+                f"pip install 'vllm-specplus[suffix]'"
+            ) from None
+        self._fusion = Fusion([evidence_sources("own text"), evidence_sources("responses")])
+        self.sources = self._fusion.sources
+        self._new_tree = lambda: NativeTree(config.max_depth)
+        self._requests: dict[str, _Request] = {}
+        self._shared: dict[str, _Shared] = {}
+        # Sequence number -> (salt, tokens), in the order the responses were finished.
+        self._finished: OrderedDict[int, tuple[str, int]] = OrderedDict()
+        self._next_number = 0
+        self._bytes_per_token = 0.0
+        self._estimated_at = 0
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens of responses in all shared trees."""
+        return sum(shared.tokens for shared in self._shared.values())
+
+    # -- learning -----------------------------------------------------------------
+
+    def _extend(self, step: StepContext) -> None:
+        """Insert what has become text; a tree is only ever fed with accepted tokens."""
+        for r, name in enumerate(step.request_ids):
+            known, prompt = int(step.num_tokens[r]), int(step.num_prompt_tokens[r])
+            if known <= prompt:
+                continue  # its prompt is still being read
+            request = self._requests.get(name)
+            if request is None:
+                salt = step.cache_salts[r] if step.cache_salts else ""
+                request = _Request(salt, self._new_tree(), self._next_number)
+                self._requests[name] = request
+                self._next_number += 1
+            text = step.token_ids[r]
+            if known > request.known:
+                request.local.extend_ndarray(0, text[request.known : known])
+                fresh = text[max(request.known, prompt) : known]
+                self._shared_of(request.salt).tree.extend_ndarray(request.response, fresh)
+                self._shared[request.salt].tokens += len(fresh)
+                request.tokens += len(fresh)
+                request.known = known
+
+    def _shared_of(self, salt: str) -> _Shared:
+        shared = self._shared.get(salt)
+        if shared is None:
+            shared = self._shared[salt] = _Shared(self._new_tree())
+        return shared
+
+    def forget(self, request_id: str) -> None:
+        """The request's own tree goes; its response stays until memory is short."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        self._finished[request.response] = (request.salt, request.tokens)
+        self._evict()
+
+    def _evict(self) -> None:
+        """Oldest responses first, down to ``max_memory_mb``."""
+        tokens = self.stored_tokens
+        if abs(tokens - self._estimated_at) > REESTIMATE * self._estimated_at:
+            size = sum(shared.tree.estimate_memory() for shared in self._shared.values())
+            self._bytes_per_token, self._estimated_at = size / max(tokens, 1), tokens
+        allowed = self.config.max_memory_mb * 1e6
+        while self._finished and self.stored_tokens * self._bytes_per_token > allowed:
+            number, (salt, size) = self._finished.popitem(last=False)
+            shared = self._shared[salt]
+            shared.tree.remove(number)
+            shared.tokens -= size
+            if not shared.tokens:
+                del self._shared[salt]
+
+    # -- drafting -----------------------------------------------------------------
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        self._extend(step)
+        local, shared = [], []
+        for r, name in enumerate(step.request_ids):
+            request, budget = self._requests.get(name), int(step.max_nodes[r])
+            if request is None or budget <= 0:
+                local.append(_NOTHING)
+                shared.append(_NOTHING)
+                continue
+            text = step.token_ids[r, : request.known]
+            context = text[-self.config.max_depth :]
+            local.append(_query(request.local, context, budget))
+            shared.append(_query(self._shared[request.salt].tree, context, budget))
+        return self._fusion.fuse([_batch(local), _batch(shared)], step)
+
+    def warm_up(self) -> None:
+        """Compile the loops (or load them from numba's cache); the trees stay empty."""
+        one = np.zeros(1, np.int32)
+        _classes(one - 1, np.ones(1, np.float32), 1)
+        nothing = _batch([_NOTHING])
+        self._fusion.fuse(
+            [nothing, nothing], warm_up_step(self, self.config.num_speculative_tokens)
+        )
+
+
+def _query(tree, context: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, parents, sources) int32 [N] of what followed the context in ``tree``."""
+    draft = tree.speculate_ndarray(context, budget, FACTOR, OFFSET, LEAST_PROBABILITY, True)
+    if not draft.token_ids:
+        return _NOTHING
+    parents = np.array(draft.parents, np.int32)
+    sources = _classes(parents, np.array(draft.probs, np.float32), draft.match_len)
+    return np.array(draft.token_ids, np.int32), parents, sources
+
+
+def _batch(trees: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> DraftBatch:
+    tokens, parents, sources = (np.concatenate(arrays) for arrays in zip(*trees, strict=True))
+    counts = np.array([len(tree[0]) for tree in trees], np.int32)
+    return DraftBatch(tokens, parents, counts, sources)

@@ -1,0 +1,194 @@
+"""Operations on draft trees that several methods share: trimming and fusing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+from vllm_specplus.control.acceptance import Source
+from vllm_specplus.proposers.base import StepContext
+from vllm_specplus.tree import DraftBatch
+
+#: Nodes proposed by several rules at once: classes by the highest acceptance among
+#: them (upper ends), for two rules and for more.
+AGREEMENT = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
+#: How much of the remaining doubt two rules and more take away, before anything is learnt.
+_TAKEN = (0.25, 0.4)
+
+
+@njit(cache=True, nogil=True)
+def keep_best(tokens, parents, sources, survival, budget, chain, out):
+    """Keep the ``budget`` nodes of highest ``survival``; returns how many were kept.
+
+    ``tokens``, ``parents``, ``sources`` int32 [N] in topological order; ``survival``
+    float32 [N], nowhere above its parent's, so that the best nodes are closed under
+    parents. ``chain``: only the best path, child by child. Writes the renumbered tree to
+    the three rows of ``out`` int32 [3, >= budget]; ties go to the earlier node.
+    """
+    count = tokens.shape[0]
+    kept = np.ones(count, np.bool_)
+    if chain:
+        kept[:] = False
+        node, depth = -1, 0
+        while depth < budget:
+            best = -1
+            for i in range(count):
+                if parents[i] == node and (best < 0 or survival[i] > survival[best]):
+                    best = i
+            if best < 0:
+                break
+            kept[best] = True
+            node, depth = best, depth + 1
+    elif count > budget:
+        kept[:] = False
+        for i in np.argsort(-survival, kind="mergesort")[:budget]:
+            kept[i] = True
+    place = np.empty(count, np.int32)
+    total = 0
+    for i in range(count):
+        if kept[i]:
+            place[i] = total
+            out[0, total] = tokens[i]
+            out[1, total] = -1 if parents[i] < 0 else place[parents[i]]
+            out[2, total] = sources[i]
+            total += 1
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _agreement_class(acceptance, proposed_by):
+    column = 0
+    while acceptance > AGREEMENT[column]:
+        column += 1
+    return (len(AGREEMENT) if proposed_by > 2 else 0) + column
+
+
+@njit(cache=True, nogil=True)
+def merge(
+    tokens, parents, sources, counts, retrieves, least, acceptance, agreement,
+    max_nodes, chain_only, out, out_counts,
+):  # fmt: skip
+    """Fuse M trees of each request by longest common prefix and trim to the best nodes.
+
+    ``tokens``, ``parents``, ``sources`` int32 [N]: the trees of the first member for all
+    requests, then those of the second, ...; ``counts`` int32 [M, R]. Sources and
+    ``acceptance`` float32 [R, depths, S] use one numbering, in which the classes of
+    agreement begin at ``agreement``. Branches of members that only look up
+    (``retrieves`` bool [M]) go if the members before them, which draft, give their first
+    token less than ``least``. Writes to ``out`` int32 [3, >= sum(max_nodes)] and
+    ``out_counts`` int32 [R]; returns the total number of nodes.
+    """
+    members, requests = counts.shape
+    deepest = acceptance.shape[1]
+    begin = np.zeros(members, np.int64)  # of each member's trees, for the current request
+    for m in range(1, members):
+        begin[m] = begin[m - 1] + counts[m - 1].sum()
+    total = 0
+    for r in range(requests):
+        size = counts[:, r].sum()
+        f_tokens = np.empty(size, np.int32)
+        f_parents = np.empty(size, np.int32)
+        f_sources = np.empty(size, np.int32)
+        f_best = np.empty(size, np.float32)
+        f_depths = np.empty(size, np.int32)
+        f_members = np.empty(size, np.int32)
+        f_last = np.empty(size, np.int32)
+        first_child = np.full(size + 1, -1, np.int32)
+        sibling = np.full(size, -1, np.int32)
+        place = np.empty(size, np.int32)
+        nodes = 0
+        for m in range(members):
+            for i in range(counts[m, r]):
+                at = begin[m] + i
+                node = np.int32(-1) if parents[at] < 0 else place[parents[at]]
+                if node == -2:  # below a pruned one
+                    place[i] = -2
+                    continue
+                token = tokens[at]
+                child = first_child[node + 1]
+                while child >= 0 and f_tokens[child] != token:
+                    child = sibling[child]
+                if node < 0 and retrieves[m] and (f_best[child] if child >= 0 else 0.0) < least:
+                    place[i] = -2
+                    continue
+                depth = 1 if node < 0 else f_depths[node] + 1
+                p = acceptance[r, min(depth, deepest) - 1, sources[at]]
+                if child < 0:
+                    child = np.int32(nodes)
+                    f_tokens[child], f_parents[child], f_depths[child] = token, node, depth
+                    f_sources[child], f_best[child] = sources[at], p
+                    f_members[child], f_last[child] = 1, m
+                    sibling[child] = first_child[node + 1]
+                    first_child[node + 1] = child
+                    nodes += 1
+                else:
+                    f_best[child] = max(f_best[child], p)
+                    if f_last[child] != m:
+                        f_members[child] += 1
+                        f_last[child] = m
+                place[i] = child
+            begin[m] += counts[m, r]
+        survival = np.empty(nodes, np.float32)
+        for i in range(nodes):
+            if f_members[i] > 1:
+                f_sources[i] = agreement + _agreement_class(f_best[i], f_members[i])
+            above = np.float32(1.0) if f_parents[i] < 0 else survival[f_parents[i]]
+            survival[i] = above * acceptance[r, min(f_depths[i], deepest) - 1, f_sources[i]]
+        out_counts[r] = keep_best(
+            f_tokens[:nodes], f_parents[:nodes], f_sources[:nodes], survival,
+            max_nodes[r], chain_only[r], out[:, total:],
+        )  # fmt: skip
+        total += out_counts[r]
+    return total
+
+
+class Fusion:
+    """Several drafts of the same requests made one, with a common list of sources.
+
+    A node that several members propose is verified once. It is better evidence than
+    either alone, so it gets a source of its own, by how many agree and how good the
+    best of them is.
+    """
+
+    def __init__(self, members: Sequence[Sequence[Source]], retrieves: Sequence[bool] = ()):
+        """``members``: each one's sources; ``retrieves``: which of them only look up."""
+        self.offsets = np.cumsum([0] + [len(sources) for sources in members])
+        self.agreement = int(self.offsets[-1])
+        self.sources = tuple(s for sources in members for s in sources) + _agreement_sources()
+        self.retrieves = np.array(retrieves or [False] * len(members), bool)
+        self._out = np.empty((3, 0), np.int32)
+
+    def fuse(
+        self, drafts: Sequence[DraftBatch], step: StepContext, least: float = 0.0
+    ) -> DraftBatch:
+        """One tree per request, of at most ``step.max_nodes`` nodes (``least``: see ``merge``).
+
+        ``step.acceptance`` is that of :attr:`sources`. The result lives until the next call.
+        """
+        capacity = int(step.max_nodes.sum())
+        if self._out.shape[1] < capacity:
+            self._out = np.empty((3, capacity), np.int32)
+        counts = np.empty(len(step.num_tokens), np.int32)
+        total = merge(
+            np.concatenate([d.tokens for d in drafts]),
+            np.concatenate([d.parents for d in drafts]),
+            np.concatenate([d.sources + o for d, o in zip(drafts, self.offsets, strict=False)]),
+            np.stack([d.counts for d in drafts]),
+            self.retrieves, least, step.acceptance, self.agreement,
+            step.max_nodes, step.chain_only, self._out, counts,
+        )  # fmt: skip
+        tokens, parents, sources = self._out[:, :total]
+        return DraftBatch(tokens, parents, counts, sources)
+
+
+def _agreement_sources() -> tuple[Source, ...]:
+    return tuple(
+        Source(f"{who} agree, best up to {high}", "agreement", 1 - (1 - middle) * (1 - taken))
+        for who, taken in zip(("two", "more"), _TAKEN, strict=True)
+        for high, middle in zip(AGREEMENT, _MIDDLES, strict=True)
+    )
+
+
+_MIDDLES = [(low + high) / 2 for low, high in zip((0.0, *AGREEMENT), AGREEMENT, strict=False)]

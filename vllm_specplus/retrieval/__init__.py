@@ -1,0 +1,1 @@
+"""Drafts from text that already exists: corpora on disk, and what was said before."""

@@ -1,0 +1,137 @@
+"""Longest-suffix search in a datastore, compiled; the interpreter lock is released.
+
+A match is a range of ``order`` per shard: all positions after which the text goes on as
+the context did. Reading is bounds-checked throughout: what is on disk may be anything.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+#: Positions followed per query, taken evenly over all matches.
+SAMPLES = 64
+#: Few matches are followed far, many only as deep as a budget reaches.
+FARTHEST, NEAREST, TOTAL = 32, 8, 256
+
+
+@njit(cache=True, nogil=True)
+def _compare(tokens, base, position, text, n, most):
+    """(sign, length): how the text read backwards from ``position`` of the shard at
+    ``base`` compares with the context read backwards, over ``most`` tokens."""
+    for k in range(most):
+        if position < k:
+            return -1, k
+        ours = np.int64(tokens[base + position - k])
+        theirs = np.int64(text[n - 1 - k])
+        if ours != theirs:
+            return (-1 if ours < theirs else 1), k
+    return 0, most
+
+
+@njit(cache=True, nogil=True)
+def _bound(tokens, order, base, size, low, high, text, n, most, upper):
+    """First index in [low, high) of ``order`` not below (``upper``: above) the context's
+    last ``most`` tokens read backwards."""
+    while low < high:
+        middle = (low + high) // 2
+        position = np.int64(order[base + middle])
+        sign = 1
+        if position < size:
+            sign, _ = _compare(tokens, base, position, text, n, most)
+        if sign < 0 or (upper and sign == 0):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit(cache=True, nogil=True)
+def longest_match(tokens, order, first, starts, text, n, shortest, longest, ranges):
+    """Length of the longest suffix of ``text[:n]``, of at most ``longest`` tokens, that the
+    datastore holds, 0 if shorter than ``shortest``.
+
+    Arrays as in :class:`~vllm_specplus.retrieval.datastore.Datastore`. Writes to
+    ``ranges`` int64 [shards, 2] which part of each shard's ``order`` matches.
+    """
+    ranges[:] = 0
+    newest = np.int64(text[n - 1])
+    if newest < 0 or newest >= first.shape[1] - 1:
+        return 0
+    most = min(longest, n)
+    best = 0
+    found = np.zeros(first.shape[0], np.int64)
+    for s in range(first.shape[0]):
+        base, size = starts[s], starts[s + 1] - starts[s]
+        low, high = np.int64(first[s, newest]), np.int64(first[s, newest + 1])
+        high = min(high, size)
+        if low >= high:
+            continue
+        place = _bound(tokens, order, base, size, low, high, text, n, most, False)
+        # The longest match is next to where the context would stand.
+        for i in range(max(place - 1, low), min(place + 1, high)):
+            position = np.int64(order[base + i])
+            if position < size:
+                _, length = _compare(tokens, base, position, text, n, most)
+                found[s] = max(found[s], length)
+        best = max(best, found[s])
+    if best < shortest:
+        return 0
+    for s in range(first.shape[0]):
+        if found[s] == best:
+            base, size = starts[s], starts[s + 1] - starts[s]
+            low = np.int64(first[s, newest])
+            high = min(np.int64(first[s, newest + 1]), size)
+            low = _bound(tokens, order, base, size, low, high, text, n, best, False)
+            ranges[s, 0] = low
+            ranges[s, 1] = _bound(tokens, order, base, size, low, high, text, n, best, True)
+    return best
+
+
+@njit(cache=True, nogil=True)
+def continuations_trie(
+    tokens, order, starts, vocab_size, ranges, node_tokens, node_parents, node_weights
+):  # fmt: skip
+    """Trie of what follows the matches in ``ranges``: (nodes, continuations followed).
+
+    A node's weight is the number of continuations that pass through it. Of more than
+    SAMPLES matches an even sample is followed, not the first ones, whose contexts would
+    be alike. Nodes are written in topological order to int32 arrays of TOTAL or more.
+    """
+    matches = np.int64(0)
+    for s in range(ranges.shape[0]):
+        matches += ranges[s, 1] - ranges[s, 0]
+    followed = min(matches, SAMPLES)
+    if followed == 0:
+        return 0, 0
+    deepest = min(max(TOTAL // followed, NEAREST), FARTHEST)
+    first_child = np.full(node_tokens.shape[0] + 1, -1, np.int32)  # of node - 1; 0 is the root
+    sibling = np.full(node_tokens.shape[0], -1, np.int32)
+    nodes = 0
+    for i in range(followed):
+        place = i * matches // followed
+        s = 0
+        while place >= ranges[s, 1] - ranges[s, 0]:
+            place -= ranges[s, 1] - ranges[s, 0]
+            s += 1
+        size = starts[s + 1] - starts[s]
+        position = np.int64(order[starts[s] + ranges[s, 0] + place]) + 1
+        node = -1
+        for ahead in range(position, min(position + deepest, size)):
+            token = np.int64(tokens[starts[s] + ahead])
+            if token >= vocab_size:  # a separator, or damage
+                break
+            child = first_child[node + 1]
+            while child >= 0 and node_tokens[child] != token:
+                child = sibling[child]
+            if child < 0:
+                if nodes == node_tokens.shape[0]:
+                    break
+                child = nodes
+                node_tokens[nodes], node_parents[nodes], node_weights[nodes] = token, node, 0
+                sibling[nodes] = first_child[node + 1]
+                first_child[node + 1] = nodes
+                nodes += 1
+            node_weights[child] += 1
+            node = child
+    return nodes, followed
