@@ -1,7 +1,8 @@
 """Replay of recorded texts against a table of step times: policies compared without an engine.
 
-A discrete-event simulation of a serving engine that drafts with Token Recycling. It runs
-the product's own proposer and controller; what it replaces is the target model, by
+A discrete-event simulation of a serving engine. It runs the product's own proposer
+(``--speculative-config``; Token Recycling if not given) and controller; what it replaces is
+the target model, by
 
 * texts that a real engine produced, with the most probable next ids of every row it
   verified (``record_traces.py`` writes them), and
@@ -10,7 +11,8 @@ the product's own proposer and controller; what it replaces is the target model,
 Simulated time is all there is: nothing here depends on how fast the simulation runs.
 
     python benchmarks/simulator.py --traces benchmarks/data/traces_smollm2.npz \
-        --steps benchmarks/data/step_times_cpu.json [--loads 1,2,4,...] [--json OUT] [--plot OUT]
+        --steps benchmarks/data/step_times_cpu.json [--loads 1,2,4,...] \
+        [--speculative-config JSON] [--json OUT] [--plot OUT]
 
 It prints, for every number of requests in flight, tokens/s of no speculation, of fixed
 budgets, and of the goodput controller, and where the controller stands against the best
@@ -29,13 +31,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_specplus.config import FixedControl, GoodputControl, TokenRecyclingConfig
+from vllm_specplus.config import FixedControl, GoodputControl, MethodConfig, parse
 from vllm_specplus.control.acceptance import label_nodes
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
 from vllm_specplus.metrics import Counters
-from vllm_specplus.proposers.base import Observation, StepContext
-from vllm_specplus.proposers.token_recycling import TokenRecycling
+from vllm_specplus.proposers import proposer_class
+from vllm_specplus.proposers.base import Observation, Proposer, StepContext
 from vllm_specplus.tree import DraftBatch
 
 
@@ -148,13 +150,13 @@ class Result:
         return self.tokens / self.request_steps
 
 
-Policy = Callable[[TokenRecycling, StepTimes], Controller | None]
+Policy = Callable[[Proposer, StepTimes], Controller | None]
 
 
 def fixed(nodes: int) -> Policy:
     """Always that many nodes; 0 decodes plainly."""
 
-    def make(proposer: TokenRecycling, times: StepTimes) -> Controller | None:
+    def make(proposer: Proposer, times: StepTimes) -> Controller | None:
         if not nodes:
             return None
         control = FixedControl(policy="fixed")
@@ -166,7 +168,7 @@ def fixed(nodes: int) -> Policy:
 def goodput(max_nodes: int = 32) -> Policy:
     """The default policy; it starts from the profile of single requests and learns."""
 
-    def make(proposer: TokenRecycling, times: StepTimes) -> Controller:
+    def make(proposer: Proposer, times: StepTimes) -> Controller:
         controller = Controller(
             GoodputControl(), proposer.sources, max_nodes, 1 << 20, Counters()
         )  # fmt: skip
@@ -174,6 +176,10 @@ def goodput(max_nodes: int = 32) -> Policy:
         return controller
 
     return make
+
+
+#: What is simulated if nothing is said: as many nodes as any policy asks for.
+DEFAULT = parse({"method": "token_recycling", "num_speculative_tokens": 80})
 
 
 class Simulator:
@@ -188,9 +194,9 @@ class Simulator:
         max_len: int,
         noise: float = 0.05,
         seed: int = 0,
+        config: MethodConfig = DEFAULT,
     ):
-        config = TokenRecyclingConfig(num_speculative_tokens=80)
-        self.proposer = TokenRecycling(config, vocab_size, "simulated")
+        self.proposer = proposer_class(config.method)(config, vocab_size, "simulated")
         self.times = times
         self.controller = policy(self.proposer, times)
         self.texts = np.zeros((max_batch, max_len), np.int32)
@@ -247,6 +253,7 @@ class Simulator:
                     (self.clock - r.started) / (len(r.trace.output) - 1)
                 )
             self.free.append(r.row)
+            self.proposer.forget(r.name)
             if self.controller is not None:
                 self.controller.forget(r.name)
         self.running = [r for r in batch if r.produced < len(r.trace.output)]
@@ -289,6 +296,7 @@ class Simulator:
             max_nodes=np.full(count, self.controller.max_nodes, np.int32),
             chain_only=np.zeros(count, bool),
             observation=self._observe(),
+            num_prompt_tokens=np.array([len(r.trace.prompt) for r in self.running], np.int32),
         )
         self.controller.prepare(step)
         return self.controller.choose(step, self.proposer.propose(step))
@@ -349,6 +357,7 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, required=True)
     parser.add_argument("--loads", default="1,2,4,8,16,32,64,128,256")
     parser.add_argument("--fixed", default="2,4,8,16")
+    parser.add_argument("--speculative-config", type=json.loads)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -357,13 +366,14 @@ def main() -> None:
     policies: dict[str, Policy] = {"none": fixed(0)}
     policies |= {f"fixed {n}": fixed(int(n)) for n in args.fixed.split(",")}
     policies["goodput"] = goodput()
+    config = parse(args.speculative_config) if args.speculative_config else DEFAULT
     longest = max(len(t.prompt) + len(t.output) for t in traces)
     vocab_size = 1 + max(int(t.row_top_ids.max()) for t in traces)
     table = []
     for load in loads:
         row = {"in_flight": load}
         for name, policy in policies.items():
-            simulator = Simulator(times, policy, vocab_size, load, longest + 1)
+            simulator = Simulator(times, policy, vocab_size, load, longest + 1, config=config)
             result = closed_loop(simulator, workload(traces, load), load)
             row[name] = {
                 "tokens_per_second": result.tokens_per_second,

@@ -385,7 +385,7 @@ def test_the_commands(tmp_path, tokenizer_folder):
     text.write_text("the cat sat on the mat\nthe dog sat on the log\n" * 3)
     done = command("build", store, text, "--tokenizer", tokenizer_folder)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"documents +1\n", done.stdout)
+    assert re.search(r"documents +1 *\n", done.stdout)
     shown = command("query", store, "dog sat on", "--nodes", "6")
     assert "' the'" in shown.stdout
     assert "datastore, match" in shown.stdout
@@ -399,7 +399,7 @@ def test_the_commands(tmp_path, tokenizer_folder):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "a zebra and a zebu"}))
     assert command("add", store, other).returncode == 0
-    assert "zeb" in command("query", store, "and a").stdout + command("info", store).stdout
+    assert "'z'" in command("query", store, "and a").stdout
     for args, message in [
         (("info", tmp_path / "none"), "is not a datastore"),
         (("build", tmp_path / "new", other, "--tokenizer", tmp_path), "cannot load the tokenizer"),

@@ -312,3 +312,12 @@ def test_model_of_the_hub_is_not_a_folder():
     result = run("--model", "meta-llama/Llama-3.1-8B")
     assert result.exit_code == 2
     assert "is not a local folder" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_optional_libraries_are_named_with_their_extra(monkeypatch):
+    parts = {f.name: f for f in doctor.optional_parts()}
+    assert "arctic-inference is not installed" in parts["suffix_tree"].value
+    assert "vllm-specplus[suffix]" in parts["suffix_tree"].remedy
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.2.3")
+    assert all(f.remedy is None and "1.2.3" in f.value for f in doctor.optional_parts())
+    assert {f.status for f in doctor.optional_parts()} == {"ok"}

@@ -133,7 +133,7 @@ def query(
     from vllm_specplus.control.acceptance import label_nodes, prior_tables
     from vllm_specplus.proposers.base import warm_up_step
     from vllm_specplus.proposers.rest import Rest
-    from vllm_specplus.retrieval.datastore import check_target, read_manifest
+    from vllm_specplus.retrieval.datastore import Datastore, check_target, read_manifest
 
     with _errors():
         manifest = read_manifest(store)
@@ -142,6 +142,7 @@ def query(
         ids = np.array([loaded.encode(text, add_special_tokens=False)], np.int32)
         if ids.shape[1] < 2:
             _fail("a query needs two tokens of text at least")
+        Datastore.open(store)
         proposer = Rest(RestConfig(datastore=str(store)), vocab_size, "")
     step = warm_up_step(proposer, nodes)
     step.token_ids, step.num_tokens = ids, np.array([ids.shape[1]], np.int32)

@@ -29,6 +29,13 @@ ENTRY_POINT_GROUP = "vllm.general_plugins"
 ENTRY_POINT = "specplus"
 #: vLLM depends on them without saying which build.
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+#: What works only with a library that the plugin does not bring: (what, library, extra).
+OPTIONAL = (
+    ("suffix_tree", "arctic-inference", "suffix"),
+    ("datastore build", "pydivsufsort", "datastore"),
+    ("datastore build from parquet", "datasets", "datastore"),
+    ("bench --plot", "matplotlib", "bench"),
+)
 #: What the terms of ``memory.speculation_bytes`` are, for the report.
 MEMORY_TERMS = {
     "kv_nodes": ("KV slots of drafted nodes", "at most, in whole blocks of the KV cache"),
@@ -125,7 +132,7 @@ def examine() -> list[Finding]:
                 f"vLLM needs them for multimodal models only: pip uninstall {' '.join(present)}"
             )
         return [*findings, Finding("vLLM", "import vllm", broken, "error", remedy)]
-    return [*findings, *device(), *hooks()]
+    return [*findings, *device(), *optional_parts(), *hooks()]
 
 
 def versions() -> Iterator[Finding]:
@@ -197,6 +204,16 @@ def plugin() -> Iterator[Finding]:
             "error",
             "unset VLLM_USE_V2_MODEL_RUNNER",
         )
+
+
+def optional_parts() -> Iterator[Finding]:
+    """What needs a library of its own, and whether it is there. Never an error."""
+    for name, library, extra in OPTIONAL:
+        value, remedy = f"{library} {_version(library)}", None
+        if _version(library) is None:
+            value = f"{library} is not installed"
+            remedy = f"to use it: pip install 'vllm-specplus[{extra}]'"
+        yield Finding("Optional parts", name, value, remedy=remedy)
 
 
 def device() -> Iterator[Finding]:

@@ -32,8 +32,9 @@ from vllm_specplus.retrieval.datastore import (
 #: Tokens per shard. Sorting takes about 15 bytes of memory per token at two bytes a
 #: token, 21 beyond 65,535 ids.
 SHARD_TOKENS = 1 << 24
-#: Pieces tokenised per call: the tokenizer works on them in parallel.
-BATCH = 64
+#: Characters tokenised per call, about. The tokenizer works on the pieces in parallel,
+#: and takes some hundred bytes for every token until it is done.
+BATCH = 1 << 22
 
 
 def sort_backwards(tokens: np.ndarray) -> np.ndarray:
@@ -191,9 +192,8 @@ def _shards(
 def _tokenised(
     pieces: Iterable[Piece], manifest: Manifest, tokenizer
 ) -> Iterator[tuple[np.ndarray, Piece]]:
-    pieces = iter(pieces)
     end = np.array([manifest.separator], manifest.dtype)
-    while batch := list(islice(pieces, BATCH)):
+    for batch in _batches(pieces):
         encoded = tokenizer([p.text for p in batch], add_special_tokens=False, verbose=False)
         for piece, ids in zip(batch, encoded["input_ids"], strict=True):
             tokens = np.array(ids, np.int64)
@@ -204,6 +204,19 @@ def _tokenised(
                 )
             tokens = tokens.astype(manifest.dtype)
             yield (np.concatenate((tokens, end)) if piece.ends_document else tokens), piece
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _append(

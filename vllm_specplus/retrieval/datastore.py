@@ -20,12 +20,13 @@ Bytes behind what the manifest names belong to an unfinished append and are igno
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -110,6 +111,8 @@ class Datastore:
 
     path: Path
     manifest: Manifest
+    files: dict[str, BinaryIO]
+    """The open files behind the arrays; replacing a datastore by renaming leaves them be."""
     tokens: np.ndarray
     """uint16 or uint32 [N]."""
     order: np.ndarray
@@ -133,13 +136,17 @@ class Datastore:
         vocab, shards, count = manifest.vocab_size, len(manifest.shards), manifest.num_tokens
         starts = np.zeros(shards + 1, np.int64)
         np.cumsum([s.tokens for s in manifest.shards], out=starts[1:])
+        files: dict[str, BinaryIO] = {}
         try:
+            for name in (TOKENS, ORDER, FIRST):
+                files[name] = open(path / name, "rb")  # noqa: SIM115  open as long as mapped
             return cls(
                 path,
                 manifest,
-                _map(path / TOKENS, manifest.dtype, (count,)),
-                _map(path / ORDER, np.dtype("<u4"), (count,)),
-                _map(path / FIRST, np.dtype("<u4"), (shards, vocab + 1)),
+                files,
+                _map(files[TOKENS], manifest.dtype, (count,)),
+                _map(files[ORDER], np.dtype("<u4"), (count,)),
+                _map(files[FIRST], np.dtype("<u4"), (shards, vocab + 1)),
                 starts,
             )
         except (OSError, ValueError) as error:
@@ -148,12 +155,19 @@ class Datastore:
     def check_intact(self) -> None:
         """Raise DatastoreError if a file has shrunk: reading a mapping beyond the end of
         its file would kill the process. Microseconds; once per step."""
-        check_sizes(self.path, self.manifest)
+        for (name, size), file in zip(self._sizes, self.files.values(), strict=True):
+            found = os.fstat(file.fileno()).st_size
+            if found < size:
+                raise _too_short(self.path, name, found, size)
+
+    @functools.cached_property
+    def _sizes(self) -> list[tuple[str, int]]:
+        return list(self.manifest.sizes().items())
 
 
-def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _map(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     # As a plain array: indexing np.memmap itself costs microseconds.
-    return np.asarray(np.memmap(path, dtype, "r", shape=shape))
+    return np.asarray(np.memmap(file, dtype, "r", shape=shape))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -208,10 +222,14 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
         except OSError as error:
             raise DatastoreError(f"datastore {str(path)!r}: {name}: {error.strerror}") from None
         if found < size:
-            raise DatastoreError(
-                f"datastore {str(path)!r} is damaged: {name} has {found} bytes instead of {size}; "
-                f"build it again"
-            )
+            raise _too_short(path, name, found, size)
+
+
+def _too_short(path: Path, name: str, found: int, size: int) -> DatastoreError:
+    return DatastoreError(
+        f"datastore {str(path)!r} is damaged: {name} has {found} bytes instead of {size}; "
+        f"build it again"
+    )
 
 
 def verify(path: str | Path, progress: Callable[[int], None] = lambda n: None) -> Manifest:

@@ -1,0 +1,126 @@
+"""The same requests asked again with small edits, as agents and retries do.
+
+    python benchmarks/repeated_requests.py --model DIR --dataset question.jsonl \
+        --methods none,ngram,suffix,token_recycling,suffix_tree,rasd [--limit 40] \
+        [--max-tokens 128] [--json OUT]
+
+For each method a fresh engine answers ``--limit`` questions one at a time, then the same
+questions again, edited: every one gets a sentence in front and one word fewer. Both passes
+are timed. Greedy; what the first pass leaves in prefix caches is reset before the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vllm_specplus.bench.dataset import load_dataset, pick
+from vllm_specplus.bench.methods import parse_methods
+from vllm_specplus.bench.report import describe_hardware, describe_versions
+from vllm_specplus.bench.runner import describe_machine
+
+
+def edited(text: str) -> str:
+    """The same request, said a little differently."""
+    words = text.split(" ")
+    if len(words) > 6:
+        del words[len(words) // 2]
+    return "Please answer carefully. " + " ".join(words)
+
+
+def measure(job: dict) -> list[dict]:
+    """One engine, both passes."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        job["model"], speculative_config=job["speculative_config"], max_model_len=2048,
+        kv_cache_memory_bytes=1 << 30, max_num_seqs=8, disable_log_stats=False, seed=0,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"])
+    llm.chat([[{"role": "user", "content": "Say hello."}]], params, use_tqdm=False)
+    passes = []
+    for change in (str, edited):
+        llm.reset_prefix_cache()
+        before, start = drafts(llm), time.perf_counter()
+        tokens = 0
+        for question in job["questions"]:
+            chat = [[{"role": "user", "content": change(question)}]]
+            tokens += len(llm.chat(chat, params, use_tqdm=False)[0].outputs[0].token_ids)
+        seconds = time.perf_counter() - start
+        accepted = drafts(llm) - before
+        passes.append(
+            {
+                "tokens": tokens,
+                "tokens_per_s": tokens / seconds,
+                # The first token of an answer comes from the prompt, not from a step.
+                "tokens_per_step": (tokens - len(job["questions"]))
+                / (tokens - len(job["questions"]) - accepted),
+            }
+        )
+    return passes
+
+
+def drafts(llm) -> int:
+    """Draft tokens accepted so far."""
+    values = [
+        m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"
+    ]
+    return int(sum(values))
+
+
+def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--job":
+        print("RESULT " + json.dumps(measure(json.loads(Path(sys.argv[2]).read_text()))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--methods", default="none,ngram,suffix,token_recycling,suffix_tree,rasd")
+    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    measured, _ = pick(load_dataset(args.dataset).questions, args.limit)
+    questions = [q.messages[-1]["content"] if q.messages else q.prompt for q in measured]
+    questions = [q for q in questions if len(q) < 5000]
+    results = {}
+    for spec in parse_methods(args.methods):
+        job = {
+            "model": args.model, "speculative_config": spec.speculative_config,
+            "questions": questions, "max_tokens": args.max_tokens,
+        }  # fmt: skip
+        path = Path(f"/tmp/repeated-{os.getpid()}.json")
+        path.write_text(json.dumps(job))
+        done = subprocess.run(
+            [sys.executable, __file__, "--job", path], capture_output=True, text=True,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+        )  # fmt: skip
+        path.unlink()
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            sys.exit(f"{spec.label} failed:\n{done.stderr[-3000:]}")
+        results[spec.label] = json.loads(lines[0].removeprefix("RESULT "))
+        first, again = results[spec.label]
+        print(
+            f"{spec.label}: first {first['tokens_per_s']:.1f} tokens/s, "
+            f"{first['tokens_per_step']:.2f} a step; again {again['tokens_per_s']:.1f}, "
+            f"{again['tokens_per_step']:.2f}",
+            flush=True,
+        )
+    if args.json:
+        machine = describe_machine(args.json.with_suffix(".log"))
+        content = {
+            "command": " ".join(sys.argv), "versions": describe_versions(machine),
+            "machine": describe_hardware(machine),
+            "questions": len(questions), "passes": results,
+        }  # fmt: skip
+        args.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
