@@ -2,7 +2,7 @@
 
     python benchmarks/record_traces.py --model DIR --dataset question.jsonl \
         [--limit 48] [--max-tokens 128] [--batches 1,2,4,8,16,32,64] \
-        --traces benchmarks/data/traces_smollm2.npz --steps benchmarks/data/step_times_cpu.json
+        --traces benchmarks/data/traces_smollm2.npz [--steps benchmarks/data/step_times_cpu.json]
 
 One engine on a quiet machine. First every question alone, with 16 nodes per step, while
 the proposer's observations are written down; then batches of each size, in which every
@@ -22,6 +22,8 @@ from pathlib import Path
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import numpy as np
+
+from vllm_specplus.bench.dataset import load_dataset, pick
 
 RECORDED_NODES = 16
 NODE_CHOICES = (0, 1, 2, 4, 8, 16, 32)
@@ -133,28 +135,26 @@ def time_steps(llm, runner, chats, batches: list[int]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=48)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--batches", default="1,2,4,8,16,32,64")
     parser.add_argument("--traces", type=Path, required=True)
-    parser.add_argument("--steps", type=Path, required=True)
+    parser.add_argument("--steps", type=Path, help="Also time steps, and write this file.")
     args = parser.parse_args()
 
     import vllm
     from vllm import LLM
 
-    with open(args.dataset) as f:
-        questions = [json.loads(line)["turns"][0] for line in f]
-    stride = max(len(questions) // args.limit, 1)
-    chats = [[{"role": "user", "content": q[:3000]}] for q in questions[::stride][: args.limit]]
+    measured, _ = pick(load_dataset(args.dataset).questions, args.limit)  # as `bench` does
+    chats = [list(question.messages) for question in measured]
     batches = [int(n) for n in args.batches.split(",")]
     llm = LLM(
-        model=args.model, max_model_len=2048, kv_cache_memory_bytes=2 << 30,
+        model=args.model, max_model_len=4096, kv_cache_memory_bytes=2 << 30,
         max_num_seqs=max(batches),
         speculative_config={
             "method": "token_recycling", "num_speculative_tokens": 80,
-            "control": {"policy": "fixed"},
+            "control": {"policy": "fixed"}, "seed_from_prompt": True,  # to see its rows
         },
     )  # fmt: skip
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
@@ -163,6 +163,8 @@ def main() -> None:
     llm.chat([chats[0]], SamplingParams(temperature=0, max_tokens=32), use_tqdm=False)  # warm up
     arrays = record_texts(llm, runner, chats, args.max_tokens)
     np.savez_compressed(args.traces, **arrays)
+    if not args.steps:
+        return
     times = time_steps(llm, runner, chats, batches)
     times |= {
         "command": " ".join(sys.argv), "vllm": vllm.__version__, "dtype": "bfloat16",

@@ -106,6 +106,9 @@ def test_sources_get_the_common_budget():
     config = parse({"method": "rasd", "num_speculative_tokens": 20})
     assert [m.method for m in config.members()] == ["token_recycling", "suffix_tree"]
     assert {m.num_speculative_tokens for m in config.members()} == {20}
+    assert not config.members()[0].match_context  # the suffix tree matches
+    alone = parse({"method": "rasd", "sources": ["token_recycling"]})
+    assert alone.members()[0].match_context
 
 
 def test_a_datastore_must_fit_the_model(tmp_path):

@@ -187,9 +187,9 @@ class RasdConfig(MethodConfig):
     def members(self) -> list[MethodConfig]:
         """The sources' own configs, with this one's ``num_speculative_tokens``."""
         members = []
-        for source in self.sources:
-            keys = {"method": source} if isinstance(source, str) else dict(source)
-            name = keys.get("method")
+        sources = [{"method": s} if isinstance(s, str) else dict(s) for s in self.sources]
+        names = [keys.get("method") for keys in sources]
+        for source, keys, name in zip(self.sources, sources, names, strict=True):
             if name not in METHODS or name == self.method:
                 allowed = ", ".join(sorted(METHODS.keys() - {self.method}))
                 raise ValueError(f"'sources' holds {source!r} (allowed: {allowed})")
@@ -199,7 +199,10 @@ class RasdConfig(MethodConfig):
                         f"'sources': {name!r} has a {key!r} of its own: "
                         f"set it once, for {self.method!r}"
                     )
-            members.append(parse(keys | {"num_speculative_tokens": self.num_speculative_tokens}))
+            keys["num_speculative_tokens"] = self.num_speculative_tokens
+            if name == "token_recycling" and "suffix_tree" in names:
+                keys.setdefault("match_context", False)  # the suffix tree does that, and better
+            members.append(parse(keys))
         return members
 
     def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:

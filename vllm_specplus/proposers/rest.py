@@ -73,7 +73,7 @@ def retrieve(
 class Rest(Proposer):
     """Retrieval from one memory-mapped datastore."""
 
-    sources = evidence_sources("datastore")
+    sources = evidence_sources("datastore", 0.7)
 
     def __init__(self, config, vocab_size: int, fingerprint: str):
         super().__init__(config, vocab_size, fingerprint)

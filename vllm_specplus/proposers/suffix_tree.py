@@ -85,7 +85,9 @@ class SuffixTree(Proposer):
                 f"method 'suffix_tree' needs arctic-inference ({error}): "
                 f"pip install 'vllm-specplus[suffix]'"
             ) from None
-        self._fusion = Fusion([evidence_sources("own text"), evidence_sources("responses")])
+        self._fusion = Fusion(
+            [evidence_sources("own text", 1.0), evidence_sources("responses", 0.55)]
+        )
         self.sources = self._fusion.sources
         self._new_tree = lambda: NativeTree(config.max_depth)
         self._requests: dict[str, _Request] = {}

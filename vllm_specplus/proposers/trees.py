@@ -14,8 +14,9 @@ from vllm_specplus.tree import DraftBatch
 #: Nodes proposed by several rules at once: classes by the highest acceptance among
 #: them (upper ends), for two rules and for more.
 AGREEMENT = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
-#: How much of the remaining doubt two rules and more take away, before anything is learnt.
-_TAKEN = (0.25, 0.4)
+# Their acceptance before anything is learnt (as in retrieval/evidence.py).
+_TWO_AGREE = (0.10, 0.17, 0.37, 0.52, 0.67, 0.79, 0.88, 0.96)
+_MORE_AGREE = (0.15, 0.25, 0.40, 0.65, 0.75, 0.85, 0.92, 0.97)
 
 
 @njit(cache=True, nogil=True)
@@ -185,10 +186,7 @@ class Fusion:
 
 def _agreement_sources() -> tuple[Source, ...]:
     return tuple(
-        Source(f"{who} agree, best up to {high}", "agreement", 1 - (1 - middle) * (1 - taken))
-        for who, taken in zip(("two", "more"), _TAKEN, strict=True)
-        for high, middle in zip(AGREEMENT, _MIDDLES, strict=True)
+        Source(f"{who} agree, best up to {high}", "agreement", prior)
+        for who, priors in (("two", _TWO_AGREE), ("more", _MORE_AGREE))
+        for high, prior in zip(AGREEMENT, priors, strict=True)
     )
-
-
-_MIDDLES = [(low + high) / 2 for low, high in zip((0.0, *AGREEMENT), AGREEMENT, strict=False)]
