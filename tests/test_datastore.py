@@ -228,6 +228,20 @@ def test_a_changed_corpus_is_not_taken_for_the_interrupted_one(tmp_path):
         build(store, Corpus.find([text], "*", ""), tokenizer, "numbers", 9, 100)
 
 
+def test_one_writer_at_a_time(tmp_path):
+    text = write_corpus(tmp_path / "text", [[1, 2, 3]])
+    tokenizer, store = NumberTokenizer(9), tmp_path / "store"
+
+    def second(size, tokens):
+        with pytest.raises(DatastoreError, match="another process is writing"):
+            build(store, Corpus.find([text], "*", ""), tokenizer, "numbers", 9)
+        second.tried = True
+
+    build(store, Corpus.find([text], "*", ""), tokenizer, "numbers", 9, progress=second)
+    assert second.tried
+    verify(store)
+
+
 def test_foreign_folders_are_left_alone(tmp_path):
     text = write_corpus(tmp_path / "text", [[1, 2]])
     (tmp_path / "home").mkdir()

@@ -7,9 +7,11 @@ goes on after the last piece of text the manifest knows.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -86,6 +88,13 @@ def build(
         tokenizer_name=tokenizer_name,
         vocab_size=vocab_size,
     )
+    with _alone(path):
+        manifest = _begin(path, fresh)
+        return _store(path, manifest, corpus, tokenizer, shard_tokens, progress)
+
+
+def _begin(path: Path, fresh: Manifest) -> Manifest:
+    """The manifest to go on from: the one there is, if it is for the same model."""
     if (path / datastore.MANIFEST).exists():
         manifest = read_manifest(path)
         if (manifest.tokenizer, manifest.vocab_size) != (fresh.tokenizer, fresh.vocab_size):
@@ -94,7 +103,8 @@ def build(
                 f"({manifest.tokenizer_name}): use that one, or another folder"
             )
     else:
-        foreign = [p.name for p in path.iterdir() if p.name not in (TOKENS, ORDER, FIRST)]
+        ours = (TOKENS, ORDER, FIRST, f"{datastore.MANIFEST}.part")
+        foreign = [p.name for p in path.iterdir() if p.name not in ours]
         if foreign:
             raise DatastoreError(
                 f"{str(path)!r} is not empty and not a datastore (it holds {foreign[0]}): "
@@ -102,7 +112,7 @@ def build(
             )
         manifest = fresh
         write_manifest(path, manifest)
-    return _store(path, manifest, corpus, tokenizer, shard_tokens, progress)
+    return manifest
 
 
 def add(
@@ -115,7 +125,24 @@ def add(
     """Append ``corpus`` to the datastore ``path``; what is stored is not touched."""
     manifest = read_manifest(path)
     datastore.check_target(manifest, str(path), tokenizer, manifest.vocab_size)
-    return _store(path, manifest, corpus, tokenizer, shard_tokens, progress)
+    with _alone(path):
+        manifest = read_manifest(path)  # now that nobody changes it
+        return _store(path, manifest, corpus, tokenizer, shard_tokens, progress)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One writer at a time; the lock goes with the process, however it ends."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DatastoreError(
+            f"another process is writing datastore {str(path)!r}: wait until it has finished"
+        ) from None
+    finally:
+        os.close(folder)
 
 
 def _store(path, manifest, corpus, tokenizer, shard_tokens, progress) -> Manifest:
