@@ -162,6 +162,29 @@ def test_equal_corpora_make_equal_datastores_in_any_number_of_runs(tmp_path):
     assert verify(whole).num_documents == 50
 
 
+def test_two_processes_share_one_datastore(tmp_path):
+    """Both have it mapped at the same time, and find the same."""
+    documents = random_documents(3, 50, 9)
+    store = build_datastore(tmp_path / "store", documents, 9, 100)
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tests.test_datastore import Datastore, find\n"
+        "store = Datastore.open(Path(sys.argv[1]))\n"
+        "print('open', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "print(find(store, [3, 4, 5]), find(store, [1, 2]))\n"
+    )
+    line = [sys.executable, "-c", program, str(store)]
+    pipe = subprocess.PIPE
+    readers = [subprocess.Popen(line, cwd=ROOT, text=True, stdin=pipe, stdout=pipe) for _ in "ab"]
+    for reader in readers:
+        assert reader.stdout.readline() == "open\n"
+    answers = [reader.communicate("go\n", timeout=120)[0] for reader in readers]
+    mine = Datastore.open(store)
+    assert answers == [f"{find(mine, [3, 4, 5])} {find(mine, [1, 2])}\n"] * 2
+
+
 def test_appending_touches_nothing_that_is_stored(tmp_path):
     first, second = random_documents(1, 20, 9), random_documents(2, 20, 9)
     store = build_datastore(tmp_path / "store", first, 9)
