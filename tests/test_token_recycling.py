@@ -39,7 +39,7 @@ def draft(proposer, text, budget, chain=False):
     step = StepContext(
         ["r"], np.array([text], np.int32), np.array([len(text)], np.int32),
         np.array([budget], np.int32), np.array([chain]), nothing,
-        prior_tables(proposer.sources, 1),
+        acceptance=prior_tables(proposer.sources, 1),
     )  # fmt: skip
     drafts = proposer.propose(step)
     return drafts.tokens.tolist(), drafts.parents.tolist()
@@ -388,7 +388,7 @@ def test_nodes_name_their_sources():
         one, budget = np.array([len(text)], np.int32), np.array([9], np.int32)
         step = StepContext(
             ["r"], np.array([text], np.int32), one, budget, np.array([False]), nothing,
-            prior_tables(proposer.sources, 1),
+            acceptance=prior_tables(proposer.sources, 1),
         )  # fmt: skip
         drafts = proposer.propose(step)
         child = np.flatnonzero((drafts.tokens == token) & (drafts.parents == -1))
@@ -405,7 +405,7 @@ def test_acceptance_tables_shape_the_tree(tree):
     tables[:, 0, 0] = 1e-6
     step = StepContext(
         ["r"], np.array([[4]], np.int32), np.array([1], np.int32), np.array([12], np.int32),
-        np.array([False]), nothing, tables,
+        np.array([False]), nothing, acceptance=tables,
     )  # fmt: skip
     drafts = proposer.propose(step)
     rank_0 = (drafts.sources == 0) & (drafts.parents == -1)
@@ -429,7 +429,7 @@ def test_requests_are_drafted_back_to_back():
     chain = np.array([False, False, True])
     priors = prior_tables(proposer.sources, 3)
     four = np.full(3, 4, np.int32)
-    step = StepContext(["a", "b", "c"], texts, four, budgets, chain, nothing, priors)
+    step = StepContext(["a", "b", "c"], texts, four, budgets, chain, nothing, acceptance=priors)
     together = [(list(d), d.parents) for d in proposer.propose(step).split()]
     for i, (tokens, parents) in enumerate(together):
         alone = draft(proposer, texts[i].tolist(), budgets[i], chain[i])
