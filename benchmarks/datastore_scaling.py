@@ -25,7 +25,7 @@ import numpy as np
 
 from vllm_specplus.bench.report import describe_hardware, describe_versions
 from vllm_specplus.bench.runner import describe_machine
-from vllm_specplus.retrieval.corpus import Corpus, Piece
+from vllm_specplus.retrieval.corpus import Corpus
 
 QUERIES = 2000
 
@@ -47,7 +47,7 @@ def measure_build(job: dict) -> dict:
             for piece in super().pieces():
                 if beginning.tokens >= wanted:
                     return
-                yield Piece(piece.text, piece.ends_document, piece.size)
+                yield piece
 
     beginning = Progress()
     start = time.perf_counter()
@@ -79,8 +79,7 @@ def measure_queries(job: dict) -> dict:
     import psutil
 
     from vllm_specplus.config import RestConfig
-    from vllm_specplus.control.acceptance import prior_tables
-    from vllm_specplus.proposers.base import warm_up_step
+    from vllm_specplus.proposers.base import bare_step
     from vllm_specplus.proposers.rest import LONGEST, Rest
     from vllm_specplus.retrieval.datastore import Datastore, verify
 
@@ -101,12 +100,7 @@ def measure_queries(job: dict) -> dict:
                 text[text >= store.manifest.vocab_size] = 0
                 # Longest match of 2 to LONGEST: the token before it is not the corpus's.
                 text[63 - int(rng.integers(2, LONGEST + 1))] = rng.integers(1, 1000)
-            step = warm_up_step(proposer, 32)
-            step.request_ids = [str(i) for i in range(requests)]
-            step.token_ids, step.num_tokens = texts, np.full(requests, 64, np.int32)
-            step.max_nodes = np.full(requests, 32, np.int32)
-            step.chain_only = np.zeros(requests, bool)
-            step.acceptance = prior_tables(proposer.sources, requests)
+            step = bare_step(proposer.sources, texts, 32)
             start = time.perf_counter()
             draft = proposer.propose(step)
             seconds.append((time.perf_counter() - start) / requests)

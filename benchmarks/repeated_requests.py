@@ -77,8 +77,8 @@ def drafts(llm) -> int:
 
 
 def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1] == "--job":
-        print("RESULT " + json.dumps(measure(json.loads(Path(sys.argv[2]).read_text()))))
+    if sys.argv[1:] == ["--job"]:
+        print("RESULT " + json.dumps(measure(json.load(sys.stdin))))
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
@@ -97,13 +97,10 @@ def main() -> None:
             "model": args.model, "speculative_config": spec.speculative_config,
             "questions": questions, "max_tokens": args.max_tokens,
         }  # fmt: skip
-        path = Path(f"/tmp/repeated-{os.getpid()}.json")
-        path.write_text(json.dumps(job))
         done = subprocess.run(
-            [sys.executable, __file__, "--job", path], capture_output=True, text=True,
-            env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+            [sys.executable, __file__, "--job"], input=json.dumps(job), capture_output=True,
+            text=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
         )  # fmt: skip
-        path.unlink()
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not lines:
             sys.exit(f"{spec.label} failed:\n{done.stderr[-3000:]}")

@@ -12,8 +12,7 @@ import pytest
 
 from tests.datastores import build_datastore
 from vllm_specplus import config
-from vllm_specplus.control.acceptance import prior_tables
-from vllm_specplus.proposers.base import Observation, Proposer, StepContext
+from vllm_specplus.proposers.base import Observation, Proposer, StepContext, bare_step
 from vllm_specplus.proposers.rasd import Rasd
 from vllm_specplus.proposers.trees import Fusion
 from vllm_specplus.samplers import lossless
@@ -32,11 +31,8 @@ def observed(text: list[int], ranks: int = 8) -> Observation:
 
 
 def context(proposer: Proposer, text: list[int], nodes: int = 20) -> StepContext:
-    return StepContext(
-        ["r"], np.array([text], np.int32), np.array([len(text)], np.int32),
-        np.array([nodes], np.int32), np.zeros(1, bool), observed(text),
-        num_prompt_tokens=np.ones(1, np.int32), acceptance=prior_tables(proposer.sources, 1),
-    )  # fmt: skip
+    step = bare_step(proposer.sources, np.array([text], np.int32), nodes)
+    return replace(step, request_ids=["r"], observation=observed(text))
 
 
 def paths_of(batch: DraftBatch) -> set[tuple[int, ...]]:
@@ -174,13 +170,7 @@ def fused_draft() -> DraftBatch:
         np.array([0, 2, 1], np.int32), np.array([-1, 0, -1], np.int32), zero[:1] + 3
     )
     drafts = [replace(d, sources=zero[: len(d.tokens)]) for d in (first, second)]
-    none = np.empty(0, np.int32)
-    step = StepContext(
-        ["r"], zero[None], zero[:1] + 4, zero[:1] + 10, zero[:1] > 0,
-        Observation(none, none, none.reshape(0, 0), none > 0),
-        acceptance=prior_tables(fusion.sources, 1),
-    )  # fmt: skip
-    batch = fusion.fuse(drafts, step)
+    batch = fusion.fuse(drafts, bare_step(fusion.sources, zero[None], 10))
     assert paths_of(batch) == {(0,), (0, 1), (0, 2), (1,)}
     return batch
 

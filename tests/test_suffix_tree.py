@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from vllm_specplus.config import SuffixTreeConfig
-from vllm_specplus.control.acceptance import prior_tables
-from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.proposers.base import bare_step
 from vllm_specplus.proposers.suffix_tree import SuffixTree
 
 A, B, C, D = 1, 2, 3, 4
@@ -23,15 +24,14 @@ def draft(tree: SuffixTree, texts: dict, prompt=0, salts=None, nodes=16, chain=F
     ids = np.zeros((len(texts), longest), np.int32)
     for r, text in enumerate(texts.values()):
         ids[r, : len(text)] = text
-    none = np.empty(0, np.int32)
-    step = StepContext(
-        list(texts), ids, np.array([len(t) for t in texts.values()], np.int32),
-        np.full(len(texts), nodes, np.int32), np.full(len(texts), chain),
-        Observation(none, none, none.reshape(0, 0), none > 0),
+    step = replace(
+        bare_step(tree.sources, ids, nodes),
+        request_ids=list(texts),
+        num_tokens=np.array([len(t) for t in texts.values()], np.int32),
+        chain_only=np.full(len(texts), chain),
         num_prompt_tokens=np.full(len(texts), prompt, np.int32),
         cache_salts=[(salts or {}).get(name, "") for name in texts],
-        acceptance=prior_tables(tree.sources, len(texts)),
-    )  # fmt: skip
+    )
     batch = tree.propose(step)
     out, start = {}, 0
     for name, count in zip(texts, batch.counts.tolist(), strict=True):

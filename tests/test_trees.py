@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_specplus.control.acceptance import DEPTHS, Source
-from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.proposers.base import StepContext, bare_step
 from vllm_specplus.proposers.trees import AGREEMENT, Fusion, keep_best
 from vllm_specplus.tree import DraftBatch
 
@@ -34,11 +34,15 @@ def paths_of(tokens, parents) -> list[tuple[int, ...]]:
     return paths
 
 
-def random_survival(rng, parents):
-    survival = np.empty(len(parents), np.float32)
+def random_acceptance(rng, parents):
+    """(sources, acceptance, survival): every node has a source of its own, by which one can
+    tell it; powers of two, so that products are exact."""
+    count = len(parents)
+    own = rng.choice([0.25, 0.5, 1.0], count).astype(np.float32)
+    survival = np.empty(count, np.float32)
     for i, parent in enumerate(parents):
-        survival[i] = (survival[parent] if parent >= 0 else 1.0) * rng.choice([0.25, 0.5, 1.0])
-    return survival
+        survival[i] = (survival[parent] if parent >= 0 else 1.0) * own[i]
+    return np.arange(count, dtype=np.int32), np.tile(own, (1, DEPTHS, 1)), survival
 
 
 @given(seeds, st.integers(0, 50))
@@ -46,10 +50,9 @@ def random_survival(rng, parents):
 def test_the_best_nodes_are_kept(seed, budget):
     rng = np.random.default_rng(seed)
     tokens, parents = random_tree(rng)
-    survival = random_survival(rng, parents)
-    sources = np.arange(len(tokens), dtype=np.int32)  # tells which node is which
+    sources, acceptance, survival = random_acceptance(rng, parents)
     out = np.empty((3, 60), np.int32)
-    count = keep_best(tokens, parents, sources, survival, budget, False, out)
+    count = keep_best(tokens, parents, sources, acceptance, budget, False, out)
     kept = out[2, :count]
     expected = sorted(range(len(tokens)), key=lambda i: (-survival[i], i))[:budget]
     assert sorted(expected) == kept.tolist()
@@ -61,9 +64,9 @@ def test_the_best_nodes_are_kept(seed, budget):
 def test_a_chain_follows_the_best_child(seed, budget):
     rng = np.random.default_rng(seed)
     tokens, parents = random_tree(rng)
-    survival = random_survival(rng, parents)
+    sources, acceptance, survival = random_acceptance(rng, parents)
     out = np.empty((3, 60), np.int32)
-    count = keep_best(tokens, parents, tokens, survival, budget, True, out)
+    count = keep_best(tokens, parents, sources, acceptance, budget, True, out)
     assert out[1, :count].tolist() == list(range(-1, count - 1))
     node, expected = -1, []
     while len(expected) < budget and (parents == node).any():
@@ -79,18 +82,12 @@ LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.6, 0.9)
 MEMBER = tuple(Source(str(p), "m", p) for p in LEVELS)
 
 
-def step(fusion: Fusion, max_nodes=80, chain=False, requests=1) -> StepContext:
+def step(fusion: Fusion, max_nodes=80, requests=1) -> StepContext:
     """Acceptance as stated by the sources; agreeing nodes are as good as the best of theirs."""
     table = [s.prior for s in fusion.sources[: fusion.agreement]] + list(AGREEMENT) * 2
-    none = np.empty(0, np.int32)
-    return StepContext(
-        [str(i) for i in range(requests)], np.zeros((requests, 4), np.int32),
-        np.full(requests, 4, np.int32), np.full(requests, max_nodes, np.int32),
-        np.full(requests, chain), Observation(none, none, none.reshape(0, 0), none > 0),
-        acceptance=np.broadcast_to(
-            np.array(table, np.float32), (requests, DEPTHS, len(table))
-        ).copy(),
-    )  # fmt: skip
+    bare = bare_step(fusion.sources, np.zeros((requests, 4), np.int32), max_nodes)
+    bare.acceptance[:] = np.array(table, np.float32)
+    return bare
 
 
 def batch(trees) -> DraftBatch:

@@ -12,6 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_specplus.retrieval import build as building
+from vllm_specplus.retrieval.corpus import Corpus, CorpusError
+from vllm_specplus.retrieval.datastore import (
+    Datastore,
+    DatastoreError,
+    Manifest,
+    check_target,
+    read_manifest,
+)
+from vllm_specplus.retrieval.datastore import verify as verify_datastore
+
 app = typer.Typer(no_args_is_help=True, help="Datastores of text, for the method rest.")
 
 Store = Annotated[Path, typer.Argument(help="Folder of the datastore.", show_default=False)]
@@ -24,17 +35,13 @@ Inputs = Annotated[
 Glob = Annotated[str, typer.Option(help="Which files of a folder to read.")]
 TextKey = Annotated[str, typer.Option(help="Field of .jsonl and column of .parquet to read.")]
 ShardTokens = Annotated[
-    int, typer.Option(min=1024, help="Tokens sorted at a time; about 20 bytes of memory each.")
+    int, typer.Option(min=1024, help="Tokens sorted at a time; about 50 bytes of memory each.")
 ]
-_SHARD_TOKENS = 1 << 24
 
 
 @contextmanager
 def _errors() -> Iterator[None]:
     """One line for the user, exit code 1."""
-    from vllm_specplus.retrieval.corpus import CorpusError
-    from vllm_specplus.retrieval.datastore import DatastoreError
-
     try:
         yield
     except (DatastoreError, CorpusError) as error:
@@ -57,14 +64,12 @@ def build(
     tokenizer: Annotated[str, typer.Option(help="The model, or its tokenizer: a folder or name.")],
     glob: Glob = "**/*",
     text_key: TextKey = "text",
-    shard_tokens: ShardTokens = _SHARD_TOKENS,
+    shard_tokens: ShardTokens = building.SHARD_TOKENS,
 ) -> None:
     """Tokenise a corpus into a new datastore, or finish an interrupted build."""
-    from vllm_specplus.retrieval import build as building
-
     with _errors():
         loaded, vocab_size = _load(tokenizer)
-        corpus = _corpus(inputs, glob, text_key)
+        corpus = Corpus.find(inputs, glob, text_key)
         with _progress(corpus.size) as progress:
             manifest = building.build(
                 store, corpus, loaded, tokenizer, vocab_size, shard_tokens, progress
@@ -81,15 +86,12 @@ def add(
     tokenizer: Annotated[
         str | None, typer.Option(help="Where the tokenizer is now, if it has moved.")
     ] = None,
-    shard_tokens: ShardTokens = _SHARD_TOKENS,
+    shard_tokens: ShardTokens = building.SHARD_TOKENS,
 ) -> None:
     """Append a corpus to a datastore. Engines that use it see it after their next start."""
-    from vllm_specplus.retrieval import build as building
-    from vllm_specplus.retrieval.datastore import read_manifest
-
     with _errors():
         loaded, _ = _load(tokenizer or read_manifest(store).tokenizer_name)
-        corpus = _corpus(inputs, glob, text_key)
+        corpus = Corpus.find(inputs, glob, text_key)
         with _progress(corpus.size) as progress:
             manifest = building.add(store, corpus, loaded, shard_tokens, progress)
     _describe(store, manifest)
@@ -98,8 +100,6 @@ def add(
 @app.command()
 def info(store: Store) -> None:
     """What a datastore holds."""
-    from vllm_specplus.retrieval.datastore import read_manifest
-
     with _errors():
         manifest = read_manifest(store)
     _describe(store, manifest)
@@ -108,12 +108,10 @@ def info(store: Store) -> None:
 @app.command()
 def verify(store: Store) -> None:
     """Read all of a datastore and compare its checksums."""
-    from vllm_specplus.retrieval import datastore
-
     with _errors():
-        size = sum(datastore.read_manifest(store).sizes().values())
+        size = sum(read_manifest(store).sizes().values())
         with _progress(size) as progress:
-            manifest = datastore.verify(store, lambda n: progress(n, 0))
+            manifest = verify_datastore(store, lambda n: progress(n, 0))
     typer.echo(f"{store}: {manifest.num_tokens} tokens, all checksums are right")
 
 
@@ -130,10 +128,9 @@ def query(
     import numpy as np
 
     from vllm_specplus.config import RestConfig
-    from vllm_specplus.control.acceptance import label_nodes, prior_tables
-    from vllm_specplus.proposers.base import warm_up_step
+    from vllm_specplus.control.acceptance import label_nodes
+    from vllm_specplus.proposers.base import bare_step
     from vllm_specplus.proposers.rest import Rest
-    from vllm_specplus.retrieval.datastore import Datastore, check_target, read_manifest
 
     with _errors():
         manifest = read_manifest(store)
@@ -144,10 +141,7 @@ def query(
             _fail("a query needs two tokens of text at least")
         Datastore.open(store)
         proposer = Rest(RestConfig(datastore=str(store)), vocab_size, "")
-    step = warm_up_step(proposer, nodes)
-    step.token_ids, step.num_tokens = ids, np.array([ids.shape[1]], np.int32)
-    step.acceptance = prior_tables(proposer.sources, 1)
-    draft = proposer.propose(step)
+    draft = proposer.propose(bare_step(proposer.sources, ids, nodes))
     if not len(draft.tokens):
         typer.echo("nothing in the datastore continues the last two tokens")
         return
@@ -171,8 +165,6 @@ def _load(name: str) -> tuple[Any, int]:
     """A tokenizer from a folder (or hub name), and the size of the model's vocabulary."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from vllm_specplus.retrieval.datastore import DatastoreError
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -183,12 +175,6 @@ def _load(name: str) -> tuple[Any, int]:
         # A model may have more rows than its tokenizer has tokens.
         vocab_size = max(vocab_size, AutoConfig.from_pretrained(name).get_text_config().vocab_size)
     return tokenizer, vocab_size
-
-
-def _corpus(inputs: list[Path], glob: str, text_key: str):
-    from vllm_specplus.retrieval.corpus import Corpus
-
-    return Corpus.find(inputs, glob, text_key)
 
 
 @contextmanager
@@ -206,7 +192,7 @@ def _progress(size: int) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-def _describe(store: Path, manifest) -> None:
+def _describe(store: Path, manifest: Manifest) -> None:
     size = sum(manifest.sizes().values())
     table = Table(show_header=False, box=None)
     table.add_row("datastore", str(store))

@@ -28,6 +28,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_specplus.control import requests as request_controls
 from vllm_specplus.control.cost import PROFILE_ROUNDS, PROFILE_ROWS, CostCurve, StepCost, StepShape
+from vllm_specplus.control.requests import RequestControls
 from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.kernels import native
@@ -473,7 +474,9 @@ class TreeRunnerMixin:
         if wishes is None:
             params = self.requests[request_id].sampling_params
             # Checked in the front end; nothing here can fail for a request that got in.
-            controls = request_controls.parse(params.extra_args if params else None)
+            controls = RequestControls(enabled=False)
+            if params is not None:
+                controls = request_controls.parse(params.extra_args)
             wishes = self._wishes[request_id] = Wishes(
                 max_nodes=self.num_spec_tokens if controls.limit is None else controls.limit,
                 chain_only=params is not None and params.structured_outputs is not None,

@@ -10,7 +10,7 @@ in the one copy per step that every speculative method of this runner makes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,20 +66,24 @@ class StepContext:
     depth (the last entry serves all deeper ones) and source; set by the controller."""
 
 
-def warm_up_step(proposer: Proposer, max_nodes: int) -> StepContext:
-    """A step of one dummy request, of the types of a real one, to compile loops with."""
-    one, none = np.ones(1, np.int32), np.empty(0, np.int32)
+def bare_step(sources: Sequence[Source], texts: np.ndarray, max_nodes: int) -> StepContext:
+    """A step in which every row of ``texts`` int32 [R, n] is a request that may draft
+    ``max_nodes`` nodes: nothing observed, acceptance as ``sources`` state it.
+
+    Of the types of a real step: for compiling loops, and for tools that draft without an
+    engine.
+    """
+    requests, length = texts.shape
+    none = np.empty(0, np.int32)
     return StepContext(
-        request_ids=["warm-up"],
-        token_ids=np.zeros((1, 4), np.int32),
-        num_tokens=4 * one,
-        max_nodes=max_nodes * one,
-        chain_only=np.zeros(1, bool),
-        observation=Observation(
-            none, none, np.empty((0, proposer.top_k), np.int32), np.empty(0, bool)
-        ),
-        num_prompt_tokens=one,
-        acceptance=prior_tables(proposer.sources, 1),
+        request_ids=[f"request {r}" for r in range(requests)],
+        token_ids=texts,
+        num_tokens=np.full(requests, length, np.int32),
+        max_nodes=np.full(requests, max_nodes, np.int32),
+        chain_only=np.zeros(requests, bool),
+        observation=Observation(none, none, none.reshape(0, 0), none > 0),
+        num_prompt_tokens=np.zeros(requests, np.int32),
+        acceptance=prior_tables(sources, requests),
     )
 
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from vllm_specplus.proposers import proposer_class
-from vllm_specplus.proposers.base import Observation, Proposer, StepContext, warm_up_step
+from vllm_specplus.proposers.base import Observation, Proposer, StepContext, bare_step
 from vllm_specplus.proposers.trees import Fusion
 from vllm_specplus.tree import DraftBatch
 
@@ -74,7 +74,9 @@ class Rasd(Proposer):
     def warm_up(self) -> None:
         for member in self.members:
             member.warm_up()
-        step = warm_up_step(self, self.config.num_speculative_tokens)
+        step = bare_step(
+            self.sources, np.zeros((1, 4), np.int32), self.config.num_speculative_tokens
+        )
         self._fusion.fuse([_nothing(1) for _ in self.members], step, self.config.prune)
 
     def forget(self, request_id: str) -> None:

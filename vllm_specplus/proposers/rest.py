@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from vllm_specplus.proposers.base import Proposer, StepContext, warm_up_step
+from vllm_specplus.proposers.base import Proposer, StepContext, bare_step
 from vllm_specplus.proposers.trees import keep_best
 from vllm_specplus.retrieval.datastore import Datastore
 from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
@@ -39,7 +39,6 @@ def retrieve(
     weights = np.empty(capacity, np.int32)
     depths = np.empty(capacity, np.int32)
     sources = np.empty(capacity, np.int32)
-    survival = np.empty(capacity, np.float32)
     ranges = np.zeros((first.shape[0], 2), np.int64)
     total = 0
     for r in range(num_tokens.shape[0]):
@@ -55,15 +54,13 @@ def retrieve(
         )
         for i in range(nodes):
             parent = trie_parents[i]
-            above, depth, passing = np.float32(1.0), 1, followed
+            depth, passing = 1, followed
             if parent >= 0:
-                above, depth, passing = survival[parent], depths[parent] + 1, weights[parent]
+                depth, passing = depths[parent] + 1, weights[parent]
             depths[i] = depth
             sources[i] = evidence_class(length + depth - 1, weights[i], passing)
-            p = acceptance[r, min(depth, acceptance.shape[1]) - 1, sources[i]]
-            survival[i] = above * p
         counts[r] = keep_best(
-            trie_tokens[:nodes], trie_parents[:nodes], sources[:nodes], survival[:nodes],
+            trie_tokens[:nodes], trie_parents[:nodes], sources[:nodes], acceptance[r : r + 1],
             max_nodes[r], chain_only[r], out[:, total:],
         )  # fmt: skip
         total += counts[r]
@@ -97,4 +94,6 @@ class Rest(Proposer):
 
     def warm_up(self) -> None:
         """Compile the search (or load it from numba's cache) on a dummy request."""
-        self.propose(warm_up_step(self, self.config.num_speculative_tokens))
+        self.propose(
+            bare_step(self.sources, np.zeros((1, 4), np.int32), self.config.num_speculative_tokens)
+        )

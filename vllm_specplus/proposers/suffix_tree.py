@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from vllm_specplus.proposers.base import Proposer, StepContext, warm_up_step
+from vllm_specplus.proposers.base import Proposer, StepContext, bare_step
 from vllm_specplus.proposers.trees import Fusion
 from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
 from vllm_specplus.tree import DraftBatch
@@ -52,10 +52,10 @@ class _Request:
     """Suffix tree of its prompt and output."""
     response: int
     """Sequence number of its response in the shared tree."""
+    prompt: int
+    """Tokens of its prompt."""
     known: int = 0
-    """Tokens of its text that are in the local tree."""
-    tokens: int = 0
-    """Tokens of its response stored there."""
+    """Tokens of its text that are in the trees."""
 
 
 @njit(cache=True)
@@ -78,13 +78,9 @@ class SuffixTree(Proposer):
 
     def __init__(self, config, vocab_size: int, fingerprint: str):
         super().__init__(config, vocab_size, fingerprint)
-        try:
-            from arctic_inference.suffix_decoding.cache import SuffixTree as NativeTree
-        except ImportError as error:
-            raise ValueError(
-                f"method 'suffix_tree' needs arctic-inference ({error}): "
-                f"pip install 'vllm-specplus[suffix]'"
-            ) from None
+        # An optional library; the config has made sure that it is there.
+        from arctic_inference.suffix_decoding.cache import SuffixTree as NativeTree
+
         self._fusion = Fusion(
             [evidence_sources("own text", 1.0), evidence_sources("responses", 0.55)]
         )
@@ -114,16 +110,16 @@ class SuffixTree(Proposer):
             request = self._requests.get(name)
             if request is None:
                 salt = step.cache_salts[r] if step.cache_salts else ""
-                request = _Request(salt, self._new_tree(), self._next_number)
+                request = _Request(salt, self._new_tree(), self._next_number, prompt)
                 self._requests[name] = request
                 self._next_number += 1
             text = step.token_ids[r]
             if known > request.known:
                 request.local.extend_ndarray(0, text[request.known : known])
                 fresh = text[max(request.known, prompt) : known]
-                self._shared_of(request.salt).tree.extend_ndarray(request.response, fresh)
-                self._shared[request.salt].tokens += len(fresh)
-                request.tokens += len(fresh)
+                shared = self._shared_of(request.salt)
+                shared.tree.extend_ndarray(request.response, fresh)
+                shared.tokens += len(fresh)
                 request.known = known
 
     def _shared_of(self, salt: str) -> _Shared:
@@ -137,7 +133,7 @@ class SuffixTree(Proposer):
         request = self._requests.pop(request_id, None)
         if request is None:
             return
-        self._finished[request.response] = (request.salt, request.tokens)
+        self._finished[request.response] = (request.salt, request.known - request.prompt)
         self._evict()
 
     def _evict(self) -> None:
@@ -178,7 +174,8 @@ class SuffixTree(Proposer):
         _classes(one - 1, np.ones(1, np.float32), 1)
         nothing = _batch([_NOTHING])
         self._fusion.fuse(
-            [nothing, nothing], warm_up_step(self, self.config.num_speculative_tokens)
+            [nothing, nothing],
+            bare_step(self.sources, np.zeros((1, 4), np.int32), self.config.num_speculative_tokens),
         )
 
 

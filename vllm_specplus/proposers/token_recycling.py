@@ -27,7 +27,7 @@ import numpy as np
 from numba import njit
 
 from vllm_specplus.control.acceptance import Source
-from vllm_specplus.proposers.base import Observation, Proposer, StepContext, warm_up_step
+from vllm_specplus.proposers.base import Observation, Proposer, StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
 logger = logging.getLogger(__name__)
@@ -380,7 +380,9 @@ class TokenRecycling(Proposer):
 
     def warm_up(self) -> None:
         """Compile the loops (or load them from numba's cache) on a dummy request."""
-        self.propose(warm_up_step(self, self.config.num_speculative_tokens))
+        self.propose(
+            bare_step(self.sources, np.zeros((1, 4), np.int32), self.config.num_speculative_tokens)
+        )
 
     def save(self, path: str) -> None:
         """Write the matrix and the pair table (safetensors), atomically."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from vllm_specplus.control.acceptance import Source
+from vllm_specplus.control.acceptance import Source, look_up, survivals
 from vllm_specplus.proposers.base import StepContext
 from vllm_specplus.tree import DraftBatch
 
@@ -20,15 +20,18 @@ _MORE_AGREE = (0.15, 0.25, 0.40, 0.65, 0.75, 0.85, 0.92, 0.97)
 
 
 @njit(cache=True, nogil=True)
-def keep_best(tokens, parents, sources, survival, budget, chain, out):
-    """Keep the ``budget`` nodes of highest ``survival``; returns how many were kept.
+def keep_best(tokens, parents, sources, acceptance, budget, chain, out):
+    """Keep the ``budget`` nodes of one tree that most probably survive; returns how many.
 
-    ``tokens``, ``parents``, ``sources`` int32 [N] in topological order; ``survival``
-    float32 [N], nowhere above its parent's, so that the best nodes are closed under
+    ``tokens``, ``parents``, ``sources`` int32 [N] in topological order; ``acceptance``
+    float32 [1, depths, S]. No node survives its parent, so the best nodes are closed under
     parents. ``chain``: only the best path, child by child. Writes the renumbered tree to
     the three rows of ``out`` int32 [3, >= budget]; ties go to the earlier node.
     """
     count = tokens.shape[0]
+    whole = np.array([0, count], np.int32)
+    conditional, _ = look_up(parents, sources, whole, acceptance)
+    survival = survivals(parents, whole, conditional)
     kept = np.ones(count, np.bool_)
     if chain:
         kept[:] = False
@@ -131,14 +134,11 @@ def merge(
                         f_last[child] = m
                 place[i] = child
             begin[m] += counts[m, r]
-        survival = np.empty(nodes, np.float32)
         for i in range(nodes):
             if f_members[i] > 1:
                 f_sources[i] = agreement + _agreement_class(f_best[i], f_members[i])
-            above = np.float32(1.0) if f_parents[i] < 0 else survival[f_parents[i]]
-            survival[i] = above * acceptance[r, min(f_depths[i], deepest) - 1, f_sources[i]]
         out_counts[r] = keep_best(
-            f_tokens[:nodes], f_parents[:nodes], f_sources[:nodes], survival,
+            f_tokens[:nodes], f_parents[:nodes], f_sources[:nodes], acceptance[r : r + 1],
             max_nodes[r], chain_only[r], out[:, total:],
         )  # fmt: skip
         total += out_counts[r]

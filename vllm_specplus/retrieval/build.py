@@ -23,6 +23,7 @@ from vllm_specplus.retrieval.datastore import (
     FIRST,
     ORDER,
     TOKENS,
+    CorpusLog,
     DatastoreError,
     Manifest,
     Shard,
@@ -31,8 +32,8 @@ from vllm_specplus.retrieval.datastore import (
     write_manifest,
 )
 
-#: Tokens per shard. Sorting takes about 15 bytes of memory per token at two bytes a
-#: token, 21 beyond 65,535 ids.
+#: Tokens per shard: bounds a build's memory (1.5 GB at its peak, Python included, and
+#: about 50 bytes for each token more).
 SHARD_TOKENS = 1 << 24
 #: Characters tokenised per call, about. The tokenizer works on the pieces in parallel,
 #: and takes some hundred bytes for every token until it is done.
@@ -135,12 +136,13 @@ def _alone(path: Path) -> Iterator[None]:
     """One writer at a time; the lock goes with the process, however it ends."""
     folder = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatastoreError(
+                f"another process is writing datastore {str(path)!r}: wait until it has finished"
+            ) from None
         yield
-    except BlockingIOError:
-        raise DatastoreError(
-            f"another process is writing datastore {str(path)!r}: wait until it has finished"
-        ) from None
     finally:
         os.close(folder)
 
@@ -162,7 +164,7 @@ def _store(path, manifest, corpus, tokenizer, shard_tokens, progress) -> Manifes
     return manifest
 
 
-def _log_of(path: Path, manifest: Manifest, corpus: Corpus) -> datastore.Corpus:
+def _log_of(path: Path, manifest: Manifest, corpus: Corpus) -> CorpusLog:
     """The manifest's entry of this corpus; a new one for a new corpus."""
     fingerprint = corpus.fingerprint()
     for log in manifest.corpora:
@@ -175,12 +177,12 @@ def _log_of(path: Path, manifest: Manifest, corpus: Corpus) -> datastore.Corpus:
             f"(finish it with the same command as before) or has changed since (build anew in "
             f"another folder)"
         )
-    return datastore.Corpus(
+    return CorpusLog(
         fingerprint=fingerprint, description=corpus.description, pieces=0, complete=False
     )
 
 
-def _with_log(manifest: Manifest, log: datastore.Corpus) -> Manifest:
+def _with_log(manifest: Manifest, log: CorpusLog) -> Manifest:
     others = [other for other in manifest.corpora if other.fingerprint != log.fingerprint]
     return manifest.model_copy(update={"corpora": [*others, log]})
 
@@ -249,11 +251,11 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _append(
     path: Path,
     manifest: Manifest,
-    log: datastore.Corpus,
+    log: CorpusLog,
     tokens: np.ndarray,
     documents: int,
     pieces: int,
-) -> tuple[Manifest, datastore.Corpus]:
+) -> tuple[Manifest, CorpusLog]:
     """Sort and store one shard; only a complete one is named by the manifest."""
     parts = {
         TOKENS: tokens,

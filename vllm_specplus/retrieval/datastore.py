@@ -54,7 +54,7 @@ class Shard(StrictModel):
     """File name -> checksum of the shard's part of it."""
 
 
-class Corpus(StrictModel):
+class CorpusLog(StrictModel):
     """One run of ``build`` or ``add``: enough to resume it where it stopped."""
 
     fingerprint: str
@@ -73,7 +73,7 @@ class Manifest(StrictModel):
     tokenizer_name: str
     vocab_size: Annotated[int, Field(ge=2, lt=1 << 31)]
     shards: list[Shard] = Field(default_factory=list)
-    corpora: list[Corpus] = Field(default_factory=list)
+    corpora: list[CorpusLog] = Field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

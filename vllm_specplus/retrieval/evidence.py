@@ -19,7 +19,7 @@ UNANIMOUS = (4, 2, 1)
 CLASSES = len(LENGTHS) * (len(UNANIMOUS) + len(FREQUENCIES))
 
 # Acceptance by class of length, where all places agree, and how it falls with frequency and
-# number of places: Spec-Bench answers of SmolLM2, replayed by benchmarks/simulator.py.
+# number of places: Spec-Bench answers of SmolLM2, by benchmarks/source_acceptance.py.
 _BY_LENGTH = (0.40, 0.55, 0.62, 0.72, 0.80, 0.86, 0.90, 0.93)
 _BY_FREQUENCY = (1.0, 0.73, 0.64, 0.55, 0.22, 0.09, 0.02)
 
