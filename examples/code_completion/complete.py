@@ -11,19 +11,20 @@ import urllib.request
 from pathlib import Path
 
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 #: Characters of the file's end that are sent: 2048 tokens must hold them and the answer.
 CONTEXT = 4000
 
 
 def drafting(address: str) -> dict[str, float]:
-    """The server's counters of drafting."""
+    """The server's counters of drafting: request steps, and the tokens they made."""
     with urllib.request.urlopen(f"{address}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    wanted = ("request_steps_total", "output_tokens_total")
+        families = list(text_string_to_metric_families(response.read().decode()))
+    samples = [sample for family in families for sample in family.samples]
     return {
-        name: sum(float(line.split()[-1]) for line in lines if f"specplus_{name}" in line[:60])
-        for name in wanted
+        name: sum(s.value for s in samples if s.name == f"vllm:specplus_{name}_total")
+        for name in ("request_steps", "output_tokens")
     }
 
 
@@ -45,8 +46,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     after = drafting(address)
     print(answer.choices[0].text)
-    steps = after["request_steps_total"] - before["request_steps_total"]
-    tokens = after["output_tokens_total"] - before["output_tokens_total"]
+    steps = after["request_steps"] - before["request_steps"]
+    tokens = after["output_tokens"] - before["output_tokens"]
     print(
         f"# {answer.usage.completion_tokens} tokens in {seconds:.2f} s, "
         f"{tokens / max(steps, 1):.2f} tokens per step"
