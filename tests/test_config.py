@@ -23,7 +23,7 @@ def test_defaults():
 
 @pytest.mark.parametrize("raw", [{"method": "medusa"}, {}, {"method": None}])
 def test_an_unknown_method_is_told_what_there_is(raw):
-    with pytest.raises(ValueError, match=r"unknown method .*; vllm-specplus has rasd, rest, "):
+    with pytest.raises(ValueError, match=r"unknown method .*; vllm-specplus has draft_tree, "):
         parse(raw)
 
 

@@ -63,7 +63,7 @@ class World:
             parents += range(-1, most - 1)
             counts.append(most)
         drafts = DraftBatch(*(np.array(x, np.int32) for x in (tokens, parents, counts)))
-        controller.drafting_took(requests, self.draft_seconds)
+        controller.drafting_took(step.max_nodes, self.draft_seconds)
         chosen = controller.choose(step, drafts)
         starts = np.cumsum(chosen.counts) - chosen.counts
         for r, count in enumerate(chosen.counts.tolist()):
@@ -241,3 +241,94 @@ def test_confidence_replaces_the_source_table():
         confidence=np.array([0.99, 0.98, 0.05, 0.5], np.float32),
     )  # fmt: skip
     assert world.controller.choose(step, drafts).counts.tolist() == [2, 0]
+
+
+class LevelWorld:
+    """``requests`` texts with a draft model: each level of ``LEVELS`` nodes is followed with
+    probability ``acceptance`` given that the one above was; a pass of the draft takes
+    ``pass_seconds``."""
+
+    LEVELS = (2, 2, 2, 2)
+
+    def __init__(self, control=None, requests=1, pass_seconds=0.0, max_rows=1 << 16, curve=CURVE):
+        self.counters = Counters()
+        self.controller = Controller(
+            control or GoodputControl(), [Source("level", "draft", 0.5)], sum(self.LEVELS),
+            max_rows, self.counters, levels=self.LEVELS,
+        )  # fmt: skip
+        self.controller.cost = StepCost(curve)
+        self.rng = np.random.default_rng(0)
+        self.curve, self.pass_seconds = curve, pass_seconds
+        self.texts = np.zeros((requests, 100_000), np.int32)
+        self.known = np.full(requests, 10, np.int32)
+        self.clock, self.tokens = 0.0, 0
+        self.limit = np.full(requests, sum(self.LEVELS), np.int32)
+
+    def step(self, acceptance) -> np.ndarray:
+        """One step; int [R] nodes each request drafted."""
+        requests = len(self.known)
+        step = StepContext(
+            [f"r{i}" for i in range(requests)], self.texts, self.known.copy(), self.limit.copy(),
+            np.zeros(requests, bool), NOTHING,
+        )  # fmt: skip
+        self.controller.prepare(step)
+        nodes = step.max_nodes.copy()
+        depths = -(-nodes // 2)
+        passes = int(depths.max()) + 1 if nodes.any() else 0
+        self.controller.drafting_took(step.max_nodes, passes * self.pass_seconds)
+        # Which tokens the nodes hold is nobody's business here.
+        drafts = DraftBatch(*np.zeros((2, nodes.sum()), np.int32), nodes)
+        assert self.controller.choose(step, drafts) is drafts
+        right = self.rng.random((requests, 5)) < np.broadcast_to(acceptance, requests)[:, None]
+        right[np.arange(requests), depths] = False
+        gained = 1 + np.argmin(right, axis=1)
+        self.known += gained.astype(np.int32)
+        self.tokens += int(gained.sum())
+        rows = requests + int(nodes.sum())
+        seconds = float(self.curve(rows))
+        self.controller.step_took(StepShape(requests, rows, 100 * requests), seconds)
+        self.clock += seconds + passes * self.pass_seconds
+        return nodes
+
+    def run(self, steps, acceptance) -> np.ndarray:
+        return np.array([self.step(acceptance) for _ in range(steps)])
+
+
+@pytest.mark.parametrize("requests", [1, 5])
+@pytest.mark.parametrize("pass_seconds", [0.0005, 0.002])
+@pytest.mark.parametrize("acceptance", [0.0, 0.4, 0.9])
+def test_planned_levels_are_close_to_perfect_knowledge(acceptance, pass_seconds, requests):
+    world = LevelWorld(requests=requests, pass_seconds=pass_seconds)
+    world.run(150, acceptance)
+    clock, tokens = world.clock, world.tokens
+    world.run(400, acceptance)
+    depth = np.arange(5)
+    expected = requests * np.array([sum(acceptance**i for i in range(d + 1)) for d in depth])
+    passes = np.where(depth > 0, depth + 1, 0)
+    best = np.max(expected / (CURVE(requests * (1 + 2 * depth)) + passes * pass_seconds))
+    assert (world.tokens - tokens) / (world.clock - clock) > 0.95 * best
+
+
+def test_planned_levels_come_back_after_a_drop():
+    world = LevelWorld(pass_seconds=0.0005)
+    high = world.run(200, 0.9)[-50:].mean()
+    assert world.run(400, 0.0)[-200:].mean() < 0.3 * high
+    assert world.run(600, 0.9)[-50:].mean() > 0.7 * high
+
+
+def test_planned_levels_go_to_the_requests_that_follow_them():
+    world = LevelWorld(requests=2, pass_seconds=0.001)
+    nodes = world.run(300, [0.95, 0.05])[-100:].mean(0)
+    assert nodes[0] > 2 * nodes[1]
+
+
+def test_planned_trees_keep_every_limit():
+    fixed = FixedControl(policy="fixed")
+    world = LevelWorld(fixed, requests=3)
+    world.limit[:] = [8, 3, 0]
+    assert world.step(0.5).tolist() == [8, 3, 0]
+    world = LevelWorld(fixed, requests=3, max_rows=3 + 11)
+    assert world.step(0.5).tolist() == [8, 3, 0]
+    world = LevelWorld(ThresholdControl(policy="threshold", threshold=0.7))
+    # The prior is 0.5 per level: a rejection on the way has probability 0.5, 0.75, ...
+    assert world.step(0.5).tolist() == [2]

@@ -7,12 +7,14 @@ here imports vLLM.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.retrieval import datastore
 from vllm_specplus.strict import StrictModel
 
@@ -159,6 +161,94 @@ class SuffixTreeConfig(MethodConfig):
         return self
 
 
+class DraftTreeConfig(MethodConfig):
+    """``{"method": "draft_tree", "model": "...", ...}``; see ``proposers/draft_tree.py``."""
+
+    method: Literal["draft_tree"] = "draft_tree"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
+    """Nodes of the whole tree: width times depth, or given by ``branching``."""
+    model: str
+    """Hugging Face folder of the draft, with the target's tokenizer."""
+    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "rsd_s"
+    width: Annotated[int, Field(ge=1, le=16)] = 3
+    """Nodes per level of topk, rsd_s and spectr."""
+    branching: list[Annotated[int, Field(ge=1, le=16)]] = Field(default=[3, 1, 1, 1], min_length=1)
+    """Children of every node, level by level, of rsd_c."""
+    verification: Literal["recursive", "block", "traversal", "k_seq"] | None = None
+    """How sampled nodes are accepted; by default the best rule for the shape."""
+    head_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
+    of frequency, and the output layer is most of a small draft (arXiv 2502.14856)."""
+    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    """The draft's own keys and values; requests beyond it go undrafted."""
+
+    @model_validator(mode="after")
+    def _shape_fits(self):
+        for key, shapes in _SHAPE_KEYS.items():
+            if key in self.model_fields_set and self.shape not in shapes:
+                raise ValueError(f"shape {self.shape!r} has no {key!r}: remove it")
+        nodes = sum(self.levels())
+        if self.shape == "rsd_c" and self.num_speculative_tokens != nodes:
+            raise ValueError(
+                f"'branching' {self.branching} makes {nodes} nodes (at most 80): set "
+                f"num_speculative_tokens to the number of nodes"
+            )
+        if self.num_speculative_tokens != nodes:
+            raise ValueError(
+                f"num_speculative_tokens ({self.num_speculative_tokens}) must be a multiple of "
+                f"'width' ({self.width}), the nodes of a level"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rule_fits(self):
+        allowed = list(_RULES[self.shape])
+        if self.verification is not None and self.verification not in allowed:
+            raise ValueError(
+                f"shape {self.shape!r} cannot be verified by {self.verification!r} "
+                f"(allowed: {', '.join(allowed) or 'leave verification out'})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_runs(self):
+        draft_model.read_config(self.model)
+        return self
+
+    def shape_arguments(self, depth: int) -> tuple:
+        """What the shape takes for a tree of ``depth`` levels."""
+        if self.shape == "rsd_c":
+            return (tuple(self.branching[:depth]),)
+        return (1 if self.shape == "chain" else self.width, depth)
+
+    def levels(self) -> tuple[int, ...]:
+        """Nodes of each level of the largest tree."""
+        if self.shape == "rsd_c":
+            return tuple(math.prod(self.branching[: d + 1]) for d in range(len(self.branching)))
+        width, _ = self.shape_arguments(0)
+        return (width,) * (self.num_speculative_tokens // width)
+
+    @property
+    def rule(self) -> str | None:
+        """Verification rule of ``samplers/sampled.py``; None: nothing is drawn."""
+        rules = _RULES[self.shape]
+        return rules[self.verification or next(iter(rules))] if rules else None
+
+    def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
+        draft_model.check_target(self.model, load_tokenizer(), vocab_size)
+
+
+_SHAPE_KEYS = {"width": ("topk", "rsd_s", "spectr"), "branching": ("rsd_c",)}
+#: shape -> what a user may call its verification -> the rule; the first is the default.
+_RULES: dict[str, dict[str, str]] = {
+    "chain": {"block": "block", "recursive": "without_replacement"},
+    "topk": {},
+    "rsd_c": {"traversal": "traversal", "recursive": "without_replacement"},
+    "rsd_s": {"traversal": "traversal", "recursive": "without_replacement"},
+    "spectr": {"k_seq": "k_seq", "recursive": "with_replacement"},
+}
+
+
 class RasdConfig(MethodConfig):
     """``{"method": "rasd", "sources": [...]}``; see ``proposers/rasd.py``."""
 
@@ -190,8 +280,8 @@ class RasdConfig(MethodConfig):
         sources = [{"method": s} if isinstance(s, str) else dict(s) for s in self.sources]
         names = [keys.get("method") for keys in sources]
         for source, keys, name in zip(self.sources, sources, names, strict=True):
-            if name not in METHODS or name == self.method:
-                allowed = ", ".join(sorted(METHODS.keys() - {self.method}))
+            if name not in METHODS or name in (self.method, "draft_tree"):
+                allowed = ", ".join(sorted(METHODS.keys() - {self.method, "draft_tree"}))
                 raise ValueError(f"'sources' holds {source!r} (allowed: {allowed})")
             for key in ("num_speculative_tokens", "control"):
                 if key in keys:
@@ -212,6 +302,7 @@ class RasdConfig(MethodConfig):
 
 #: method name -> its model.
 METHODS: dict[str, type[MethodConfig]] = {
+    "draft_tree": DraftTreeConfig,
     "rasd": RasdConfig,
     "rest": RestConfig,
     "suffix_tree": SuffixTreeConfig,

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import njit
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DraftTokens(list):
@@ -57,6 +61,13 @@ class DraftBatch:
     confidence: np.ndarray | None = None
     """float32 [N] of a draft model: largest probability in the distribution the node came
     from. Never that of the drawn token itself; see ``control/confidence.py``."""
+
+    laws: torch.Tensor | None = None
+    """float32 [M, V'] on the target's device: distributions that nodes were drawn from;
+    ids from V' on have probability 0."""
+    law_of: np.ndarray | None = None
+    """int32 [N] row of ``laws`` that each node was drawn from, siblings in draw order;
+    -1: the node is no draw but a function of the past."""
 
     @classmethod
     def empty(cls, num_requests: int) -> DraftBatch:

@@ -12,12 +12,17 @@ Grown but unverified nodes cost microseconds with methods that look drafts up, s
 methods keep growing while speculation is off: the text labels their trees, and drafting
 resumes in the step in which it pays. A method whose drafting itself costs time is
 only probed, ever more rarely up to ``PROBE_INTERVALS``.
+
+A draft model (a proposer with ``levels``) pays a forward pass per level, and draws. Its
+trees are therefore planned before they are drafted, by how often earlier texts followed a
+tree to each level, and verified whole. Cutting them afterwards by what was drawn would
+also be wrong: see ``control/confidence.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,8 +48,9 @@ HYSTERESIS = 0.02
 #: While off, one step in so many is speculated, to keep the step cost honest.
 PROBE_INTERVALS = (16, 256)
 #: While on, some steps are not speculated either, for the same reason: as many as cost
-#: this share of the tokens.
-EXPLORE_LOSS = 0.004
+#: this share of the tokens, and at most one in EXPLORE_INTERVAL: where speculation barely
+#: pays, undrafted steps cost nothing, but nor do they teach what drafts are worth.
+EXPLORE_LOSS, EXPLORE_INTERVAL = 0.004, 4
 #: A method is cheap while drafting takes less than this share of an undrafted step.
 CHEAP_DRAFT = 0.02
 #: Expected tokens are scaled by how earlier expectations came true: memory per step, and
@@ -80,8 +86,11 @@ class Controller:
         max_nodes: int,
         max_rows: int,
         counters: Counters,
+        levels: Sequence[int] | None = None,
     ):
-        """``max_nodes`` per request; ``max_rows`` verified rows per step."""
+        """``max_nodes`` per request; ``max_rows`` verified rows per step; ``levels``: of a
+        draft model, nodes of each level of its trees."""
+        self._levels = None if levels is None else np.array(levels)
         self.config = config
         self.acceptance = AcceptanceEstimator(sources)
         self._confidence_estimator: ConfidenceEstimator | None = None
@@ -95,7 +104,7 @@ class Controller:
         self._most = max_nodes  # nodes the luckiest request got in the last step
         self._idle_steps = 0  # since the last verified draft, while off
         self._interval = PROBE_INTERVALS[0]
-        self._draft_seconds = 0.0  # per drafted request, moving average
+        self._draft_seconds = 0.0  # per drafted request (and level + 1), moving average
         self._expected = self._gained = 0.0  # tokens of recent steps, decayed
         self._explore_credit = 0.0
 
@@ -111,10 +120,14 @@ class Controller:
             self.counters.add("predicted_step_seconds", predicted)
             self.counters.add("measured_step_seconds", seconds)
 
-    def drafting_took(self, requests: int, seconds: float) -> None:
-        """Growing the last trees, for so many requests, took this long."""
-        if requests:
-            self._draft_seconds += 0.1 * (seconds / requests - self._draft_seconds)
+    def drafting_took(self, max_nodes: np.ndarray, seconds: float) -> None:
+        """Growing the last trees, of up to ``max_nodes`` int32 [R], took this long."""
+        units = int((max_nodes > 0).sum())
+        if units and self._levels is not None:
+            # A level of a few requests costs what a level of one does: it is one pass.
+            units = 1 + int(self._depths(max_nodes).max())
+        if units:
+            self._draft_seconds += 0.1 * (seconds / units - self._draft_seconds)
 
     def forget(self, request_id: str) -> None:
         self.acceptance.forget(request_id)
@@ -125,6 +138,9 @@ class Controller:
         """Learn from the texts; set ``step.acceptance`` and lower ``step.max_nodes``."""
         self._learn(step)
         step.acceptance = self.acceptance.tables(step.request_ids)
+        if self._levels is not None:
+            self._plan(step)
+            return
         if self.config.policy != "goodput":
             return
         if not self.speculating and not self._drafting_is_cheap(step) and not self._probe_is_due():
@@ -145,6 +161,11 @@ class Controller:
         gained = step.num_tokens[rows] - trees.drafted_at - 1
         self._expected = CALIBRATION_MEMORY * self._expected + trees.expected[here].sum()
         self._gained = CALIBRATION_MEMORY * self._gained + gained[here & (trees.expected > 0)].sum()
+        if self._levels is not None:
+            trees = self._as_chains(trees, rows, gained, step)
+            if not self.speculating and gained.any():
+                # Only probes teach while off: one that came true calls for the next.
+                self._interval = 1
         labelled = self.acceptance.learn(
             trees.tokens, trees.parents, trees.sources, trees.starts, trees.drafted_at,
             trees.request_ids, rows, step.token_ids, step.num_tokens,
@@ -152,6 +173,27 @@ class Controller:
         self.counters.add("nodes_labelled", labelled)
         if trees.confidence is not None:
             self._learn_confidence(trees, rows, step)
+
+    def _as_chains(
+        self, trees: _Pending, rows: np.ndarray, gained: np.ndarray, step: StepContext
+    ) -> _Pending:
+        """Every tree as the chain of its levels, right as far as the text followed it."""
+        depths = self._depths(np.diff(trees.starts))
+        starts = np.zeros(len(depths) + 1, np.int32)
+        np.cumsum(depths, out=starts[1:])
+        level = np.arange(starts[-1]) - np.repeat(starts[:-1], depths)
+        request = np.repeat(rows, depths)
+        # A request that is gone has row -1 and teaches nothing, whatever its tokens.
+        place = np.repeat(trees.drafted_at, depths) + level
+        tokens = step.token_ids[request, np.minimum(place, step.token_ids.shape[1] - 1)]
+        wrong = level >= np.repeat(gained, depths)
+        return replace(
+            trees,
+            tokens=np.where(wrong, -1, tokens).astype(np.int32),
+            parents=(level - 1).astype(np.int32),
+            sources=np.zeros(len(level), np.int32),
+            starts=starts,
+        )
 
     def _calibration(self) -> float:
         """Accepted over expected tokens. The nodes with the highest estimates are those
@@ -186,12 +228,64 @@ class Controller:
     def _probe_is_due(self) -> bool:
         return self._idle_steps >= self._interval
 
+    # -- planning levels --------------------------------------------------------------
+
+    def _depths(self, nodes: np.ndarray) -> np.ndarray:
+        """Levels, int64 [R], of trees with so many nodes."""
+        above = np.cumsum(self._levels) - self._levels
+        return (above < nodes[:, None]).sum(1)
+
+    def _plan(self, step: StepContext) -> None:
+        """Lower ``step.max_nodes`` to the levels that are worth drafting."""
+        deepest = self._depths(step.max_nodes)
+        levels = np.arange(len(self._levels))
+        table = step.acceptance[:, np.minimum(levels, step.acceptance.shape[1] - 1), 0]
+        survival = np.cumprod(table, axis=1, dtype=np.float64)
+        survival[levels >= deepest[:, None]] = 0.0  # nothing may be drafted there
+        requests = len(step.request_ids)
+        rows = np.cumsum(np.broadcast_to(self._levels, survival.shape), axis=1)
+        depths = deepest
+        if self.config.policy == "threshold":
+            depths = (survival >= 1.0 - self.config.threshold).sum(1)
+        elif self.config.policy == "goodput":
+            depths = self._best_depths(step, survival)
+        nodes = np.where(depths > 0, rows[np.arange(requests), np.maximum(depths - 1, 0)], 0)
+        np.minimum(step.max_nodes, nodes, out=step.max_nodes)
+        # The step's rows are bounded: the batch's last requests yield.
+        room = np.maximum(self.max_rows - requests - np.cumsum(step.max_nodes) + step.max_nodes, 0)
+        np.minimum(step.max_nodes, room, out=step.max_nodes)
+
+    def _best_depths(self, step: StepContext, survival: np.ndarray) -> np.ndarray:
+        """Levels per request, int64 [R], with the most expected tokens per second.
+
+        ``survival`` float64 [R, D]: probability that the text follows to each level. All
+        levels of all requests compete, by tokens per row; the deepest one chosen decides
+        how many passes the draft makes.
+        """
+        requests = len(survival)
+        if self.cost is None:
+            return np.zeros(requests, np.int64)
+        density = np.minimum.accumulate(survival / self._levels, axis=1)
+        order = np.argsort(-density.reshape(-1), kind="stable")
+        order = order[survival.reshape(-1)[order] > 0]
+        level = order % len(self._levels)
+        rows = requests + np.concatenate(([0], np.cumsum(self._levels[level])))
+        passes = np.concatenate(([-1], np.maximum.accumulate(level))) + 1
+        context = float(step.num_tokens.sum())
+        seconds = self.cost.predict(rows, requests, context)
+        seconds = seconds + self._draft_seconds * np.where(passes > 0, passes + 1, 0)
+        best, gain = best_goodput(survival.reshape(-1)[order], requests, seconds)
+        best = self._switched(best, gain)
+        return np.bincount(order[:best] // len(self._levels), minlength=requests)
+
     # -- after drafting -------------------------------------------------------------
 
     def choose(self, step: StepContext, drafts: DraftBatch) -> DraftBatch:
         """The nodes to verify: subtrees of ``drafts``, one tree per request."""
         starts = np.zeros(len(drafts.counts) + 1, np.int32)
         np.cumsum(drafts.counts, out=starts[1:])
+        if self._levels is not None:
+            return self._take_all(step, drafts, starts)
         sources = drafts.sources
         if sources is None:
             sources = np.zeros(len(drafts.tokens), np.int32)
@@ -221,6 +315,22 @@ class Controller:
         self._most = int(chosen.counts.max())
         return chosen
 
+    def _take_all(self, step: StepContext, drafts: DraftBatch, starts: np.ndarray) -> DraftBatch:
+        """Verify what was planned."""
+        depths = self._depths(drafts.counts)
+        levels = np.arange(len(self._levels))
+        table = step.acceptance[:, np.minimum(levels, step.acceptance.shape[1] - 1), 0]
+        expected = (np.cumprod(table, 1, np.float64) * (levels < depths[:, None])).sum(1)
+        self._pending = _Pending(
+            list(step.request_ids), step.num_tokens.copy(), drafts.tokens, drafts.parents,
+            np.zeros(len(drafts.tokens), np.int32), starts, None, expected,
+        )  # fmt: skip
+        self.counters.add("control_steps")
+        self.counters.add("nodes_grown", len(drafts.tokens))
+        self.counters.add("expected_tokens", float(expected.sum()))
+        self.counters.add("undrafted_steps", not len(drafts.tokens))
+        return drafts
+
     def _kept(self, step: StepContext, drafts: DraftBatch, survival: np.ndarray) -> np.ndarray:
         """Bool [N]: which nodes the policy verifies."""
         kept = np.zeros(len(survival), bool)
@@ -247,6 +357,11 @@ class Controller:
         best, gain = best_goodput(survival, requests, seconds)
         # The time for these drafts is spent, but the next ones will cost it again.
         gain *= float(seconds[best] / (seconds[best] + self._draft_seconds * requests))
+        return self._switched(best, gain)
+
+    def _switched(self, best: int, gain: float) -> int:
+        """``best`` nodes (or levels) of relative goodput ``gain``, 0 while speculation is
+        off; with the probes that keep both states honest."""
         if self.speculating:
             self.speculating = best > 0 and gain > 1.0
         else:
@@ -254,7 +369,7 @@ class Controller:
         if self.speculating:
             self._idle_steps, self._interval = 0, PROBE_INTERVALS[0]
             self._explore_credit += EXPLORE_LOSS
-            if self._explore_credit >= 1.0 - 1.0 / gain:
+            if self._explore_credit >= max(1.0 - 1.0 / gain, EXPLORE_INTERVAL * EXPLORE_LOSS):
                 self._explore_credit = 0.0
                 return 0
             return best

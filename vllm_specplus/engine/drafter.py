@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_specplus import metrics
@@ -18,6 +19,8 @@ from vllm_specplus.control.controller import Controller
 from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
 from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.samplers.base import Rows
+from vllm_specplus.samplers.sampled import DraftLaws
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:
@@ -34,9 +37,11 @@ class Drafter:
         extra = vllm_config.additional_config[CONFIG_KEY]
         self.config = METHODS[extra["config"]["method"]].model_validate(extra["config"])
         # Every rank verifies and compacts; one of them counts for /metrics.
-        counts = get_tensor_model_parallel_rank() == 0
-        self.counters = metrics.Counters(os.environ.get(metrics.VARIABLE) if counts else None)
+        self._first_rank = get_tensor_model_parallel_rank() == 0
+        path = os.environ.get(metrics.VARIABLE) if self._first_rank else None
+        self.counters = metrics.Counters(path)
         model = vllm_config.model_config
+        self._dtype = model.dtype
         self.proposer = proposer_class(self.config.method)(
             self.config,
             vocab_size=model.get_vocab_size(),
@@ -48,13 +53,17 @@ class Drafter:
             max_nodes=self.config.num_speculative_tokens,
             max_rows=max_rows(vllm_config),
             counters=self.counters,
+            levels=self.proposer.levels,
         )
+        self._drafted: tuple[list[str], DraftBatch] | None = None
         self._warned = False
         self.proposer.report = self._failed
 
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""
-        self.proposer.warm_up()
+        if self._first_rank:  # the one that drafts
+            self.proposer.load(next(model.parameters()).device, self._dtype)
+            self.proposer.warm_up()
 
     def propose(self, *args, **kwargs):
         """vLLM's plain interface gives a drafter neither logits nor trees."""
@@ -70,15 +79,48 @@ class Drafter:
             proposing = time.perf_counter()
             drafts = self.proposer.propose(step)
             proposed = time.perf_counter()
-            self.controller.drafting_took(int((step.max_nodes > 0).sum()), proposed - proposing)
+            self.controller.drafting_took(step.max_nodes, proposed - proposing)
             self.counters.add("draft_seconds", proposed - proposing)
             self.counters.add("control_seconds", proposing - start)
             drafts = self.controller.choose(step, drafts)
+            self._drafted = list(step.request_ids), drafts
             self.counters.add("control_seconds", time.perf_counter() - proposed)
             return drafts
         except Exception as error:
             self._failed(error)
+            self._drafted = None
             return DraftBatch.empty(len(step.request_ids))
+
+    def laws(self, request_ids: list[str], rows: Rows) -> DraftLaws:
+        """What the children of each verified row were drawn from.
+
+        A tree that is not the one drafted last (its request sat out a step, or lost its
+        parents on the way) is verified like a deterministic one, which holds for any draft.
+        """
+        index = np.full(len(rows.tokens), -1, np.int32)
+        drawn = np.zeros(len(rows.tokens), np.int32)
+        if self._drafted is None or self._drafted[1].laws is None:
+            return DraftLaws(torch.empty(0, 1), index, drawn)
+        names, drafts = self._drafted
+        ends = np.cumsum(drafts.counts)
+        places = {name: i for i, name in enumerate(names)}
+        for r, name in enumerate(request_ids):
+            first, end = int(rows.starts[r]) + 1, int(rows.starts[r + 1])
+            i = places.get(name)
+            if i is None or first == end or end - first > drafts.counts[i]:
+                continue
+            begin = int(ends[i] - drafts.counts[i])
+            mine = slice(begin, begin + end - first)  # memory may have cut the tree's end
+            parents = rows.parents[first:end]
+            if (drafts.tokens[mine] != rows.tokens[first:end]).any() or (
+                drafts.parents[mine] != parents - 1
+            ).any():
+                continue
+            law = drafts.law_of[mine]
+            at = first - 1 + parents[law >= 0]
+            index[at] = law[law >= 0]
+            np.add.at(drawn, at, 1)
+        return DraftLaws(drafts.laws, index, drawn)
 
     def observe_prompt(self, tokens: np.ndarray, previous: np.ndarray, top_ids: np.ndarray) -> None:
         try:
@@ -89,7 +131,8 @@ class Drafter:
             self._failed(error)
 
     def forget(self, request_id: str) -> None:
-        self.proposer.forget(request_id)
+        if self._first_rank:
+            self.proposer.forget(request_id)
         self.controller.forget(request_id)
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from vllm_specplus.control.requests import RequestControls
 from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.kernels import native
-from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.proposers.base import Observation, Sampling, StepContext
 from vllm_specplus.samplers import lossless
 from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.tree import ancestor_mask, row_depths
@@ -70,6 +70,7 @@ class Wishes:
     max_nodes: int
     chain_only: bool
     cache_salt: str
+    seed: int | None
 
 
 @dataclass(slots=True)
@@ -104,6 +105,7 @@ class TreeRunnerMixin:
     _clock: Clock | None = None
     _verified_rows: np.ndarray
     _move_slots = None
+    _rule_sampler: verify.RuleSampler | None = None
     _faster_than_stock = False
     """Does our attention serve chains and single rows better than the stock one?"""
 
@@ -373,6 +375,11 @@ class TreeRunnerMixin:
             step.acceptance = acceptance = lossless.accept(
                 step.rows, np.ascontiguousarray(top_ids[:, 0])
             )
+        elif self.drafter.proposer.rule is not None:
+            sampled, samples = self._judge(step, logits, metadata)
+            step.acceptance = acceptance = lossless.accept(step.rows, sampled)
+            if samples is not None and samples.logprobs is not None:
+                logprobs = verify.gather_logprobs(samples.logprobs, step.rows, acceptance)
         else:
             samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
             sampled = samples.tokens.cpu().numpy()
@@ -388,6 +395,30 @@ class TreeRunnerMixin:
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(acceptance.output), logprobs_tensors=logprobs
         )
+
+    def _judge(self, step: Step, logits: torch.Tensor, metadata):
+        """Verify drafts that were drawn: (sampled int32 [L], RowSamples of rank 0).
+
+        The distributions they were drawn from are on rank 0, which judges for all.
+        """
+        group, sampled, samples = get_tp_group(), None, None
+        if group.rank_in_group == 0:
+            if self._rule_sampler is None:
+                self._rule_sampler = verify.RuleSampler(
+                    self.sampler.logprobs_mode, self.drafter.proposer.rule,
+                    self.model_config.seed, self.device,
+                )  # fmt: skip
+            laws = self.drafter.laws(self.input_batch.req_ids, step.rows)
+            silent = self._discarded()
+            samples = self._rule_sampler.judge_rows(logits, metadata, step.rows, laws, silent)
+            sampled = samples.tokens.cpu().numpy()
+        if group.world_size > 1:
+            sampled = group.broadcast_object(sampled, src=0)
+        return sampled, samples
+
+    def _discarded(self) -> np.ndarray:
+        """bool [R]: requests whose prompt is not read to its end, so nothing is output."""
+        return self.discard_request_mask.np[: self.input_batch.num_reqs]
 
     def _top_ids(self, logits: torch.Tensor, k: int) -> torch.Tensor:
         """The k most probable ids of every row, best first, as int32 on the device.
@@ -465,6 +496,12 @@ class TreeRunnerMixin:
                 observation=Observation(step.rows.tokens, step.previous, step.top_ids, accepted),
                 num_prompt_tokens=batch.num_prompt_tokens[:num_reqs],
                 cache_salts=[each.cache_salt for each in wishes],
+                sampling=Sampling(
+                    temperature=batch.temperature_cpu[:num_reqs],
+                    top_k=batch.top_k_cpu[:num_reqs],
+                    top_p=batch.top_p_cpu[:num_reqs],
+                    seeds=[each.seed for each in wishes],
+                ),
             )
         )
         return drafts.split()
@@ -481,6 +518,7 @@ class TreeRunnerMixin:
                 max_nodes=self.num_spec_tokens if controls.limit is None else controls.limit,
                 chain_only=params is not None and params.structured_outputs is not None,
                 cache_salt=controls.cache_salt,
+                seed=None if params is None else params.seed,
             )
         return wishes
 
@@ -560,10 +598,6 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
         layer = next(iter(self.compilation_config.static_forward_context.values()))
         layout = cache_layout(layer.isa, caches[0].dtype, block_size, twice // 2)
         return kv.CpuMover(caches, layout)
-
-    def _discarded(self) -> np.ndarray:
-        """bool [R]: requests whose prompt is not read to its end, so nothing is output."""
-        return self.discard_request_mask.np[: self.input_batch.num_reqs]
 
     def _draws(self, acceptance: Acceptance) -> np.ndarray:
         return np.where(self._discarded(), 0, acceptance.lengths)

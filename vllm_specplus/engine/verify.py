@@ -1,5 +1,12 @@
 """Sampling at every verified row with vLLM's own sampler.
 
+Two ways. Drafts that are a function of the past need one draw of the target per row
+(:func:`sample_rows`). Drafts that were themselves drawn are judged by their distribution
+(:func:`judge_rows`): there vLLM's sampler does everything up to its last step, the draw.
+
+One draw per row
+----------------
+
 vLLM's sampler works per request; a draft tree needs one draw per *row*. So the
 step's ``SamplingMetadata`` is expanded to one entry per row, where a row's past
 output is the request's output plus the tokens on the row's path: penalties, bad
@@ -22,9 +29,11 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_specplus.samplers.base import Acceptance, Rows
+from vllm_specplus.samplers.sampled import DraftLaws, Rule
 
 
 @dataclass(slots=True)
@@ -71,6 +80,76 @@ def sample_rows(
     expanded, states = _expand(metadata, rows, logits)
     out = sampler(logits=logits, sampling_metadata=expanded)
     return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, states)
+
+
+class _Judge(torch.nn.Module):
+    """In the place of vLLM's ``TopKTopPSampler``, the last step of its sampler."""
+
+    def __init__(self, logprobs_mode: str, rule: Rule):
+        super().__init__()
+        self._logprobs_mode = logprobs_mode
+        self._rule = rule
+        self.step: tuple[Rows, DraftLaws, torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, logits, generators, k, p):
+        logits = apply_top_k_top_p(logits, k, p)
+        processed = None
+        if self._logprobs_mode == "processed_logits":
+            processed = logits
+        elif self._logprobs_mode == "processed_logprobs":
+            processed = logits.log_softmax(-1, dtype=torch.float32)
+        rows, laws, accept_noise, output_noise = self.step
+        probabilities = logits.softmax(-1, dtype=torch.float32)
+        if logits.device.type == "cpu":
+            from vllm_specplus.samplers.sampled import verify
+        else:
+            from vllm_specplus.kernels.tree_rules import verify
+        tokens = verify(self._rule, probabilities, rows, laws, accept_noise, output_noise)
+        # Rows off the accepted paths output nothing; any id serves their logprobs.
+        return tokens.clamp(min=0).long(), processed
+
+
+class RuleSampler(Sampler):
+    """vLLM's sampler with the draw replaced by a verification rule."""
+
+    def __init__(self, logprobs_mode: str, rule: Rule, seed: int, device: torch.device):
+        super().__init__(logprobs_mode)
+        self.topk_topp_sampler = self._judge = _Judge(logprobs_mode, rule)
+        # Apart from the global one, which all ranks of a tensor-parallel group advance alike.
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def judge_rows(
+        self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows, laws: DraftLaws,
+        silent: np.ndarray,
+    ) -> RowSamples:  # fmt: skip
+        """Like :func:`sample_rows`, but ``tokens`` hold on the accepted paths only.
+
+        ``silent`` bool [R]: requests that output nothing in this step (their prompt is not
+        read to its end), whose seeded generators stay as they are.
+        """
+        accept, output = self._noise(metadata, rows, silent, logits.device)
+        logits = _mask_min_tokens(logits, metadata, rows)
+        expanded, _ = _expand(replace(metadata, generators={}), rows, logits)
+        self._judge.step = rows, laws, accept, output
+        try:
+            out = self(logits=logits, sampling_metadata=expanded)
+        finally:
+            self._judge.step = None
+        return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, {})
+
+    def _noise(
+        self, metadata: SamplingMetadata, rows: Rows, silent: np.ndarray, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uniforms: one per row [L] to judge it, one per request [R] to draw the output."""
+        accept = torch.rand(len(rows.tokens), generator=self._generator, device=device)
+        output = torch.rand(len(rows.starts) - 1, generator=self._generator, device=device)
+        for request, generator in metadata.generators.items():
+            if silent[request]:
+                continue
+            first, end = rows.starts[request : request + 2].tolist()
+            own = torch.rand(end - first + 1, generator=generator, device=device)
+            accept[first:end], output[request] = own[:-1], own[-1]
+        return accept, output
 
 
 def advance_generators(samples: RowSamples, metadata: SamplingMetadata, draws: np.ndarray) -> None:

@@ -12,12 +12,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_specplus.control.acceptance import Source, prior_tables
 from vllm_specplus.tree import DraftBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_specplus.samplers.sampled import Rule
 
 
 @dataclass(slots=True)
@@ -38,6 +43,20 @@ class Observation:
     proposer's ``top_k``."""
     accepted: np.ndarray
     """bool [L] is the row on the text that was kept? (always true in a prompt)"""
+
+
+@dataclass(slots=True)
+class Sampling:
+    """How the R requests of a step sample; what a draft model imitates."""
+
+    temperature: np.ndarray
+    """float32 [R]; 0 is greedy."""
+    top_k: np.ndarray
+    """int32 [R]; the vocabulary's size where nothing is cut."""
+    top_p: np.ndarray
+    """float32 [R]; 1 where nothing is cut."""
+    seeds: list[int | None]
+    """[R] a seeded request's draws must depend on its seed and text only."""
 
 
 @dataclass(slots=True)
@@ -64,6 +83,8 @@ class StepContext:
     acceptance: np.ndarray | None = None
     """float32 [R, depths, S] probability that a node is accepted if its parent was, by
     depth (the last entry serves all deeper ones) and source; set by the controller."""
+    sampling: Sampling | None = None
+    """None: all requests are greedy."""
 
 
 def bare_step(sources: Sequence[Source], texts: np.ndarray, max_nodes: int) -> StepContext:
@@ -95,6 +116,12 @@ class Proposer(ABC):
     sources: tuple[Source, ...] = (Source("draft", "draft", 0.5),)
     """The rules that propose nodes, for ``DraftBatch.sources``: the controller learns
     each one's acceptance."""
+    levels: tuple[int, ...] | None = None
+    """For a method whose drafting costs a forward pass per level of the tree: nodes of
+    each level. The controller then decides *before* drafting how many levels each request
+    gets, and verifies all that is drafted."""
+    rule: Rule | None = None
+    """How its sampled nodes are verified; None: it never draws."""
     reads_prompt: bool = False
     """Does :meth:`observe_prompt` want the prompt's rows? They cost the target's
     output layer over the whole prompt."""
@@ -115,7 +142,8 @@ class Proposer(ABC):
         """Learn from ``step.observation``, then draft for every request.
 
         Grow trees best first by ``step.acceptance`` and label the nodes with their
-        source; the controller verifies the part that pays.
+        source; the controller verifies the part that pays. (With ``levels``: draft
+        ``step.max_nodes``, a prefix of the tree level by level; all are verified.)
         """
 
     # The rest is optional; a method overrides what it needs.
@@ -123,8 +151,11 @@ class Proposer(ABC):
     def observe_prompt(self, observation: Observation) -> None:  # noqa: B027
         """Learn from rows of a prompt, read in this step (if ``reads_prompt``)."""
 
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
+        """Load the method's own model, if it has one, to the target's device and dtype."""
+
     def warm_up(self) -> None:  # noqa: B027
-        """Compile or load whatever the first step should not wait for."""
+        """Compile or load whatever else the first step should not wait for."""
 
     def forget(self, request_id: str) -> None:  # noqa: B027
         """The request is gone: finished, aborted or never to be resumed."""

@@ -1,0 +1,154 @@
+"""Tokens per step of draft-tree shapes and verification rules, at the same number of rows.
+
+    python benchmarks/draft_trees.py --model DIR --draft DIR --dataset question.jsonl \\
+        --out benchmarks/results/draft_trees.json
+
+Every shape drafts ``--nodes`` nodes per step (policy "fixed") for the same questions, at
+every temperature; the questions run in groups, whose tokens per step give the mean and a
+95 % confidence interval, and whose differences to the chain are paired. Then what drafting
+costs: seconds per step and per node. Each shape runs in an engine of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+COUNTED = ("request_steps", "output_tokens", "nodes_drafted", "draft_seconds", "verify_seconds")
+
+
+def shapes(nodes: int) -> dict[str, dict]:
+    """Label -> keys of the speculative config; ``nodes`` is a multiple of 3."""
+    return {
+        "chain, token by token": {"shape": "chain", "verification": "recursive"},
+        "chain, block": {"shape": "chain", "verification": "block"},
+        "i.i.d. paths, recursive": {"shape": "spectr", "verification": "recursive"},
+        "i.i.d. paths, k-SEQ": {"shape": "spectr", "verification": "k_seq"},
+        "RSD-C, recursive": {
+            "shape": "rsd_c", "branching": [3] + [1] * (nodes // 3 - 1),
+            "verification": "recursive",
+        },
+        "RSD-S, recursive": {"shape": "rsd_s", "verification": "recursive"},
+        "RSD-S, traversal": {"shape": "rsd_s", "verification": "traversal"},
+        "top-k": {"shape": "topk"},
+    }  # fmt: skip
+
+
+def measure(args: argparse.Namespace, keys: dict) -> dict[str, list]:
+    """temperature -> one list of COUNTED per group of questions."""
+    from vllm import LLM, SamplingParams
+
+    width = {} if keys["shape"] in ("chain", "rsd_c") else {"width": 3}
+    llm = LLM(
+        model=args.model,
+        max_model_len=2048,
+        kv_cache_memory_bytes=1 << 30,
+        speculative_config={
+            "method": "draft_tree", "model": args.draft, "num_speculative_tokens": args.nodes,
+            "control": {"policy": "fixed"}, **width, **keys,
+        },
+    )  # fmt: skip
+
+    def counters() -> np.ndarray:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+        values = worker.worker.model_runner.drafter.counters
+        return np.array([values[name] for name in COUNTED])
+
+    with open(args.dataset) as f:
+        questions = [json.loads(line)["turns"][0][:1500] for line in f]
+    questions = questions[:: len(questions) // args.questions][: args.questions]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    groups = [chats[i :: args.groups] for i in range(args.groups)]
+    out = {}
+    for temperature in args.temperatures:
+        params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens)
+        out[str(temperature)] = []
+        for group in groups:
+            before = counters()
+            llm.chat(group, params, use_tqdm=False)
+            out[str(temperature)].append((counters() - before).tolist())
+    return out
+
+
+def summary(groups: np.ndarray, chain: np.ndarray) -> dict[str, float]:
+    """``groups``, ``chain`` float [G, COUNTED]."""
+    steps, tokens, nodes, drafting, verifying = groups.sum(0)
+    each, other = groups[:, 1] / groups[:, 0], chain[:, 1] / chain[:, 0]
+    half = 1.96 / np.sqrt(len(each))
+    return {
+        "tokens_per_step": tokens / steps,
+        "tokens_per_step_ci": half * each.std(ddof=1),
+        "over_chain": float((each - other).mean()),
+        "over_chain_ci": float(half * (each - other).std(ddof=1)),
+        "draft_ms_per_node": 1e3 * drafting / nodes,
+        "verify_ms_per_node": 1e3 * verifying / nodes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--draft", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--nodes", type=int, default=12)
+    parser.add_argument("--questions", type=int, default=48)
+    parser.add_argument("--groups", type=int, default=12)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 1.0])
+    parser.add_argument("--out")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        label, path = json.loads(args.child)
+        Path(path).write_text(json.dumps(measure(args, shapes(args.nodes)[label])))
+        return
+    raw = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for label in shapes(args.nodes):
+            path = f"{folder}/result.json"
+            command = [sys.executable, *sys.argv, "--child", json.dumps([label, path])]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            raw[label] = json.loads(Path(path).read_text())
+            print(f"measured: {label}", flush=True)
+    chain = raw["chain, token by token"]
+    results = {
+        temperature: {
+            label: summary(np.array(of[temperature]), np.array(chain[temperature]))
+            for label, of in raw.items()
+        }
+        for temperature in chain
+    }
+    for temperature, rows in results.items():
+        print(f"\ntemperature {temperature}, {args.nodes} nodes: tokens per step, over the chain")
+        for label, row in rows.items():
+            print(
+                f"  {label:24} {row['tokens_per_step']:.3f} ±{row['tokens_per_step_ci']:.3f}"
+                f"   {row['over_chain']:+.3f} ±{row['over_chain_ci']:.3f}"
+                f"   draft {row['draft_ms_per_node']:.2f} ms/node"
+                f"   verify {row['verify_ms_per_node']:.2f} ms/node"
+            )
+    if args.out:
+        from vllm_specplus.compat import vllm_version
+
+        setting = {
+            "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "nodes": args.nodes, "questions": args.questions, "groups": args.groups,
+            "max_tokens": args.max_tokens, "counted": COUNTED,
+        }  # fmt: skip
+        document = {"setting": setting, "summary": results, "groups": raw}
+        Path(args.out).write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Trees from a draft model in the real engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine import harness
+from tests.engine.conftest import build_model
+
+pytestmark = pytest.mark.engine
+
+FIXED, GOODPUT = {"policy": "fixed"}, {"policy": "goodput"}
+
+
+def spec(draft, **keys):
+    base = {"method": "draft_tree", "num_speculative_tokens": 12, "control": FIXED}
+    return base | {"model": draft, **keys}
+
+
+@pytest.fixture(scope="module")
+def near_model(tmp_path_factory, tiny_model) -> str:
+    """A draft that is often right: the target with a little noise on its weights."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(11)
+    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * weight.std() * torch.randn_like(weight) if weight.ndim > 1 else 0
+    path = tmp_path_factory.mktemp("near")
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"shape": "chain", "num_speculative_tokens": 5},
+        {"shape": "topk", "width": 4, "num_speculative_tokens": 12},
+        {"shape": "rsd_c", "branching": [3, 2, 1], "num_speculative_tokens": 15},
+        {"shape": "rsd_s", "width": 3, "num_speculative_tokens": 12},
+        {"shape": "spectr", "width": 3, "num_speculative_tokens": 12},
+        {"shape": "rsd_s", "width": 3, "num_speculative_tokens": 12, "control": GOODPUT},
+    ],
+    ids=lambda keys: keys["shape"] + ("-goodput" if "control" in keys else ""),
+)
+def test_greedy_text_is_the_same(tmp_path, tiny_engine, mixed_requests, plain, near_model, keys):
+    """Chunked prefill, prefix caching, preemption, penalties: whatever is drafted."""
+    batches = [{"requests": mixed_requests}] * 2
+    config = {"speculative_config": spec(near_model, **keys)}
+    result = harness.run(tmp_path, tiny_engine | config, batches, "fixed_prices")
+    assert harness.ids(result) == harness.ids(plain)
+    assert harness.ids(result, 1) == harness.ids(plain, 1)
+    counters = result["counters"]
+    assert counters["draft_failures"] == 0
+    # The controller finds little to gain with 32 requests on one core.
+    assert counters["nodes_accepted"] > (20 if "control" in keys else 300)
+
+
+def test_the_target_as_its_own_draft_is_always_right(tmp_path, tiny_engine, tiny_model):
+    """Its cache follows the text exactly: every node of a greedy chain is accepted."""
+    requests = [
+        [[5 + i] * (1 + 30 * i), {"temperature": 0.0, "max_tokens": 61, "ignore_eos": True}]
+        for i in range(4)
+    ]
+    config = {"speculative_config": spec(tiny_model, shape="chain", num_speculative_tokens=5)}
+    roomy = {"num_gpu_blocks_override": 400}
+    result = harness.run(tmp_path, tiny_engine | roomy | config, [{"requests": requests}])
+    counters = result["counters"]
+    assert counters["request_steps"] == 4 * 10
+    assert counters["nodes_accepted"] == counters["nodes_drafted"] == 4 * 50
+
+
+def test_a_draft_without_memory_leaves_requests_undrafted(
+    tmp_path, tiny_engine, mixed_requests, plain, near_model
+):
+    """A slot takes 3 layers x 2 x 2 heads x 32 x 4 bytes: 1 MiB holds 682 of them, and the
+    32 requests need thousands."""
+    config = {"speculative_config": spec(near_model, kv_memory_mb=1)}
+    result = harness.run(tmp_path, tiny_engine | config, [{"requests": mixed_requests}])
+    assert harness.ids(result) == harness.ids(plain)
+    assert result["counters"]["draft_failures"] > 0
+    assert result["counters"]["nodes_accepted"] > 50
+
+
+def test_a_seed_fixes_drafts_and_text_whatever_the_neighbours(
+    tmp_path, tiny_engine, mixed_requests, near_model
+):
+    params = {"temperature": 0.9, "top_p": 0.9, "max_tokens": 30, "ignore_eos": True}
+    seeded = [
+        [prompt, params | {"seed": 7 + i}] for i, (prompt, _) in enumerate(mixed_requests[:6])
+    ]
+    neighbours = [[p, params | {"max_tokens": 9}] for p, _ in mixed_requests[6:14]]
+    batches = [
+        {"requests": seeded},
+        {"requests": neighbours[:4] + seeded + neighbours[4:]},
+        {"requests": [[p, q | {"seed": 99}] for p, q in seeded]},
+    ]
+    roomy = {"num_gpu_blocks_override": 400}
+    config = {"speculative_config": spec(near_model)}
+    result = harness.run(tmp_path, tiny_engine | roomy | config, batches)
+    alone, beside, other = (harness.ids(result, i) for i in range(3))
+    assert beside[4:10] == alone
+    assert other != alone
+    assert result["counters"]["nodes_accepted"] > 100
+
+
+def test_logprobs_are_those_of_the_output(
+    tmp_path, tiny_engine, tiny_model, mixed_requests, near_model
+):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    params = {"temperature": 0.8, "max_tokens": 20, "ignore_eos": True, "logprobs": 3}
+    requests = [[prompt, params] for prompt, _ in mixed_requests[:4]]
+    requests += [[prompt, params | {"temperature": 0.0}] for prompt, _ in mixed_requests[4:6]]
+    roomy = {"num_gpu_blocks_override": 400}
+    config = {"speculative_config": spec(near_model)}
+    result = harness.run(tmp_path, tiny_engine | roomy | config, [{"requests": requests}])
+    assert result["counters"]["nodes_accepted"] > 20
+    llama = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    for request in result["batches"][0]:
+        prompt, tokens, logprobs = request["prompt"], request["ids"][0], request["logprobs"][0]
+        with torch.inference_mode():
+            rows = llama(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = rows.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+        got = [step[str(token)] for token, step in zip(tokens, logprobs, strict=True)]
+        torch.testing.assert_close(torch.tensor(got), expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def other_vocabulary(tmp_path_factory) -> str:
+    return build_model(tmp_path_factory.mktemp("other"), 600, 0.2)
+
+
+def test_a_draft_of_another_vocabulary_is_refused_before_the_start(
+    tmp_path, tiny_engine, other_vocabulary
+):
+    config = {"speculative_config": spec(other_vocabulary)}
+    with pytest.raises(RuntimeError, match="has 600 token ids, the target 512"):
+        harness.run(tmp_path, tiny_engine | config, [{"requests": []}])

@@ -1,0 +1,142 @@
+"""A decoder-only draft model from a Hugging Face folder, as addressable layers.
+
+The modules are transformers' own, so a draft computes what its authors trained. Only the
+loop over them is ours: a layer ``x -> x + A(x) -> x + M(x)`` is offered as its two parts,
+attention ``A`` and MLP ``M``, because layers may be skipped, left early, or have their
+attention on another device (EasySpec, arXiv 2502.02493).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_specplus.drafting.cache import PagedCache
+
+#: ``model_type`` of the families whose layers are plain ``x + A(x)``, ``x + M(x)``.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class DraftModelError(ValueError):
+    """The folder holds no draft for this target; the message says why."""
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """``config.json`` of a draft that can be run here; DraftModelError if it cannot.
+
+    Reads no weights and imports no torch: for checking a user's configuration.
+    """
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise DraftModelError(
+            f"draft model {folder!r} is not a Hugging Face folder (it has no config.json)"
+        )
+    try:
+        config = json.loads((path / "config.json").read_text())
+        family = config["model_type"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DraftModelError(f"draft model {folder!r}: config.json is unreadable: {error}") from None
+    if family not in FAMILIES:
+        raise DraftModelError(
+            f"draft model {folder!r} is of type {family!r} (supported: {', '.join(FAMILIES)})"
+        )
+    if config.get("sliding_window") and config.get("use_sliding_window", family == "mistral"):
+        raise DraftModelError(f"draft model {folder!r} uses sliding-window attention, unsupported")
+    if config.get("quantization_config"):
+        raise DraftModelError(f"draft model {folder!r} is quantized: use its unquantized original")
+    if not list(path.glob("*.safetensors")):
+        raise DraftModelError(f"draft model {folder!r} holds no .safetensors file")
+    return config
+
+
+def check_target(folder: str, target_tokenizer: Any, vocab_size: int) -> None:
+    """DraftModelError unless the draft speaks the target's tokens.
+
+    ``target_tokenizer``: Hugging Face tokenizer, None where the engine runs without one;
+    then the vocabulary's size must do. Drafts may pad their vocabulary differently.
+    """
+    drafts = read_config(folder)["vocab_size"]
+    if drafts > vocab_size:
+        raise DraftModelError(
+            f"draft model {folder!r} has {drafts} token ids, the target {vocab_size}: "
+            f"use a draft with the target's tokenizer"
+        )
+    if target_tokenizer is None:
+        return
+    from transformers import AutoTokenizer
+
+    from vllm_specplus.retrieval.datastore import tokenizer_fingerprint
+
+    try:
+        own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DraftModelError(f"draft model {folder!r} has no usable tokenizer: {reason}") from None
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(target_tokenizer):
+        raise DraftModelError(
+            f"draft model {folder!r} has another tokenizer than the target: "
+            f"use a draft of the target's family"
+        )
+
+
+class DraftModel:
+    """Weights on one device, layer by layer. All calls run without gradients."""
+
+    def __init__(
+        self, folder: str, device: torch.device, dtype: torch.dtype, head_tokens: int | None = None
+    ):
+        """``head_tokens``: predict the first so many ids only."""
+        from transformers import AutoModelForCausalLM
+
+        read_config(folder)
+        # Safetensors only: nothing in a model folder is executed.
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
+            trust_remote_code=False, attn_implementation="sdpa",
+        ).eval().requires_grad_(False).to(device)  # fmt: skip
+        self.config = self._model.config
+        self.layers = self._model.model.layers
+        self.device, self.dtype = device, dtype
+        heads = self.config.num_attention_heads
+        self.head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        self.kv_heads = self.config.num_key_value_heads
+        self.max_positions = self.config.max_position_embeddings
+        self._head = self._model.lm_head.weight[:head_tokens]
+        self.vocab_size = len(self._head)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[R, n] -> [R, n, hidden]."""
+        return self._model.model.embed_tokens(tokens)
+
+    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple:
+        """cos and sin [R, n, head_dim] at ``positions`` [R, n]."""
+        return self._model.model.rotary_emb(hidden, position_ids=positions)
+
+    def attention(
+        self, layer: int, hidden: torch.Tensor, rotary: tuple, mask: torch.Tensor, cache: PagedCache
+    ) -> torch.Tensor:
+        """A(x): norm, projections, attention over the cache, output projection.
+
+        ``hidden`` [R, n, hidden]; ``mask`` bool [R, 1, n, slots]. Writes the rows' keys and
+        values to ``cache`` where its current pass says.
+        """
+        block = self.layers[layer]
+        return block.self_attn(
+            hidden_states=block.input_layernorm(hidden),
+            position_embeddings=rotary,
+            attention_mask=mask,
+            past_key_values=cache,
+        )[0]
+
+    def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """M(x): norm and MLP."""
+        block = self.layers[layer]
+        return block.mlp(block.post_attention_layernorm(hidden))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> float32 [..., vocab_size]."""
+        return (self._model.model.norm(hidden) @ self._head.T).float()

@@ -1,0 +1,236 @@
+"""Trees from a draft model (RSD, SpecTr, EAGLE-2's best-first trees, plain chains).
+
+A small model of the target's tokenizer drafts level by level; each level costs one of its
+forward passes over all requests. What a level holds is the shape's choice:
+
+* ``rsd_s``: stochastic beam search, sequences without replacement (arXiv 2402.14160);
+* ``rsd_c``: a constant number of children, drawn without replacement (the same paper);
+* ``spectr``: independent paths, with replacement (arXiv 2310.15141);
+* ``chain``: one sampled path (arXiv 2211.17192);
+* ``topk``: the most probable sequences, deterministic (arXiv 2406.16858).
+
+Sampled nodes are verified against the distributions they were drawn from, which travel
+with them (``DraftBatch.laws``); that accepts more than matching the target's own draw.
+Greedy requests get the same shapes without noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_specplus.control.acceptance import Source
+from vllm_specplus.drafting.executor import DraftExecutor
+from vllm_specplus.drafting.model import DraftModel
+from vllm_specplus.drafting.shapes import (
+    BestFirst,
+    ConstantBranching,
+    IndependentPaths,
+    Level,
+    Shape,
+    StochasticBeam,
+    draft_law,
+)
+from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.tree import DraftBatch
+
+if TYPE_CHECKING:
+    from vllm_specplus.config import DraftTreeConfig
+
+SHAPES = {
+    "chain": StochasticBeam,
+    "topk": BestFirst,
+    "rsd_c": ConstantBranching,
+    "rsd_s": StochasticBeam,
+    "spectr": IndependentPaths,
+}
+
+
+class DraftMemoryError(RuntimeError):
+    """A request goes undrafted because the draft cannot hold its text."""
+
+
+class DraftTree(Proposer):
+    sources = (Source("level", "draft", 0.5),)
+
+    def __init__(self, config: DraftTreeConfig, vocab_size: int, fingerprint: str):
+        super().__init__(config, vocab_size, fingerprint)
+        self.levels = config.levels()
+        self.rule = config.rule
+        self._executor: DraftExecutor | None = None
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        model = DraftModel(self.config.model, device, dtype, self.config.head_tokens)
+        slot = 2 * len(model.layers) * model.kv_heads * model.head_dim * dtype.itemsize
+        slots = self.config.kv_memory_mb * 2**20 // slot
+        self._executor = DraftExecutor(model, slots, max_nodes=sum(self.levels))
+        # Noise of its own: what the target draws must not depend on what is drafted.
+        self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+
+    def forget(self, request_id: str) -> None:
+        self._executor.forget(request_id)
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        rows = [r for r in np.flatnonzero(step.max_nodes > 0) if self._has_room(step, int(r))]
+        if not rows:
+            return DraftBatch.empty(len(step.request_ids))
+        return self._draft(step, np.array(rows))
+
+    def _has_room(self, step: StepContext, r: int) -> bool:
+        length = int(step.num_tokens[r])
+        if self._executor.room(step.request_ids[r], length):
+            return True
+        self.report(
+            DraftMemoryError(
+                f"the draft cannot hold a text of {length} tokens: raise kv_memory_mb "
+                f"({self.config.kv_memory_mb}), unless the draft's own context of "
+                f"{self._executor.model.max_positions} tokens is the limit"
+            )
+        )
+        return False
+
+    @torch.inference_mode()
+    def _draft(self, step: StepContext, rows: np.ndarray) -> DraftBatch:
+        """One round for the requests ``rows`` int [A]."""
+        counts = step.max_nodes[rows]
+        before = np.cumsum((0, *self.levels[:-1]))  # nodes above each level
+        depths = (before < counts[:, None]).sum(1)
+        model = self._executor.model
+        knobs = Knobs.of(step, rows, self.vocab_size, model.device)
+        names = [step.request_ids[r] for r in rows]
+        texts = [step.token_ids[r, : step.num_tokens[r]] for r in rows]
+        shape = SHAPES[self.config.shape](
+            *self.config.shape_arguments(int(depths.max())), knobs.greedy
+        )
+        logits = self._executor.begin(names, texts)[:, None]
+        active = torch.arange(len(rows), device=logits.device)
+        grown: list[tuple[torch.Tensor, Level]] = []
+        laws = []
+        for depth in range(len(shape.sizes)):
+            if depth:
+                going_on = np.flatnonzero(depths[active.cpu().numpy()] > depth)
+                keep = torch.from_numpy(going_on).to(logits.device)
+                shape.select(keep)
+                active, level = active[keep], grown[-1][1]
+                parents = level.parents[keep] + (int(before[depth - 2]) if depth > 1 else -1)
+                logits = self._executor.grow(active, level.tokens[keep], parents)
+            q = draft_law(logits, *knobs.at(active))
+            noise = self._noise(shape.noise_size(q.shape[1]), active, knobs, depth)
+            grown.append((active, shape.expand(q, noise)))
+            laws.append(q.flatten(0, 1))
+        if isinstance(shape, BestFirst):
+            trees = zip(*shape.best(counts), strict=True)
+            nodes = [(*tree, np.full(len(tree[0]), -1, np.int32)) for tree in trees]
+        else:
+            nodes = self._collect(grown, [len(q) for q in laws], counts)
+        one_path = step.chain_only[rows]
+        if self.config.shape == "spectr":
+            one_path = one_path | knobs.greedy.cpu().numpy()  # all paths coincide
+        nodes = [
+            _first_path(*tree) if one else tree for tree, one in zip(nodes, one_path, strict=True)
+        ]
+        deterministic = knobs.greedy.cpu().numpy() | step.chain_only[rows]
+        return self._batch(step, rows, nodes, deterministic, laws)
+
+    def _noise(self, size: int, active: torch.Tensor, knobs: Knobs, depth: int) -> torch.Tensor:
+        """Uniform float64 [A, size] for a level; a seeded request's depend on its seed and
+        place alone."""
+        shape = (len(active), size)
+        noise = torch.rand(
+            shape, dtype=torch.float64, device=active.device, generator=self._generator
+        )
+        if size and any(seed is not None for seed in knobs.seeds):
+            for a, r in enumerate(active.tolist()):
+                if (seed := knobs.seeds[r]) is not None:
+                    mixed = hash((seed, knobs.lengths[r], depth)) % 2**63
+                    own = torch.Generator(active.device).manual_seed(mixed)
+                    noise[a].uniform_(generator=own)
+        return noise
+
+    def _collect(
+        self, grown: list[tuple[torch.Tensor, Level]], laws: list[int], counts: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(tokens, parents, law) of each tree, its first ``counts`` nodes level by level."""
+        size = sum(self.levels[: len(grown)])
+        tokens, parents, law = np.zeros((3, len(counts), size), np.int32)
+        first, above, law_row = 0, -1, 0
+        for (active, level), rows in zip(grown, laws, strict=True):
+            at, width = active.cpu().numpy(), level.tokens.shape[1]
+            places = level.parents.cpu().numpy()
+            here = slice(first, first + width)
+            tokens[at, here] = level.tokens.cpu().numpy()
+            parents[at, here] = places + above
+            law[at, here] = law_row + places + np.arange(len(at))[:, None] * (rows // len(at))
+            law_row += rows
+            above, first = first, first + width
+        return [
+            (tokens[r, :n], parents[r, :n], law[r, :n]) for r, n in enumerate(counts.tolist())
+        ]
+
+    def _batch(
+        self, step: StepContext, rows: np.ndarray, nodes: list, deterministic: np.ndarray, laws: list
+    ) -> DraftBatch:
+        counts = np.zeros(len(step.request_ids), np.int32)
+        counts[rows] = [len(tokens) for tokens, _, _ in nodes]
+        tokens, parents, law_of = (np.concatenate(part) for part in zip(*nodes, strict=True))
+        law_of[np.repeat(deterministic, counts[rows])] = -1
+        drawn = bool((law_of >= 0).any())
+        return DraftBatch(
+            tokens, parents, counts,
+            laws=torch.cat(laws) if drawn else None, law_of=law_of if drawn else None,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Knobs:
+    """How the A drafting requests sample, on the draft's device."""
+
+    greedy: torch.Tensor
+    """bool [A]"""
+    temperature: torch.Tensor
+    """float32 [A]"""
+    top_k: torch.Tensor | None
+    """int64 [A]; None: nobody cuts."""
+    top_p: torch.Tensor | None
+    """float32 [A]; None: nobody cuts."""
+    seeds: list[int | None]
+    lengths: list[int]
+    """Of the texts: a seeded request draws anew at every place of its text."""
+
+    @classmethod
+    def of(cls, step: StepContext, rows: np.ndarray, vocab_size: int, device: torch.device) -> Knobs:
+        def put(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values[rows]).to(device)
+
+        sampling, lengths = step.sampling, step.num_tokens[rows].tolist()
+        if sampling is None:
+            cold = torch.zeros(len(rows), device=device)
+            return cls(cold == 0, cold, None, None, [None] * len(rows), lengths)
+        temperature = put(sampling.temperature)
+        cuts_k, cuts_p = sampling.top_k[rows] < vocab_size, sampling.top_p[rows] < 1
+        return cls(
+            temperature == 0,
+            temperature,
+            put(sampling.top_k).long() if cuts_k.any() else None,
+            put(sampling.top_p) if cuts_p.any() else None,
+            [sampling.seeds[r] for r in rows],
+            lengths,
+        )
+
+    def at(self, active: torch.Tensor) -> tuple:
+        """Temperature, top_k and top_p of the requests ``active`` int64 [n]."""
+        cuts = (None if cut is None else cut[active] for cut in (self.top_k, self.top_p))
+        return (self.temperature[active], *cuts)
+
+
+def _first_path(tokens: np.ndarray, parents: np.ndarray, law: np.ndarray) -> tuple:
+    """The tree's path along first children, as a tree."""
+    path, node = [], -1
+    for i, parent in enumerate(parents):
+        if parent == node:
+            path.append(i)
+            node = i
+    return tokens[path], np.arange(-1, len(path) - 1, dtype=np.int32), law[path]

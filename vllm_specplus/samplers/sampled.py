@@ -1,0 +1,294 @@
+"""Lossless verification of drafts that were drawn from a draft model.
+
+``p`` is the target's distribution behind a verified row, ``q`` the draft's that the row's
+children were drawn from. A rule decides which child becomes text, or that none does, such
+that the output follows ``p`` exactly whatever ``q`` is, and accepts the more the closer
+``q`` is. Letters as in the literature survey of this project:
+
+* ``without_replacement`` (C, RSD, arXiv 2402.14160): siblings are tried in draw order; a
+  rejected one is removed from ``p`` by ``(p - q)+`` and from ``q``. On a chain this is the
+  standard rule (A, arXiv 2211.17192).
+* ``with_replacement`` (B, SpecInfer, arXiv 2305.09781): the same with ``q`` unchanged.
+* ``k_seq`` (F, SpecTr, arXiv 2310.15141): i.i.d. siblings, tested alike with a common
+  factor ``rho``.
+* ``block`` (I, arXiv 2403.10444): a chain as a whole, from its end.
+* ``traversal`` (J, arXiv 2505.12398): a tree as a whole, leaf by leaf.
+
+Deterministic siblings, which no ``q`` proposed, come after the drawn ones and are accepted
+with their probability under what is left of ``p`` (rule E). Requests without drawn nodes
+go by that alone (rule D).
+
+Why a rule needs draw order, and nodes whose number does not depend on what was drawn: the
+proof treats the j-th sibling as a draw from ``q`` given the earlier ones. Sorting siblings,
+or keeping them for what they are, makes them draws from something else.
+
+This is the reference, and what runs on the CPU; ``kernels/tree_rules.py`` has the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from vllm_specplus.samplers.base import Rows
+
+Rule = Literal["without_replacement", "with_replacement", "k_seq", "block", "traversal"]
+
+#: Bisection steps for SpecTr's rho: float64 knows no finer.
+BISECTIONS = 50
+
+
+@dataclass(slots=True)
+class DraftLaws:
+    """What the nodes of a step's trees were drawn from."""
+
+    q: torch.Tensor
+    """float32 [M, V'], V' <= V: ids from V' on have probability 0."""
+    index: np.ndarray
+    """int32 [L] row of ``q`` that the children of a verified row were drawn from; -1: it
+    has none, or deterministic ones."""
+    drawn: np.ndarray
+    """int32 [L] how many of its children, the first ones, were drawn."""
+
+
+def verify(
+    rule: Rule, p: torch.Tensor, rows: Rows, laws: DraftLaws,
+    accept_noise: torch.Tensor, output_noise: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The output along every accepted path, int32 [L]; -1 at rows off the path.
+
+    ``p`` float32 [L, V]; ``accept_noise`` float32 [L], ``output_noise`` float32 [R]:
+    independent uniforms in [0, 1). A row on the path outputs the token of its accepted
+    child or, the path's last row, a token that none of its children holds:
+    ``tree.accepted_paths`` reads the path off the result.
+    """
+    out = np.full(len(rows.tokens), -1, np.int32)
+    accept, output = accept_noise.double().tolist(), output_noise.double().tolist()
+    for r in range(len(rows.starts) - 1):
+        first, end = int(rows.starts[r]), int(rows.starts[r + 1])
+        tree = _Tree(p, rows, laws, accept, first, end)
+        if not laws.drawn[first:end].any():
+            path, left = _walk(tree, "without_replacement")
+        elif rule == "block":
+            path, left = _block(tree)
+        elif rule == "traversal":
+            path, left = _traverse(tree)
+        else:
+            path, left = _walk(tree, rule)
+        for row, child in zip(path, path[1:], strict=False):
+            out[row] = rows.tokens[child]
+        out[path[-1]] = _draw(left, output[r])
+    return torch.from_numpy(out).to(p.device)
+
+
+class _Tree:
+    """One request's rows; all row numbers are those of the step."""
+
+    def __init__(self, p, rows: Rows, laws: DraftLaws, accept: list[float], first: int, end: int):
+        self.root = first
+        self.accept = accept
+        self.tokens = rows.tokens
+        self.children: dict[int, list[int]] = {row: [] for row in range(first, end)}
+        for row in range(first + 1, end):
+            self.children[first + int(rows.parents[row])].append(row)
+        self._p, self._laws = p, laws
+
+    def drawn(self, row: int) -> int:
+        return int(self._laws.drawn[row])
+
+    def p(self, row: int) -> torch.Tensor:
+        """A copy of float32 [V]."""
+        return self._p[row].clone()
+
+    def q(self, row: int) -> torch.Tensor:
+        """A copy of float32 [V'] that the row's children were drawn from."""
+        return self._laws.q[int(self._laws.index[row])].clone()
+
+
+def _walk(tree: _Tree, rule: Rule) -> tuple[list[int], torch.Tensor]:
+    """Rules A to F, level by level: the accepted rows, and what the last token is drawn from
+    (not normalised)."""
+    path = [tree.root]
+    while True:
+        row = path[-1]
+        left, chosen, drawn = tree.p(row), None, tree.drawn(row)
+        if drawn and rule == "k_seq":
+            chosen, left = _k_seq(tree, row, left)
+        elif drawn:
+            chosen, left = _one_by_one(tree, row, left, renormalise=rule == "without_replacement")
+        if chosen is None:
+            chosen = _deterministic(tree, tree.children[row][drawn:], left)
+        if chosen is None:
+            return path, left
+        path.append(chosen)
+
+
+def _one_by_one(
+    tree: _Tree, row: int, left: torch.Tensor, renormalise: bool
+) -> tuple[int | None, torch.Tensor]:
+    """Rules B and C: try the drawn children in draw order."""
+    q = tree.q(row)
+    for child in tree.children[row][: tree.drawn(row)]:
+        token = int(tree.tokens[child])
+        mine = float(q[token])
+        if tree.accept[child] * mine < float(left[token]) and mine > 0:
+            return child, left
+        left = _residual(left, q, token)
+        if renormalise:
+            q[token] = 0.0
+            q /= q.sum(dtype=torch.float64).clamp(min=1e-300)
+    return None, left
+
+
+def _residual(p: torch.Tensor, q: torch.Tensor, rejected: int) -> torch.Tensor:
+    """norm((p - q)+); ``rejected`` has p < q, or was rejected before.
+
+    Where rounding leaves nothing, p and q are equal, and the rejection was itself a matter
+    of rounding: p stays, without the token, so that no rejected token is output.
+    """
+    less = p.clone()
+    less[: len(q)] -= q
+    less.clamp_(min=0.0)
+    less[rejected] = 0.0
+    total = float(less.sum(dtype=torch.float64))
+    if total <= 0.0:
+        less = p.clone()
+        less[rejected] = 0.0
+        total = float(less.sum(dtype=torch.float64))
+    return less / total if total > 0.0 else p
+
+
+def _deterministic(tree: _Tree, children: list[int], left: torch.Tensor) -> int | None:
+    """Rule D on what is left, which it changes."""
+    for child in children:
+        token = int(tree.tokens[child])
+        mine = float(left[token])
+        left[token] = 0.0
+        total = float(left.sum(dtype=torch.float64))
+        if tree.accept[child] * (mine + total) < mine or total <= 0.0:
+            return child
+    return None
+
+
+def _k_seq(tree: _Tree, row: int, p: torch.Tensor) -> tuple[int | None, torch.Tensor]:
+    """Rule F, with the best rho."""
+    q, children = tree.q(row), tree.children[row][: tree.drawn(row)]
+    known = p[: len(q)]
+    rho = best_rho(known, q, len(children))
+    firsts: dict[int, int] = {}
+    for child in children:
+        token = int(tree.tokens[child])
+        first = firsts.setdefault(token, child)
+        if tree.accept[child] * rho * float(q[token]) < float(p[token]):
+            return first, p  # the one that has descendants
+    common = torch.minimum(q, known / rho)
+    beta = float(common.sum(dtype=torch.float64))
+    accepted = 1.0 - (1.0 - beta) ** len(children)
+    left = p.clone()
+    left[: len(q)] -= common * (accepted / max(beta, 1e-300))
+    left.clamp_(min=0.0)
+    # Zero but for rounding, at the best rho.
+    left[[int(tree.tokens[child]) for child in children]] = 0.0
+    return None, left if float(left.sum(dtype=torch.float64)) > 0.0 else p
+
+
+def best_rho(p: torch.Tensor, q: torch.Tensor, k: int) -> float:
+    """SpecTr's rho* in [1, k]: 1 - (1 - beta)^k = rho beta, beta = sum min(q, p / rho)."""
+    low, high = 1.0, float(k)
+    p, q = p.double(), q.double()
+    for _ in range(BISECTIONS if k > 1 else 0):
+        rho = (low + high) / 2
+        beta = float(torch.minimum(q, p / rho).sum())
+        if 1.0 - (1.0 - beta) ** k <= rho * beta:
+            high = rho
+        else:
+            low = rho
+    return high
+
+
+def _block(tree: _Tree) -> tuple[list[int], torch.Tensor]:
+    """Rule I: the longest prefix whose own test passes."""
+    chain = [tree.root]
+    while tree.children[chain[-1]]:
+        chain.append(tree.children[chain[-1]][0])
+    reach, accepted = 1.0, 0
+    left = _excess(1.0, tree.p(tree.root), tree.q(tree.root))
+    for i, row in enumerate(chain[1:], 1):
+        above, token = chain[i - 1], int(tree.tokens[row])
+        mine = float(tree.q(above)[token])
+        reach = min(reach * float(tree.p(above)[token]) / mine, 1.0) if mine > 0 else 0.0
+        p = tree.p(row)
+        if i == len(chain) - 1:
+            passes, rest = reach, p
+        else:
+            rest = _excess(reach, p, tree.q(row))
+            passes = _ratio(rest, reach)
+        if tree.accept[row] < passes:
+            accepted, left = i, rest
+    path = chain[: accepted + 1]
+    if accepted < len(chain) - 1:
+        left[int(tree.tokens[chain[accepted + 1]])] = 0.0  # but for rounding it is
+        if not float(left.sum(dtype=torch.float64)) > 0.0:
+            left = tree.p(path[-1])
+            left[int(tree.tokens[chain[accepted + 1]])] = 0.0
+    return path, left
+
+
+def _traverse(tree: _Tree) -> tuple[list[int], torch.Tensor]:
+    """Rule J: the first leaf in depth-first draw order whose test passes; a rejected leaf is
+    cut off, and its parent tries with what is left."""
+    alive = {row: list(children) for row, children in tree.children.items()}
+    target, draft, reach = {}, {}, {tree.root: 1.0}
+    path = [tree.root]
+    while True:
+        row = path[-1]
+        if row not in target:
+            target[row] = tree.p(row)
+            if alive[row]:
+                draft[row] = tree.q(row)
+        if alive[row]:
+            child = alive[row][0]
+            token = int(tree.tokens[child])
+            mine = float(draft[row][token])
+            reach[child] = min(reach[row] * float(target[row][token]) / mine, 1.0) if mine else 0.0
+            path.append(child)
+        elif len(path) == 1 or tree.accept[row] < reach[row]:
+            return path, target[row]
+        else:
+            path.pop()
+            parent, token = path[-1], int(tree.tokens[row])
+            alive[parent].pop(0)
+            rest = _excess(reach[parent], target[parent], draft[parent])
+            rest[token] = 0.0
+            reach[parent] = _ratio(rest, reach[parent])
+            total = float(rest.sum(dtype=torch.float64))
+            if total > 0.0:
+                target[parent] = rest / total
+            else:  # see _residual
+                target[parent][token] = 0.0
+            draft[parent][token] = 0.0
+            draft[parent] /= draft[parent].sum(dtype=torch.float64).clamp(min=1e-300)
+
+
+def _excess(reach: float, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """(reach p - q)+"""
+    p = p * reach
+    p[: len(q)] -= q
+    return p.clamp_(min=0.0)
+
+
+def _ratio(excess: torch.Tensor, reach: float) -> float:
+    """R / (R + 1 - reach)"""
+    total = float(excess.sum(dtype=torch.float64))
+    return total / (total + 1.0 - reach) if total + 1.0 - reach > 0.0 else 1.0
+
+
+def _draw(weights: torch.Tensor, noise: float) -> int:
+    """A token with probability proportional to ``weights``; never one of weight 0."""
+    cdf = weights.cumsum(0, dtype=torch.float64)
+    # noise < 1 and float64: the point is below the total, so a token of positive weight
+    # is the first to exceed it.
+    return int(torch.searchsorted(cdf, noise * float(cdf[-1]), right=True))
