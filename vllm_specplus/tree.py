@@ -126,7 +126,8 @@ def accepted_paths(tokens, parents, starts, sampled):
     ``lengths`` int32 [R]. The request's output is ``sampled`` along its path: the
     accepted nodes' tokens, then one token that no draft node predicted.
 
-    Siblings of equal token: the first one wins; the other is never visited.
+    Siblings of equal token: the first one wins; the other is never visited. A row whose
+    ``sampled`` is negative is not entered: the token before it ends the output.
     """
     num_requests = starts.shape[0] - 1
     width = 1
@@ -140,7 +141,11 @@ def accepted_paths(tokens, parents, starts, sampled):
         path[r, 0] = 0
         # Children come after their parent, so one forward scan finds the path.
         for i in range(1, starts[r + 1] - first):
-            if parents[first + i] == row and tokens[first + i] == sampled[first + row]:
+            if (
+                parents[first + i] == row
+                and tokens[first + i] == sampled[first + row]
+                and sampled[first + i] >= 0
+            ):
                 row = i
                 path[r, lengths[r]] = row
                 lengths[r] += 1

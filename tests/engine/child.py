@@ -49,6 +49,26 @@ def sabotage(kind: str) -> None:
         StepCost.predict = lambda self, rows, requests, context, prompt_rows=0: (
             0.01 + 0.0003 * np.asarray(rows)
         )
+    elif kind == "q_not_renormalised":
+        # The rule for draws with replacement on draws without.
+        from vllm_specplus.samplers import sampled
+
+        right_walk = sampled._one_by_one
+        sampled._one_by_one = lambda tree, row, left, renormalise: right_walk(
+            tree, row, left, renormalise=False
+        )
+    elif kind == "foreign_laws":
+        # Nodes are judged by distributions they were not drawn from.
+        from vllm_specplus.engine.drafter import Drafter
+
+        right_laws = Drafter.laws
+
+        def laws(self, request_ids, rows):
+            found = right_laws(self, request_ids, rows)
+            found.q = found.q.roll(1, 0)
+            return found
+
+        Drafter.laws = laws
     elif kind == "no_native_kernels":
         from vllm_specplus.kernels import native
 

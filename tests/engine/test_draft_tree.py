@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine import harness
 from tests.engine.conftest import build_model
+from tests.engine.test_sampling import TOKENS, chi_square, joint_probabilities
 
 pytestmark = pytest.mark.engine
 
@@ -82,6 +83,47 @@ def test_a_draft_without_memory_leaves_requests_undrafted(
     assert harness.ids(result) == harness.ids(plain)
     assert result["counters"]["draft_failures"] > 0
     assert result["counters"]["nodes_accepted"] > 50
+
+
+@pytest.fixture(scope="module")
+def small_pair(tmp_path_factory) -> tuple[str, str]:
+    """A target of 32 tokens and a draft that resembles it."""
+    target = build_model(tmp_path_factory.mktemp("small"), 32, 0.12)
+    return target, build_model(tmp_path_factory.mktemp("smaller"), 32, 0.09)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sabotage"),
+    [
+        ({"shape": "chain", "num_speculative_tokens": 3}, None),
+        ({"shape": "rsd_s"}, None),
+        ({"shape": "rsd_s", "verification": "recursive", "control": GOODPUT}, None),
+        ({"shape": "rsd_c", "branching": [3, 2], "num_speculative_tokens": 9}, None),
+        ({"shape": "spectr"}, None),
+        ({"shape": "topk"}, None),
+        ({"shape": "rsd_s", "verification": "recursive"}, "q_not_renormalised"),
+        ({"shape": "rsd_s"}, "foreign_laws"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_sampled_text_has_the_targets_distribution(tmp_path, small_pair, keys, sabotage):
+    """Three tokens under top-k sampling, by every rule; two wrong rules are noticed."""
+    target, draft = small_pair
+    engine = {
+        "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
+        "max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096,
+        "speculative_config": spec(draft, **keys),
+    }  # fmt: skip
+    prompt, samples = [5, 9, 17, 3, 21], 12_000
+    params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
+    batch = {"prompt": prompt, "params": params | {"detokenize": False}, "repeat": samples}
+    result = harness.run(tmp_path, engine, [batch], sabotage)
+    counters = result["counters"]
+    assert counters["draft_failures"] == 0
+    assert counters["nodes_accepted"] > (100 if "control" in keys else 0.5 * samples)
+    texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
+    p = chi_square(joint_probabilities(target, prompt, 6), texts)
+    assert p > 1e-3 if sabotage is None else p < 1e-6
 
 
 def test_a_seed_fixes_drafts_and_text_whatever_the_neighbours(

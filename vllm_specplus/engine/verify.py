@@ -90,6 +90,7 @@ class _Judge(torch.nn.Module):
         self._logprobs_mode = logprobs_mode
         self._rule = rule
         self.step: tuple[Rows, DraftLaws, torch.Tensor, torch.Tensor] | None = None
+        self.tokens: torch.Tensor | None = None
 
     def forward(self, logits, generators, k, p):
         logits = apply_top_k_top_p(logits, k, p)
@@ -104,9 +105,9 @@ class _Judge(torch.nn.Module):
             from vllm_specplus.samplers.sampled import verify
         else:
             from vllm_specplus.kernels.tree_rules import verify
-        tokens = verify(self._rule, probabilities, rows, laws, accept_noise, output_noise)
+        self.tokens = verify(self._rule, probabilities, rows, laws, accept_noise, output_noise)
         # Rows off the accepted paths output nothing; any id serves their logprobs.
-        return tokens.clamp(min=0).long(), processed
+        return self.tokens.clamp(min=0).long(), processed
 
 
 class RuleSampler(Sampler):
@@ -122,7 +123,7 @@ class RuleSampler(Sampler):
         self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows, laws: DraftLaws,
         silent: np.ndarray,
     ) -> RowSamples:  # fmt: skip
-        """Like :func:`sample_rows`, but ``tokens`` hold on the accepted paths only.
+        """Like :func:`sample_rows`, but ``tokens`` are -1 off the accepted paths.
 
         ``silent`` bool [R]: requests that output nothing in this step (their prompt is not
         read to its end), whose seeded generators stay as they are.
@@ -133,9 +134,13 @@ class RuleSampler(Sampler):
         self._judge.step = rows, laws, accept, output
         try:
             out = self(logits=logits, sampling_metadata=expanded)
+            tokens = out.sampled_token_ids[:, 0]
+            if self._judge.tokens is not None:  # else all requests are greedy
+                off_path = (self._judge.tokens < 0) & (expanded.temperature > 0)
+                tokens = tokens.masked_fill(off_path, -1)
         finally:
-            self._judge.step = None
-        return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, {})
+            self._judge.step = self._judge.tokens = None
+        return RowSamples(tokens, out.logprobs_tensors, {})
 
     def _noise(
         self, metadata: SamplingMetadata, rows: Rows, silent: np.ndarray, device: torch.device

@@ -62,8 +62,8 @@ def verify(
 
     ``p`` float32 [L, V]; ``accept_noise`` float32 [L], ``output_noise`` float32 [R]:
     independent uniforms in [0, 1). A row on the path outputs the token of its accepted
-    child or, the path's last row, a token that none of its children holds:
-    ``tree.accepted_paths`` reads the path off the result.
+    child or, the path's last row, a token of its own: ``tree.accepted_paths`` reads the
+    path off the result.
     """
     out = np.full(len(rows.tokens), -1, np.int32)
     accept, output = accept_noise.double().tolist(), output_noise.double().tolist()
@@ -80,7 +80,7 @@ def verify(
             path, left = _walk(tree, rule)
         for row, child in zip(path, path[1:], strict=False):
             out[row] = rows.tokens[child]
-        out[path[-1]] = _draw(left, output[r])
+        out[path[-1]] = _draw(left, tree.p(path[-1]), output[r])
     return torch.from_numpy(out).to(p.device)
 
 
@@ -136,29 +136,18 @@ def _one_by_one(
         mine = float(q[token])
         if tree.accept[child] * mine < float(left[token]) and mine > 0:
             return child, left
-        left = _residual(left, q, token)
+        left = _residual(left, q)
         if renormalise:
             q[token] = 0.0
             q /= q.sum(dtype=torch.float64).clamp(min=1e-300)
     return None, left
 
 
-def _residual(p: torch.Tensor, q: torch.Tensor, rejected: int) -> torch.Tensor:
-    """norm((p - q)+); ``rejected`` has p < q, or was rejected before.
-
-    Where rounding leaves nothing, p and q are equal, and the rejection was itself a matter
-    of rounding: p stays, without the token, so that no rejected token is output.
-    """
-    less = p.clone()
-    less[: len(q)] -= q
-    less.clamp_(min=0.0)
-    less[rejected] = 0.0
-    total = float(less.sum(dtype=torch.float64))
-    if total <= 0.0:
-        less = p.clone()
-        less[rejected] = 0.0
-        total = float(less.sum(dtype=torch.float64))
-    return less / total if total > 0.0 else p
+def _residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """norm((p - q)+). Where rounding leaves nothing, p and q are equal: p stays."""
+    left = _excess(1.0, p, q)
+    total = float(left.sum(dtype=torch.float64))
+    return left / total if total > 0.0 else p
 
 
 def _deterministic(tree: _Tree, children: list[int], left: torch.Tensor) -> int | None:
@@ -187,12 +176,7 @@ def _k_seq(tree: _Tree, row: int, p: torch.Tensor) -> tuple[int | None, torch.Te
     common = torch.minimum(q, known / rho)
     beta = float(common.sum(dtype=torch.float64))
     accepted = 1.0 - (1.0 - beta) ** len(children)
-    left = p.clone()
-    left[: len(q)] -= common * (accepted / max(beta, 1e-300))
-    left.clamp_(min=0.0)
-    # Zero but for rounding, at the best rho.
-    left[[int(tree.tokens[child]) for child in children]] = 0.0
-    return None, left if float(left.sum(dtype=torch.float64)) > 0.0 else p
+    return None, _excess(1.0, p, common * (accepted / max(beta, 1e-300)))
 
 
 def best_rho(p: torch.Tensor, q: torch.Tensor, k: int) -> float:
@@ -228,13 +212,7 @@ def _block(tree: _Tree) -> tuple[list[int], torch.Tensor]:
             passes = _ratio(rest, reach)
         if tree.accept[row] < passes:
             accepted, left = i, rest
-    path = chain[: accepted + 1]
-    if accepted < len(chain) - 1:
-        left[int(tree.tokens[chain[accepted + 1]])] = 0.0  # but for rounding it is
-        if not float(left.sum(dtype=torch.float64)) > 0.0:
-            left = tree.p(path[-1])
-            left[int(tree.tokens[chain[accepted + 1]])] = 0.0
-    return path, left
+    return chain[: accepted + 1], left
 
 
 def _traverse(tree: _Tree) -> tuple[list[int], torch.Tensor]:
@@ -262,13 +240,10 @@ def _traverse(tree: _Tree) -> tuple[list[int], torch.Tensor]:
             parent, token = path[-1], int(tree.tokens[row])
             alive[parent].pop(0)
             rest = _excess(reach[parent], target[parent], draft[parent])
-            rest[token] = 0.0
             reach[parent] = _ratio(rest, reach[parent])
             total = float(rest.sum(dtype=torch.float64))
             if total > 0.0:
                 target[parent] = rest / total
-            else:  # see _residual
-                target[parent][token] = 0.0
             draft[parent][token] = 0.0
             draft[parent] /= draft[parent].sum(dtype=torch.float64).clamp(min=1e-300)
 
@@ -286,9 +261,12 @@ def _ratio(excess: torch.Tensor, reach: float) -> float:
     return total / (total + 1.0 - reach) if total + 1.0 - reach > 0.0 else 1.0
 
 
-def _draw(weights: torch.Tensor, noise: float) -> int:
-    """A token with probability proportional to ``weights``; never one of weight 0."""
+def _draw(weights: torch.Tensor, p: torch.Tensor, noise: float) -> int:
+    """A token with probability proportional to ``weights``, or to ``p`` where rounding left
+    nothing; never one of weight 0."""
     cdf = weights.cumsum(0, dtype=torch.float64)
-    # noise < 1 and float64: the point is below the total, so a token of positive weight
-    # is the first to exceed it.
+    if not float(cdf[-1]) > 0.0:
+        cdf = p.cumsum(0, dtype=torch.float64)
+    # noise < 1 in float64: the point is below the total, so that the first token to exceed
+    # it exists, and has weight.
     return int(torch.searchsorted(cdf, noise * float(cdf[-1]), right=True))

@@ -1,0 +1,1 @@
+"""Training of drafts: distillation of a small model from its target."""
