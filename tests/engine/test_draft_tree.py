@@ -182,3 +182,16 @@ def test_a_draft_of_another_vocabulary_is_refused_before_the_start(
     config = {"speculative_config": spec(other_vocabulary)}
     with pytest.raises(RuntimeError, match="has 600 token ids, the target 512"):
         harness.run(tmp_path, tiny_engine | config, [{"requests": []}])
+
+
+@pytest.mark.parametrize("shape", ["rsd_s", "spectr"])
+def test_with_one_candidate_sampling_is_greedy(
+    tmp_path, tiny_engine, mixed_requests, plain, near_model, shape
+):
+    """Through the rules for sampled trees, with penalties, minimal lengths, preemption and
+    chunked prompts: with top_k = 1 only one text is possible."""
+    requests = [[p, params | {"temperature": 1.0, "top_k": 1}] for p, params in mixed_requests]
+    config = {"speculative_config": spec(near_model, shape=shape)}
+    result = harness.run(tmp_path, tiny_engine | config, [{"requests": requests}])
+    assert harness.ids(result) == harness.ids(plain)
+    assert result["counters"]["nodes_accepted"] > 300

@@ -99,3 +99,22 @@ def test_two_ranks_measure_once_and_read_together(tmp_path, engine, mixed_reques
         assert result["counters"]["control_steps"] > 50
         written.add(path.stat().st_mtime_ns)
     assert len(written) == 1
+
+
+def test_two_ranks_agree_on_sampled_drafts(tmp_path, engine, mixed_requests, expected, tiny_model):
+    """Rank 0 alone knows what the nodes were drawn from. With top_k = 1 the text is the
+    greedy one, and goes through the rules for sampled trees."""
+    requests = [[p, params | {"temperature": 1.0, "top_k": 1}] for p, params in mixed_requests]
+    draft = {
+        "method": "draft_tree", "model": tiny_model, "num_speculative_tokens": 6,
+        "control": {"policy": "fixed"},
+    }  # fmt: skip
+    result = harness.run(
+        tmp_path,
+        engine | {"distributed_executor_backend": "mp", "speculative_config": draft},
+        [{"requests": requests}, {"requests": mixed_requests}],
+        env=ENV,
+    )
+    assert [harness.ids(result, 0), harness.ids(result, 1)] == [expected[0]] * 2
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 400

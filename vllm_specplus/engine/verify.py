@@ -33,7 +33,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_specplus.samplers.base import Acceptance, Rows
-from vllm_specplus.samplers.sampled import DraftLaws, Rule
+from vllm_specplus.samplers.sampled import DraftLaws, Rule, verify
 
 
 @dataclass(slots=True)
@@ -101,10 +101,6 @@ class _Judge(torch.nn.Module):
             processed = logits.log_softmax(-1, dtype=torch.float32)
         rows, laws, accept_noise, output_noise = self.step
         probabilities = logits.softmax(-1, dtype=torch.float32)
-        if logits.device.type == "cpu":
-            from vllm_specplus.samplers.sampled import verify
-        else:
-            from vllm_specplus.kernels.tree_rules import verify
         self.tokens = verify(self._rule, probabilities, rows, laws, accept_noise, output_noise)
         # Rows off the accepted paths output nothing; any id serves their logprobs.
         return self.tokens.clamp(min=0).long(), processed

@@ -22,7 +22,8 @@ Why a rule needs draw order, and nodes whose number does not depend on what was 
 proof treats the j-th sibling as a draw from ``q`` given the earlier ones. Sorting siblings,
 or keeping them for what they are, makes them draws from something else.
 
-This is the reference, and what runs on the CPU; ``kernels/tree_rules.py`` has the kernels.
+Only the rows that the walk visits are touched, with vector operations over the vocabulary.
+On a GPU every test of a node waits for the device once.
 """
 
 from __future__ import annotations
@@ -138,8 +139,7 @@ def _one_by_one(
             return child, left
         left = _residual(left, q)
         if renormalise:
-            q[token] = 0.0
-            q /= q.sum(dtype=torch.float64).clamp(min=1e-300)
+            _remove(q, token)
     return None, left
 
 
@@ -148,6 +148,14 @@ def _residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     left = _excess(1.0, p, q)
     total = float(left.sum(dtype=torch.float64))
     return left / total if total > 0.0 else p
+
+
+def _remove(q: torch.Tensor, token: int) -> None:
+    """norm(q without ``token``), in place; all zero where nothing is left."""
+    q[token] = 0.0
+    total = float(q.sum(dtype=torch.float64))
+    if total > 0.0:
+        q /= total
 
 
 def _deterministic(tree: _Tree, children: list[int], left: torch.Tensor) -> int | None:
@@ -176,7 +184,7 @@ def _k_seq(tree: _Tree, row: int, p: torch.Tensor) -> tuple[int | None, torch.Te
     common = torch.minimum(q, known / rho)
     beta = float(common.sum(dtype=torch.float64))
     accepted = 1.0 - (1.0 - beta) ** len(children)
-    return None, _excess(1.0, p, common * (accepted / max(beta, 1e-300)))
+    return None, _excess(1.0, p, common * (accepted / beta if beta > 0.0 else 0.0))
 
 
 def best_rho(p: torch.Tensor, q: torch.Tensor, k: int) -> float:
@@ -244,8 +252,7 @@ def _traverse(tree: _Tree) -> tuple[list[int], torch.Tensor]:
             total = float(rest.sum(dtype=torch.float64))
             if total > 0.0:
                 target[parent] = rest / total
-            draft[parent][token] = 0.0
-            draft[parent] /= draft[parent].sum(dtype=torch.float64).clamp(min=1e-300)
+            _remove(draft[parent], token)
 
 
 def _excess(reach: float, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
