@@ -61,8 +61,7 @@ def measure(args: argparse.Namespace, keys: dict) -> dict[str, list]:
     )  # fmt: skip
 
     def counters() -> np.ndarray:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
-        values = worker.worker.model_runner.drafter.counters
+        (values,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.counters)
         return np.array([values[name] for name in COUNTED])
 
     with open(args.dataset) as f:

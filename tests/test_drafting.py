@@ -28,15 +28,15 @@ VOCAB = 96
 FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}
 
 
-def save_draft(path, family="llama", **changes) -> str:
+def save_draft(path, family="llama", layers=2) -> str:
     """A random draft of ``family`` in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(5)
     config = AutoConfig.for_model(
-        family, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        family, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
-        max_position_embeddings=256, tie_word_embeddings=False, **FAMILIES[family], **changes,
+        max_position_embeddings=256, tie_word_embeddings=False, **FAMILIES[family],
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(path)
     return str(path)
@@ -122,7 +122,7 @@ def test_memory_is_bounded_and_comes_back(draft):
         run.forget(name)
     assert len(run.cache._free) == 10
     with pytest.raises(ValueError, match="at least 2 pages"):
-        PagedCache(1, 1, 8, 1, torch.float32, torch.device("cpu"))
+        PagedCache([0], 1, 8, 1, torch.float32, torch.device("cpu"))
 
 
 # -- shapes ---------------------------------------------------------------------------

@@ -203,3 +203,15 @@ def test_a_mixed_batch():
         assert (sampled[starts[:-1]] >= 0).all()
         np.add.at(counts, (np.arange(4), sampled[starts[:-1]]), 1)
     np.testing.assert_allclose(counts / 4000, p[starts[:-1].tolist()].numpy(), atol=0.04)
+
+
+@pytest.mark.parametrize("rule", ["without_replacement", "traversal"])
+def test_a_draft_that_has_nothing_left(rule):
+    """q is certain of a token that p excludes: the siblings repeat it, and all are rejected."""
+    p, q = torch.eye(3)[[0, 1, 1, 1]], torch.eye(3)[[2, 2]]
+    parents, starts = np.array([-1, 0, 0, 2], np.int32), np.array([0, 4], np.int32)
+    rows = Rows(np.array([0, 2, 2, 2], np.int32), parents, starts, row_depths(parents, starts))
+    laws = DraftLaws(q, np.array([0, -1, 1, -1]), np.array([2, 0, 1, 0]))
+    for noise in (0.0, 0.5, 0.999):
+        sampled = verify(rule, p, rows, laws, torch.full((4,), noise), torch.full((1,), noise))
+        assert sampled.tolist() == [0, -1, -1, -1]

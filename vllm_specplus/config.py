@@ -54,6 +54,8 @@ class MethodConfig(StrictModel):
 
     retrieves: ClassVar[bool] = False
     """Does the method only look texts up, with no opinion on the next token of its own?"""
+    fuses: ClassVar[bool] = True
+    """May it be a source of rasd?"""
 
     method: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)]
@@ -164,6 +166,8 @@ class SuffixTreeConfig(MethodConfig):
 class DraftTreeConfig(MethodConfig):
     """``{"method": "draft_tree", "model": "...", ...}``; see ``proposers/draft_tree.py``."""
 
+    fuses: ClassVar[bool] = False
+
     method: Literal["draft_tree"] = "draft_tree"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
     """Nodes of the whole tree: width times depth, or given by ``branching``."""
@@ -238,6 +242,31 @@ class DraftTreeConfig(MethodConfig):
         draft_model.check_target(self.model, load_tokenizer(), vocab_size)
 
 
+class EasySpecConfig(DraftTreeConfig):
+    """``{"method": "easyspec", "model": "...", ...}``; see ``proposers/easyspec.py``."""
+
+    method: Literal["easyspec"] = "easyspec"
+    group_size: Annotated[int, Field(ge=1, le=16)] = 4
+    """Consecutive layers of the draft whose attentions read the same input."""
+    shards: Annotated[int, Field(ge=1, le=16)] = 1
+    """Processes that share the attentions, this one included; the others are placed by Ray."""
+    ray_address: str | None = None
+    """Cluster for the other shards; by default the one vLLM runs on, or a local one."""
+
+    @model_validator(mode="after")
+    def _shards_have_work(self):
+        if self.shards > self.group_size:
+            raise ValueError(
+                f"'shards' ({self.shards}) is more than 'group_size' ({self.group_size}), the "
+                f"layers that run at the same time: lower it"
+            )
+        if self.shards > 1 and importlib.util.find_spec("ray") is None:
+            raise ValueError("more than one shard needs Ray: pip install 'vllm-specplus[ray]'")
+        if self.shards == 1 and self.ray_address is not None:
+            raise ValueError("'ray_address' is for 'shards' > 1: set it or remove the address")
+        return self
+
+
 _SHAPE_KEYS = {"width": ("topk", "rsd_s", "spectr"), "branching": ("rsd_c",)}
 #: shape -> what a user may call its verification -> the rule; the first is the default.
 _RULES: dict[str, dict[str, str]] = {
@@ -251,6 +280,8 @@ _RULES: dict[str, dict[str, str]] = {
 
 class RasdConfig(MethodConfig):
     """``{"method": "rasd", "sources": [...]}``; see ``proposers/rasd.py``."""
+
+    fuses: ClassVar[bool] = False
 
     method: Literal["rasd"] = "rasd"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
@@ -280,8 +311,8 @@ class RasdConfig(MethodConfig):
         sources = [{"method": s} if isinstance(s, str) else dict(s) for s in self.sources]
         names = [keys.get("method") for keys in sources]
         for source, keys, name in zip(self.sources, sources, names, strict=True):
-            if name not in METHODS or name in (self.method, "draft_tree"):
-                allowed = ", ".join(sorted(METHODS.keys() - {self.method, "draft_tree"}))
+            if name not in METHODS or not METHODS[name].fuses:
+                allowed = ", ".join(sorted(n for n, m in METHODS.items() if m.fuses))
                 raise ValueError(f"'sources' holds {source!r} (allowed: {allowed})")
             for key in ("num_speculative_tokens", "control"):
                 if key in keys:
@@ -303,6 +334,7 @@ class RasdConfig(MethodConfig):
 #: method name -> its model.
 METHODS: dict[str, type[MethodConfig]] = {
     "draft_tree": DraftTreeConfig,
+    "easyspec": EasySpecConfig,
     "rasd": RasdConfig,
     "rest": RestConfig,
     "suffix_tree": SuffixTreeConfig,

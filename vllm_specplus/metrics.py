@@ -43,6 +43,7 @@ COUNTERS = {
     "predicted_step_seconds": "Seconds the cost model predicted for these steps.",
     "measured_step_seconds": "Seconds these steps took.",
     "memory_guard_trims": "Drafts shortened because cache blocks or token budget ran short.",
+    "draft_group_rebuilds": "Times the processes of a layer-parallel draft were started anew.",
     "draft_failures": "Steps whose drafting failed; they went on undrafted.",
 }
 _INDEX = {name: i for i, name in enumerate(COUNTERS)}

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 
 
 def sabotage(kind: str) -> None:
@@ -103,8 +106,14 @@ def main(job_path: str, out_path: str) -> None:
     llm = LLM(**job["engine"])
     if job.get("sabotage"):
         sabotage(job["sabotage"])
-    result = []
+    result, owners = [], []
     for batch in job["batches"]:
+        time.sleep(batch.get("pause", 0))
+        if "pause" in batch or "kill_owner_after" in batch:
+            owners.append(llm.collective_rpc(_owners)[0])
+        if "kill_owner_after" in batch:
+            kill = (owners[-1][0], signal.SIGKILL)
+            threading.Timer(batch["kill_owner_after"], os.kill, kill).start()
         if batch.get("truncate"):
             os.truncate(batch["truncate"], 8)
         if batch.get("repeat"):
@@ -144,10 +153,15 @@ def main(job_path: str, out_path: str) -> None:
                 "batches": result,
                 "counters": runners[0],
                 "ranks": runners,
+                "owners": owners,
                 "preemptions": preemptions,
             },
             f,
         )
+
+
+def _owners(worker):
+    return worker.model_runner.drafter.proposer._placement.pids()
 
 
 def _counters(worker):

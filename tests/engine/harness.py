@@ -20,8 +20,10 @@ def run(
 ) -> dict:
     """``engine``: arguments of ``vllm.LLM``; ``batches``: ``{"requests": [[prompt,
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
-    other (before one with "truncate", that file is cut short); ``env``: more environment.
-    Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}}.
+    other (before one with "truncate", that file is cut short; one with "pause" waits so many
+    seconds; in one with "kill_owner_after" a process of a layer-parallel draft is killed after
+    so many seconds); ``env``: more environment.
+    Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}, "owners": [[pid, ...]]}.
     """
     number = len(list(tmp_path.glob("job*.json")))
     job, out = tmp_path / f"job{number}.json", tmp_path / f"out{number}.json"

@@ -9,6 +9,8 @@ nodes, preemption and resumption all come down to "how much of this text is cach
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -17,17 +19,21 @@ PAGE = 16
 
 
 class PagedCache:
-    """Keys and values of ``layers`` layers. Page 0 belongs to nobody: padding goes there."""
+    """Keys and values of some layers. Page 0 belongs to nobody: padding goes there."""
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, pages: int,
+        self, layers: Iterable[int], kv_heads: int, head_dim: int, pages: int,
         dtype: torch.dtype, device: torch.device,
     ):  # fmt: skip
+        """``layers``: numbers of the draft's layers that are held here."""
         if pages < 2:
             raise ValueError(f"a draft cache needs at least 2 pages, not {pages}")
-        shape = (layers, pages, PAGE, kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (pages, PAGE, kv_heads, head_dim)
+        self.pages = pages
+        self.keys, self.values = (
+            {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
+            for layers in [list(layers)] * 2
+        )
         self._pages: dict[str, list[int]] = {}
         self._texts: dict[str, np.ndarray] = {}
         self._free = list(range(pages - 1, 0, -1))
@@ -49,6 +55,10 @@ class PagedCache:
         """The request is gone."""
         self._free.extend(self._pages.pop(request, ()))
         self._texts.pop(request, None)
+
+    def forget_texts(self) -> None:
+        """Nothing is valid any more; who owns which pages stays."""
+        self._texts.clear()
 
     def cached(self, request: str, text: np.ndarray) -> int:
         """How many leading tokens of ``text`` int32 [n] have valid keys and values."""

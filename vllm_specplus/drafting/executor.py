@@ -33,7 +33,7 @@ class DraftExecutor:
         self.max_nodes = max_nodes
         pages = 1 + -(-max_slots // PAGE)
         self.cache = PagedCache(
-            len(model.layers), model.kv_heads, model.head_dim, pages, model.dtype, model.device
+            model.attention_layers, model.kv_heads, model.head_dim, pages, model.dtype, model.device
         )
         self._requests: list[str] = []
 
@@ -89,7 +89,7 @@ class DraftExecutor:
         seen = torch.arange(reach * PAGE, device=positions.device)
         mask = seen <= positions[..., None]
         return self._forward(
-            self._to_device(tokens), positions, self._to_device(slots), table, mask
+            self._to_device(tokens), positions, self._to_device(slots), table, mask, exact=True
         )
 
     # -- tree -------------------------------------------------------------------------
@@ -132,27 +132,27 @@ class DraftExecutor:
         is_node = (node >= 0) & (node < self._nodes)
         index = node.clamp(0, self.max_nodes - 1)[:, None].expand(count, width, len(seen))
         mask = torch.where(is_node[:, None], ancestors.gather(2, index), (node < 0)[:, None])
-        hidden = self._forward(tokens, length[:, None] + depth, slots, table, mask)
+        positions = length[:, None] + depth
+        hidden = self._forward(tokens, positions, slots, table, mask, exact=False)
         return self.model.logits(hidden)
 
     # -- layers -------------------------------------------------------------------------
 
     def _forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
-        table: torch.Tensor, mask: torch.Tensor,
+        table: torch.Tensor, mask: torch.Tensor, exact: bool,
     ) -> torch.Tensor:  # fmt: skip
         """Hidden states [R, n, d] of the last layer.
 
         ``tokens``, ``positions``, ``slots`` int64 [R, n]; ``table`` int64 [R, P]; ``mask``
-        bool [R, n, P * PAGE], which slots a row may see, its own among them.
+        bool [R, n, P * PAGE], which slots a row may see, its own among them; ``exact``: the
+        rows are text. (Only a layer-parallel draft treats nodes otherwise.)
         """
-        model, cache = self.model, self.cache
-        cache.begin_pass(slots, table)
-        hidden = model.embed(tokens)
-        rotary = model.rotary(hidden, positions)
-        mask = mask[:, None]
-        for layer in range(len(model.layers)):
-            hidden = hidden + model.attention(layer, hidden, rotary, mask, cache)
+        model = self.model
+        self.cache.begin_pass(slots, table)
+        hidden, rotary, mask = model.embed(tokens), model.rotary(positions), mask[:, None]
+        for layer in range(model.num_layers):
+            hidden = hidden + model.attention(layer, hidden, rotary, mask, self.cache)
             hidden = hidden + model.mlp(layer, hidden)
         return hidden
 

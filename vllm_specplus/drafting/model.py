@@ -9,6 +9,7 @@ attention on another device (EasySpec, arXiv 2502.02493).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,21 +101,38 @@ class DraftModel:
         ).eval().requires_grad_(False).to(device)  # fmt: skip
         self.config = self._model.config
         self.layers = self._model.model.layers
+        self.num_layers = len(self.layers)
+        self.attention_layers = list(range(self.num_layers))
+        """Layers whose attention is here."""
         self.device, self.dtype = device, dtype
         heads = self.config.num_attention_heads
         self.head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         self.kv_heads = self.config.num_key_value_heads
         self.max_positions = self.config.max_position_embeddings
+        self._like = self._model.model.norm.weight
         self._head = self._model.lm_head.weight[:head_tokens]
         self.vocab_size = len(self._head)
+
+    def keep_attention(self, layers: Iterable[int], mlps: bool) -> None:
+        """Hold the attention of ``layers`` only, and the MLPs (with embedding and output
+        layer) or none of them: the rest is another device's."""
+        self.attention_layers = sorted(layers)
+        for number, block in enumerate(self.layers):
+            if number not in self.attention_layers:
+                block.self_attn = block.input_layernorm = None
+            if not mlps:
+                block.mlp = block.post_attention_layernorm = None
+        if not mlps:
+            self._model.lm_head = self._model.model.embed_tokens = self._head = None
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[R, n] -> [R, n, hidden]."""
         return self._model.model.embed_tokens(tokens)
 
-    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple:
-        """cos and sin [R, n, head_dim] at ``positions`` [R, n]."""
-        return self._model.model.rotary_emb(hidden, position_ids=positions)
+    def rotary(self, positions: torch.Tensor) -> tuple:
+        """cos and sin [R, n, head_dim] at ``positions`` int64 [R, n]."""
+        # Only the dtype and device of the first argument matter.
+        return self._model.model.rotary_emb(self._like, position_ids=positions)
 
     def attention(
         self, layer: int, hidden: torch.Tensor, rotary: tuple, mask: torch.Tensor, cache: PagedCache

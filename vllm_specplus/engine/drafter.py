@@ -57,7 +57,7 @@ class Drafter:
         )
         self._drafted: tuple[list[str], DraftBatch] | None = None
         self._warned = False
-        self.proposer.report = self._failed
+        self.proposer.report, self.proposer.count = self._failed, self.counters.add
 
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 #: method name -> "module:class"; imported on use, so an unused method costs nothing.
 REGISTRY: dict[str, str] = {
     "draft_tree": "vllm_specplus.proposers.draft_tree:DraftTree",
+    "easyspec": "vllm_specplus.proposers.easyspec:EasySpec",
     "rasd": "vllm_specplus.proposers.rasd:Rasd",
     "rest": "vllm_specplus.proposers.rest:Rest",
     "suffix_tree": "vllm_specplus.proposers.suffix_tree:SuffixTree",

@@ -136,6 +136,8 @@ class Proposer(ABC):
         self.report: Callable[[Exception], None] = lambda error: None
         """Set by the engine: counts and logs a fault that costs only some of the drafts.
         Exceptions need no report: the engine sees them, and the step goes on undrafted."""
+        self.count: Callable[[str], None] = lambda name: None
+        """Set by the engine: adds 1 to a counter of ``metrics.COUNTERS``."""
 
     @abstractmethod
     def propose(self, step: StepContext) -> DraftBatch:

@@ -64,11 +64,13 @@ class DraftTree(Proposer):
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         model = DraftModel(self.config.model, device, dtype, self.config.head_tokens)
-        slot = 2 * len(model.layers) * model.kv_heads * model.head_dim * dtype.itemsize
-        slots = self.config.kv_memory_mb * 2**20 // slot
-        self._executor = DraftExecutor(model, slots, max_nodes=sum(self.levels))
+        slot = 2 * model.num_layers * model.kv_heads * model.head_dim * dtype.itemsize
+        self._executor = self._make_executor(model, self.config.kv_memory_mb * 2**20 // slot)
         # Noise of its own: what the target draws must not depend on what is drafted.
         self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+
+    def _make_executor(self, model: DraftModel, max_slots: int) -> DraftExecutor:
+        return DraftExecutor(model, max_slots, max_nodes=sum(self.levels))
 
     def forget(self, request_id: str) -> None:
         self._executor.forget(request_id)

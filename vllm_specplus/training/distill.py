@@ -84,7 +84,7 @@ def write_texts(target: str, tokens: int, seed: int) -> list[list[int]]:
               kv_cache_memory_bytes=1 << 30, disable_log_stats=True)  # fmt: skip
     tokenizer = llm.get_tokenizer()
     chat = [{"role": "user", "content": "\0"}]
-    header, closing = tokenizer.apply_chat_template(chat, tokenize=False).split("\0")
+    header, _ = tokenizer.apply_chat_template(chat, tokenize=False).split("\0")
     prompt = tokenizer.encode(header, add_special_tokens=False)
     count = max(tokens // 160, 8)
     ask = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=96)

@@ -1,0 +1,61 @@
+"""A layer-parallel draft on a real local Ray cluster, in the real engine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.engine import harness
+from tests.test_drafting import save_draft
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.engine
+
+ENV = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture(scope="module")
+def deep_draft(tmp_path_factory) -> str:
+    return save_draft(tmp_path_factory.mktemp("deep"), layers=6)
+
+
+def spec(draft, **keys):
+    base = {"method": "easyspec", "group_size": 2, "shape": "chain", "num_speculative_tokens": 3}
+    return base | {"control": {"policy": "fixed"}, "model": draft, **keys}
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_killed_owner_costs_drafts_and_nothing_else(
+    tmp_path, tiny_engine, mixed_requests, plain, deep_draft
+):
+    """Killed in the middle of the second batch; built anew before the third."""
+    batch = {"requests": mixed_requests}
+    result = harness.run(
+        tmp_path,
+        tiny_engine | {"speculative_config": spec(deep_draft, shards=2)},
+        [batch, batch | {"kill_owner_after": 0.3}, batch | {"pause": 45}],
+        env=ENV,
+    )
+    for i in range(3):
+        assert harness.ids(result, i) == harness.ids(plain)
+    counters = result["counters"]
+    assert counters["draft_group_rebuilds"] == 1
+    assert counters["draft_failures"] >= 1
+    first, second = result["owners"]
+    assert first != second
+    assert all(gone(pid) for pid in first + second)
+
+
+def test_too_few_bundles_are_one_clear_error(tmp_path, tiny_engine, deep_draft):
+    keys = {"group_size": 16, "shards": 16}
+    config = {"speculative_config": spec(deep_draft, **keys)}
+    with pytest.raises(RuntimeError, match="easyspec asks for 15 free CPUs on one node"):
+        harness.run(tmp_path, tiny_engine | config, [], env=ENV)

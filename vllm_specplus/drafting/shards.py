@@ -1,0 +1,216 @@
+"""Attentions of a draft on several processes: the group that carries a step's tensors.
+
+Shard 0, *home*, is the process of the target: embedding, MLPs, output layer and its own
+share of the attentions. The other shards, *owners*, hold the attention weights and the keys
+and values of their layers, and nothing else. Tensors travel in a ``torch.distributed``
+group of their own (NCCL on GPUs, gloo elsewhere), apart from vLLM's.
+
+A pass costs two broadcasts of integers (its sizes; positions, slots, page table and mask),
+then, fuzzy: one broadcast of the input and one gather of the results per group with layers
+elsewhere; exact: two point-to-point copies per layer elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from vllm_specplus.drafting.cache import PAGE, PagedCache
+from vllm_specplus.drafting.easyspec import LocalAttentions, layer_groups, layer_owner
+from vllm_specplus.drafting.model import DraftModel
+
+#: A home that waits longer than this for an owner takes it for lost.
+STEP_TIMEOUT = timedelta(seconds=10)
+#: An owner waits for work as long as its connection lives; an engine may be idle for days.
+IDLE_TIMEOUT = timedelta(days=365)
+_STOP, _FUZZY, _EXACT = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all shards know in advance."""
+
+    folder: str
+    dtype: str
+    pages: int
+    group_size: int
+    shards: int
+
+    def owner(self, layer: int, num_layers: int) -> int:
+        return layer_owner(layer, num_layers, self.group_size, self.shards)
+
+    def layers_of(self, shard: int, num_layers: int) -> list[int]:
+        return [j for j in range(num_layers) if self.owner(j, num_layers) == shard]
+
+
+class Group:
+    """The shards' process group. Every call is a collective or a copy, and is counted."""
+
+    def __init__(
+        self, rank: int, size: int, host: str, port: int, device: torch.device, connect: timedelta
+    ):
+        """Rank 0 listens at ``host``:``port``. Raises a RuntimeError or DistError if not all
+        are there after ``connect``."""
+        store = dist.TCPStore(
+            host, port, size, is_master=rank == 0, timeout=connect, wait_for_workers=False
+        )
+        store = dist.PrefixStore("specplus", store)
+        if rank:
+            store.set(f"ready {rank}", "")
+        # The group itself forms in an instant, and must: its timeout is a step's.
+        store.wait([f"ready {other}" for other in range(1, size)], connect)
+        timeout = IDLE_TIMEOUT if rank else STEP_TIMEOUT
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self.rank, self.size = rank, size
+        self.counts: Counter[str] = Counter()
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From home to all; fills ``tensor`` elsewhere."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self._group.broadcast([_bytes(tensor)], options).wait()
+        self.counts["broadcast"] += 1
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Of every rank's ``tensor``, to home; [] elsewhere."""
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
+        outputs = [[_bytes(part) for part in parts]] if parts else []
+        self._group.gather(outputs, [_bytes(tensor)], options).wait()
+        self.counts["gather"] += 1
+        return parts
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        self._group.send([_bytes(tensor)], rank, 0).wait()
+        self.counts["copy"] += 1
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        self._group.recv([_bytes(tensor)], rank, 0).wait()
+        self.counts["copy"] += 1
+        return tensor
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in a type every back end carries."""
+    return tensor.view(torch.uint8)
+
+
+class RemoteAttentions(LocalAttentions):
+    """Home's side: its own attentions, and the owners'."""
+
+    def __init__(self, model: DraftModel, cache: PagedCache, plan: Plan, group: Group):
+        super().__init__(model, cache)
+        self._plan, self._group = plan, group
+
+    def begin(self, positions, slots, table, mask, exact):
+        super().begin(positions, slots, table, mask, exact)
+        rows, width = positions.shape
+        sizes = (_EXACT if exact else _FUZZY, rows, width, table.shape[1])
+        self._group.broadcast(torch.tensor(sizes, device=positions.device))
+        numbers = torch.cat([positions.flatten(), slots.flatten(), table.flatten()])
+        raw = torch.cat([_bytes(numbers), _bytes(mask.flatten())])
+        self._group.broadcast(raw)
+
+    def together(self, layers, hidden):
+        owners = [self._plan.owner(layer, self._model.num_layers) for layer in layers]
+        if not any(owners):
+            return super().together(layers, hidden)
+        self._group.broadcast(hidden.contiguous())
+        mine = [super(RemoteAttentions, self).alone(j, hidden)
+                for j, owner in zip(layers, owners, strict=True) if owner == 0]  # fmt: skip
+        # Every shard sends as many results as the busiest one has.
+        most = max(owners.count(shard) for shard in range(self._plan.shards))
+        parts = self._group.gather(_stacked(mine, most, hidden))
+        taken = [0] * self._plan.shards
+        out = []
+        for owner in owners:
+            out.append(mine[taken[0]] if owner == 0 else parts[owner][taken[owner]])
+            taken[owner] += 1
+        return out
+
+    def alone(self, layer, hidden):
+        owner = self._plan.owner(layer, self._model.num_layers)
+        if owner == 0:
+            return super().alone(layer, hidden)
+        self._group.send(hidden.contiguous(), owner)
+        return self._group.receive(torch.empty_like(hidden), owner)
+
+    def stop(self) -> None:
+        """Let the owners go."""
+        self._group.broadcast(torch.zeros(4, dtype=torch.int64, device=self._model.device))
+
+
+def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> torch.Tensor:
+    """[count, R, n, d], padded with zeros."""
+    out = like.new_zeros(count, *like.shape)
+    for i, result in enumerate(results):
+        out[i] = result
+    return out
+
+
+@torch.inference_mode()
+def serve(
+    plan: Plan, rank: int, host: str, port: int, device: torch.device, connect: timedelta
+) -> None:
+    """An owner's life: attentions for home, until it says stop or is gone (RuntimeError)."""
+    model = DraftModel(plan.folder, device, getattr(torch, plan.dtype))
+    mine = plan.layers_of(rank, model.num_layers)
+    model.keep_attention(mine, mlps=False)
+    cache = PagedCache(mine, model.kv_heads, model.head_dim, plan.pages, model.dtype, device)
+    local = LocalAttentions(model, cache)
+    size = model.config.hidden_size
+    # Last, when nothing slow is left: home does not wait long within a step.
+    group = Group(rank, plan.shards, host, port, device, connect)
+    while True:
+        sizes = group.broadcast(torch.zeros(4, dtype=torch.int64, device=device))
+        kind, rows, width, pages = sizes.tolist()
+        if kind == _STOP:
+            return
+        numbers = 2 * rows * width + rows * pages
+        raw = torch.empty(8 * numbers + rows * width * pages * PAGE, dtype=torch.uint8, device=device)
+        group.broadcast(raw)
+        positions, slots, table = raw[: 8 * numbers].view(torch.int64).split(
+            [rows * width, rows * width, rows * pages]
+        )
+        mask = raw[8 * numbers :].view(torch.bool).view(rows, 1, width, pages * PAGE)
+        shape = (rows, width)
+        local.begin(positions.view(shape), slots.view(shape), table.view(rows, pages), mask, False)
+        hidden = torch.empty(rows, width, size, dtype=model.dtype, device=device)
+        for layers in layer_groups(model.num_layers, plan.group_size):
+            owners = [plan.owner(layer, model.num_layers) for layer in layers]
+            own = [layer for layer in layers if layer in mine]
+            if kind == _EXACT or len(layers) == 1:
+                for layer in own:
+                    group.receive(hidden, 0)
+                    group.send(local.alone(layer, hidden).contiguous(), 0)
+            elif any(owners):
+                group.broadcast(hidden)
+                most = max(owners.count(shard) for shard in range(plan.shards))
+                group.gather(_stacked(local.together(own, hidden), most, hidden))
+
+
+def messages(num_layers: int, group_size: int, shards: int) -> dict[str, Counter[str]]:
+    """Collectives and copies of a fuzzy and of an exact pass, as home counts them."""
+    plan = Plan("", "", 0, group_size, shards)
+    apart = [
+        group for group in layer_groups(num_layers, group_size)
+        if len(group) > 1 and any(plan.owner(j, num_layers) for j in group)
+    ]  # fmt: skip
+    single = [
+        group[0] for group in layer_groups(num_layers, group_size)
+        if len(group) == 1 and plan.owner(group[0], num_layers)
+    ]  # fmt: skip
+    elsewhere = sum(plan.owner(j, num_layers) > 0 for j in range(num_layers))
+    fuzzy = Counter(broadcast=2 + len(apart), gather=len(apart), copy=2 * len(single))
+    return {"fuzzy": +fuzzy, "exact": +Counter(broadcast=2, copy=2 * elsewhere)}

@@ -1,0 +1,79 @@
+"""EasySpec: a draft model whose layers run in parallel (arXiv 2502.02493).
+
+The trees are those of ``draft_tree``. What differs is the draft's forward pass: the
+attentions of a group of layers read one input at the same time, each on its own device
+(``drafting/easyspec.py``, ``drafting/shards.py``), which Ray placed
+(``drafting/placement.py``).
+
+A lost owner costs drafts, not text: requests go on undrafted while the group is built anew,
+and their drafts' caches are filled again by reading their texts.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from vllm_specplus.drafting.easyspec import LayerParallelExecutor
+from vllm_specplus.drafting.model import DraftModel
+from vllm_specplus.drafting.placement import Placement
+from vllm_specplus.drafting.shards import Plan, RemoteAttentions
+from vllm_specplus.proposers.base import StepContext
+from vllm_specplus.proposers.draft_tree import DraftTree
+from vllm_specplus.tree import DraftBatch
+
+
+class EasySpec(DraftTree):
+    _placement: Placement | None = None
+    _rebuild: threading.Thread | None = None
+
+    def _make_executor(self, model: DraftModel, max_slots: int) -> LayerParallelExecutor:
+        size, shards = self.config.group_size, self.config.shards
+        plan = Plan(
+            self.config.model, str(model.dtype).removeprefix("torch."), 0, size, shards
+        )
+        if shards > 1:
+            model.keep_attention(plan.layers_of(0, model.num_layers), mlps=True)
+        executor = LayerParallelExecutor(model, max_slots, sum(self.levels), size)
+        if shards > 1:
+            self._plan = Plan(plan.folder, plan.dtype, executor.cache.pages, size, shards)
+            self._place(executor, model.device)
+        return executor
+
+    def _place(self, executor: LayerParallelExecutor, device: torch.device) -> None:
+        self._placement = Placement(self._plan, device, self.config.ray_address)
+        executor.attentions = RemoteAttentions(
+            executor.model, executor.cache, self._plan, self._placement.group
+        )
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        if self._rebuild is not None:
+            if self._rebuild.is_alive():
+                return DraftBatch.empty(len(step.request_ids))
+            self._rebuild = None
+        try:
+            return super().propose(step)
+        except RuntimeError:  # what torch.distributed raises when a peer is gone
+            if self._placement is not None:
+                self._rebuild = threading.Thread(target=self._build_anew, daemon=True)
+                self._rebuild.start()
+            raise
+
+    def _build_anew(self) -> None:
+        """In the background: new owners, with empty caches."""
+        executor = self._executor
+        try:
+            self._placement.close()
+            self._place(executor, executor.model.device)
+        except Exception as error:
+            self.report(error)  # the next step finds no owners and tries again
+            return
+        executor.cache.forget_texts()
+        self.count("draft_group_rebuilds")
+
+    def close(self) -> None:
+        if self._rebuild is not None:
+            self._rebuild.join()
+        if self._placement is not None:
+            self._placement.close()
