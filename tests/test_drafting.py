@@ -25,16 +25,21 @@ from vllm_specplus.drafting.shapes import (
 )
 
 VOCAB = 96
-FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None},
+}
 
 
-def save_draft(path, family="llama", layers=2) -> str:
+def save_draft(path, family="llama", layers=2, vocab=VOCAB) -> str:
     """A random draft of ``family`` in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(5)
     config = AutoConfig.for_model(
-        family, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+        family, vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
         max_position_embeddings=256, tie_word_embeddings=False, **FAMILIES[family],
     )  # fmt: skip
@@ -165,9 +170,7 @@ def test_stochastic_beams_have_the_papers_law():
     one = shape.expand(q, uniform(rng, runs, shape.noise_size(1)))
     q = torch.from_numpy(second).float()[one.tokens]
     two = shape.expand(q, uniform(rng, runs, shape.noise_size(width)))
-    got = Counter(
-        map(tuple, torch.cat([one.tokens, two.parents, two.tokens], 1).tolist())
-    )
+    got = Counter(map(tuple, torch.cat([one.tokens, two.parents, two.tokens], 1).tolist()))
 
     phi = np.log(first) + np.zeros((runs, vocab))
     g = phi + rng.gumbel(size=phi.shape)
@@ -213,7 +216,9 @@ def test_constant_branching():
 def test_independent_paths_share_their_beginnings():
     shape = IndependentPaths(3, 3, torch.zeros(1, dtype=torch.bool))
     # Paths draw 1, 0, 1: the third stands where the first does.
-    first = shape.expand(torch.tensor([[[0.5, 0.5, 0.0]]]), torch.tensor([[0.7, 0.1, 0.9]]).double())
+    first = shape.expand(
+        torch.tensor([[[0.5, 0.5, 0.0]]]), torch.tensor([[0.7, 0.1, 0.9]]).double()
+    )
     assert first.tokens.tolist() == [[1, 0, 1]]
     below = torch.tensor([[[0.2, 0.8, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]]])
     half = torch.full((1, 3), 0.5).double()
@@ -314,8 +319,9 @@ def test_drafts_that_cannot_run_are_named(tmp_path, draft):
     ]:
         with pytest.raises(ValueError, match=says):
             parse({"method": "draft_tree", "model": changed(**fields)})
-    with pytest.raises(ValueError, match="has 96 token ids, the target 90"):
-        parse({"method": "draft_tree", "model": draft}).check_target(lambda: None, 90)
+    for size in (VOCAB - 1, VOCAB + 1):
+        with pytest.raises(ValueError, match=f"has 96 token ids, the target {size}"):
+            parse({"method": "draft_tree", "model": draft}).check_target(lambda: None, size)
 
 
 def test_levels(draft):

@@ -17,7 +17,7 @@ ENV = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 @pytest.fixture(scope="module")
 def deep_draft(tmp_path_factory) -> str:
-    return save_draft(tmp_path_factory.mktemp("deep"), layers=6)
+    return save_draft(tmp_path_factory.mktemp("deep"), layers=6, vocab=512)
 
 
 def spec(draft, **keys):

@@ -28,7 +28,7 @@ def layer_groups(num_layers: int, size: int) -> list[range]:
     middle = range(1, num_layers - 1)
     groups = [middle[i : i + size] for i in range(0, len(middle), size)]
     last = [range(num_layers - 1, num_layers)] if num_layers > 1 else []
-    return [range(0, 1), *groups, *last]
+    return [range(1), *groups, *last]
 
 
 def layer_owner(layer: int, num_layers: int, size: int, shards: int) -> int:
@@ -76,9 +76,7 @@ class LocalAttentions:
 class LayerParallelExecutor(DraftExecutor):
     """A draft executor whose tree levels are fuzzy."""
 
-    def __init__(
-        self, model: DraftModel, max_slots: int, max_nodes: int, group_size: int
-    ):
+    def __init__(self, model: DraftModel, max_slots: int, max_nodes: int, group_size: int):
         super().__init__(model, max_slots, max_nodes)
         self._groups = layer_groups(model.num_layers, group_size)
         self.attentions: Attentions = LocalAttentions(model, self.cache)

@@ -105,7 +105,9 @@ class DraftExecutor:
         self._nodes = 0
 
     @torch.inference_mode()
-    def grow(self, active: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+    def grow(
+        self, active: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
+    ) -> torch.Tensor:
         """Add a level of ``w`` nodes to some of the trees; float32 [A, w, V] logits.
 
         ``active`` int64 [A] which requests of :meth:`begin`, always among the active ones of

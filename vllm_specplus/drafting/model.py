@@ -40,7 +40,9 @@ def read_config(folder: str) -> dict[str, Any]:
         config = json.loads((path / "config.json").read_text())
         family = config["model_type"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DraftModelError(f"draft model {folder!r}: config.json is unreadable: {error}") from None
+        raise DraftModelError(
+            f"draft model {folder!r}: config.json is unreadable: {error}"
+        ) from None
     if family not in FAMILIES:
         raise DraftModelError(
             f"draft model {folder!r} is of type {family!r} (supported: {', '.join(FAMILIES)})"
@@ -58,10 +60,11 @@ def check_target(folder: str, target_tokenizer: Any, vocab_size: int) -> None:
     """DraftModelError unless the draft speaks the target's tokens.
 
     ``target_tokenizer``: Hugging Face tokenizer, None where the engine runs without one;
-    then the vocabulary's size must do. Drafts may pad their vocabulary differently.
+    then the vocabularies' sizes must do. Models pad their vocabularies differently.
     """
     drafts = read_config(folder)["vocab_size"]
-    if drafts > vocab_size:
+    known = vocab_size if target_tokenizer is None else len(target_tokenizer)
+    if not known <= drafts <= vocab_size:
         raise DraftModelError(
             f"draft model {folder!r} has {drafts} token ids, the target {vocab_size}: "
             f"use a draft with the target's tokenizer"

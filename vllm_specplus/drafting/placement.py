@@ -54,17 +54,23 @@ class Placement:
         """
         import ray
 
+        self._plan, self._device = plan, device
         self._owners: list = []
         self._bundles: PlacementGroup | None = None
-        self._cluster_is_ours = False
+        self._cluster_is_ours = not ray.is_initialized()
         try:
-            if not ray.is_initialized():
+            if self._cluster_is_ours:
                 self._connect(address)
-            self._reserve(plan.shards - 1, "GPU" if device.type == "cuda" else "CPU")
-            self._start(plan, device)
+            self.restart()
         except BaseException:
             self.close()
             raise
+
+    def restart(self) -> None:
+        """Owners anew, with empty caches, in the place of those there are."""
+        self._release()
+        self._reserve(self._plan.shards - 1, "GPU" if self._device.type == "cuda" else "CPU")
+        self._start(self._plan, self._device)
 
     def _connect(self, address: str | None) -> None:
         import ray
@@ -78,7 +84,6 @@ class Placement:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PlacementError(f"cannot reach a Ray cluster at {address!r}: {reason}") from error
-        self._cluster_is_ours = True
 
     def _reserve(self, count: int, resource: str) -> None:
         import ray
@@ -100,24 +105,37 @@ class Placement:
         on_gpu = device.type == "cuda"
         host = ray.util.get_node_ip_address()
         port = _free_port()
-        actor = ray.remote(Owner).options(
-            num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0, max_concurrency=2,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        )  # fmt: skip
+        actor = ray.remote(Owner)
         for rank in range(1, plan.shards):
             strategy = PlacementGroupSchedulingStrategy(
                 self._bundles, placement_group_bundle_index=rank - 1
             )
-            self._owners.append(actor.options(scheduling_strategy=strategy).remote())
-        self.runs = [
+            owner = actor.options(
+                num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0, max_concurrency=2,
+                scheduling_strategy=strategy,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+            )  # fmt: skip
+            self._owners.append(owner.remote())
+        self._runs = [
             owner.run.remote(plan, rank, host, port)
             for rank, owner in enumerate(self._owners, start=1)
         ]
         connect = timedelta(seconds=CONNECT_SECONDS)
         try:
-            self.group = Group(0, plan.shards, host, port, device, connect)
+            self.group = Group(0, plan.shards, host, port, device, connect, self._check)
         except (RuntimeError, ValueError) as error:
             raise PlacementError(f"the owners of the draft did not connect: {error}") from error
+
+    def _check(self) -> None:
+        """Raise what ended an owner, if one has ended."""
+        import ray
+
+        ended, _ = ray.wait(self._runs, num_returns=1, timeout=0)
+        for run in ended:
+            try:
+                ray.get(run)
+            except ray.exceptions.RayError as error:
+                raise PlacementError(f"an owner of the draft failed: {error}") from error
 
     def pids(self) -> list[int]:
         import ray
@@ -127,6 +145,13 @@ class Placement:
     def close(self) -> None:
         """End the actors, give the bundles back, leave the cluster if we joined it."""
         import ray
+
+        self._release()
+        if self._cluster_is_ours:
+            ray.shutdown()
+
+    def _release(self) -> None:
+        import ray
         from ray.util.placement_group import remove_placement_group
 
         for owner in self._owners:
@@ -135,9 +160,6 @@ class Placement:
         if self._bundles is not None:
             remove_placement_group(self._bundles)
             self._bundles = None
-        if self._cluster_is_ours:
-            ray.shutdown()
-            self._cluster_is_ours = False
 
 
 def _free_port() -> int:

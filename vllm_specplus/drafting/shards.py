@@ -12,7 +12,9 @@ elsewhere; exact: two point-to-point copies per layer elsewhere.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -51,10 +53,11 @@ class Group:
     """The shards' process group. Every call is a collective or a copy, and is counted."""
 
     def __init__(
-        self, rank: int, size: int, host: str, port: int, device: torch.device, connect: timedelta
-    ):
-        """Rank 0 listens at ``host``:``port``. Raises a RuntimeError or DistError if not all
-        are there after ``connect``."""
+        self, rank: int, size: int, host: str, port: int, device: torch.device,
+        connect: timedelta, check: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """Rank 0 listens at ``host``:``port``. A RuntimeError if not all are there after
+        ``connect``; ``check`` is called now and then meanwhile and may raise."""
         store = dist.TCPStore(
             host, port, size, is_master=rank == 0, timeout=connect, wait_for_workers=False
         )
@@ -62,7 +65,13 @@ class Group:
         if rank:
             store.set(f"ready {rank}", "")
         # The group itself forms in an instant, and must: its timeout is a step's.
-        store.wait([f"ready {other}" for other in range(1, size)], connect)
+        others = [f"ready {other}" for other in range(1, size)]
+        end = time.monotonic() + connect.total_seconds()
+        while not store.check(others):
+            check()
+            if time.monotonic() > end:
+                raise RuntimeError(f"not all of {size} shards were there in {connect}")
+            time.sleep(0.2)
         timeout = IDLE_TIMEOUT if rank else STEP_TIMEOUT
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
@@ -178,10 +187,12 @@ def serve(
         if kind == _STOP:
             return
         numbers = 2 * rows * width + rows * pages
-        raw = torch.empty(8 * numbers + rows * width * pages * PAGE, dtype=torch.uint8, device=device)
+        raw = torch.empty(
+            8 * numbers + rows * width * pages * PAGE, dtype=torch.uint8, device=device
+        )
         group.broadcast(raw)
-        positions, slots, table = raw[: 8 * numbers].view(torch.int64).split(
-            [rows * width, rows * width, rows * pages]
+        positions, slots, table = (
+            raw[: 8 * numbers].view(torch.int64).split([rows * width, rows * width, rows * pages])
         )
         mask = raw[8 * numbers :].view(torch.bool).view(rows, 1, width, pages * PAGE)
         shape = (rows, width)

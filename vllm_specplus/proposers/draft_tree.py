@@ -30,7 +30,6 @@ from vllm_specplus.drafting.shapes import (
     ConstantBranching,
     IndependentPaths,
     Level,
-    Shape,
     StochasticBeam,
     draft_law,
 )
@@ -168,12 +167,15 @@ class DraftTree(Proposer):
             law[at, here] = law_row + places + np.arange(len(at))[:, None] * (rows // len(at))
             law_row += rows
             above, first = first, first + width
-        return [
-            (tokens[r, :n], parents[r, :n], law[r, :n]) for r, n in enumerate(counts.tolist())
-        ]
+        return [(tokens[r, :n], parents[r, :n], law[r, :n]) for r, n in enumerate(counts.tolist())]
 
     def _batch(
-        self, step: StepContext, rows: np.ndarray, nodes: list, deterministic: np.ndarray, laws: list
+        self,
+        step: StepContext,
+        rows: np.ndarray,
+        nodes: list,
+        deterministic: np.ndarray,
+        laws: list,
     ) -> DraftBatch:
         counts = np.zeros(len(step.request_ids), np.int32)
         counts[rows] = [len(tokens) for tokens, _, _ in nodes]
@@ -203,7 +205,9 @@ class Knobs:
     """Of the texts: a seeded request draws anew at every place of its text."""
 
     @classmethod
-    def of(cls, step: StepContext, rows: np.ndarray, vocab_size: int, device: torch.device) -> Knobs:
+    def of(
+        cls, step: StepContext, rows: np.ndarray, vocab_size: int, device: torch.device
+    ) -> Knobs:
         def put(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values[rows]).to(device)
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import threading
 
-import torch
-
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.placement import Placement
@@ -30,19 +28,17 @@ class EasySpec(DraftTree):
 
     def _make_executor(self, model: DraftModel, max_slots: int) -> LayerParallelExecutor:
         size, shards = self.config.group_size, self.config.shards
-        plan = Plan(
-            self.config.model, str(model.dtype).removeprefix("torch."), 0, size, shards
-        )
+        plan = Plan(self.config.model, str(model.dtype).removeprefix("torch."), 0, size, shards)
         if shards > 1:
             model.keep_attention(plan.layers_of(0, model.num_layers), mlps=True)
         executor = LayerParallelExecutor(model, max_slots, sum(self.levels), size)
         if shards > 1:
             self._plan = Plan(plan.folder, plan.dtype, executor.cache.pages, size, shards)
-            self._place(executor, model.device)
+            self._placement = Placement(self._plan, model.device, self.config.ray_address)
+            self._attach(executor)
         return executor
 
-    def _place(self, executor: LayerParallelExecutor, device: torch.device) -> None:
-        self._placement = Placement(self._plan, device, self.config.ray_address)
+    def _attach(self, executor: LayerParallelExecutor) -> None:
         executor.attentions = RemoteAttentions(
             executor.model, executor.cache, self._plan, self._placement.group
         )
@@ -54,7 +50,8 @@ class EasySpec(DraftTree):
             self._rebuild = None
         try:
             return super().propose(step)
-        except RuntimeError:  # what torch.distributed raises when a peer is gone
+        except Exception:
+            # A peer is gone, or waits for the rest of a pass that broke off.
             if self._placement is not None:
                 self._rebuild = threading.Thread(target=self._build_anew, daemon=True)
                 self._rebuild.start()
@@ -62,14 +59,13 @@ class EasySpec(DraftTree):
 
     def _build_anew(self) -> None:
         """In the background: new owners, with empty caches."""
-        executor = self._executor
         try:
-            self._placement.close()
-            self._place(executor, executor.model.device)
+            self._placement.restart()
         except Exception as error:
             self.report(error)  # the next step finds no owners and tries again
             return
-        executor.cache.forget_texts()
+        self._attach(self._executor)
+        self._executor.cache.forget_texts()
         self.count("draft_group_rebuilds")
 
     def close(self) -> None:
