@@ -97,10 +97,9 @@ def small_pair(tmp_path_factory) -> tuple[str, str]:
     [
         ({"shape": "chain", "num_speculative_tokens": 3}, None),
         ({"shape": "rsd_s"}, None),
-        ({"shape": "rsd_s", "verification": "recursive", "control": GOODPUT}, None),
+        ({"shape": "rsd_s", "verification": "recursive"}, None),
         ({"shape": "rsd_c", "branching": [3, 2], "num_speculative_tokens": 9}, None),
         ({"shape": "spectr"}, None),
-        ({"shape": "topk"}, None),
         ({"shape": "rsd_s", "verification": "recursive"}, "q_not_renormalised"),
         ({"shape": "rsd_s"}, "foreign_laws"),
     ],
@@ -114,13 +113,13 @@ def test_sampled_text_has_the_targets_distribution(tmp_path, small_pair, keys, s
         "max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096,
         "speculative_config": spec(draft, **keys),
     }  # fmt: skip
-    prompt, samples = [5, 9, 17, 3, 21], 12_000
+    prompt, samples = [5, 9, 17, 3, 21], 8_000
     params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
     batch = {"prompt": prompt, "params": params | {"detokenize": False}, "repeat": samples}
     result = harness.run(tmp_path, engine, [batch], sabotage)
     counters = result["counters"]
     assert counters["draft_failures"] == 0
-    assert counters["nodes_accepted"] > (100 if "control" in keys else 0.5 * samples)
+    assert counters["nodes_accepted"] > 0.5 * samples
     texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
     p = chi_square(joint_probabilities(target, prompt, 6), texts)
     assert p > 1e-3 if sabotage is None else p < 1e-6

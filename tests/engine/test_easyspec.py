@@ -41,7 +41,7 @@ def test_a_killed_owner_costs_drafts_and_nothing_else(
     result = harness.run(
         tmp_path,
         tiny_engine | {"speculative_config": spec(deep_draft, shards=2)},
-        [batch, batch | {"kill_owner_after": 0.3}, batch | {"pause": 45}],
+        [batch, batch | {"kill_owner_after": 0.3}, batch | {"pause": 30}],
         env=ENV,
     )
     for i in range(3):

@@ -6,6 +6,7 @@ and best tested on a Hugging Face folder in bfloat16, so it is converted once an
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,44 @@ def prepare_model(out: Path | None = None) -> Path:
             if not _is_model(target):  # else another process was faster, with the same result
                 raise ModelError(f"cannot write {target}: {error.strerror}") from error
     return target
+
+
+def prepare_draft(target: Path) -> Path:
+    """Return the folder of the demo model's draft, made on first use beside ``target``.
+
+    Distilled by ``training/distill.py``: two layers, which the package carries, between the
+    target's own embedding and output layer, which it does not repeat.
+    """
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    folder = target.parent / f"{target.name}-draft"
+    if _is_model(folder):
+        return folder
+    own = load_file(Path(__file__).parent.parent / "data" / "smollm2_draft.safetensors")
+    config = json.loads((target / "config.json").read_text())
+    layers = 1 + max(int(name.split(".")[2]) for name in own if name.startswith("model.layers."))
+    config |= {
+        "num_hidden_layers": layers,
+        "intermediate_size": len(own["model.layers.0.mlp.gate_proj.weight"]),
+    }
+    embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        weights = own | {"model.embed_tokens.weight": embedding}
+        save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
+        (made / "config.json").write_text(json.dumps(config, indent=2))
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (target / name).exists():
+                shutil.copy(target / name, made / name)
+        try:
+            made.rename(folder)
+        except OSError as error:
+            if not _is_model(folder):  # as in prepare_model
+                raise ModelError(f"cannot write {folder}: {error.strerror}") from error
+    return folder
 
 
 def _is_model(folder: Path) -> bool:
@@ -99,10 +138,14 @@ def prepare_model_command(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; a cache folder if not given.")
     ] = None,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="Also make its draft model, and print that folder.")
+    ] = False,
 ) -> None:
     """Convert the demo's model, SmolLM2-135M-Instruct, and print its folder."""
     try:
-        typer.echo(prepare_model(out))
+        model = prepare_model(out)
+        typer.echo(prepare_draft(model) if draft else model)
     except ModelError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -29,6 +29,7 @@ On a GPU every test of a node waits for the device once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -79,7 +80,7 @@ def verify(
             path, left = _traverse(tree)
         else:
             path, left = _walk(tree, rule)
-        for row, child in zip(path, path[1:], strict=False):
+        for row, child in pairwise(path):
             out[row] = rows.tokens[child]
         out[path[-1]] = _draw(left, tree.p(path[-1]), output[r])
     return torch.from_numpy(out).to(p.device)

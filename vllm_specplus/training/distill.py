@@ -196,7 +196,7 @@ def train(draft, target, texts: list[list[int]], divergence: str, minutes: float
                 log_q = (leaf[at : at + SLICE].to(torch.bfloat16) @ head.T).float().log_softmax(-1)
                 part = measure(p, log_q).sum() / len(leaf)
                 part.backward()
-                loss += float(part)
+                loss += float(part.detach())
             optimiser.zero_grad()
             ours.backward(leaf.grad.to(ours.dtype))
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
