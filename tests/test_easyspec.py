@@ -15,6 +15,7 @@ import torch
 
 from tests.test_drafting import VOCAB, executor, save_draft
 from vllm_specplus.config import parse
+from vllm_specplus.drafting import placement
 from vllm_specplus.drafting.cache import PAGE
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layer_groups
 from vllm_specplus.drafting.executor import DraftExecutor
@@ -228,3 +229,16 @@ def test_mistakes_are_named(draft, keys, says):
 def test_a_page_holds_what_the_plan_says(draft):
     """Home and owners agree on slots only if their pages do."""
     assert local(draft, 3).cache.pages == 1 + -(-2000 // PAGE)
+
+
+def test_too_few_bundles_are_one_clear_error(draft, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(placement, "RESERVE_SECONDS", 2)
+    for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        monkeypatch.setenv(name, value)
+    plan = Plan(draft, "float32", 4, 500, 500)
+    with pytest.raises(placement.PlacementError, match="asks for 499 free CPUs on one node"):
+        placement.Placement(plan, torch.device("cpu"), None)
+    import ray
+
+    assert not ray.is_initialized()

@@ -37,9 +37,7 @@ def near_model(tmp_path_factory, tiny_model) -> str:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"shape": "chain", "num_speculative_tokens": 5},
         {"shape": "topk", "width": 4, "num_speculative_tokens": 12},
-        {"shape": "rsd_c", "branching": [3, 2, 1], "num_speculative_tokens": 15},
         {"shape": "rsd_s", "width": 3, "num_speculative_tokens": 12},
         {"shape": "spectr", "width": 3, "num_speculative_tokens": 12},
         {"shape": "rsd_s", "width": 3, "num_speculative_tokens": 12, "control": GOODPUT},
@@ -97,7 +95,6 @@ def small_pair(tmp_path_factory) -> tuple[str, str]:
     [
         ({"shape": "chain", "num_speculative_tokens": 3}, None),
         ({"shape": "rsd_s"}, None),
-        ({"shape": "rsd_s", "verification": "recursive"}, None),
         ({"shape": "rsd_c", "branching": [3, 2], "num_speculative_tokens": 9}, None),
         ({"shape": "spectr"}, None),
         ({"shape": "rsd_s", "verification": "recursive"}, "q_not_renormalised"),

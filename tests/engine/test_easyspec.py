@@ -41,7 +41,7 @@ def test_a_killed_owner_costs_drafts_and_nothing_else(
     result = harness.run(
         tmp_path,
         tiny_engine | {"speculative_config": spec(deep_draft, shards=2)},
-        [batch, batch | {"kill_owner_after": 0.3}, batch | {"pause": 30}],
+        [batch, batch | {"kill_owner_after": 0.3}, batch | {"pause": 20}],
         env=ENV,
     )
     for i in range(3):
@@ -52,10 +52,3 @@ def test_a_killed_owner_costs_drafts_and_nothing_else(
     first, second = result["owners"]
     assert first != second
     assert all(gone(pid) for pid in first + second)
-
-
-def test_too_few_bundles_are_one_clear_error(tmp_path, tiny_engine, deep_draft):
-    keys = {"group_size": 16, "shards": 16}
-    config = {"speculative_config": spec(deep_draft, **keys)}
-    with pytest.raises(RuntimeError, match="easyspec asks for 15 free CPUs on one node"):
-        harness.run(tmp_path, tiny_engine | config, [], env=ENV)
