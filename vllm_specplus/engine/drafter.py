@@ -62,7 +62,7 @@ class Drafter:
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""
         if self._first_rank:  # the one that drafts
-            self.proposer.load(next(model.parameters()).device, self._dtype)
+            self.proposer.load_draft(next(model.parameters()).device, self._dtype)
             self.proposer.warm_up()
 
     def propose(self, *args, **kwargs):

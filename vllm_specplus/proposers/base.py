@@ -153,7 +153,7 @@ class Proposer(ABC):
     def observe_prompt(self, observation: Observation) -> None:  # noqa: B027
         """Learn from rows of a prompt, read in this step (if ``reads_prompt``)."""
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
+    def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Load the method's own model, if it has one, to the target's device and dtype."""
 
     def warm_up(self) -> None:  # noqa: B027

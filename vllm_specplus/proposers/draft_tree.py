@@ -61,7 +61,7 @@ class DraftTree(Proposer):
         self.rule = config.rule
         self._executor: DraftExecutor | None = None
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+    def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         model = DraftModel(self.config.model, device, dtype, self.config.head_tokens)
         slot = 2 * model.num_layers * model.kv_heads * model.head_dim * dtype.itemsize
         self._executor = self._make_executor(model, self.config.kv_memory_mb * 2**20 // slot)
