@@ -96,6 +96,16 @@ HOOKS = (
     Hook("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward", "tree attention"),
     Hook("vllm.v1.sample.sampler:Sampler.forward", "draws at every row", ("sampling_metadata",)),
     Hook(
+        "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native",
+        "its like in our sampler judges drafts that were drawn",
+        ("logits", "generators", "k", "p"),
+    ),
+    Hook(
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
+        "the same",
+        ("logits", "k", "p"),
+    ),
+    Hook(
         "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor.add_request",
         "min_tokens per node",
     ),
