@@ -17,7 +17,7 @@ from tests.test_drafting import VOCAB, executor, save_draft
 from vllm_specplus.config import parse
 from vllm_specplus.drafting import placement
 from vllm_specplus.drafting.cache import PAGE
-from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layer_groups
+from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layer_groups, layers_of
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.shards import Group, Plan, RemoteAttentions, messages
@@ -163,7 +163,7 @@ def shared(draft, request):
 
 
 def test_several_processes_equal_one_bit_for_bit(draft, shared):
-    run, group, owners = shared
+    run, group, _ = shared
     for theirs, mine in zip(rounds(run), rounds(local(draft, 3)), strict=True):
         assert torch.equal(theirs, mine)
     # Two rounds: a text of 50 tokens is read in two passes at first.
@@ -172,8 +172,6 @@ def test_several_processes_equal_one_bit_for_bit(draft, shared):
         for name, count in messages(LAYERS, 3, group.size)[kind].items():
             expected[name] += passes * count
     assert group.counts == expected
-    run.attentions.stop()
-    assert [owner.wait(30) for owner in owners] == [0] * (group.size - 1)
 
 
 def test_a_lost_owner_is_an_error_soon(shared):
@@ -195,8 +193,7 @@ def test_a_lost_home_ends_the_owners(shared):
 
 
 def test_weights_are_divided(draft):
-    plan = Plan(draft, "float32", 4, 3, 2)
-    held = [plan.layers_of(shard, LAYERS) for shard in range(2)]
+    held = [layers_of(shard, LAYERS, 3, 2) for shard in range(2)]
     assert held == [[0, 1, 3, 4, 6, 7], [2, 5]]
     model = DraftModel(draft, torch.device("cpu"), torch.float32)
     whole = sum(p.numel() for p in model._model.parameters())

@@ -214,3 +214,16 @@ def test_a_draft_that_has_nothing_left(rule):
     for noise in (0.0, 0.5, 0.999):
         sampled = verify(rule, p, rows, laws, torch.full((4,), noise), torch.full((1,), noise))
         assert sampled.tolist() == [0, -1, -1, -1]
+
+
+def test_what_rules_over_whole_trees_do_not_take():
+    parents, starts = np.array([-1, 0, 0], np.int32), np.array([0, 3], np.int32)
+    rows = Rows(np.array([0, 1, 2], np.int32), parents, starts, row_depths(parents, starts))
+    p, noise = torch.full((3, 4), 0.25), torch.zeros(3)
+    laws = DraftLaws(p[:1], np.array([0, -1, -1]), np.array([1, 0, 0]))
+    for rule in ("block", "traversal"):
+        with pytest.raises(ValueError, match="no deterministic siblings"):
+            verify(rule, p, rows, laws, noise, noise[:1])
+    laws.drawn[0] = 2
+    with pytest.raises(ValueError, match="chains only"):
+        verify("block", p, rows, laws, noise, noise[:1])

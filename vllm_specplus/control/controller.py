@@ -235,13 +235,19 @@ class Controller:
         above = np.cumsum(self._levels) - self._levels
         return (above < nodes[:, None]).sum(1)
 
-    def _plan(self, step: StepContext) -> None:
-        """Lower ``step.max_nodes`` to the levels that are worth drafting."""
-        deepest = self._depths(step.max_nodes)
+    def _level_survival(self, step: StepContext, depths: np.ndarray) -> np.ndarray:
+        """Probability that the text follows a tree to each level, float64 [R, D]; 0 below the
+        ``depths`` int64 [R] of the trees."""
         levels = np.arange(len(self._levels))
         table = step.acceptance[:, np.minimum(levels, step.acceptance.shape[1] - 1), 0]
         survival = np.cumprod(table, axis=1, dtype=np.float64)
-        survival[levels >= deepest[:, None]] = 0.0  # nothing may be drafted there
+        survival[levels >= depths[:, None]] = 0.0
+        return survival
+
+    def _plan(self, step: StepContext) -> None:
+        """Lower ``step.max_nodes`` to the levels that are worth drafting."""
+        deepest = self._depths(step.max_nodes)
+        survival = self._level_survival(step, deepest)
         requests = len(step.request_ids)
         rows = np.cumsum(np.broadcast_to(self._levels, survival.shape), axis=1)
         depths = deepest
@@ -317,10 +323,7 @@ class Controller:
 
     def _take_all(self, step: StepContext, drafts: DraftBatch, starts: np.ndarray) -> DraftBatch:
         """Verify what was planned."""
-        depths = self._depths(drafts.counts)
-        levels = np.arange(len(self._levels))
-        table = step.acceptance[:, np.minimum(levels, step.acceptance.shape[1] - 1), 0]
-        expected = (np.cumprod(table, 1, np.float64) * (levels < depths[:, None])).sum(1)
+        expected = self._level_survival(step, self._depths(drafts.counts)).sum(1)
         self._pending = _Pending(
             list(step.request_ids), step.num_tokens.copy(), drafts.tokens, drafts.parents,
             np.zeros(len(drafts.tokens), np.int32), starts, None, expected,

@@ -38,6 +38,11 @@ def layer_owner(layer: int, num_layers: int, size: int, shards: int) -> int:
     return (layer - 1) % size % shards
 
 
+def layers_of(shard: int, num_layers: int, size: int, shards: int) -> list[int]:
+    """The layers whose attention ``shard`` holds."""
+    return [j for j in range(num_layers) if layer_owner(j, num_layers, size, shards) == shard]
+
+
 class Attentions(Protocol):
     """Who computes the attentions of a pass."""
 

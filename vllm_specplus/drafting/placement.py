@@ -138,6 +138,7 @@ class Placement:
                 raise PlacementError(f"an owner of the draft failed: {error}") from error
 
     def pids(self) -> list[int]:
+        """Process ids of the owners, on their node."""
         import ray
 
         return ray.get([owner.pid.remote() for owner in self._owners], timeout=10)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,9 +36,6 @@ class Level:
 
 class Shape(ABC):
     """One drafting round over R trees."""
-
-    draws: ClassVar[bool] = True
-    """False: deterministic at any temperature."""
 
     def __init__(self, sizes: tuple[int, ...], greedy: torch.Tensor):
         """``sizes``: nodes of each level; ``greedy`` bool [R]: requests without noise."""
@@ -199,8 +195,6 @@ class BestFirst(Shape):
     The tree that is verified is chosen at the end among all that was seen, expanded or
     not: see :meth:`best`.
     """
-
-    draws = False
 
     def __init__(self, width: int, depth: int, greedy: torch.Tensor):
         super().__init__((width,) * depth, greedy)

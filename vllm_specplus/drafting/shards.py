@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 
 from vllm_specplus.drafting.cache import PAGE, PagedCache
-from vllm_specplus.drafting.easyspec import LocalAttentions, layer_groups, layer_owner
+from vllm_specplus.drafting.easyspec import LocalAttentions, layer_groups, layer_owner, layers_of
 from vllm_specplus.drafting.model import DraftModel
 
 #: A home that waits longer than this for an owner takes it for lost.
 STEP_TIMEOUT = timedelta(seconds=10)
 #: An owner waits for work as long as its connection lives; an engine may be idle for days.
 IDLE_TIMEOUT = timedelta(days=365)
-_STOP, _FUZZY, _EXACT = 0, 1, 2
+_FUZZY, _EXACT = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,6 @@ class Plan:
 
     def owner(self, layer: int, num_layers: int) -> int:
         return layer_owner(layer, num_layers, self.group_size, self.shards)
-
-    def layers_of(self, shard: int, num_layers: int) -> list[int]:
-        return [j for j in range(num_layers) if self.owner(j, num_layers) == shard]
 
 
 class Group:
@@ -155,10 +152,6 @@ class RemoteAttentions(LocalAttentions):
         self._group.send(hidden.contiguous(), owner)
         return self._group.receive(torch.empty_like(hidden), owner)
 
-    def stop(self) -> None:
-        """Let the owners go."""
-        self._group.broadcast(torch.zeros(4, dtype=torch.int64, device=self._model.device))
-
 
 def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> torch.Tensor:
     """[count, R, n, d], padded with zeros."""
@@ -172,9 +165,9 @@ def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> tor
 def serve(
     plan: Plan, rank: int, host: str, port: int, device: torch.device, connect: timedelta
 ) -> None:
-    """An owner's life: attentions for home, until it says stop or is gone (RuntimeError)."""
+    """An owner's life: attentions for home, until home is gone (RuntimeError)."""
     model = DraftModel(plan.folder, device, getattr(torch, plan.dtype))
-    mine = plan.layers_of(rank, model.num_layers)
+    mine = layers_of(rank, model.num_layers, plan.group_size, plan.shards)
     model.keep_attention(mine, mlps=False)
     cache = PagedCache(mine, model.kv_heads, model.head_dim, plan.pages, model.dtype, device)
     local = LocalAttentions(model, cache)
@@ -184,8 +177,6 @@ def serve(
     while True:
         sizes = group.broadcast(torch.zeros(4, dtype=torch.int64, device=device))
         kind, rows, width, pages = sizes.tolist()
-        if kind == _STOP:
-            return
         numbers = 2 * rows * width + rows * pages
         raw = torch.empty(
             8 * numbers + rows * width * pages * PAGE, dtype=torch.uint8, device=device
@@ -201,7 +192,7 @@ def serve(
         for layers in layer_groups(model.num_layers, plan.group_size):
             owners = [plan.owner(layer, model.num_layers) for layer in layers]
             own = [layer for layer in layers if layer in mine]
-            if kind == _EXACT or len(layers) == 1:
+            if kind == _EXACT:
                 for layer in own:
                     group.receive(hidden, 0)
                     group.send(local.alone(layer, hidden).contiguous(), 0)
@@ -213,15 +204,10 @@ def serve(
 
 def messages(num_layers: int, group_size: int, shards: int) -> dict[str, Counter[str]]:
     """Collectives and copies of a fuzzy and of an exact pass, as home counts them."""
-    plan = Plan("", "", 0, group_size, shards)
-    apart = [
-        group for group in layer_groups(num_layers, group_size)
-        if len(group) > 1 and any(plan.owner(j, num_layers) for j in group)
-    ]  # fmt: skip
-    single = [
-        group[0] for group in layer_groups(num_layers, group_size)
-        if len(group) == 1 and plan.owner(group[0], num_layers)
-    ]  # fmt: skip
-    elsewhere = sum(plan.owner(j, num_layers) > 0 for j in range(num_layers))
-    fuzzy = Counter(broadcast=2 + len(apart), gather=len(apart), copy=2 * len(single))
-    return {"fuzzy": +fuzzy, "exact": +Counter(broadcast=2, copy=2 * elsewhere)}
+    groups = layer_groups(num_layers, group_size)
+    owned = set(range(num_layers)) - set(layers_of(0, num_layers, group_size, shards))
+    apart = sum(not owned.isdisjoint(group) for group in groups)
+    return {
+        "fuzzy": +Counter(broadcast=2 + apart, gather=apart),
+        "exact": +Counter(broadcast=2, copy=2 * len(owned)),
+    }

@@ -2,7 +2,7 @@
 
 Two ways. Drafts that are a function of the past need one draw of the target per row
 (:func:`sample_rows`). Drafts that were themselves drawn are judged by their distribution
-(:func:`judge_rows`): there vLLM's sampler does everything up to its last step, the draw.
+(:meth:`RuleSampler.judge_rows`): there vLLM's sampler does everything up to its last step, the draw.
 
 One draw per row
 ----------------
@@ -33,7 +33,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_specplus.samplers.base import Acceptance, Rows
-from vllm_specplus.samplers.sampled import DraftLaws, Rule, verify
+from vllm_specplus.samplers.sampled import DraftLaws, Rule
 
 
 @dataclass(slots=True)
@@ -101,6 +101,10 @@ class _Judge(torch.nn.Module):
             processed = logits.log_softmax(-1, dtype=torch.float32)
         rows, laws, accept_noise, output_noise = self.step
         probabilities = logits.softmax(-1, dtype=torch.float32)
+        if logits.device.type == "cpu":
+            from vllm_specplus.samplers.sampled import verify
+        else:
+            from vllm_specplus.kernels.tree_rules import verify
         self.tokens = verify(self._rule, probabilities, rows, laws, accept_noise, output_noise)
         # Rows off the accepted paths output nothing; any id serves their logprobs.
         return self.tokens.clamp(min=0).long(), processed
@@ -146,6 +150,8 @@ class RuleSampler(Sampler):
         output = torch.rand(len(rows.starts) - 1, generator=self._generator, device=device)
         for request, generator in metadata.generators.items():
             if silent[request]:
+                if device.type == "cuda":  # vLLM takes one draw back, whether or not it was made
+                    torch.rand(1, generator=generator, device=device)
                 continue
             first, end = rows.starts[request : request + 2].tolist()
             own = torch.rand(end - first + 1, generator=generator, device=device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 
-from vllm_specplus.drafting.easyspec import LayerParallelExecutor
+from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layers_of
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.placement import Placement
 from vllm_specplus.drafting.shards import Plan, RemoteAttentions
@@ -28,12 +28,11 @@ class EasySpec(DraftTree):
 
     def _make_executor(self, model: DraftModel, max_slots: int) -> LayerParallelExecutor:
         size, shards = self.config.group_size, self.config.shards
-        plan = Plan(self.config.model, str(model.dtype).removeprefix("torch."), 0, size, shards)
-        if shards > 1:
-            model.keep_attention(plan.layers_of(0, model.num_layers), mlps=True)
+        model.keep_attention(layers_of(0, model.num_layers, size, shards), mlps=True)
         executor = LayerParallelExecutor(model, max_slots, sum(self.levels), size)
         if shards > 1:
-            self._plan = Plan(plan.folder, plan.dtype, executor.cache.pages, size, shards)
+            dtype = str(model.dtype).removeprefix("torch.")
+            self._plan = Plan(self.config.model, dtype, executor.cache.pages, size, shards)
             self._placement = Placement(self._plan, model.device, self.config.ray_address)
             self._attach(executor)
         return executor

@@ -23,7 +23,8 @@ proof treats the j-th sibling as a draw from ``q`` given the earlier ones. Sorti
 or keeping them for what they are, makes them draws from something else.
 
 Only the rows that the walk visits are touched, with vector operations over the vocabulary.
-On a GPU every test of a node waits for the device once.
+This is the reference, and what runs on the CPU; on a GPU it would wait for the device at
+every node, so that ``kernels/tree_rules.py`` serves there.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def verify(
     ``p`` float32 [L, V]; ``accept_noise`` float32 [L], ``output_noise`` float32 [R]:
     independent uniforms in [0, 1). A row on the path outputs the token of its accepted
     child or, the path's last row, a token of its own: ``tree.accepted_paths`` reads the
-    path off the result.
+    path off the result. ValueError where a rule over whole trees meets what it does not
+    know: deterministic siblings or, for ``block``, more than a chain.
     """
     out = np.full(len(rows.tokens), -1, np.int32)
     accept, output = accept_noise.double().tolist(), output_noise.double().tolist()
@@ -75,8 +77,10 @@ def verify(
         if not laws.drawn[first:end].any():
             path, left = _walk(tree, "without_replacement")
         elif rule == "block":
+            tree.check_for(rule)
             path, left = _block(tree)
         elif rule == "traversal":
+            tree.check_for(rule)
             path, left = _traverse(tree)
         else:
             path, left = _walk(tree, rule)
@@ -97,6 +101,14 @@ class _Tree:
         for row in range(first + 1, end):
             self.children[first + int(rows.parents[row])].append(row)
         self._p, self._laws = p, laws
+
+    def check_for(self, rule: Rule) -> None:
+        """ValueError if a rule over whole trees cannot take this one."""
+        counts = {row: len(children) for row, children in self.children.items()}
+        if any(count != self.drawn(row) for row, count in counts.items()):
+            raise ValueError(f"{rule} verification takes no deterministic siblings")
+        if rule == "block" and max(counts.values()) > 1:
+            raise ValueError("block verification takes chains only")
 
     def drawn(self, row: int) -> int:
         return int(self._laws.drawn[row])
