@@ -5,8 +5,10 @@
         [--max-tokens 128] [--json OUT]
 
 For each method a fresh engine answers ``--limit`` questions one at a time, then the same
-questions again, edited: a word in the middle is gone. Both passes are timed. Greedy; what
-the first pass leaves in prefix caches is reset before the second.
+questions again, edited in one of the ways of ``EDITS``, with a fresh engine per way. Both
+passes are timed. Greedy; what the first pass leaves in prefix caches is reset before the
+second. ``kept`` is the share of the second answers' tokens that the first answers had at
+the same place, up to the first difference: how far an edit leaves an answer as it was.
 """
 
 from __future__ import annotations
@@ -28,11 +30,18 @@ from vllm_specplus.bench.report import describe_hardware, describe_versions
 from vllm_specplus.bench.runner import describe_machine
 
 
-def edited(text: str) -> str:
-    """The same request, said a little differently."""
+def word_missing(text: str) -> str:
+    """A word in the middle is gone: often another question."""
     words = text.split(" ")
     del words[len(words) // 2]
     return " ".join(words)
+
+
+EDITS = {
+    "retried": str,
+    "one word more": lambda text: f"Please: {text}",
+    "one word less": word_missing,
+}
 
 
 def measure(job: dict) -> list[dict]:
@@ -45,15 +54,15 @@ def measure(job: dict) -> list[dict]:
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=job["max_tokens"])
     llm.chat([[{"role": "user", "content": "Say hello."}]], params, use_tqdm=False)
-    passes = []
-    for change in (str, edited):
+    passes, answers = [], []
+    for change in (str, EDITS[job["edit"]]):
         llm.reset_prefix_cache()
         before, start = drafts(llm), time.perf_counter()
-        tokens = 0
         for question in job["questions"]:
             chat = [[{"role": "user", "content": change(question)}]]
-            tokens += len(llm.chat(chat, params, use_tqdm=False)[0].outputs[0].token_ids)
+            answers.append(llm.chat(chat, params, use_tqdm=False)[0].outputs[0].token_ids)
         seconds = time.perf_counter() - start
+        tokens = sum(len(answer) for answer in answers[-len(job["questions"]) :])
         accepted = drafts(llm) - before
         passes.append(
             {
@@ -65,6 +74,9 @@ def measure(job: dict) -> list[dict]:
             }
         )
     llm.llm_engine.engine_core.shutdown()
+    first, second = answers[: len(job["questions"])], answers[len(job["questions"]) :]
+    kept = sum(len(os.path.commonprefix([list(a), list(b)])) for a, b in zip(first, second))
+    passes[1]["kept"] = kept / passes[1]["tokens"]
     return passes
 
 
@@ -74,6 +86,18 @@ def drafts(llm) -> int:
         m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"
     ]
     return int(sum(values))
+
+
+def run(job: dict, label: str) -> list[dict]:
+    """:func:`measure` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--job"], input=json.dumps(job), capture_output=True,
+        text=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(f"{label} failed:\n{done.stderr[-3000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))
 
 
 def main() -> None:
@@ -91,27 +115,21 @@ def main() -> None:
     measured, _ = pick(load_dataset(args.dataset).questions, args.limit)
     questions = [q.messages[-1]["content"] if q.messages else q.prompt for q in measured]
     questions = [q for q in questions if len(q) < 5000]
-    results = {}
-    for spec in parse_methods(args.methods):
-        job = {
-            "model": args.model, "speculative_config": spec.speculative_config,
-            "questions": questions, "max_tokens": args.max_tokens,
-        }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, __file__, "--job"], input=json.dumps(job), capture_output=True,
-            text=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
-        )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(f"{spec.label} failed:\n{done.stderr[-3000:]}")
-        results[spec.label] = json.loads(lines[0].removeprefix("RESULT "))
-        first, again = results[spec.label]
-        print(
-            f"{spec.label}: first {first['tokens_per_s']:.1f} tokens/s, "
-            f"{first['tokens_per_step']:.2f} a step; again {again['tokens_per_s']:.1f}, "
-            f"{again['tokens_per_step']:.2f}",
-            flush=True,
-        )
+    results: dict[str, dict[str, list[dict]]] = {}
+    for edit in EDITS:
+        for spec in parse_methods(args.methods):
+            job = {
+                "model": args.model, "speculative_config": spec.speculative_config,
+                "questions": questions, "max_tokens": args.max_tokens, "edit": edit,
+            }  # fmt: skip
+            first, again = run(job, spec.label)
+            results.setdefault(edit, {})[spec.label] = [first, again]
+            print(
+                f"{edit}, {spec.label}: first {first['tokens_per_s']:.1f} tokens/s, "
+                f"{first['tokens_per_step']:.2f} a step; again {again['tokens_per_s']:.1f}, "
+                f"{again['tokens_per_step']:.2f} ({again['kept']:.0%} of the answers kept)",
+                flush=True,
+            )
     if args.json:
         machine = describe_machine(args.json.with_suffix(".log"))
         content = {

@@ -10,7 +10,8 @@ from tests.engine import harness
 from tests.test_drafting import save_draft
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.engine
+# One Ray cluster at a time on a machine.
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("ray")]
 
 ENV = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
