@@ -107,66 +107,76 @@ class DraftTree(Proposer):
             *self.config.shape_arguments(int(depths.max())), knobs.greedy
         )
         logits = self._executor.begin(names, texts)[:, None]
+        # Which trees go on is known on the host: asking the device would wait for it.
+        alive = np.arange(len(rows))
         active = torch.arange(len(rows), device=logits.device)
-        grown: list[tuple[torch.Tensor, Level]] = []
+        grown: list[tuple[np.ndarray, Level]] = []
         laws = []
         for depth in range(len(shape.sizes)):
             if depth:
-                going_on = np.flatnonzero(depths[active.cpu().numpy()] > depth)
+                going_on = np.flatnonzero(depths[alive] > depth)
                 keep = torch.from_numpy(going_on).to(logits.device)
                 shape.select(keep)
-                active, level = active[keep], grown[-1][1]
+                alive, active, level = alive[going_on], active[keep], grown[-1][1]
                 parents = level.parents[keep] + (int(before[depth - 2]) if depth > 1 else -1)
                 logits = self._executor.grow(active, level.tokens[keep], parents)
             q = draft_law(logits, *knobs.at(active))
-            noise = self._noise(shape.noise_size(q.shape[1]), active, knobs, depth)
-            grown.append((active, shape.expand(q, noise)))
+            noise = self._noise(shape.noise_size(q.shape[1]), alive, knobs, depth)
+            grown.append((alive, shape.expand(q, noise)))
             laws.append(q.flatten(0, 1))
         if isinstance(shape, BestFirst):
             trees = zip(*shape.best(counts), strict=True)
             nodes = [(*tree, np.full(len(tree[0]), -1, np.int32)) for tree in trees]
         else:
             nodes = self._collect(grown, [len(q) for q in laws], counts)
+        greedy = np.ones(len(rows), bool)
+        if step.sampling is not None:
+            greedy = step.sampling.temperature[rows] == 0
         one_path = step.chain_only[rows]
         if self.config.shape == "spectr":
-            one_path = one_path | knobs.greedy.cpu().numpy()  # all paths coincide
+            one_path = one_path | greedy  # all paths coincide
         nodes = [
             _first_path(*tree) if one else tree for tree, one in zip(nodes, one_path, strict=True)
         ]
-        deterministic = knobs.greedy.cpu().numpy() | step.chain_only[rows]
+        deterministic = greedy | step.chain_only[rows]
         return self._batch(step, rows, nodes, deterministic, laws)
 
-    def _noise(self, size: int, active: torch.Tensor, knobs: Knobs, depth: int) -> torch.Tensor:
-        """Uniform float64 [A, size] for a level; a seeded request's depend on its seed and
-        place alone."""
-        shape = (len(active), size)
+    def _noise(self, size: int, alive: np.ndarray, knobs: Knobs, depth: int) -> torch.Tensor:
+        """Uniform float64 [A, size] for a level of the trees ``alive`` int [A]; a seeded
+        request's depend on its seed and place alone."""
+        device = knobs.temperature.device
         noise = torch.rand(
-            shape, dtype=torch.float64, device=active.device, generator=self._generator
+            (len(alive), size), dtype=torch.float64, device=device, generator=self._generator
         )
         if size and any(seed is not None for seed in knobs.seeds):
-            for a, r in enumerate(active.tolist()):
+            for a, r in enumerate(alive.tolist()):
                 if (seed := knobs.seeds[r]) is not None:
                     mixed = hash((seed, knobs.lengths[r], depth)) % 2**63
-                    own = torch.Generator(active.device).manual_seed(mixed)
+                    own = torch.Generator(device).manual_seed(mixed)
                     noise[a].uniform_(generator=own)
         return noise
 
     def _collect(
-        self, grown: list[tuple[torch.Tensor, Level]], laws: list[int], counts: np.ndarray
+        self, grown: list[tuple[np.ndarray, Level]], laws: list[int], counts: np.ndarray
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(tokens, parents, law) of each tree, its first ``counts`` nodes level by level."""
         size = sum(self.levels[: len(grown)])
         tokens, parents, law = np.zeros((3, len(counts), size), np.int32)
-        first, above, law_row = 0, -1, 0
-        for (active, level), rows in zip(grown, laws, strict=True):
-            at, width = active.cpu().numpy(), level.tokens.shape[1]
-            places = level.parents.cpu().numpy()
+        drawn = [torch.stack((level.tokens, level.parents)).flatten(1) for _, level in grown]
+        host = torch.cat(drawn, 1).cpu().numpy()  # one copy, for which the device is waited for
+        first, above, law_row, begin = 0, -1, 0, 0
+        for (alive, level), rows in zip(grown, laws, strict=True):
+            width = level.tokens.shape[1]
+            end = begin + len(alive) * width
+            ids, places = host[:, begin:end].reshape(2, len(alive), width)
             here = slice(first, first + width)
-            tokens[at, here] = level.tokens.cpu().numpy()
-            parents[at, here] = places + above
-            law[at, here] = law_row + places + np.arange(len(at))[:, None] * (rows // len(at))
+            tokens[alive, here] = ids
+            parents[alive, here] = places + above
+            law[alive, here] = law_row + places + np.arange(len(alive))[:, None] * (
+                rows // len(alive)
+            )
             law_row += rows
-            above, first = first, first + width
+            above, first, begin = first, first + width, end
         return [(tokens[r, :n], parents[r, :n], law[r, :n]) for r, n in enumerate(counts.tolist())]
 
     def _batch(
