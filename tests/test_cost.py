@@ -133,3 +133,21 @@ def test_more_rows_are_never_predicted_to_be_faster():
         cost.observe(StepShape(1, rows, 100), 0.02 - 0.001 * rows)
         seconds = cost.predict(np.arange(1, 80), 1, 100)
         assert (np.diff(seconds) >= -1e-12).all()
+
+
+def test_a_coefficient_on_its_floor_leaves_no_bias():
+    """Where drafts, requests and context cost less than nothing, what remains still fits."""
+    cost = StepCost(CURVE)
+    rng = np.random.default_rng(1)
+    undrafted = StepShape(requests=16, rows=16, context=4000)
+    for _ in range(128):
+        requests = int(rng.integers(1, 17))
+        context = int(rng.integers(100, 500)) * requests
+        for rows in (requests, requests + int(rng.integers(1, 40))):
+            falling = 0.02 - 1e-7 * context - 2e-4 * requests
+            cost.observe(StepShape(requests, rows, context), falling)
+    assert cost.theta[3] == 0  # context
+    errors = []
+    for _ in range(200):
+        errors.append(cost.observe(undrafted, 0.0164) / 0.0164 - 1)
+    assert abs(np.mean(errors[-64:])) < 0.02

@@ -205,6 +205,22 @@ class StepCost:
         self._x[kind, place], self._y[kind, place] = x, y
         self._seen[kind] += 1
         if self._seen[kind] <= self.WINDOW or self._seen[kind] % self.REFIT == 0:
-            fit = np.linalg.solve(self._prior + self._information, self._evidence)
-            self.theta = np.maximum(self._mean + fit, self.FLOOR)
+            self.theta = self._fit()
         return predicted
+
+    def _fit(self) -> np.ndarray:
+        """The coefficients, float64 [7], by least squares above the floor.
+
+        One that would fall below stays on the floor while the others are fitted anew:
+        merely raising it would leave every prediction too high.
+        """
+        information = self._prior + self._information
+        theta, free = self._mean.copy(), np.ones(7, bool)
+        while True:
+            given = self._evidence - information[:, ~free] @ (theta - self._mean)[~free]
+            fit = np.linalg.solve(information[np.ix_(free, free)], given[free])
+            theta[free] = self._mean[free] + fit
+            below = free & (theta < self.FLOOR)
+            if not below.any():
+                return theta
+            theta[below], free = self.FLOOR[below], free & ~below
