@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # As `bench` does: engine and client in one process, which leaves the cores to the engine.
@@ -75,9 +76,15 @@ def measure(job: dict) -> list[dict]:
         )
     llm.llm_engine.engine_core.shutdown()
     first, second = answers[: len(job["questions"])], answers[len(job["questions"]) :]
-    kept = sum(len(os.path.commonprefix([list(a), list(b)])) for a, b in zip(first, second))
+    kept = sum(common_prefix(a, b) for a, b in zip(first, second, strict=True))
     passes[1]["kept"] = kept / passes[1]["tokens"]
     return passes
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens agree, up to the first that differs."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def drafts(llm) -> int:

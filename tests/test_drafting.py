@@ -256,7 +256,7 @@ def test_best_first_finds_the_most_probable_nodes():
                 paths, level.parents.tolist(), level.tokens.tolist(), strict=True
             )
         ]
-    tokens, parents = shape.best(np.array([3, 6]))
+    tokens, parents, given = shape.best(np.array([3, 6]))
     for r, (count, deepest) in enumerate(((3, 2), (6, 3))):
         got = []
         for token, parent in zip(tokens[r], parents[r], strict=True):
@@ -264,6 +264,9 @@ def test_best_first_finds_the_most_probable_nodes():
         allowed = [p for p in everything if len(p) <= deepest]
         best = sorted(allowed, key=lambda p: -everything[p])[:count]
         assert sorted(got) == sorted(best)
+        above = [everything[p[:-1]] if len(p) > 1 else 1.0 for p in got]
+        exact = [everything[p] / a for p, a in zip(got, above, strict=True)]
+        assert given[r] == pytest.approx(exact, rel=1e-4)
 
 
 def test_the_draft_law_truncates_like_the_target():

@@ -9,10 +9,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.datastores import build_datastore
+from tests.test_drafting import save_draft
 from vllm_specplus import config
 from vllm_specplus.proposers.base import Observation, Proposer, StepContext, bare_step
+from vllm_specplus.proposers.draft_tree import LIKELIHOOD
 from vllm_specplus.proposers.rasd import Rasd
 from vllm_specplus.proposers.trees import Fusion
 from vllm_specplus.samplers import lossless
@@ -112,6 +116,64 @@ def test_without_retrieved_tokens_the_draft_is_the_drafters(tmp_path):
     assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
     assert drafts[0].parents.tolist() == drafts[1].parents.tolist()
     assert drafts[0].sources.tolist() == drafts[1].sources.tolist()
+
+
+# -- a draft model among the sources --------------------------------------------------
+
+
+@pytest.fixture
+def with_draft(tmp_path) -> Rasd:
+    draft = {
+        "method": "draft_tree", "model": save_draft(tmp_path / "draft", vocab=VOCAB), "width": 3,
+        "num_speculative_tokens": 6,
+    }  # fmt: skip
+    parsed = config.parse({"method": "rasd", "sources": ["suffix_tree", draft]})
+    proposer = Rasd(parsed, VOCAB, "")
+    proposer.load_draft(torch.device("cpu"), torch.float32)
+    return proposer
+
+
+def test_a_draft_model_adds_its_most_probable_sequences(with_draft):
+    draft = with_draft.members[0]
+    assert draft.config.shape == "topk"
+    batch = with_draft.propose(context(with_draft, TEXT, nodes=60))
+    alone = draft.propose(context(draft, TEXT, nodes=6))
+    assert len(alone.tokens) == 6
+    assert paths_of(alone) <= paths_of(batch)
+    assert (9, 10, 5) in paths_of(batch)
+    assert batch.laws is None  # the one-hot rule
+    # Labelled by what the draft thinks of the first child.
+    text = torch.tensor([TEXT])
+    reference = AutoModelForCausalLM.from_pretrained(draft.config.model, dtype=torch.float32)
+    likely = reference(text).logits[0, -1].softmax(-1).max().item()
+    high = next(high for high in LIKELIHOOD if likely <= high)
+    assert draft.sources[alone.sources[0]].name == f"draft gives up to {high}"
+
+
+def test_a_small_budget_takes_fewer_passes_of_the_draft(with_draft):
+    draft, passes = with_draft.members[0], []
+    grow = draft._executor.grow
+    draft._executor.grow = lambda *args: passes.append(1) or grow(*args)
+    for nodes, expected in ((3, 0), (6, 1), (60, 1), (0, 0)):
+        passes.clear()
+        with_draft.propose(context(with_draft, TEXT, nodes=nodes))
+        assert len(passes) == expected
+
+
+def test_a_draft_without_room_is_reported_and_left_out(with_draft):
+    reported = []
+    with_draft.report = reported.append
+    with_draft.members[0]._executor.room = lambda *args: False
+    paths = paths_of(with_draft.propose(context(with_draft, TEXT, nodes=60)))
+    assert "raise kv_memory_mb" in str(reported[0])
+    assert paths
+    assert all(path == (9, 10, 5, 7, 8)[: len(path)] for path in paths)
+
+
+def test_drawn_nodes_are_not_fused(tmp_path):
+    draft = {"method": "draft_tree", "model": save_draft(tmp_path), "shape": "rsd_s"}
+    with pytest.raises(ValueError, match="leave 'shape' out, or set it to 'topk'"):
+        config.parse({"method": "rasd", "sources": ["suffix_tree", draft]})
 
 
 # -- exactness ------------------------------------------------------------------------

@@ -56,6 +56,10 @@ class MethodConfig(StrictModel):
     """Does the method only look texts up, with no opinion on the next token of its own?"""
     fuses: ClassVar[bool] = True
     """May it be a source of rasd?"""
+    own_size: ClassVar[bool] = False
+    """Has it, as a source of rasd, a ``num_speculative_tokens`` of its own?"""
+    as_source: ClassVar[dict[str, Any]] = {}
+    """Defaults that differ when it is a source of rasd."""
 
     method: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)]
@@ -71,6 +75,9 @@ class MethodConfig(StrictModel):
                 "set num_speculative_tokens"
             )
         return self
+
+    def check_source(self) -> None:
+        """Raise ValueError if, with these keys, it cannot be a source of rasd."""
 
     def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
         """Raise ValueError if the method's files do not fit the target model.
@@ -166,7 +173,8 @@ class SuffixTreeConfig(MethodConfig):
 class DraftTreeConfig(MethodConfig):
     """``{"method": "draft_tree", "model": "...", ...}``; see ``proposers/draft_tree.py``."""
 
-    fuses: ClassVar[bool] = False
+    own_size: ClassVar[bool] = True  # every level costs a pass of the draft
+    as_source: ClassVar[dict[str, Any]] = {"shape": "topk"}
 
     method: Literal["draft_tree"] = "draft_tree"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
@@ -238,6 +246,14 @@ class DraftTreeConfig(MethodConfig):
         rules = _RULES[self.shape]
         return rules[self.verification or next(iter(rules))] if rules else None
 
+    def check_source(self) -> None:
+        # Drawn nodes must be verified whatever the others found: see samplers/sampled.py.
+        if self.rule is not None:
+            raise ValueError(
+                f"'sources': {self.method!r} with shape {self.shape!r} draws its nodes, which may "
+                f"not compete with those of other sources: leave 'shape' out, or set it to 'topk'"
+            )
+
     def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
         draft_model.check_target(self.model, load_tokenizer(), vocab_size)
 
@@ -306,7 +322,7 @@ class RasdConfig(MethodConfig):
         return self
 
     def members(self) -> list[MethodConfig]:
-        """The sources' own configs, with this one's ``num_speculative_tokens``."""
+        """The sources' own configs; all but draft models get ``num_speculative_tokens``."""
         members = []
         sources = [{"method": s} if isinstance(s, str) else dict(s) for s in self.sources]
         names = [keys.get("method") for keys in sources]
@@ -314,16 +330,20 @@ class RasdConfig(MethodConfig):
             if name not in METHODS or not METHODS[name].fuses:
                 allowed = ", ".join(sorted(n for n, m in METHODS.items() if m.fuses))
                 raise ValueError(f"'sources' holds {source!r} (allowed: {allowed})")
-            for key in ("num_speculative_tokens", "control"):
+            common = {"num_speculative_tokens": self.num_speculative_tokens}
+            if METHODS[name].own_size:
+                common = {}
+            for key in (*common, "control"):
                 if key in keys:
                     raise ValueError(
                         f"'sources': {name!r} has a {key!r} of its own: "
                         f"set it once, for {self.method!r}"
                     )
-            keys["num_speculative_tokens"] = self.num_speculative_tokens
+            keys = METHODS[name].as_source | keys | common
             if name == "token_recycling" and "suffix_tree" in names:
                 keys.setdefault("match_context", False)  # the suffix tree does that, and better
             members.append(parse(keys))
+            members[-1].check_source()
         return members
 
     def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:

@@ -18,6 +18,13 @@ def spec(draft, **keys):
     return base | {"model": draft, **keys}
 
 
+def fused(draft):
+    """The draft's most probable sequences among what others find."""
+    own = {"method": "draft_tree", "model": draft, "width": 3, "num_speculative_tokens": 6}
+    sources = ["token_recycling", "suffix_tree", own]
+    return {"method": "rasd", "num_speculative_tokens": 16, "control": FIXED, "sources": sources}
+
+
 @pytest.fixture(scope="module")
 def near_model(tmp_path_factory, tiny_model) -> str:
     """A draft that is often right: the target with a little noise on its weights."""
@@ -55,6 +62,19 @@ def test_greedy_text_is_the_same(tmp_path, tiny_engine, mixed_requests, plain, n
     assert counters["draft_failures"] == 0
     # The controller finds little to gain with 32 requests on one core.
     assert counters["nodes_accepted"] > (20 if "control" in keys else 300)
+
+
+@pytest.mark.parametrize("control", [FIXED, GOODPUT], ids=["fixed", "goodput"])
+def test_greedy_text_is_the_same_when_fused(
+    tmp_path, tiny_engine, mixed_requests, plain, near_model, control
+):
+    config = {"speculative_config": fused(near_model) | {"control": control}}
+    batches = [{"requests": mixed_requests}] * 2
+    result = harness.run(tmp_path, tiny_engine | config, batches, "fixed_prices")
+    assert harness.ids(result) == harness.ids(plain)
+    assert harness.ids(result, 1) == harness.ids(plain, 1)
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 300
 
 
 def test_the_target_as_its_own_draft_is_always_right(tmp_path, tiny_engine, tiny_model):
@@ -97,6 +117,7 @@ def small_pair(tmp_path_factory) -> tuple[str, str]:
         ({"shape": "rsd_s"}, None),
         ({"shape": "rsd_c", "branching": [3, 2], "num_speculative_tokens": 9}, None),
         ({"shape": "spectr"}, None),
+        ({"method": "rasd"}, None),
         ({"shape": "rsd_s", "verification": "recursive"}, "q_not_renormalised"),
         ({"shape": "rsd_s"}, "foreign_laws"),
     ],
@@ -108,7 +129,7 @@ def test_sampled_text_has_the_targets_distribution(tmp_path, small_pair, keys, s
     engine = {
         "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
         "max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096,
-        "speculative_config": spec(draft, **keys),
+        "speculative_config": fused(draft) if "method" in keys else spec(draft, **keys),
     }  # fmt: skip
     prompt, samples = [5, 9, 17, 3, 21], 8_000
     params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}

@@ -221,10 +221,13 @@ class BestFirst(Shape):
         self._phi, self._place = self._phi[keep], self._place[keep]
         self._trees = self._trees[keep]
 
-    def best(self, counts: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def best(
+        self, counts: np.ndarray
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
         """The ``counts`` int [R] most probable nodes of every tree, by the probability of
-        their path: (tokens, parents), int32 [counts[r]] each."""
-        tokens, parents = [], []
+        their path: (tokens, parents), int32 [counts[r]] each, and the probability of each
+        node given its parent, float32 [counts[r]]."""
+        tokens, parents, probabilities = [], [], []
         seen = [tuple(t.cpu().numpy() for t in level) for level in self._seen]
         for tree, count in enumerate(counts.tolist()):
             here = [
@@ -239,7 +242,9 @@ class BestFirst(Shape):
             places[chosen] = np.arange(len(chosen))
             tokens.append(ids[chosen].astype(np.int32))
             parents.append(places[above[chosen]].astype(np.int32))
-        return tokens, parents
+            of_parents = np.append(phi, np.float32(0))[above[chosen]]
+            probabilities.append(np.exp(phi[chosen] - of_parents))
+        return tokens, parents, probabilities
 
 
 def draft_law(

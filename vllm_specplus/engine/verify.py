@@ -2,7 +2,8 @@
 
 Two ways. Drafts that are a function of the past need one draw of the target per row
 (:func:`sample_rows`). Drafts that were themselves drawn are judged by their distribution
-(:meth:`RuleSampler.judge_rows`): there vLLM's sampler does everything up to its last step, the draw.
+(:meth:`RuleSampler.judge_rows`): there vLLM's sampler does everything up to its last step,
+the draw.
 
 One draw per row
 ----------------

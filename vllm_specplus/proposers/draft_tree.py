@@ -12,6 +12,10 @@ forward passes over all requests. What a level holds is the shape's choice:
 Sampled nodes are verified against the distributions they were drawn from, which travel
 with them (``DraftBatch.laws``); that accepts more than matching the target's own draw.
 Greedy requests get the same shapes without noise.
+
+As a source of ``rasd`` it drafts ``topk`` trees: they are functions of the past, so that
+they may be fused with what was retrieved, and trimmed, without harm. What the draft gave a
+node tells how good it is.
 """
 
 from __future__ import annotations
@@ -48,12 +52,22 @@ SHAPES = {
 }
 
 
+LEVEL = Source("level", "draft", 0.5)
+#: Classes of deterministic nodes, by the probability the draft gave them (upper ends).
+LIKELIHOOD = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
+_PRIORS = (0.03, 0.08, 0.18, 0.3, 0.42, 0.55, 0.7, 0.85)
+LIKELY = tuple(
+    Source(f"draft gives up to {high}", "draft", prior)
+    for high, prior in zip(LIKELIHOOD, _PRIORS, strict=True)
+)
+
+
 class DraftMemoryError(RuntimeError):
     """A request goes undrafted because the draft cannot hold its text."""
 
 
 class DraftTree(Proposer):
-    sources = (Source("level", "draft", 0.5),)
+    sources = (LEVEL, *LIKELY)
 
     def __init__(self, config: DraftTreeConfig, vocab_size: int, fingerprint: str):
         super().__init__(config, vocab_size, fingerprint)
@@ -125,8 +139,10 @@ class DraftTree(Proposer):
             grown.append((alive, shape.expand(q, noise)))
             laws.append(q.flatten(0, 1))
         if isinstance(shape, BestFirst):
-            trees = zip(*shape.best(counts), strict=True)
-            nodes = [(*tree, np.full(len(tree[0]), -1, np.int32)) for tree in trees]
+            nodes = [
+                (tokens, parents, np.full(len(tokens), -1, np.int32), _likelihood_class(given))
+                for tokens, parents, given in zip(*shape.best(counts), strict=True)
+            ]
         else:
             nodes = self._collect(grown, [len(q) for q in laws], counts)
         greedy = np.ones(len(rows), bool)
@@ -158,8 +174,9 @@ class DraftTree(Proposer):
 
     def _collect(
         self, grown: list[tuple[np.ndarray, Level]], laws: list[int], counts: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(tokens, parents, law) of each tree, its first ``counts`` nodes level by level."""
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """(tokens, parents, law, source) of each tree, its first ``counts`` nodes level by
+        level."""
         size = sum(self.levels[: len(grown)])
         tokens, parents, law = np.zeros((3, len(counts), size), np.int32)
         drawn = [torch.stack((level.tokens, level.parents)).flatten(1) for _, level in grown]
@@ -172,12 +189,15 @@ class DraftTree(Proposer):
             here = slice(first, first + width)
             tokens[alive, here] = ids
             parents[alive, here] = places + above
-            law[alive, here] = law_row + places + np.arange(len(alive))[:, None] * (
-                rows // len(alive)
+            law[alive, here] = (
+                law_row + places + np.arange(len(alive))[:, None] * (rows // len(alive))
             )
             law_row += rows
             above, first, begin = first, first + width, end
-        return [(tokens[r, :n], parents[r, :n], law[r, :n]) for r, n in enumerate(counts.tolist())]
+        return [
+            (tokens[r, :n], parents[r, :n], law[r, :n], np.zeros(n, np.int32))
+            for r, n in enumerate(counts.tolist())
+        ]
 
     def _batch(
         self,
@@ -188,12 +208,14 @@ class DraftTree(Proposer):
         laws: list,
     ) -> DraftBatch:
         counts = np.zeros(len(step.request_ids), np.int32)
-        counts[rows] = [len(tokens) for tokens, _, _ in nodes]
-        tokens, parents, law_of = (np.concatenate(part) for part in zip(*nodes, strict=True))
+        counts[rows] = [len(tokens) for tokens, *_ in nodes]
+        tokens, parents, law_of, sources = (
+            np.concatenate(part) for part in zip(*nodes, strict=True)
+        )
         law_of[np.repeat(deterministic, counts[rows])] = -1
         drawn = bool((law_of >= 0).any())
         return DraftBatch(
-            tokens, parents, counts,
+            tokens, parents, counts, sources,
             laws=torch.cat(laws) if drawn else None, law_of=law_of if drawn else None,
         )  # fmt: skip
 
@@ -242,11 +264,18 @@ class Knobs:
         return (self.temperature[active], *cuts)
 
 
-def _first_path(tokens: np.ndarray, parents: np.ndarray, law: np.ndarray) -> tuple:
+def _likelihood_class(probabilities: np.ndarray) -> np.ndarray:
+    """The source of nodes with these probabilities, int32 [n]."""
+    column = np.searchsorted(LIKELIHOOD, np.minimum(probabilities, 1.0))
+    return (1 + column).astype(np.int32)
+
+
+def _first_path(tokens: np.ndarray, parents: np.ndarray, *labels: np.ndarray) -> tuple:
     """The tree's path along first children, as a tree."""
     path, node = [], -1
     for i, parent in enumerate(parents):
         if parent == node:
             path.append(i)
             node = i
-    return tokens[path], np.arange(-1, len(path) - 1, dtype=np.int32), law[path]
+    chain = np.arange(-1, len(path) - 1, dtype=np.int32)
+    return tokens[path], chain, *(label[path] for label in labels)

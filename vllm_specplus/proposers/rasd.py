@@ -12,13 +12,15 @@ whose matches have been wrong lately loses its nodes to the others. ``prune`` is
 paper's explicit rule: drop retrieved branches whose first token the drafting sources
 give less than this probability (0, the default, prunes nothing).
 
-All sources draft deterministically, given the text: the one-hot rule of the engine is
-exact for their union (``tests/test_rasd.py`` enumerates it).
+All sources draft deterministically, given the text (a draft model: its most probable
+sequences, as EAGLE-2's trees in the paper): the one-hot rule of the engine is exact for
+their union (``tests/test_rasd.py`` enumerates it).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +28,9 @@ from vllm_specplus.proposers import proposer_class
 from vllm_specplus.proposers.base import Observation, Proposer, StepContext, bare_step
 from vllm_specplus.proposers.trees import Fusion
 from vllm_specplus.tree import DraftBatch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Rasd(Proposer):
@@ -37,6 +42,9 @@ class Rasd(Proposer):
             proposer_class(member.method)(member, vocab_size, fingerprint)
             for member in config.members()
         ]
+        for member in members:
+            member.report = lambda error: self.report(error)
+            member.count = lambda name: self.count(name)
         # Drafters first: what they think of a token prunes what the others retrieved.
         self.members = sorted(members, key=lambda member: member.config.retrieves)
         self.top_k = max(member.top_k for member in self.members)
@@ -51,25 +59,28 @@ class Rasd(Proposer):
         drafts = []
         bounds = self._fusion.offsets.tolist()
         for member, low, high in zip(self.members, bounds, bounds[1:], strict=False):
+            own = replace(
+                step,
+                observation=_first_ranks(step.observation, member.top_k),
+                acceptance=np.ascontiguousarray(step.acceptance[:, :, low:high]),
+                max_nodes=np.minimum(step.max_nodes, member.config.num_speculative_tokens),
+            )
             try:
-                drafts.append(
-                    member.propose(
-                        replace(
-                            step,
-                            observation=_first_ranks(step.observation, member.top_k),
-                            acceptance=np.ascontiguousarray(step.acceptance[:, :, low:high]),
-                        )
-                    )
-                )
+                draft = member.propose(own)
             except Exception as error:
                 self.report(error)
-                drafts.append(_nothing(len(step.num_tokens)))
+                draft = None
+            drafts.append(draft if draft and len(draft.tokens) else _nothing(len(own.num_tokens)))
         return self._fusion.fuse(drafts, step, self.config.prune)
 
     def observe_prompt(self, observation: Observation) -> None:
         for member in self.members:
             if member.reads_prompt:
                 member.observe_prompt(_first_ranks(observation, member.top_k))
+
+    def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
+        for member in self.members:
+            member.load_draft(device, dtype)
 
     def warm_up(self) -> None:
         for member in self.members:
