@@ -243,6 +243,35 @@ def test_confidence_replaces_the_source_table():
     assert world.controller.choose(step, drafts).counts.tolist() == [2, 0]
 
 
+def test_drawn_nodes_are_verified_whatever_they_are_worth():
+    """What they cost shows in the next steps: those are not drafted."""
+    source = Source("draft", "draft", 0.01)
+    controller = Controller(GoodputControl(), [source], 6, 1 << 16, Counters(), draws=True)
+    controller.cost = StepCost(CURVE)
+    texts = np.zeros((1, 1000), np.int32)
+    drafted = []
+    for known in range(10, 60):
+        step = StepContext(
+            ["r"], texts, np.array([known], np.int32), np.array([6], np.int32),
+            np.zeros(1, bool), NOTHING,
+        )  # fmt: skip
+        controller.prepare(step)
+        drafted.append(bool(step.max_nodes[0]))
+        if not drafted[-1]:
+            continue
+        # Three draws and two nodes that were looked up, the worst sort: all tokens are wrong.
+        drafts = DraftBatch(
+            np.full(5, 7, np.int32), np.array([-1, -1, 0, -1, 3], np.int32),
+            np.array([5], np.int32), laws="laws", law_of=np.array([0, 0, 1, -1, -1], np.int32),
+        )  # fmt: skip
+        chosen = controller.choose(step, drafts)
+        assert chosen.law_of[:3].tolist() == [0, 0, 1]
+        assert chosen.laws == "laws"
+        assert chosen.counts.tolist() == [len(chosen.tokens)]
+    assert drafted[0]
+    assert sum(drafted[1:]) <= 2  # probes
+
+
 class LevelWorld:
     """``requests`` texts with a draft model: each level of ``LEVELS`` nodes is followed with
     probability ``acceptance`` given that the one above was; a pass of the draft takes

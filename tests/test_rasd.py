@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.datastores import build_datastore
 from tests.test_drafting import save_draft
 from vllm_specplus import config
-from vllm_specplus.proposers.base import Observation, Proposer, StepContext, bare_step
+from vllm_specplus.proposers.base import Observation, Proposer, Sampling, StepContext, bare_step
 from vllm_specplus.proposers.draft_tree import LIKELIHOOD
 from vllm_specplus.proposers.rasd import Rasd
 from vllm_specplus.proposers.trees import Fusion
@@ -123,9 +123,13 @@ def test_without_retrieved_tokens_the_draft_is_the_drafters(tmp_path):
 
 @pytest.fixture
 def with_draft(tmp_path) -> Rasd:
+    return make_with_draft(tmp_path)
+
+
+def make_with_draft(tmp_path, **keys) -> Rasd:
     draft = {
         "method": "draft_tree", "model": save_draft(tmp_path / "draft", vocab=VOCAB), "width": 3,
-        "num_speculative_tokens": 6,
+        "num_speculative_tokens": 6, **keys,
     }  # fmt: skip
     parsed = config.parse({"method": "rasd", "sources": ["suffix_tree", draft]})
     proposer = Rasd(parsed, VOCAB, "")
@@ -170,10 +174,45 @@ def test_a_draft_without_room_is_reported_and_left_out(with_draft):
     assert all(path == (9, 10, 5, 7, 8)[: len(path)] for path in paths)
 
 
-def test_drawn_nodes_are_not_fused(tmp_path):
-    draft = {"method": "draft_tree", "model": save_draft(tmp_path), "shape": "rsd_s"}
-    with pytest.raises(ValueError, match="leave 'shape' out, or set it to 'topk'"):
-        config.parse({"method": "rasd", "sources": ["suffix_tree", draft]})
+@pytest.mark.parametrize("nodes", [8, 60])
+def test_what_is_drawn_stays(tmp_path, nodes):
+    """All of it, first among its siblings, with its law and a label that no draw changed."""
+    rasd = make_with_draft(tmp_path, shape="rsd_s")
+    assert rasd.rule == "without_replacement"
+    one = np.ones(1, np.float32)
+    sampling = Sampling(one, np.array([VOCAB], np.int32), one, [None])
+    twins = 0
+    for _ in range(40):
+        batch = rasd.propose(replace(context(rasd, TEXT, nodes), sampling=sampling))
+        drawn = batch.law_of >= 0
+        assert drawn.sum() == 6
+        assert drawn[:6].all()  # memory would cut the end
+        assert {rasd.sources[s].name for s in batch.sources[:6]} == {"level"}
+        assert batch.laws.shape == (4, VOCAB)
+        own_text = any(path == (9, 10, 5)[: len(path)] for path in paths_of(batch) if path)
+        assert own_text
+        twins += 9 in batch.tokens[:6][batch.parents[:6] < 0]
+        looked_up = batch.tokens[6:][batch.parents[6:] < 0]
+        assert not set(looked_up) & set(batch.tokens[:6][batch.parents[:6] < 0])
+    assert twins < 40
+
+
+@pytest.mark.parametrize(
+    ("keys", "rasd_keys", "says"),
+    [
+        ({"shape": "spectr"}, {}, "set 'shape' to chain, rsd_c, rsd_s or topk"),
+        ({"shape": "rsd_s", "verification": "traversal"}, {}, "leave 'verification' out"),
+        ({"shape": "rsd_s"}, {"prune": 0.1}, "'draft_tree' draws its nodes: give it the shape"),
+        ({"shape": "rsd_s"}, {"second": True}, "draft_tree and easyspec both draw their nodes"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(tmp_path, keys, rasd_keys, says):
+    draft = {"method": "draft_tree", "model": save_draft(tmp_path), **keys}
+    sources = ["suffix_tree", draft]
+    if rasd_keys.pop("second", False):
+        sources.append(draft | {"method": "easyspec"})
+    with pytest.raises(ValueError, match=says):
+        config.parse({"method": "rasd", "sources": sources, **rasd_keys})
 
 
 # -- exactness ------------------------------------------------------------------------

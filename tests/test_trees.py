@@ -45,14 +45,17 @@ def random_acceptance(rng, parents):
     return np.arange(count, dtype=np.int32), np.tile(own, (1, DEPTHS, 1)), survival
 
 
+NO_LAWS = np.full(60, -1, np.int32)
+
+
 @given(seeds, st.integers(0, 50))
 @settings(max_examples=100, deadline=None)
 def test_the_best_nodes_are_kept(seed, budget):
     rng = np.random.default_rng(seed)
     tokens, parents = random_tree(rng)
     sources, acceptance, survival = random_acceptance(rng, parents)
-    out = np.empty((3, 60), np.int32)
-    count = keep_best(tokens, parents, sources, acceptance, budget, False, out)
+    out = np.empty((4, 60), np.int32)
+    count = keep_best(tokens, parents, sources, NO_LAWS, acceptance, budget, False, out)
     kept = out[2, :count]
     expected = sorted(range(len(tokens)), key=lambda i: (-survival[i], i))[:budget]
     assert sorted(expected) == kept.tolist()
@@ -65,8 +68,8 @@ def test_a_chain_follows_the_best_child(seed, budget):
     rng = np.random.default_rng(seed)
     tokens, parents = random_tree(rng)
     sources, acceptance, survival = random_acceptance(rng, parents)
-    out = np.empty((3, 60), np.int32)
-    count = keep_best(tokens, parents, sources, acceptance, budget, True, out)
+    out = np.empty((4, 60), np.int32)
+    count = keep_best(tokens, parents, sources, NO_LAWS, acceptance, budget, True, out)
     assert out[1, :count].tolist() == list(range(-1, count - 1))
     node, expected = -1, []
     while len(expected) < budget and (parents == node).any():

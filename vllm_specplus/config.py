@@ -58,8 +58,6 @@ class MethodConfig(StrictModel):
     """May it be a source of rasd?"""
     own_size: ClassVar[bool] = False
     """Has it, as a source of rasd, a ``num_speculative_tokens`` of its own?"""
-    as_source: ClassVar[dict[str, Any]] = {}
-    """Defaults that differ when it is a source of rasd."""
 
     method: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)]
@@ -75,6 +73,11 @@ class MethodConfig(StrictModel):
                 "set num_speculative_tokens"
             )
         return self
+
+    @classmethod
+    def as_source(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        """``keys`` with the defaults that are others when it is a source of rasd."""
+        return keys
 
     def check_source(self) -> None:
         """Raise ValueError if, with these keys, it cannot be a source of rasd."""
@@ -174,7 +177,6 @@ class DraftTreeConfig(MethodConfig):
     """``{"method": "draft_tree", "model": "...", ...}``; see ``proposers/draft_tree.py``."""
 
     own_size: ClassVar[bool] = True  # every level costs a pass of the draft
-    as_source: ClassVar[dict[str, Any]] = {"shape": "topk"}
 
     method: Literal["draft_tree"] = "draft_tree"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
@@ -246,12 +248,20 @@ class DraftTreeConfig(MethodConfig):
         rules = _RULES[self.shape]
         return rules[self.verification or next(iter(rules))] if rules else None
 
+    @classmethod
+    def as_source(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        keys = {"shape": "topk"} | keys
+        if keys["shape"] in ("chain", "rsd_c", "rsd_s"):
+            keys = {"verification": "recursive"} | keys
+        return keys
+
     def check_source(self) -> None:
-        # Drawn nodes must be verified whatever the others found: see samplers/sampled.py.
-        if self.rule is not None:
+        # Other rules have no place for siblings that no draft distribution proposed.
+        if self.rule not in (None, "without_replacement"):
             raise ValueError(
-                f"'sources': {self.method!r} with shape {self.shape!r} draws its nodes, which may "
-                f"not compete with those of other sources: leave 'shape' out, or set it to 'topk'"
+                f"'sources': {self.method!r} with shape {self.shape!r} is verified by a rule that "
+                f"knows no nodes of other sources: set 'shape' to chain, rsd_c, rsd_s or topk, "
+                f"and leave 'verification' out"
             )
 
     def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
@@ -314,6 +324,17 @@ class RasdConfig(MethodConfig):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"'sources' names {name!r} twice: name every method once")
+        drawing = [member.method for member in self.members() if _draws(member)]
+        if len(drawing) > 1:
+            raise ValueError(
+                f"'sources': {' and '.join(drawing)} both draw their nodes: give all but one of "
+                f"them the shape 'topk'"
+            )
+        if drawing and self.prune:
+            raise ValueError(
+                f"'prune' goes by what a draft thinks, and {drawing[0]!r} draws its nodes: give "
+                f"it the shape 'topk' or remove 'prune'"
+            )
         if self.prune and all(member.retrieves for member in self.members()):
             raise ValueError(
                 "'prune' needs a source that drafts, such as token_recycling: "
@@ -339,7 +360,7 @@ class RasdConfig(MethodConfig):
                         f"'sources': {name!r} has a {key!r} of its own: "
                         f"set it once, for {self.method!r}"
                     )
-            keys = METHODS[name].as_source | keys | common
+            keys = METHODS[name].as_source(keys) | common
             if name == "token_recycling" and "suffix_tree" in names:
                 keys.setdefault("match_context", False)  # the suffix tree does that, and better
             members.append(parse(keys))
@@ -349,6 +370,10 @@ class RasdConfig(MethodConfig):
     def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
         for member in self.members():
             member.check_target(load_tokenizer, vocab_size)
+
+
+def _draws(member: MethodConfig) -> bool:
+    return isinstance(member, DraftTreeConfig) and member.rule is not None
 
 
 #: method name -> its model.

@@ -72,6 +72,25 @@ def sabotage(kind: str) -> None:
             return found
 
         Drafter.laws = laws
+    elif kind == "twins_not_drawn":
+        # Drawn nodes count as looked up where a look-up found them too.
+        from vllm_specplus.proposers.trees import Fusion
+
+        right_fuse = Fusion.fuse
+
+        def fuse(self, drafts, step, least=0.0):
+            if drafts[0].law_of is not None:
+                drawn, found = drafts[0], drafts[1]
+                ends = [np.cumsum(d.counts) for d in (drawn, found)]
+                for r in range(len(drawn.counts)):
+                    mine = slice(ends[0][r] - drawn.counts[r], ends[0][r])
+                    theirs = slice(ends[1][r] - found.counts[r], ends[1][r])
+                    known = found.tokens[theirs][found.parents[theirs] < 0]
+                    twins = (drawn.parents[mine] < 0) & np.isin(drawn.tokens[mine], known)
+                    drawn.law_of[mine][twins] = -1
+            return right_fuse(self, drafts, step, least)
+
+        Fusion.fuse = fuse
     elif kind == "no_native_kernels":
         from vllm_specplus.kernels import native
 

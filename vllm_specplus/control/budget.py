@@ -19,16 +19,18 @@ import numpy as np
 from numba import njit
 
 
-def best_goodput(survival: np.ndarray, num_requests: int, seconds: np.ndarray) -> tuple[int, float]:
+def best_goodput(
+    survival: np.ndarray, num_requests: int, seconds: np.ndarray, least: int = 0
+) -> tuple[int, float]:
     """The most productive number of nodes, and its goodput over that of no nodes.
 
-    ``survival`` float [N] in descending order; ``seconds`` float [N + 1] time of a step
-    that verifies 0..N of them. Each of the ``num_requests`` requests outputs one token
-    even undrafted. Ties go to fewer nodes.
+    ``survival`` float [N] in descending order behind the first ``least``, which are
+    verified anyway; ``seconds`` float [N + 1] time of a step that verifies 0..N of them. Each
+    of the ``num_requests`` requests outputs one token even undrafted. Ties go to fewer nodes.
     """
     tokens = num_requests + np.concatenate(([0.0], np.cumsum(survival, dtype=np.float64)))
     goodput = tokens / seconds
-    best = int(np.argmax(goodput))
+    best = least + int(np.argmax(goodput[least:]))
     return best, float(goodput[best] / goodput[0])
 
 

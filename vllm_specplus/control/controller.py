@@ -16,7 +16,9 @@ only probed, ever more rarely up to ``PROBE_INTERVALS``.
 A draft model (a proposer with ``levels``) pays a forward pass per level, and draws. Its
 trees are therefore planned before they are drafted, by how often earlier texts followed a
 tree to each level, and verified whole. Cutting them afterwards by what was drawn would
-also be wrong: see ``control/confidence.py``.
+also be wrong: see ``control/confidence.py``. Where drawn nodes are fused with others (RASD),
+they stay, and only the others compete; what that says about drafting counts from the next
+step on.
 """
 
 from __future__ import annotations
@@ -87,9 +89,12 @@ class Controller:
         max_rows: int,
         counters: Counters,
         levels: Sequence[int] | None = None,
+        draws: bool = False,
     ):
         """``max_nodes`` per request; ``max_rows`` verified rows per step; ``levels``: of a
-        draft model, nodes of each level of its trees."""
+        draft model, nodes of each level of its trees; ``draws``: nodes may be draws."""
+        self._draws = draws
+        self._rest = False  # the next step is not drafted, to keep the step cost honest
         self._levels = None if levels is None else np.array(levels)
         self.config = config
         self.acceptance = AcceptanceEstimator(sources)
@@ -146,6 +151,9 @@ class Controller:
         if not self.speculating and not self._drafting_is_cheap(step) and not self._probe_is_due():
             step.max_nodes[:] = 0
             self._idle_steps += 1
+        elif self._rest:
+            step.max_nodes[:] = 0
+            self._rest = False
         else:
             np.minimum(step.max_nodes, GROWTH[0] + GROWTH[1] * self._most, out=step.max_nodes)
 
@@ -219,6 +227,8 @@ class Controller:
         return self._confidence_estimator
 
     def _drafting_is_cheap(self, step: StepContext) -> bool:
+        if self._draws:
+            return False  # draws are verified once they are made
         if self.cost is None:
             return True
         requests = len(step.request_ids)
@@ -300,7 +310,10 @@ class Controller:
             confident = self._confidence().predict(drafts.confidence, depths)
             acceptance = np.where(first_children(drafts.parents, starts), confident, acceptance)
         survival = self._calibration() * survivals(drafts.parents, starts, acceptance)
-        kept = self._kept(step, drafts, survival)
+        drawn = np.zeros(len(survival), bool)
+        if drafts.law_of is not None:
+            drawn = drafts.law_of >= 0
+        kept = self._kept(step, drawn, survival)
         self.counters.add("control_steps")
         self.counters.add("nodes_grown", len(survival))
         expected = expected_tokens(survival, kept, starts)
@@ -318,6 +331,8 @@ class Controller:
             chosen = drafts
         else:
             chosen = DraftBatch(*keep_nodes(drafts.tokens, drafts.parents, drafts.counts, kept))
+            if drawn.any():
+                chosen.laws, chosen.law_of = drafts.laws, drafts.law_of[kept]
         self._most = int(chosen.counts.max())
         return chosen
 
@@ -334,33 +349,38 @@ class Controller:
         self.counters.add("undrafted_steps", not len(drafts.tokens))
         return drafts
 
-    def _kept(self, step: StepContext, drafts: DraftBatch, survival: np.ndarray) -> np.ndarray:
-        """Bool [N]: which nodes the policy verifies."""
+    def _kept(self, step: StepContext, drawn: np.ndarray, survival: np.ndarray) -> np.ndarray:
+        """Bool [N]: which nodes the policy verifies; all that were ``drawn`` bool [N]."""
         kept = np.zeros(len(survival), bool)
         if not len(survival):
             return kept
         # Stable: among equals a parent stays before its child.
-        order = np.argsort(-survival, kind="stable")
+        order = np.argsort(-np.where(drawn, 2.0, survival), kind="stable")
         requests = len(step.request_ids)
         order = order[: max(self.max_rows - requests, 0)]
         if self.config.policy == "threshold":
-            order = order[survival[order] >= 1.0 - self.config.threshold]
+            order = order[drawn[order] | (survival[order] >= 1.0 - self.config.threshold)]
         elif self.config.policy == "goodput":
-            order = order[: self._budget(step, survival[order])]
+            order = order[: self._budget(step, survival[order], int(drawn[order].sum()))]
         kept[order] = True
         return kept
 
-    def _budget(self, step: StepContext, survival: np.ndarray) -> int:
-        """Nodes of the whole batch, by goodput; ``survival`` in descending order."""
+    def _budget(self, step: StepContext, survival: np.ndarray, drawn: int) -> int:
+        """Nodes of the whole batch, by goodput; ``survival`` in descending order behind the
+        first ``drawn`` ones, which are drawn."""
         if self.cost is None:
-            return 0
+            return drawn
         requests = len(step.request_ids)
         rows = requests + np.arange(len(survival) + 1)
         seconds = self.cost.predict(rows, requests, float(step.num_tokens.sum()))
-        best, gain = best_goodput(survival, requests, seconds)
+        best, gain = best_goodput(survival, requests, seconds, drawn)
         # The time for these drafts is spent, but the next ones will cost it again.
         gain *= float(seconds[best] / (seconds[best] + self._draft_seconds * requests))
-        return self._switched(best, gain)
+        switched = self._switched(best, gain)
+        if not drawn:
+            return switched
+        self._rest = self.speculating and not switched
+        return best
 
     def _switched(self, best: int, gain: float) -> int:
         """``best`` nodes (or levels) of relative goodput ``gain``, 0 while speculation is

@@ -54,6 +54,7 @@ class Drafter:
             max_rows=max_rows(vllm_config),
             counters=self.counters,
             levels=self.proposer.levels,
+            draws=self.proposer.rule is not None,
         )
         self._drafted: tuple[list[str], DraftBatch] | None = None
         self._warned = False

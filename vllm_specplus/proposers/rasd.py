@@ -12,9 +12,13 @@ whose matches have been wrong lately loses its nodes to the others. ``prune`` is
 paper's explicit rule: drop retrieved branches whose first token the drafting sources
 give less than this probability (0, the default, prunes nothing).
 
-All sources draft deterministically, given the text (a draft model: its most probable
-sequences, as EAGLE-2's trees in the paper): the one-hot rule of the engine is exact for
-their union (``tests/test_rasd.py`` enumerates it).
+Most sources draft deterministically, given the text (a draft model by default too: its
+most probable sequences, as EAGLE-2's trees in the paper): the one-hot rule of the engine is
+exact for their union (``tests/test_rasd.py`` enumerates it). One draft model may draw its
+nodes instead. Siblings are then tried in draw order by rule C of ``samplers/sampled.py``,
+and what others found after them, by what is left of the target's distribution. What was
+drawn stays, whatever it is: nodes to verify, their number and the labels that decide about
+them are fixed before the draw. What was looked up may depend on anything.
 """
 
 from __future__ import annotations
@@ -45,8 +49,10 @@ class Rasd(Proposer):
         for member in members:
             member.report = lambda error: self.report(error)
             member.count = lambda name: self.count(name)
-        # Drafters first: what they think of a token prunes what the others retrieved.
-        self.members = sorted(members, key=lambda member: member.config.retrieves)
+        # Draws come before other siblings; then drafters: what they think of a token prunes
+        # what the others retrieved.
+        self.members = sorted(members, key=lambda m: (m.config.retrieves, m.rule is None))
+        self.rule = self.members[0].rule
         self.top_k = max(member.top_k for member in self.members)
         self.reads_prompt = any(member.reads_prompt for member in self.members)
         self._fusion = Fusion(

@@ -39,6 +39,7 @@ def retrieve(
     weights = np.empty(capacity, np.int32)
     depths = np.empty(capacity, np.int32)
     sources = np.empty(capacity, np.int32)
+    laws = np.full(capacity, -1, np.int32)  # nothing is drawn
     ranges = np.zeros((first.shape[0], 2), np.int64)
     total = 0
     for r in range(num_tokens.shape[0]):
@@ -60,8 +61,8 @@ def retrieve(
             depths[i] = depth
             sources[i] = evidence_class(length + depth - 1, weights[i], passing)
         counts[r] = keep_best(
-            trie_tokens[:nodes], trie_parents[:nodes], sources[:nodes], acceptance[r : r + 1],
-            max_nodes[r], chain_only[r], out[:, total:],
+            trie_tokens[:nodes], trie_parents[:nodes], sources[:nodes], laws[:nodes],
+            acceptance[r : r + 1], max_nodes[r], chain_only[r], out[:, total:],
         )  # fmt: skip
         total += counts[r]
     return total
@@ -75,21 +76,21 @@ class Rest(Proposer):
     def __init__(self, config, vocab_size: int, fingerprint: str):
         super().__init__(config, vocab_size, fingerprint)
         self.datastore = Datastore.open(config.datastore)
-        self._out = np.empty((3, 0), np.int32)
+        self._out = np.empty((4, 0), np.int32)
 
     def propose(self, step: StepContext) -> DraftBatch:
         self.datastore.check_intact()
         store = self.datastore
         capacity = int(step.max_nodes.sum())
         if self._out.shape[1] < capacity:
-            self._out = np.empty((3, capacity), np.int32)
+            self._out = np.empty((4, capacity), np.int32)
         counts = np.empty(len(step.num_tokens), np.int32)
         total = retrieve(
             store.tokens, store.order, store.first, store.starts, store.manifest.vocab_size,
             step.acceptance, step.token_ids, step.num_tokens, step.max_nodes, step.chain_only,
             self._out, counts,
         )  # fmt: skip
-        tokens, parents, sources = self._out[:, :total]
+        tokens, parents, sources, _ = self._out[:, :total]
         return DraftBatch(tokens, parents, counts, sources)
 
     def warm_up(self) -> None:

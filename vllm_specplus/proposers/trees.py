@@ -20,18 +20,22 @@ _MORE_AGREE = (0.15, 0.25, 0.40, 0.65, 0.75, 0.85, 0.92, 0.97)
 
 
 @njit(cache=True, nogil=True)
-def keep_best(tokens, parents, sources, acceptance, budget, chain, out):
+def keep_best(tokens, parents, sources, laws, acceptance, budget, chain, out):
     """Keep the ``budget`` nodes of one tree that most probably survive; returns how many.
 
-    ``tokens``, ``parents``, ``sources`` int32 [N] in topological order; ``acceptance``
+    ``tokens``, ``parents``, ``sources``, ``laws`` int32 [N] in topological order; ``acceptance``
     float32 [1, depths, S]. No node survives its parent, so the best nodes are closed under
-    parents. ``chain``: only the best path, child by child. Writes the renumbered tree to
-    the three rows of ``out`` int32 [3, >= budget]; ties go to the earlier node.
+    parents. Drawn nodes (``laws`` >= 0, below drawn ones only) go first, whatever they are
+    worth. ``chain``: only the best path, child by child. Writes the renumbered tree to the
+    four rows of ``out`` int32 [4, >= budget]; ties go to the earlier node.
     """
     count = tokens.shape[0]
     whole = np.array([0, count], np.int32)
     conditional, _ = look_up(parents, sources, whole, acceptance)
     survival = survivals(parents, whole, conditional)
+    for i in range(count):
+        if laws[i] >= 0:
+            survival[i] = 2.0
     kept = np.ones(count, np.bool_)
     if chain:
         kept[:] = False
@@ -57,6 +61,7 @@ def keep_best(tokens, parents, sources, acceptance, budget, chain, out):
             out[0, total] = tokens[i]
             out[1, total] = -1 if parents[i] < 0 else place[parents[i]]
             out[2, total] = sources[i]
+            out[3, total] = laws[i]
             total += 1
     return total
 
@@ -71,17 +76,20 @@ def _agreement_class(acceptance, proposed_by):
 
 @njit(cache=True, nogil=True)
 def merge(
-    tokens, parents, sources, counts, retrieves, least, acceptance, agreement,
+    tokens, parents, sources, laws, counts, retrieves, least, acceptance, agreement,
     max_nodes, chain_only, out, out_counts,
 ):  # fmt: skip
     """Fuse M trees of each request by longest common prefix and trim to the best nodes.
 
     ``tokens``, ``parents``, ``sources`` int32 [N]: the trees of the first member for all
-    requests, then those of the second, ...; ``counts`` int32 [M, R]. Sources and
+    requests, then those of the second, ...; ``counts`` int32 [M, R]. ``laws`` int32 [N]:
+    >= 0 for nodes that were drawn, by the first member only. All of them stay, also twins,
+    with the source they have: what happens to a draw must not depend on what was drawn.
+    Others that hold the same token are one with the first of them. Sources and
     ``acceptance`` float32 [R, depths, S] use one numbering, in which the classes of
     agreement begin at ``agreement``. Branches of members that only look up
     (``retrieves`` bool [M]) go if the members before them, which draft, give their first
-    token less than ``least``. Writes to ``out`` int32 [3, >= sum(max_nodes)] and
+    token less than ``least``. Writes to ``out`` int32 [4, >= sum(max_nodes)] and
     ``out_counts`` int32 [R]; returns the total number of nodes.
     """
     members, requests = counts.shape
@@ -95,6 +103,7 @@ def merge(
         f_tokens = np.empty(size, np.int32)
         f_parents = np.empty(size, np.int32)
         f_sources = np.empty(size, np.int32)
+        f_laws = np.empty(size, np.int32)
         f_best = np.empty(size, np.float32)
         f_depths = np.empty(size, np.int32)
         f_members = np.empty(size, np.int32)
@@ -111,9 +120,11 @@ def merge(
                     place[i] = -2
                     continue
                 token = tokens[at]
-                child = first_child[node + 1]
-                while child >= 0 and f_tokens[child] != token:
-                    child = sibling[child]
+                child = np.int32(-1)
+                if laws[at] < 0:
+                    child = first_child[node + 1]
+                    while child >= 0 and f_tokens[child] != token:
+                        child = sibling[child]
                 if node < 0 and retrieves[m] and (f_best[child] if child >= 0 else 0.0) < least:
                     place[i] = -2
                     continue
@@ -122,7 +133,7 @@ def merge(
                 if child < 0:
                     child = np.int32(nodes)
                     f_tokens[child], f_parents[child], f_depths[child] = token, node, depth
-                    f_sources[child], f_best[child] = sources[at], p
+                    f_sources[child], f_best[child], f_laws[child] = sources[at], p, laws[at]
                     f_members[child], f_last[child] = 1, m
                     sibling[child] = first_child[node + 1]
                     first_child[node + 1] = child
@@ -135,11 +146,11 @@ def merge(
                 place[i] = child
             begin[m] += counts[m, r]
         for i in range(nodes):
-            if f_members[i] > 1:
+            if f_members[i] > 1 and f_laws[i] < 0:
                 f_sources[i] = agreement + _agreement_class(f_best[i], f_members[i])
         out_counts[r] = keep_best(
-            f_tokens[:nodes], f_parents[:nodes], f_sources[:nodes], acceptance[r : r + 1],
-            max_nodes[r], chain_only[r], out[:, total:],
+            f_tokens[:nodes], f_parents[:nodes], f_sources[:nodes], f_laws[:nodes],
+            acceptance[r : r + 1], max_nodes[r], chain_only[r], out[:, total:],
         )  # fmt: skip
         total += out_counts[r]
     return total
@@ -150,7 +161,7 @@ class Fusion:
 
     A node that several members propose is verified once. It is better evidence than
     either alone, so it gets a source of its own, by how many agree and how good the
-    best of them is.
+    best of them is. Only the first member may draw its nodes.
     """
 
     def __init__(self, members: Sequence[Sequence[Source]], retrieves: Sequence[bool] = ()):
@@ -159,7 +170,7 @@ class Fusion:
         self.agreement = int(self.offsets[-1])
         self.sources = tuple(s for sources in members for s in sources) + _agreement_sources()
         self.retrieves = np.array(retrieves or [False] * len(members), bool)
-        self._out = np.empty((3, 0), np.int32)
+        self._out = np.empty((4, 0), np.int32)
 
     def fuse(
         self, drafts: Sequence[DraftBatch], step: StepContext, least: float = 0.0
@@ -170,18 +181,26 @@ class Fusion:
         """
         capacity = int(step.max_nodes.sum())
         if self._out.shape[1] < capacity:
-            self._out = np.empty((3, capacity), np.int32)
+            self._out = np.empty((4, capacity), np.int32)
         counts = np.empty(len(step.num_tokens), np.int32)
         total = merge(
             np.concatenate([d.tokens for d in drafts]),
             np.concatenate([d.parents for d in drafts]),
             np.concatenate([d.sources + o for d, o in zip(drafts, self.offsets, strict=False)]),
+            np.concatenate([_laws_of(d) for d in drafts]),
             np.stack([d.counts for d in drafts]),
             self.retrieves, least, step.acceptance, self.agreement,
             step.max_nodes, step.chain_only, self._out, counts,
         )  # fmt: skip
-        tokens, parents, sources = self._out[:, :total]
-        return DraftBatch(tokens, parents, counts, sources)
+        tokens, parents, sources, law_of = self._out[:, :total]
+        laws = drafts[0].laws
+        return DraftBatch(
+            tokens, parents, counts, sources, laws=laws, law_of=None if laws is None else law_of
+        )
+
+
+def _laws_of(drafts: DraftBatch) -> np.ndarray:
+    return np.full(len(drafts.tokens), -1, np.int32) if drafts.law_of is None else drafts.law_of
 
 
 def _agreement_sources() -> tuple[Source, ...]:
