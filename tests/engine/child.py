@@ -72,23 +72,20 @@ def sabotage(kind: str) -> None:
             return found
 
         Drafter.laws = laws
-    elif kind == "twins_not_drawn":
-        # Drawn nodes count as looked up where a look-up found them too.
+    elif kind == "found_as_drawn":
+        # What was looked up is judged by the draft's distribution, like its drawn siblings.
         from vllm_specplus.proposers.trees import Fusion
 
         right_fuse = Fusion.fuse
 
         def fuse(self, drafts, step, least=0.0):
-            if drafts[0].law_of is not None:
-                drawn, found = drafts[0], drafts[1]
-                ends = [np.cumsum(d.counts) for d in (drawn, found)]
-                for r in range(len(drawn.counts)):
-                    mine = slice(ends[0][r] - drawn.counts[r], ends[0][r])
-                    theirs = slice(ends[1][r] - found.counts[r], ends[1][r])
-                    known = found.tokens[theirs][found.parents[theirs] < 0]
-                    twins = (drawn.parents[mine] < 0) & np.isin(drawn.tokens[mine], known)
-                    drawn.law_of[mine][twins] = -1
-            return right_fuse(self, drafts, step, least)
+            batch = right_fuse(self, drafts, step, least)
+            if batch.law_of is not None:
+                tree = np.repeat(np.arange(len(batch.counts)), batch.counts)
+                laws = {}
+                for i, above in enumerate(zip(tree, batch.parents, strict=True)):
+                    batch.law_of[i] = laws.setdefault(above, batch.law_of[i])
+            return batch
 
         Fusion.fuse = fuse
     elif kind == "no_native_kernels":

@@ -74,7 +74,7 @@ def test_greedy_text_is_the_same_when_fused(
     assert harness.ids(result) == harness.ids(plain)
     assert harness.ids(result, 1) == harness.ids(plain, 1)
     assert result["counters"]["draft_failures"] == 0
-    assert result["counters"]["nodes_accepted"] > 100
+    assert result["counters"]["nodes_accepted"] > (300 if control is FIXED else 20)
 
 
 def test_the_target_as_its_own_draft_is_always_right(tmp_path, tiny_engine, tiny_model):
@@ -120,11 +120,15 @@ def small_pair(tmp_path_factory) -> tuple[str, str]:
         ({"source": "topk"}, None),
         ({"source": "rsd_s"}, None),
         ({"source": "rsd_s", "control": GOODPUT}, None),
-        ({"source": "rsd_s"}, "twins_not_drawn"),
+        ({"source": "rsd_s"}, "found_as_drawn"),
         ({"shape": "rsd_s", "verification": "recursive"}, "q_not_renormalised"),
         ({"shape": "rsd_s"}, "foreign_laws"),
     ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+    ids=lambda value: (
+        "-".join(v["policy"] if isinstance(v, dict) else str(v) for v in value.values())
+        if isinstance(value, dict)
+        else value
+    ),
 )
 def test_sampled_text_has_the_targets_distribution(tmp_path, small_pair, keys, sabotage):
     """Three tokens under top-k sampling, by every rule, from a draft alone or as a source of
@@ -145,7 +149,8 @@ def test_sampled_text_has_the_targets_distribution(tmp_path, small_pair, keys, s
     result = harness.run(tmp_path, engine, [batch], sabotage)
     counters = result["counters"]
     assert counters["draft_failures"] == 0
-    assert counters["nodes_accepted"] > 0.5 * samples
+    # The controller finds less to gain with 256 requests at once.
+    assert counters["nodes_accepted"] > (0.05 if "control" in keys else 0.5) * samples
     texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
     p = chi_square(joint_probabilities(target, prompt, 6), texts)
     assert p > 1e-3 if sabotage is None else p < 1e-6
