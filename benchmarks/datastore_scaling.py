@@ -23,8 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_specplus.bench.report import describe_hardware, describe_versions
-from vllm_specplus.bench.runner import describe_machine
+from vllm_specplus.bench.report import describe_run
 from vllm_specplus.retrieval.corpus import Corpus
 
 QUERIES = 2000
@@ -198,11 +197,7 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        machine = describe_machine(args.json.with_suffix(".log"))
-        content = {
-            "command": " ".join(sys.argv), "versions": describe_versions(machine),
-            "machine": describe_hardware(machine), "sizes": rows,
-        }  # fmt: skip
+        content = describe_run(args.json.with_suffix(".log")) | {"sizes": rows}
         args.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
     if args.plot:
         plot(rows, args.plot)

@@ -19,15 +19,13 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vllm_specplus.bench.report import describe_hardware, describe_versions
-from vllm_specplus.bench.runner import describe_machine
+from vllm_specplus.bench.report import describe_run
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layers_of
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel
@@ -40,7 +38,8 @@ TIMED_ROUNDS, TURNS = 12, 5
 
 def draft_chain(executor: DraftExecutor, text: np.ndarray, levels: int) -> tuple[list[int], list]:
     """The most probable ``levels`` tokens behind ``text``, and the seconds of each pass."""
-    assert executor.room("text", len(text))
+    if not executor.room("text", len(text)):
+        raise ValueError(f"a text of {len(text)} tokens does not fit the draft")
     start = time.perf_counter()
     logits = executor.begin(["text"], [text])[:, None]
     tokens, seconds = [], []
@@ -152,8 +151,8 @@ def main() -> None:
         executor = LayerParallelExecutor(model, SLOTS, args.levels, size)
         accepted = accepted_per_round(executor, texts, args.levels, args.tokens)
         result["accepted"][size] = accepted
-        lost = 1 - accepted / result["accepted"][groups[0]]
-        print(f"groups of {size}: {accepted:.2f} of {args.levels} accepted a round ({-lost:+.1%})")
+        kept = accepted / result["accepted"][groups[0]]
+        print(f"groups of {size}: {accepted:.2f} of {args.levels} accepted a round ({kept:.0%})")
     text = np.concatenate(texts[0])[:256]
     for size in groups:
         if size < 2:
@@ -167,11 +166,7 @@ def main() -> None:
                     flush=True,
                 )
     if args.json:
-        machine = describe_machine(args.json.with_suffix(".log"))
-        content = {
-            "command": " ".join(sys.argv), "versions": describe_versions(machine),
-            "machine": describe_hardware(machine), **result,
-        }  # fmt: skip
+        content = describe_run(args.json.with_suffix(".log")) | result
         args.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 

@@ -27,8 +27,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from vllm_specplus.bench.dataset import load_dataset, pick
 from vllm_specplus.bench.methods import parse_methods
-from vllm_specplus.bench.report import describe_hardware, describe_versions
-from vllm_specplus.bench.runner import describe_machine
+from vllm_specplus.bench.report import describe_run
 
 
 def word_missing(text: str) -> str:
@@ -138,12 +137,8 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        machine = describe_machine(args.json.with_suffix(".log"))
-        content = {
-            "command": " ".join(sys.argv), "versions": describe_versions(machine),
-            "machine": describe_hardware(machine),
-            "questions": len(questions), "passes": results,
-        }  # fmt: skip
+        content = describe_run(args.json.with_suffix(".log"))
+        content |= {"questions": len(questions), "passes": results}
         args.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 

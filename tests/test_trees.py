@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_specplus.control.acceptance import DEPTHS, Source
+from vllm_specplus.control.acceptance import DEPTHS, PROBABILITY_CLASSES, Source
 from vllm_specplus.proposers.base import StepContext, bare_step
-from vllm_specplus.proposers.trees import AGREEMENT, Fusion, keep_best
+from vllm_specplus.proposers.trees import Fusion, keep_best
 from vllm_specplus.tree import DraftBatch
 
 seeds = st.integers(0, 2**32 - 1)
@@ -87,7 +87,7 @@ MEMBER = tuple(Source(str(p), "m", p) for p in LEVELS)
 
 def step(fusion: Fusion, max_nodes=80, requests=1) -> StepContext:
     """Acceptance as stated by the sources; agreeing nodes are as good as the best of theirs."""
-    table = [s.prior for s in fusion.sources[: fusion.agreement]] + list(AGREEMENT) * 2
+    table = [s.prior for s in fusion.sources[: fusion.agreement]] + list(PROBABILITY_CLASSES) * 2
     bare = bare_step(fusion.sources, np.zeros((requests, 4), np.int32), max_nodes)
     bare.acceptance[:] = np.array(table, np.float32)
     return bare
@@ -131,8 +131,8 @@ def test_fusion_is_the_union_of_paths(seed, members):
                 assert source == fusion.offsets[m] + own
             else:
                 best = float(np.float32(max(LEVELS[own] for _, own in proposing)))
-                column = next(i for i, high in enumerate(AGREEMENT) if best <= high)
-                more = len(AGREEMENT) * (len(proposing) > 2)
+                column = next(i for i, high in enumerate(PROBABILITY_CLASSES) if best <= high)
+                more = len(PROBABILITY_CLASSES) * (len(proposing) > 2)
                 assert source == fusion.agreement + more + column
 
 

@@ -74,6 +74,11 @@ class MethodConfig(StrictModel):
             )
         return self
 
+    @property
+    def rule(self) -> str | None:
+        """Verification rule of ``samplers/sampled.py``; None: nothing is drawn."""
+        return None
+
     @classmethod
     def as_source(cls, keys: dict[str, Any]) -> dict[str, Any]:
         """``keys`` with the defaults that are others when it is a source of rasd."""
@@ -244,14 +249,13 @@ class DraftTreeConfig(MethodConfig):
 
     @property
     def rule(self) -> str | None:
-        """Verification rule of ``samplers/sampled.py``; None: nothing is drawn."""
         rules = _RULES[self.shape]
         return rules[self.verification or next(iter(rules))] if rules else None
 
     @classmethod
     def as_source(cls, keys: dict[str, Any]) -> dict[str, Any]:
         keys = {"shape": "topk"} | keys
-        if keys["shape"] in ("chain", "rsd_c", "rsd_s"):
+        if keys["shape"] in _FUSED_SHAPES:
             keys = {"verification": "recursive"} | keys
         return keys
 
@@ -260,8 +264,8 @@ class DraftTreeConfig(MethodConfig):
         if self.rule not in (None, "without_replacement"):
             raise ValueError(
                 f"'sources': {self.method!r} with shape {self.shape!r} is verified by a rule that "
-                f"knows no nodes of other sources: set 'shape' to chain, rsd_c, rsd_s or topk, "
-                f"and leave 'verification' out"
+                f"knows no nodes of other sources: set 'shape' to {', '.join(_FUSED_SHAPES)} or "
+                f"topk, and leave 'verification' out"
             )
 
     def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
@@ -302,6 +306,10 @@ _RULES: dict[str, dict[str, str]] = {
     "rsd_s": {"traversal": "traversal", "recursive": "without_replacement"},
     "spectr": {"k_seq": "k_seq", "recursive": "with_replacement"},
 }
+#: Shapes that draw by a rule which also takes nodes that nothing drew.
+_FUSED_SHAPES = tuple(
+    shape for shape, rules in _RULES.items() if rules.get("recursive") == "without_replacement"
+)
 
 
 class RasdConfig(MethodConfig):
@@ -320,11 +328,12 @@ class RasdConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _sources_fit(self):
-        names = [member.method for member in self.members()]
+        members = self.members()
+        names = [member.method for member in members]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"'sources' names {name!r} twice: name every method once")
-        drawing = [member.method for member in self.members() if _draws(member)]
+        drawing = [member.method for member in members if member.rule is not None]
         if len(drawing) > 1:
             raise ValueError(
                 f"'sources': {' and '.join(drawing)} both draw their nodes: give all but one of "
@@ -335,12 +344,16 @@ class RasdConfig(MethodConfig):
                 f"'prune' goes by what a draft thinks, and {drawing[0]!r} draws its nodes: give "
                 f"it the shape 'topk' or remove 'prune'"
             )
-        if self.prune and all(member.retrieves for member in self.members()):
+        if self.prune and all(member.retrieves for member in members):
             raise ValueError(
                 "'prune' needs a source that drafts, such as token_recycling: "
                 "add one or remove 'prune'"
             )
         return self
+
+    @property
+    def rule(self) -> str | None:
+        return next((member.rule for member in self.members() if member.rule), None)
 
     def members(self) -> list[MethodConfig]:
         """The sources' own configs; all but draft models get ``num_speculative_tokens``."""
@@ -370,10 +383,6 @@ class RasdConfig(MethodConfig):
     def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
         for member in self.members():
             member.check_target(load_tokenizer, vocab_size)
-
-
-def _draws(member: MethodConfig) -> bool:
-    return isinstance(member, DraftTreeConfig) and member.rule is not None
 
 
 #: method name -> its model.

@@ -9,6 +9,8 @@ two medians.
 
 import os
 import platform
+import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from pydantic import BaseModel
 from vllm_specplus import __version__
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.protocol import DraftCounters, MachineInfo, RequestResult
-from vllm_specplus.bench.runner import Failure, Session, find_differences
+from vllm_specplus.bench.runner import Failure, Session, describe_machine, find_differences
 
 Origin = Literal["baseline", "vllm", "specplus"]
 
@@ -330,6 +332,19 @@ def build_failures(failures: Iterable[Failure]) -> list[FailureReport]:
         )
         for failure in failures
     ]
+
+
+def describe_run(log: Path) -> dict[str, Any]:
+    """What every report of ``benchmarks/`` states: command, versions and machine.
+
+    ``log``: file for what the process that looks at the machine prints.
+    """
+    machine = describe_machine(log)
+    return {
+        "command": shlex.join(sys.argv),
+        "versions": describe_versions(machine),
+        "machine": describe_hardware(machine),
+    }
 
 
 def describe_versions(machine: MachineInfo) -> dict[str, str]:

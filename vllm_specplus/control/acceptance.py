@@ -49,6 +49,10 @@ class Source:
     """Conditional acceptance measured beforehand, in (0, 1)."""
 
 
+#: Classes of probabilities, by their upper ends: for sources that say how sure they are.
+PROBABILITY_CLASSES = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
+
+
 @njit(cache=True)
 def label_nodes(tokens, parents, text, drafted_at, known):
     """Which nodes of one tree has the text decided, and how?

@@ -215,7 +215,7 @@ class StepCost:
         merely raising it would leave every prediction too high.
         """
         information = self._prior + self._information
-        theta, free = self._mean.copy(), np.ones(7, bool)
+        theta, free = self._mean.copy(), np.ones(len(self._mean), bool)
         while True:
             given = self._evidence - information[:, ~free] @ (theta - self._mean)[~free]
             fit = np.linalg.solve(information[np.ix_(free, free)], given[free])

@@ -228,14 +228,16 @@ class BestFirst(Shape):
         their path: (tokens, parents), int32 [counts[r]] each, and the probability of each
         node given its parent, float32 [counts[r]]."""
         tokens, parents, probabilities = [], [], []
-        seen = [tuple(t.cpu().numpy() for t in level) for level in self._seen]
+        flat = [
+            torch.stack((trees[:, None].expand_as(ids), ids, above)).flatten(1)
+            for trees, _, ids, above in self._seen
+        ]
+        # Two copies, for which the device is waited for.
+        trees, all_ids, all_above = torch.cat(flat, 1).cpu().numpy()
+        all_phi = torch.cat([phi.flatten() for _, phi, *_ in self._seen]).cpu().numpy()
         for tree, count in enumerate(counts.tolist()):
-            here = [
-                (phi[at[0]], ids[at[0]], above[at[0]])
-                for trees, phi, ids, above in seen
-                if len(at := np.flatnonzero(trees == tree))
-            ]
-            phi, ids, above = (np.concatenate(part) for part in zip(*here, strict=True))
+            at = trees == tree
+            phi, ids, above = all_phi[at], all_ids[at], all_above[at]
             # A parent is never less probable than its child, and comes first among equals.
             chosen = np.argsort(-phi, kind="stable")[:count]
             places = np.full(len(phi) + 1, -1)  # the last one is the root's

@@ -13,9 +13,9 @@ Sampled nodes are verified against the distributions they were drawn from, which
 with them (``DraftBatch.laws``); that accepts more than matching the target's own draw.
 Greedy requests get the same shapes without noise.
 
-As a source of ``rasd`` it drafts ``topk`` trees: they are functions of the past, so that
-they may be fused with what was retrieved, and trimmed, without harm. What the draft gave a
-node tells how good it is.
+As a source of ``rasd`` it drafts ``topk`` trees by default: they are functions of the past,
+so that they may be fused with what was retrieved, and trimmed, without harm. What the draft
+gave a node tells how good it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_specplus.control.acceptance import Source
+from vllm_specplus.control.acceptance import PROBABILITY_CLASSES, Source
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.shapes import (
@@ -53,12 +53,11 @@ SHAPES = {
 
 
 LEVEL = Source("level", "draft", 0.5)
-#: Classes of deterministic nodes, by the probability the draft gave them (upper ends).
-LIKELIHOOD = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
+# Of deterministic nodes, by the probability the draft gave them.
 _PRIORS = (0.03, 0.08, 0.18, 0.3, 0.42, 0.55, 0.7, 0.85)
 LIKELY = tuple(
     Source(f"draft gives up to {high}", "draft", prior)
-    for high, prior in zip(LIKELIHOOD, _PRIORS, strict=True)
+    for high, prior in zip(PROBABILITY_CLASSES, _PRIORS, strict=True)
 )
 
 
@@ -266,7 +265,7 @@ class Knobs:
 
 def _likelihood_class(probabilities: np.ndarray) -> np.ndarray:
     """The source of nodes with these probabilities, int32 [n]."""
-    column = np.searchsorted(LIKELIHOOD, np.minimum(probabilities, 1.0))
+    column = np.searchsorted(PROBABILITY_CLASSES, np.minimum(probabilities, 1.0))
     return (1 + column).astype(np.int32)
 
 

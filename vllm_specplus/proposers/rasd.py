@@ -52,7 +52,7 @@ class Rasd(Proposer):
         # Draws come before other siblings; then drafters: what they think of a token prunes
         # what the others retrieved.
         self.members = sorted(members, key=lambda m: (m.config.retrieves, m.rule is None))
-        self.rule = self.members[0].rule
+        self.rule = config.rule
         self.top_k = max(member.top_k for member in self.members)
         self.reads_prompt = any(member.reads_prompt for member in self.members)
         self._fusion = Fusion(
@@ -75,8 +75,8 @@ class Rasd(Proposer):
                 draft = member.propose(own)
             except Exception as error:
                 self.report(error)
-                draft = None
-            drafts.append(draft if draft and len(draft.tokens) else _nothing(len(own.num_tokens)))
+                draft = DraftBatch.empty(len(step.num_tokens))
+            drafts.append(draft if len(draft.tokens) else _nothing(len(step.num_tokens)))
         return self._fusion.fuse(drafts, step, self.config.prune)
 
     def observe_prompt(self, observation: Observation) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from vllm_specplus.control.acceptance import Source, look_up, survivals
+from vllm_specplus.control.acceptance import PROBABILITY_CLASSES, Source, look_up, survivals
 from vllm_specplus.proposers.base import StepContext
 from vllm_specplus.tree import DraftBatch
 
-#: Nodes proposed by several rules at once: classes by the highest acceptance among
-#: them (upper ends), for two rules and for more.
-AGREEMENT = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
-# Their acceptance before anything is learnt (as in retrieval/evidence.py).
+# Nodes proposed by several rules at once are classed by the highest acceptance among them, for
+# two rules and for more; their own before anything is learnt (as in retrieval/evidence.py):
 _TWO_AGREE = (0.10, 0.17, 0.37, 0.52, 0.67, 0.79, 0.88, 0.96)
 _MORE_AGREE = (0.15, 0.25, 0.40, 0.65, 0.75, 0.85, 0.92, 0.97)
 
@@ -69,9 +67,9 @@ def keep_best(tokens, parents, sources, laws, acceptance, budget, chain, out):
 @njit(cache=True, nogil=True)
 def _agreement_class(acceptance, proposed_by):
     column = 0
-    while acceptance > AGREEMENT[column]:
+    while acceptance > PROBABILITY_CLASSES[column]:
         column += 1
-    return (len(AGREEMENT) if proposed_by > 2 else 0) + column
+    return (len(PROBABILITY_CLASSES) if proposed_by > 2 else 0) + column
 
 
 @njit(cache=True, nogil=True)
@@ -207,5 +205,5 @@ def _agreement_sources() -> tuple[Source, ...]:
     return tuple(
         Source(f"{who} agree, best up to {high}", "agreement", prior)
         for who, priors in (("two", _TWO_AGREE), ("more", _MORE_AGREE))
-        for high, prior in zip(AGREEMENT, priors, strict=True)
+        for high, prior in zip(PROBABILITY_CLASSES, priors, strict=True)
     )
