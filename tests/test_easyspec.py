@@ -124,7 +124,7 @@ def test_after_calibration_the_cache_is_that_of_a_fresh_reading(draft):
                 getattr(e.cache, name)[layer][e.cache.table(["r"])[0]].flatten(0, 1)[:34]
                 for e in (run, fresh)
             )
-            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
 def start_owners(plan: Plan, port: int) -> list[subprocess.Popen]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -125,8 +126,10 @@ def main(job_path: str, out_path: str) -> None:
     result, owners = [], []
     for batch in job["batches"]:
         time.sleep(batch.get("pause", 0))
-        if "pause" in batch or "kill_owner_after" in batch:
+        if batch.keys() & {"pause", "kill_owner_after", "stop_cluster_after"}:
             owners.append(llm.collective_rpc(_owners)[0])
+        if "stop_cluster_after" in batch:
+            threading.Timer(batch["stop_cluster_after"], _stop_cluster).start()
         if "kill_owner_after" in batch:
             kill = (owners[-1][0], signal.SIGKILL)
             threading.Timer(batch["kill_owner_after"], os.kill, kill).start()
@@ -174,6 +177,11 @@ def main(job_path: str, out_path: str) -> None:
             },
             f,
         )
+
+
+def _stop_cluster() -> None:
+    ray = [os.path.join(os.path.dirname(sys.executable), "ray"), "stop", "--force"]
+    subprocess.run(ray, capture_output=True, check=True)
 
 
 def _owners(worker):

@@ -22,7 +22,8 @@ def run(
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
     other (before one with "truncate", that file is cut short; one with "pause" waits so many
     seconds; in one with "kill_owner_after" a process of a layer-parallel draft is killed after
-    so many seconds); ``env``: more environment.
+    so many seconds, in one with "stop_cluster_after" all of Ray on this machine); ``env``: more
+    environment.
     Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}, "owners": [[pid, ...]]}.
     """
     number = len(list(tmp_path.glob("job*.json")))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +56,36 @@ def test_a_killed_owner_costs_drafts_and_nothing_else(
     first, second = result["owners"]
     assert first != second
     assert all(gone(pid) for pid in first + second)
+
+
+@pytest.fixture
+def cluster():
+    """Address of a Ray cluster of this machine."""
+    ray = str(Path(sys.executable).parent / "ray")
+    port = 6390
+    start = [ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false",
+             "--node-ip-address=127.0.0.1"]  # fmt: skip
+    subprocess.run(start, env=os.environ | ENV, capture_output=True, check=True, timeout=120)
+    yield f"127.0.0.1:{port}"
+    subprocess.run([ray, "stop", "--force"], capture_output=True, check=True, timeout=60)
+
+
+def test_a_stopped_cluster_costs_drafts_and_nothing_else(
+    tmp_path, tiny_engine, mixed_requests, plain, deep_draft, cluster
+):
+    """Its head is stopped in the middle of the second batch and stays away."""
+    batch = {"requests": mixed_requests}
+    config = spec(deep_draft, shards=2, ray_address=cluster)
+    result = harness.run(
+        tmp_path,
+        tiny_engine | {"speculative_config": config},
+        [batch, batch | {"stop_cluster_after": 0.3}, batch | {"pause": 5}],
+        env=ENV,
+    )
+    for i in range(3):
+        assert harness.ids(result, i) == harness.ids(plain)
+    counters = result["counters"]
+    assert counters["draft_group_rebuilds"] == 0
+    assert counters["draft_failures"] >= 1
+    assert counters["nodes_drafted"] > 100
+    assert all(gone(pid) for pid in result["owners"][0])

@@ -161,6 +161,23 @@ def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> tor
     return out
 
 
+def receive_pass(group: Group, device: torch.device) -> tuple:
+    """What home's :meth:`RemoteAttentions.begin` sends: its arguments."""
+    sizes = group.broadcast(torch.zeros(4, dtype=torch.int64, device=device))
+    kind, rows, width, pages = sizes.tolist()
+    numbers = 2 * rows * width + rows * pages
+    raw = torch.empty(8 * numbers + rows * width * pages * PAGE, dtype=torch.uint8, device=device)
+    group.broadcast(raw)
+    positions, slots, table = (
+        raw[: 8 * numbers].view(torch.int64).split([rows * width, rows * width, rows * pages])
+    )
+    mask = raw[8 * numbers :].view(torch.bool).view(rows, 1, width, pages * PAGE)
+    shape = (rows, width)
+    return (
+        positions.view(shape), slots.view(shape), table.view(rows, pages), mask, kind == _EXACT,
+    )  # fmt: skip
+
+
 @torch.inference_mode()
 def serve(
     plan: Plan, rank: int, host: str, port: int, device: torch.device, connect: timedelta
@@ -175,24 +192,13 @@ def serve(
     # Last, when nothing slow is left: home does not wait long within a step.
     group = Group(rank, plan.shards, host, port, device, connect)
     while True:
-        sizes = group.broadcast(torch.zeros(4, dtype=torch.int64, device=device))
-        kind, rows, width, pages = sizes.tolist()
-        numbers = 2 * rows * width + rows * pages
-        raw = torch.empty(
-            8 * numbers + rows * width * pages * PAGE, dtype=torch.uint8, device=device
-        )
-        group.broadcast(raw)
-        positions, slots, table = (
-            raw[: 8 * numbers].view(torch.int64).split([rows * width, rows * width, rows * pages])
-        )
-        mask = raw[8 * numbers :].view(torch.bool).view(rows, 1, width, pages * PAGE)
-        shape = (rows, width)
-        local.begin(positions.view(shape), slots.view(shape), table.view(rows, pages), mask, False)
-        hidden = torch.empty(rows, width, size, dtype=model.dtype, device=device)
+        positions, slots, table, mask, exact = receive_pass(group, device)
+        local.begin(positions, slots, table, mask, exact)
+        hidden = torch.empty(*positions.shape, size, dtype=model.dtype, device=device)
         for layers in layer_groups(model.num_layers, plan.group_size):
             owners = [plan.owner(layer, model.num_layers) for layer in layers]
             own = [layer for layer in layers if layer in mine]
-            if kind == _EXACT:
+            if exact:
                 for layer in own:
                     group.receive(hidden, 0)
                     group.send(local.alone(layer, hidden).contiguous(), 0)

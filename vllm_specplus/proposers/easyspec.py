@@ -3,7 +3,7 @@
 The trees are those of ``draft_tree``. What differs is the draft's forward pass: the
 attentions of a group of layers read one input at the same time, each on its own device
 (``drafting/easyspec.py``, ``drafting/shards.py``), which Ray placed
-(``drafting/placement.py``).
+(``drafting/placement.py``, ``drafting/ray_owners.py``).
 
 A lost owner costs drafts, not text: requests go on undrafted while the group is built anew,
 and their drafts' caches are filled again by reading their texts.
@@ -12,6 +12,7 @@ and their drafts' caches are filled again by reading their texts.
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layers_of
 from vllm_specplus.drafting.model import DraftModel
@@ -21,10 +22,21 @@ from vllm_specplus.proposers.base import StepContext
 from vllm_specplus.proposers.draft_tree import DraftTree
 from vllm_specplus.tree import DraftBatch
 
+if TYPE_CHECKING:
+    from vllm_specplus.config import EasySpecConfig
+
+
+#: Between two attempts to start lost owners anew.
+RETRY_SECONDS = 30
+
 
 class EasySpec(DraftTree):
     _placement: Placement | None = None
     _rebuild: threading.Thread | None = None
+
+    def __init__(self, config: EasySpecConfig, vocab_size: int, fingerprint: str):
+        super().__init__(config, vocab_size, fingerprint)
+        self._closing = threading.Event()
 
     def _make_executor(self, model: DraftModel, max_slots: int) -> LayerParallelExecutor:
         size, shards = self.config.group_size, self.config.shards
@@ -61,13 +73,18 @@ class EasySpec(DraftTree):
         try:
             self._placement.restart()
         except Exception as error:
-            self.report(error)  # the next step finds no owners and tries again
+            self.report(error)
+            # The next step finds no owners and tries again, but a cluster may be away for long.
+            self._closing.wait(RETRY_SECONDS)
             return
         self._attach(self._executor)
         self._executor.cache.forget_texts()
         self.count("draft_group_rebuilds")
 
     def close(self) -> None:
+        self._closing.set()
+        if self._placement is not None:
+            self._placement.cancel()
         if self._rebuild is not None:
             self._rebuild.join()
         if self._placement is not None:

@@ -1,0 +1,172 @@
+"""``python -m vllm_specplus.drafting.ray_owners ORDER``: the process that talks to Ray.
+
+Ray ends a process whose cluster is lost, and stopping a cluster's head must not end an
+engine. So this process joins the cluster in the engine's place: it reserves the devices (one
+placement group, STRICT_PACK: all on one node), starts an actor on each, and watches them.
+ORDER is the JSON of an :class:`Order`. It answers with JSON lines on standard output::
+
+    {"placed": {"host": ..., "port": ..., "pids": [...]}}   owners wait for home there
+    {"failed": "one sentence"}                              now or later; then it ends
+
+and ends, with everything it started, when its standard input does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from vllm_specplus.drafting.shards import Plan, serve
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+#: For owners to load their weights and connect.
+CONNECT_SECONDS = 120
+#: Between two looks at the owners.
+WATCH_SECONDS = 0.5
+
+
+class PlacementError(RuntimeError):
+    """The owners cannot be placed; the message says what was asked for and what is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to place where."""
+
+    plan: Plan
+    resource: str
+    """"CPU" or "GPU", one for every owner."""
+    address: str | None
+    """Of a Ray cluster; None: a local one, for as long as this process lives."""
+    reserve_seconds: float
+    """How long the cluster may take to find the devices."""
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> Order:
+        fields = json.loads(text)
+        return cls(**fields | {"plan": Plan(**fields["plan"])})
+
+
+class Owner:
+    """A Ray actor: one shard."""
+
+    def run(self, plan: Plan, rank: int, host: str, port: int) -> None:
+        """Serve until home stops or is gone."""
+        import torch
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        serve(plan, rank, host, port, device, timedelta(seconds=CONNECT_SECONDS))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def connect(address: str | None) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address=address, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.ERROR, namespace="vllm-specplus",
+        )  # fmt: skip
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PlacementError(f"cannot reach a Ray cluster at {address!r}: {reason}") from error
+
+
+def reserve(order: Order) -> PlacementGroup:
+    import ray
+    from ray.util.placement_group import placement_group
+
+    count = order.plan.shards - 1
+    bundles = placement_group([{order.resource: 1}] * count, strategy="STRICT_PACK")
+    if not bundles.wait(order.reserve_seconds):
+        there = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        raise PlacementError(
+            f"easyspec asks for {count} free {order.resource}s on one node of the Ray cluster, "
+            f"which has {there or 'none'} left: lower 'shards' or free some"
+        )
+    return bundles
+
+
+def start(order: Order, bundles: PlacementGroup) -> tuple[dict[str, Any], list]:
+    """Start the owners: where they wait for home, and what they run."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    on_gpu = order.resource == "GPU"
+    host, port = ray.util.get_node_ip_address(), _free_port()
+    actor = ray.remote(Owner)
+    owners = [
+        actor.options(
+            num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0, max_concurrency=2,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                bundles, placement_group_bundle_index=bundle
+            ),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        ).remote()
+        for bundle in range(order.plan.shards - 1)
+    ]  # fmt: skip
+    runs = [
+        owner.run.remote(order.plan, rank, host, port) for rank, owner in enumerate(owners, start=1)
+    ]
+    pids = ray.get([owner.pid.remote() for owner in owners], timeout=CONNECT_SECONDS)
+    # The references keep the actors alive.
+    return {"host": host, "port": port, "pids": pids}, [owners, runs]
+
+
+def watch(runs: list) -> None:
+    """Return when home is gone; raise what ended an owner."""
+    import ray
+
+    while True:
+        if select.select([sys.stdin], [], [], WATCH_SECONDS)[0] and not sys.stdin.readline():
+            return
+        ended, _ = ray.wait(runs, num_returns=1, timeout=0)
+        if ended:
+            ray.get(ended)
+            raise PlacementError("an owner of the draft ended")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def main() -> None:
+    # What Ray and torch print goes to standard error.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    import ray
+
+    order = Order.load(sys.argv[1])
+    try:
+        connect(order.address)
+        placed, (_owners, runs) = start(order, reserve(order))
+        print(json.dumps({"placed": placed}), file=answers)
+        watch(runs)
+    except PlacementError as error:
+        print(json.dumps({"failed": str(error)}), file=answers)
+    except ray.exceptions.RayError as error:
+        print(json.dumps({"failed": f"an owner of the draft failed: {error}"}), file=answers)
+    # Ends actors and placement group with this process' job, and a local cluster.
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
