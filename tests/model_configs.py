@@ -1,4 +1,16 @@
-"""``config.json`` of models whose sizes are known."""
+"""Models whose sizes are known: as ``config.json``, and as a method sees its target."""
+
+from vllm_specplus.config import Target
+
+
+def target(tokenizer=None, vocab_size: int = 9, **fields) -> Target:
+    """A small Llama on one rank, unless ``fields`` say otherwise."""
+    return Target(
+        load_tokenizer=lambda: tokenizer,
+        vocab_size=vocab_size,
+        **({"family": "llama", "num_layers": 4, "tensor_parallel_size": 1} | fields),
+    )
+
 
 LLAMA_3_8B = {
     "hidden_size": 4096,

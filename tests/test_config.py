@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.datastores import NumberTokenizer, build_datastore
+from tests.model_configs import target
 from vllm_specplus import plugin
 from vllm_specplus.config import parse
 
@@ -79,8 +80,11 @@ def test_mistakes_are_one_sentence(keys, words):
         ({"method": "rest", "datastore": "/nowhere"}, "'/nowhere' is not a datastore (no manifest"),
         ({"method": "suffix_tree", "max_depth": 1}, "'max_depth' is 1: input should be greater"),
         ({"method": "rasd", "sources": []}, "'sources' is []: list should have at least 1 item"),
-        ({"method": "rasd", "sources": ["ngram"]}, "holds 'ngram' (allowed: draft_tree, easyspec"),
-        ({"method": "rasd", "sources": ["rasd"]}, "holds 'rasd' (allowed: draft_tree, easyspec"),
+        (
+            {"method": "rasd", "sources": ["ngram"]},
+            "holds 'ngram' (allowed: draft_tree, early_exit",
+        ),
+        ({"method": "rasd", "sources": ["rasd"]}, "holds 'rasd' (allowed: draft_tree, early_exit"),
         ({"method": "rasd", "sources": [{"top_k": 3}]}, "'sources' holds {'top_k': 3}"),
         ({"method": "rasd", "sources": ["rest"]}, "for 'rest': 'datastore' is missing"),
         ({"method": "rasd", "sources": ["suffix_tree"] * 2}, "names 'suffix_tree' twice"),
@@ -118,14 +122,14 @@ def test_a_datastore_must_fit_the_model(tmp_path):
         {"method": "rasd", "sources": [{"method": "rest", "datastore": store}]},
     ):
         config = parse(raw)
-        config.check_target(lambda: NumberTokenizer(9), 9)
+        config.check_target(target(NumberTokenizer(9)))
         with pytest.raises(ValueError, match="was built with another tokenizer"):
-            config.check_target(lambda: NumberTokenizer(8), 9)
+            config.check_target(target(NumberTokenizer(8)))
         tokens = tmp_path / "store" / "tokens.bin"
         content = tokens.read_bytes()
         tokens.write_bytes(bytes(len(content)))
         with pytest.raises(ValueError, match=r"checksum of tokens\.bin"):
-            config.check_target(lambda: NumberTokenizer(9), 9)
+            config.check_target(target(NumberTokenizer(9)))
         tokens.write_bytes(content)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.model_configs import target
 from vllm_specplus.config import parse
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.drafting.cache import PAGE, PagedCache
@@ -324,7 +325,7 @@ def test_drafts_that_cannot_run_are_named(tmp_path, draft):
             parse({"method": "draft_tree", "model": changed(**fields)})
     for size in (VOCAB - 1, VOCAB + 1):
         with pytest.raises(ValueError, match=f"has 96 token ids, the target {size}"):
-            parse({"method": "draft_tree", "model": draft}).check_target(lambda: None, size)
+            parse({"method": "draft_tree", "model": draft}).check_target(target(vocab_size=size))
 
 
 def test_levels(draft):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -49,6 +50,19 @@ class ThresholdControl(StrictModel):
 ControlConfig = GoodputControl | FixedControl | ThresholdControl
 
 
+@dataclass(frozen=True)
+class Target:
+    """The model that is served, as far as a method has to fit it."""
+
+    load_tokenizer: Callable[[], Any]
+    """Returns its Hugging Face tokenizer, or None if the engine runs without one."""
+    vocab_size: int
+    family: str
+    """``model_type`` of its config."""
+    num_layers: int
+    tensor_parallel_size: int
+
+
 class MethodConfig(StrictModel):
     """Keys every method of ours understands."""
 
@@ -87,12 +101,8 @@ class MethodConfig(StrictModel):
     def check_source(self) -> None:
         """Raise ValueError if, with these keys, it cannot be a source of rasd."""
 
-    def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
-        """Raise ValueError if the method's files do not fit the target model.
-
-        ``load_tokenizer`` returns the target's Hugging Face tokenizer, or None if the engine
-        runs without one; ``vocab_size`` is the model's.
-        """
+    def check_target(self, target: Target) -> None:
+        """Raise ValueError if the method does not fit the target model."""
 
 
 class TokenRecyclingConfig(MethodConfig):
@@ -152,9 +162,9 @@ class RestConfig(MethodConfig):
         datastore.Datastore.open(self.datastore)
         return self
 
-    def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
+    def check_target(self, target: Target) -> None:
         manifest = datastore.verify(self.datastore)
-        datastore.check_target(manifest, self.datastore, load_tokenizer(), vocab_size)
+        datastore.check_target(manifest, self.datastore, target.load_tokenizer(), target.vocab_size)
 
 
 class SuffixTreeConfig(MethodConfig):
@@ -178,26 +188,20 @@ class SuffixTreeConfig(MethodConfig):
         return self
 
 
-class DraftTreeConfig(MethodConfig):
-    """``{"method": "draft_tree", "model": "...", ...}``; see ``proposers/draft_tree.py``."""
+class ShapedDraftConfig(MethodConfig):
+    """Keys of the methods that draft level by level, each level a forward pass."""
 
-    own_size: ClassVar[bool] = True  # every level costs a pass of the draft
+    own_size: ClassVar[bool] = True
 
-    method: Literal["draft_tree"] = "draft_tree"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
     """Nodes of the whole tree: width times depth, or given by ``branching``."""
-    model: str
-    """Hugging Face folder of the draft, with the target's tokenizer."""
-    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "rsd_s"
+    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "topk"
     width: Annotated[int, Field(ge=1, le=16)] = 3
     """Nodes per level of topk, rsd_s and spectr."""
     branching: list[Annotated[int, Field(ge=1, le=16)]] = Field(default=[3, 1, 1, 1], min_length=1)
     """Children of every node, level by level, of rsd_c."""
     verification: Literal["recursive", "block", "traversal", "k_seq"] | None = None
     """How sampled nodes are accepted; by default the best rule for the shape."""
-    head_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
-    of frequency, and the output layer is most of a small draft (arXiv 2502.14856)."""
     kv_memory_mb: Annotated[int, Field(ge=1)] = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
@@ -227,11 +231,6 @@ class DraftTreeConfig(MethodConfig):
                 f"shape {self.shape!r} cannot be verified by {self.verification!r} "
                 f"(allowed: {', '.join(allowed) or 'leave verification out'})"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _model_runs(self):
-        draft_model.read_config(self.model)
         return self
 
     def shape_arguments(self, depth: int) -> tuple:
@@ -268,8 +267,25 @@ class DraftTreeConfig(MethodConfig):
                 f"topk, and leave 'verification' out"
             )
 
-    def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
-        draft_model.check_target(self.model, load_tokenizer(), vocab_size)
+
+class DraftTreeConfig(ShapedDraftConfig):
+    """``{"method": "draft_tree", "model": "...", ...}``; see ``proposers/draft_tree.py``."""
+
+    method: Literal["draft_tree"] = "draft_tree"
+    model: str
+    """Hugging Face folder of the draft, with the target's tokenizer."""
+    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "rsd_s"
+    head_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
+    of frequency, and the output layer is most of a small draft (arXiv 2502.14856)."""
+
+    @model_validator(mode="after")
+    def _model_runs(self):
+        draft_model.read_config(self.model)
+        return self
+
+    def check_target(self, target: Target) -> None:
+        draft_model.check_target(self.model, target.load_tokenizer(), target.vocab_size)
 
 
 class EasySpecConfig(DraftTreeConfig):
@@ -295,6 +311,83 @@ class EasySpecConfig(DraftTreeConfig):
         if self.shards == 1 and self.ray_address is not None:
             raise ValueError("'ray_address' is for 'shards' > 1: set it or remove the address")
         return self
+
+
+class SelfSpeculationConfig(ShapedDraftConfig):
+    """Keys of the methods that draft with the target's own layers."""
+
+    def check_target(self, target: Target) -> None:
+        if target.family not in draft_model.FAMILIES:
+            raise ValueError(
+                f"method {self.method!r} knows the layers of {', '.join(draft_model.FAMILIES)}, "
+                f"and the target is of type {target.family!r}"
+            )
+        if target.tensor_parallel_size > 1:
+            raise ValueError(
+                f"method {self.method!r} drafts with the target's layers on one rank: set "
+                f"tensor_parallel_size to 1"
+            )
+        for key, layers in self.named_layers().items():
+            if layers and not 0 <= min(layers) <= max(layers) < target.num_layers:
+                raise ValueError(
+                    f"{key!r} is {layers}, and the target's layers are 0 to {target.num_layers - 1}"
+                )
+
+    def named_layers(self) -> dict[str, list[int] | None]:
+        """Keys that name layers of the target."""
+        raise NotImplementedError
+
+
+class LayerSkipConfig(SelfSpeculationConfig):
+    """``{"method": "layer_skip", ...}``; see ``proposers/layer_skip.py``."""
+
+    method: Literal["layer_skip"] = "layer_skip"
+    skip_share: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    """Share of the attention and MLP blocks that drafting leaves out, first and last layer
+    aside; which ones is found while serving."""
+    skip_attention: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers whose attention is left out, instead of a search."""
+    skip_mlp: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers whose MLP is left out, instead of a search."""
+
+    @model_validator(mode="after")
+    def _searched_or_given(self):
+        given = [key for key, layers in self.named_layers().items() if layers is not None]
+        if given and "skip_share" in self.model_fields_set:
+            raise ValueError(
+                f"'skip_share' is for the search, and {given[0]!r} says what to leave out: remove "
+                f"one of them"
+            )
+        return self
+
+    def check_target(self, target: Target) -> None:
+        super().check_target(target)
+        if target.num_layers < 3:
+            raise ValueError(
+                f"method 'layer_skip' keeps the first and the last layer, and the target has "
+                f"{target.num_layers}"
+            )
+
+    def named_layers(self) -> dict[str, list[int] | None]:
+        return {"skip_attention": self.skip_attention, "skip_mlp": self.skip_mlp}
+
+
+class EarlyExitConfig(SelfSpeculationConfig):
+    """``{"method": "early_exit", ...}``; see ``proposers/early_exit.py``."""
+
+    method: Literal["early_exit"] = "early_exit"
+    exit_layers: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
+    """How many layers may run, in ascending order: the best is found while serving. By default
+    a quarter, a half and three quarters of them."""
+
+    @model_validator(mode="after")
+    def _exits_ascend(self):
+        if self.exit_layers and self.exit_layers != sorted(set(self.exit_layers)):
+            raise ValueError(f"'exit_layers' is {self.exit_layers}: name each once, ascending")
+        return self
+
+    def named_layers(self) -> dict[str, list[int] | None]:
+        return {"exit_layers": self.exit_layers}
 
 
 _SHAPE_KEYS = {"width": ("topk", "rsd_s", "spectr"), "branching": ("rsd_c",)}
@@ -380,15 +473,17 @@ class RasdConfig(MethodConfig):
             members[-1].check_source()
         return members
 
-    def check_target(self, load_tokenizer: Callable[[], Any], vocab_size: int) -> None:
+    def check_target(self, target: Target) -> None:
         for member in self.members():
-            member.check_target(load_tokenizer, vocab_size)
+            member.check_target(target)
 
 
 #: method name -> its model.
 METHODS: dict[str, type[MethodConfig]] = {
     "draft_tree": DraftTreeConfig,
+    "early_exit": EarlyExitConfig,
     "easyspec": EasySpecConfig,
+    "layer_skip": LayerSkipConfig,
     "rasd": RasdConfig,
     "rest": RestConfig,
     "suffix_tree": SuffixTreeConfig,

@@ -44,6 +44,7 @@ COUNTERS = {
     "measured_step_seconds": "Seconds these steps took.",
     "memory_guard_trims": "Drafts shortened because cache blocks or token budget ran short.",
     "draft_group_rebuilds": "Times the processes of a layer-parallel draft were started anew.",
+    "draft_layer_changes": "Times self-speculation chose other layers of the target.",
     "draft_failures": "Steps whose drafting failed; they went on undrafted.",
 }
 _INDEX = {name: i for i, name in enumerate(COUNTERS)}

@@ -14,7 +14,7 @@ import os
 from typing import Any
 
 from vllm_specplus import compat
-from vllm_specplus.config import METHODS, MethodConfig, parse
+from vllm_specplus.config import METHODS, MethodConfig, Target, parse
 from vllm_specplus.control import requests
 
 logger = logging.getLogger("vllm.specplus")
@@ -114,7 +114,13 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     for problem in conflicts(args, model_config, parallel_config, current_platform.device_type):
         raise ValueError(f"speculative method {config.method!r} {problem}")
     config.check_target(
-        lambda: cached_tokenizer_from_config(model_config), model_config.get_vocab_size()
+        Target(
+            load_tokenizer=lambda: cached_tokenizer_from_config(model_config),
+            vocab_size=model_config.get_vocab_size(),
+            family=model_config.hf_text_config.model_type,
+            num_layers=model_config.get_total_num_hidden_layers(),
+            tensor_parallel_size=parallel_config.tensor_parallel_size,
+        )
     )
     args.speculative_config = {
         "method": "custom_class",

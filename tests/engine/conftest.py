@@ -10,22 +10,23 @@ from tests.engine import harness
 VOCAB = 512
 
 
-def build_model(path, vocab: int, spread: float) -> str:
-    """A small random Llama in float32, without a tokenizer.
+def build_model(path, vocab: int, spread: float, family: str = "llama") -> str:
+    """A small random model in float32, without a tokenizer.
 
     ``spread`` scales the weights: large values make greedy text varied (many
     distinct tokens), which shows errors that a repetitive text would hide.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+    config = AutoConfig.for_model(
+        family, vocab_size=vocab, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=spread,
         max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        sliding_window=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(path)
     return str(path)
 
 

@@ -81,6 +81,16 @@ class PagedCache:
             row[: len(pages)] = pages
         return table
 
+    def store(
+        self, slots: torch.Tensor, layers: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Write keys and values [n, kv_heads, head_dim], layer by layer, at ``slots`` int64
+        [n], counted over all pages."""
+        stores = zip(self.keys.values(), self.values.values(), strict=True)
+        for both, new in zip(stores, layers, strict=True):
+            for store, rows in zip(both, new, strict=True):
+                store.view(-1, *store.shape[2:])[slots] = rows
+
     # -- one forward pass -----------------------------------------------------------
 
     def begin_pass(self, slots: torch.Tensor, table: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vllm_specplus.drafting.cache import PAGE, PagedCache
-from vllm_specplus.drafting.model import DraftModel
+from vllm_specplus.drafting.model import LayeredModel
 
 #: A text with more news than this, a prompt, is read by itself, so many tokens at a time.
 PROMPT_ROWS, PROMPT_CHUNK = 32, 256
@@ -26,7 +26,7 @@ PROMPT_ROWS, PROMPT_CHUNK = 32, 256
 class DraftExecutor:
     """Runs ``model`` for all requests of a step; holds their KV cache."""
 
-    def __init__(self, model: DraftModel, max_slots: int, max_nodes: int):
+    def __init__(self, model: LayeredModel, max_slots: int, max_nodes: int):
         """``max_slots``: tokens and nodes the cache can hold, over all requests;
         ``max_nodes``: of one request's tree."""
         self.model = model

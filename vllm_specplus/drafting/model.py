@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,30 @@ def check_target(folder: str, target_tokenizer: Any, vocab_size: int) -> None:
             f"draft model {folder!r} has another tokenizer than the target: "
             f"use a draft of the target's family"
         )
+
+
+class LayeredModel(Protocol):
+    """What the draft executor runs: a :class:`DraftModel`, or the target's own layers.
+
+    Shapes as there; what ``rotary`` returns is for ``attention`` only.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    num_layers: int
+    attention_layers: list[int]
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    vocab_size: int
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor: ...
+    def rotary(self, positions: torch.Tensor) -> Any: ...
+    def attention(
+        self, layer: int, hidden: torch.Tensor, rotary: Any, mask: torch.Tensor, cache: PagedCache
+    ) -> torch.Tensor: ...
+    def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor: ...
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
 class DraftModel:

@@ -16,6 +16,7 @@ from vllm_specplus import metrics
 from vllm_specplus.config import METHODS
 from vllm_specplus.control import memory
 from vllm_specplus.control.controller import Controller
+from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
 from vllm_specplus.proposers.base import Observation, StepContext
@@ -42,6 +43,7 @@ class Drafter:
         self.counters = metrics.Counters(path)
         model = vllm_config.model_config
         self._dtype = model.dtype
+        self._vllm_config = vllm_config
         self.proposer = proposer_class(self.config.method)(
             self.config,
             vocab_size=model.get_vocab_size(),
@@ -63,6 +65,7 @@ class Drafter:
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""
         if self._first_rank:  # the one that drafts
+            self.proposer.target_layers = lambda: TargetLayers(model, self._vllm_config)
             self.proposer.load_draft(next(model.parameters()).device, self._dtype)
             self.proposer.warm_up()
 

@@ -1,4 +1,6 @@
-"""KV compaction: accepted nodes move to the consecutive slots their text owns.
+"""The target's KV cache, slot by slot: compaction, and reading for self-speculation.
+
+Compaction: accepted nodes move to the consecutive slots their text owns.
 
 A tree's rows lie in the cache at consecutive slots after the context, in node
 order. Keys carry the rotary phase of the node's depth, which is its final
@@ -9,12 +11,13 @@ row of the path, to the slots right after the root.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from vllm_specplus.kernels import native
-from vllm_specplus.kernels.reference import move_slots_reference
+from vllm_specplus.kernels.reference import move_slots_reference, page_offsets
 from vllm_specplus.samplers.base import Acceptance
 
 
@@ -34,6 +37,43 @@ def moves(acceptance: Acceptance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def distinct(kv_caches: list[torch.Tensor]) -> list[torch.Tensor]:
     """The caches without repeats: layers may share one, which must move only once."""
     return list({cache.data_ptr(): cache for cache in kv_caches}.values())
+
+
+class CpuReader:
+    """Reads slots of vLLM's CPU cache, whose pages are packed for its kernels."""
+
+    def __init__(self, kv_caches: list[torch.Tensor], layout: str):
+        _, _, block_size, twice = kv_caches[0].shape
+        self._caches = kv_caches
+        self._block_size = block_size
+        self._offsets = page_offsets(layout, block_size, twice // 2)
+
+    def __call__(self, slots: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [n, kv_heads, head_dim] at ``slots`` int64 [n], layer by layer."""
+        slots = torch.from_numpy(slots)
+        page, place = slots // self._block_size, slots % self._block_size
+        cache = self._caches[0]
+        heads = torch.arange(cache.shape[1]) * cache.stride(1)
+        begin = (page[:, None] * cache.stride(0) + heads)[..., None]
+        key_at, value_at = (begin + table[place][:, None] for table in self._offsets)
+        for cache in self._caches:
+            flat = cache.view(-1)
+            yield flat[key_at], flat[value_at]
+
+
+class CudaReader:
+    """Reads slots of a CUDA cache [pages, KV heads, block_size, 2 * head_dim]."""
+
+    def __init__(self, kv_caches: list[torch.Tensor]):
+        self._caches = kv_caches
+
+    def __call__(self, slots: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """As :class:`CpuReader`."""
+        slots = torch.from_numpy(slots).to(self._caches[0].device)
+        block_size = self._caches[0].shape[2]
+        page, place = slots // block_size, slots % block_size
+        for cache in self._caches:
+            yield cache.transpose(1, 2)[page, place].chunk(2, dim=-1)
 
 
 class CpuMover:

@@ -104,7 +104,7 @@ class TreeRunnerMixin:
     _step: Step | None = None
     _clock: Clock | None = None
     _verified_rows: np.ndarray
-    _move_slots = None
+    _move_slots = _read_slots = None
     _rule_sampler: verify.RuleSampler | None = None
     _faster_than_stock = False
     """Does our attention serve chains and single rows better than the stock one?"""
@@ -457,6 +457,12 @@ class TreeRunnerMixin:
         page = table.block_table.np[request, position // table.block_size]
         return page.astype(np.int64) * table.block_size + position % table.block_size
 
+    def _read_kv(self, requests: np.ndarray, positions: np.ndarray):
+        """Keys and values, layer by layer, at positions of requests of the batch."""
+        if self._read_slots is None:
+            self._read_slots = self._make_reader()
+        return self._read_slots(self._slots(requests, positions))
+
     # -- drafting -----------------------------------------------------------------
 
     def _input_fits_in_drafter(self, common_attn_metadata) -> bool:
@@ -502,6 +508,7 @@ class TreeRunnerMixin:
                     top_p=batch.top_p_cpu[:num_reqs],
                     seeds=[each.seed for each in wishes],
                 ),
+                target_kv=self._read_kv,
             )
         )
         return drafts.split()
@@ -591,13 +598,18 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
         return native.library() is not None
 
     def _make_mover(self):
+        return kv.CpuMover(kv.distinct(self.kv_caches), self._layout())
+
+    def _make_reader(self):
+        return kv.CpuReader(self.kv_caches, self._layout())
+
+    def _layout(self) -> str:
+        """How the pages of the KV cache are packed."""
         from vllm_specplus.engine.attention.cpu import cache_layout
 
-        caches = kv.distinct(self.kv_caches)
-        _, _, block_size, twice = caches[0].shape
+        cache = self.kv_caches[0]
         layer = next(iter(self.compilation_config.static_forward_context.values()))
-        layout = cache_layout(layer.isa, caches[0].dtype, block_size, twice // 2)
-        return kv.CpuMover(caches, layout)
+        return cache_layout(layer.isa, cache.dtype, cache.shape[2], cache.shape[3] // 2)
 
     def _draws(self, acceptance: Acceptance) -> np.ndarray:
         return np.where(self._discarded(), 0, acceptance.lengths)
@@ -619,3 +631,6 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
 class TreeGPUModelRunner(TreeRunnerMixin, GPUModelRunner):
     def _make_mover(self):
         return kv.CudaMover(kv.distinct(self.kv_caches))
+
+    def _make_reader(self):
+        return kv.CudaReader(self.kv_caches)

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 #: method name -> "module:class"; imported on use, so an unused method costs nothing.
 REGISTRY: dict[str, str] = {
     "draft_tree": "vllm_specplus.proposers.draft_tree:DraftTree",
+    "early_exit": "vllm_specplus.proposers.early_exit:EarlyExit",
     "easyspec": "vllm_specplus.proposers.easyspec:EasySpec",
+    "layer_skip": "vllm_specplus.proposers.layer_skip:LayerSkip",
     "rasd": "vllm_specplus.proposers.rasd:Rasd",
     "rest": "vllm_specplus.proposers.rest:Rest",
     "suffix_tree": "vllm_specplus.proposers.suffix_tree:SuffixTree",

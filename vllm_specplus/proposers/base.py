@@ -22,6 +22,8 @@ from vllm_specplus.tree import DraftBatch
 if TYPE_CHECKING:
     import torch
 
+    from vllm_specplus.drafting.model import LayeredModel
+    from vllm_specplus.drafting.self_speculation import ReadKV
     from vllm_specplus.samplers.sampled import Rule
 
 
@@ -85,6 +87,9 @@ class StepContext:
     depth (the last entry serves all deeper ones) and source; set by the controller."""
     sampling: Sampling | None = None
     """None: all requests are greedy."""
+    target_kv: ReadKV | None = None
+    """Reads what the target computed for positions of the known texts, the newest token of
+    each not yet included."""
 
 
 def bare_step(sources: Sequence[Source], texts: np.ndarray, max_nodes: int) -> StepContext:
@@ -138,6 +143,9 @@ class Proposer(ABC):
         Exceptions need no report: the engine sees them, and the step goes on undrafted."""
         self.count: Callable[[str], None] = lambda name: None
         """Set by the engine: adds 1 to a counter of ``metrics.COUNTERS``."""
+        self.target_layers: Callable[[], LayeredModel]
+        """Set by the engine before :meth:`load_draft`: the target's own layers, for a method
+        that drafts with them."""
 
     @abstractmethod
     def propose(self, step: StepContext) -> DraftBatch:

@@ -28,7 +28,7 @@ import torch
 
 from vllm_specplus.control.acceptance import PROBABILITY_CLASSES, Source
 from vllm_specplus.drafting.executor import DraftExecutor
-from vllm_specplus.drafting.model import DraftModel
+from vllm_specplus.drafting.model import DraftModel, LayeredModel
 from vllm_specplus.drafting.shapes import (
     BestFirst,
     ConstantBranching,
@@ -75,13 +75,16 @@ class DraftTree(Proposer):
         self._executor: DraftExecutor | None = None
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
-        model = DraftModel(self.config.model, device, dtype, self.config.head_tokens)
+        model = self._make_model(device, dtype)
         slot = 2 * model.num_layers * model.kv_heads * model.head_dim * dtype.itemsize
         self._executor = self._make_executor(model, self.config.kv_memory_mb * 2**20 // slot)
         # Noise of its own: what the target draws must not depend on what is drafted.
         self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
 
-    def _make_executor(self, model: DraftModel, max_slots: int) -> DraftExecutor:
+    def _make_model(self, device: torch.device, dtype: torch.dtype) -> LayeredModel:
+        return DraftModel(self.config.model, device, dtype, self.config.head_tokens)
+
+    def _make_executor(self, model: LayeredModel, max_slots: int) -> DraftExecutor:
         return DraftExecutor(model, max_slots, max_nodes=sum(self.levels))
 
     def forget(self, request_id: str) -> None:
@@ -119,7 +122,7 @@ class DraftTree(Proposer):
         shape = SHAPES[self.config.shape](
             *self.config.shape_arguments(int(depths.max())), knobs.greedy
         )
-        logits = self._executor.begin(names, texts)[:, None]
+        logits = self._begin(step, rows, names, texts)[:, None]
         # Which trees go on is known on the host: asking the device would wait for it.
         alive = np.arange(len(rows))
         active = torch.arange(len(rows), device=logits.device)
@@ -155,6 +158,12 @@ class DraftTree(Proposer):
         ]
         deterministic = greedy | step.chain_only[rows]
         return self._batch(step, rows, nodes, deterministic, laws)
+
+    def _begin(
+        self, step: StepContext, rows: np.ndarray, names: list[str], texts: list[np.ndarray]
+    ) -> torch.Tensor:
+        """Logits behind the texts of the requests ``rows``."""
+        return self._executor.begin(names, texts)
 
     def _noise(self, size: int, alive: np.ndarray, knobs: Knobs, depth: int) -> torch.Tensor:
         """Uniform float64 [A, size] for a level of the trees ``alive`` int [A]; a seeded

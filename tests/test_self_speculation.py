@@ -1,0 +1,251 @@
+"""Drafting with the target's layers, against transformers' forward pass of the same layers."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tests.model_configs import target
+from tests.test_drafting import VOCAB, save_draft
+from vllm_specplus.config import parse
+from vllm_specplus.drafting.cache import PAGE
+from vllm_specplus.drafting.executor import DraftExecutor
+from vllm_specplus.drafting.model import DraftModel
+from vllm_specplus.drafting.self_speculation import (
+    WINDOW,
+    ExitChoice,
+    SelfDraftExecutor,
+    Skips,
+    SkipSearch,
+    tokens_per_layer,
+)
+
+LAYERS = 5
+SKIPS = {
+    "nothing": Skips(),
+    "some": Skips(frozenset({1, 3}), frozenset({2, 3})),
+    "after two": Skips.above(2, LAYERS),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_draft(tmp_path_factory.mktemp("target"), layers=LAYERS)
+
+
+def load(folder: str) -> DraftModel:
+    return DraftModel(folder, torch.device("cpu"), torch.float32)
+
+
+class FakeTarget:
+    """The served model's cache: what an executor that skips nothing computed."""
+
+    def __init__(self, folder: str, texts: list[np.ndarray]):
+        self._exact = DraftExecutor(load(folder), 4000, 1)
+        self._names = [f"t{i}" for i in range(len(texts))]
+        for name, text in zip(self._names, texts, strict=True):
+            self._exact.room(name, len(text))
+        self._exact.begin(self._names, texts)
+        self.read_positions = 0
+
+    def __call__(self, requests, positions):
+        cache = self._exact.cache
+        self.read_positions += len(positions)
+        table = cache.table(self._names)
+        slots = table[requests, positions // PAGE] * PAGE + positions % PAGE
+        for layer, keys in cache.keys.items():
+            flat = keys.flatten(0, 1), cache.values[layer].flatten(0, 1)
+            yield tuple(store[slots] for store in flat)
+
+
+def reference_logits(folder: str, text, skips: Skips) -> torch.Tensor:
+    """[V] behind the last token, whose pass skips; all before it is exact."""
+    model = load(folder)
+    exact = DraftExecutor(model, 1000, 1)
+    exact.room("r", len(text))
+    if len(text) > 1:
+        exact.begin(["r"], [text[:-1]])
+    run = SelfDraftExecutor(model, 16, 1)
+    run.cache, run.skips = exact.cache, skips
+    hidden = run._read(["r"], [text[-1:]], [len(text) - 1])
+    return model.logits(hidden)[0, -1]
+
+
+def started(folder, texts, skips) -> tuple[SelfDraftExecutor, list[str], FakeTarget]:
+    run = SelfDraftExecutor(load(folder), 4000, 6)
+    run.skips = skips
+    names = [f"r{i}" for i in range(len(texts))]
+    fake = FakeTarget(folder, texts)
+    assert all(run.room(name, len(text)) for name, text in zip(names, texts, strict=True))
+    run.follow(names, texts, np.arange(len(texts)), fake)
+    return run, names, fake
+
+
+def random_texts(rng, *lengths) -> list[np.ndarray]:
+    return [rng.integers(0, VOCAB, n).astype(np.int32) for n in lengths]
+
+
+@pytest.mark.parametrize("skips", SKIPS.values(), ids=SKIPS)
+def test_the_first_node_builds_on_what_the_target_computed(folder, skips):
+    rng = np.random.default_rng(0)
+    texts = random_texts(rng, 1, 5, PAGE + 1, 70)
+    run, names, fake = started(folder, texts, skips)
+    for _ in range(3):
+        logits = run.begin(names, texts)
+        for row, text in zip(logits, texts, strict=True):
+            expected = reference_logits(folder, text, skips)
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-4)
+        # A tree, whose keys and values must not outlive it.
+        run.grow(torch.arange(4), torch.zeros(4, 3, dtype=torch.int64), torch.full((4, 3), -1))
+        longer = [np.append(text, rng.integers(0, VOCAB, 3)).astype(np.int32) for text in texts]
+        texts = longer
+        fake = FakeTarget(folder, texts)
+        assert all(run.room(name, len(text)) for name, text in zip(names, texts, strict=True))
+        run.follow(names, texts, np.arange(4), fake)
+        assert fake.read_positions == 4 * 3
+
+
+def test_left_early_it_is_the_model_cut_short(folder):
+    """Whole drafts, not only the first node: early layers are exact in nodes too."""
+    from transformers import AutoModelForCausalLM
+
+    cut = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cut.model.layers = cut.model.layers[:2]
+    (text,) = random_texts(np.random.default_rng(1), 40)
+    run, names, _ = started(folder, [text], SKIPS["after two"])
+    logits, path = run.begin(names, [text])[0], []
+    for depth in range(4):
+        with torch.inference_mode():
+            whole = torch.tensor([[*map(int, text), *path]])
+            expected = cut(whole).logits[0, -1]
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+        path.append(int(logits.argmax()))
+        logits = run.grow(
+            torch.tensor([0]), torch.tensor([[path[-1]]]), torch.tensor([[depth - 1]])
+        )[0, 0]
+
+
+def test_a_replay_counts_right_first_nodes_and_touches_no_text(folder):
+    rng = np.random.default_rng(2)
+    texts = random_texts(rng, 9, 30, WINDOW + 20)
+    starts = np.array([4, 1, 2])
+    skips, exits = SKIPS["some"], [1, 3, LAYERS]
+    # Answers that are right now and then: plant what the candidates predict.
+    for r, text in enumerate(texts):
+        for i in range(starts[r], len(text), 3):
+            cut = Skips.above(3, LAYERS)
+            both = Skips(skips.attention | cut.attention, skips.mlp | cut.mlp)
+            text[i] = int(reference_logits(folder, text[:i], both).argmax())
+    run, names, _ = started(folder, texts, Skips())
+    before = {layer: keys.clone() for layer, keys in run.cache.keys.items()}
+    right, seen = run.replay(names, texts, starts, skips, exits)
+    expected, count = np.zeros(len(exits), int), 0
+    for start, text in zip(starts, texts, strict=True):
+        for i in range(max(start, len(text) - WINDOW), len(text)):
+            count += 1
+            for e, layers in enumerate(exits):
+                cut = Skips.above(layers, LAYERS)
+                both = Skips(skips.attention | cut.attention, skips.mlp | cut.mlp)
+                expected[e] += int(reference_logits(folder, text[:i], both).argmax()) == text[i]
+    assert right.tolist() == expected.tolist()
+    assert seen == count == 5 + 29 + WINDOW
+    assert right[1] >= 20 > right[0]
+    for name, text in zip(names, texts, strict=True):
+        pages = run.cache.table([name])[0]
+        here = np.arange(len(text) - 1)
+        slots = pages[here // PAGE] * PAGE + here % PAGE
+        for layer, keys in run.cache.keys.items():
+            now, then = (store.flatten(0, 1)[slots] for store in (keys, before[layer]))
+            assert torch.equal(now, then)
+
+
+def test_the_search_keeps_size_and_outer_layers_and_finds_what_does_no_harm():
+    """Planted: layers 4 to 7 can be spared, any other block costs 8 of 100 tokens."""
+    search = SkipSearch(num_layers=14, share=1 / 3)
+
+    def right(blocks):
+        return 100 - 8 * sum(not 4 <= layer <= 7 for _, layer in blocks)
+
+    assert len(search.best) == 8
+    while not search.resting:
+        candidate = search.candidate()
+        assert len(candidate) == 8
+        assert {layer for _, layer in candidate} <= set(range(1, 13))
+        search.judge(candidate, right(candidate), right(search.best), 100)
+    assert right(search.best) == 100
+    assert search.accuracy > 0.95
+    assert search.trials < 500
+
+
+def test_the_search_gives_up():
+    search = SkipSearch(num_layers=14, share=0.5)
+    first = search.best
+    while not search.resting:
+        search.judge(search.candidate(), 3, 3, 10)
+    assert search.trials == SkipSearch.PATIENCE
+    assert search.best == first
+
+
+def test_the_exit_with_most_tokens_per_layer():
+    """DEL's worked values: of 32 layers, 60 % right after 8 and 85 % after 16."""
+    assert tokens_per_layer(0.6, 8, 32, 3) == pytest.approx(2.176 / 56)
+    assert tokens_per_layer(0.85, 16, 32, 3) == pytest.approx(3.186625 / 80)
+    assert tokens_per_layer(0.85, 16, 32, 0) == 1 / 32
+    for drafted, best in ((1, 8), (17, 16)):  # the late exit gains by long drafts
+        choice = ExitChoice([8, 16], 32, drafted)
+        choice.observe(np.array([60, 88]), 100)
+        assert choice.best == best
+
+
+def test_an_exit_is_forgiven_old_mistakes():
+    choice = ExitChoice([8, 16], 32, 4)
+    choice.observe(np.array([0, 90]), 100)
+    assert choice.best == 16
+    for _ in range(60):
+        choice.observe(np.array([95, 95]), 100)
+    assert choice.best == 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"method": "layer_skip", "skip_share": 1.0}, "'skip_share' is 1.0"),
+        ({"method": "layer_skip", "skip_mlp": [-1]}, "'skip_mlp.0' is -1"),
+        (
+            {"method": "layer_skip", "skip_mlp": [1], "skip_share": 0.3},
+            "'skip_share' is for the search, and 'skip_mlp' says what to leave out",
+        ),
+        ({"method": "layer_skip", "model": "x"}, "unknown key 'model'"),
+        ({"method": "early_exit", "exit_layers": [3, 2]}, "name each once, ascending"),
+        ({"method": "early_exit", "exit_layers": []}, "'exit_layers' is []"),
+        ({"method": "early_exit", "num_speculative_tokens": 10}, "multiple of 'width' (3)"),
+    ],
+)
+def test_mistakes_in_the_config(keys, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        parse(keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fields", "words"),
+    [
+        ({"method": "layer_skip"}, {"family": "gpt2"}, "the target is of type 'gpt2'"),
+        ({"method": "layer_skip"}, {"tensor_parallel_size": 2}, "tensor_parallel_size to 1"),
+        ({"method": "layer_skip"}, {"num_layers": 2}, "the target has 2"),
+        ({"method": "layer_skip", "skip_mlp": [2, 4]}, {}, "'skip_mlp' is [2, 4], and the"),
+        ({"method": "early_exit", "exit_layers": [4]}, {}, "the target's layers are 0 to 3"),
+        (
+            {"method": "rasd", "sources": ["token_recycling", "early_exit"]},
+            {"family": "phi"},
+            "the target is of type 'phi'",
+        ),
+    ],
+)
+def test_a_target_it_cannot_draft_with(keys, fields, words):
+    config = parse(keys)
+    config.check_target(target(num_layers=8))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.check_target(target(**fields))

@@ -1,0 +1,254 @@
+"""Drafting with the target's own layers, some of them left out.
+
+Draft & Verify (arXiv 2309.08168), SWIFT (arXiv 2410.06916) and DEL (arXiv 2504.05598): no
+second model and no second set of weights. The draft's cache holds *copies* of the keys and
+values the target computed, so a text is never read by the draft: only its newest token and
+the nodes behind it pass through the layers that are kept. What those write is overwritten by
+the next copy.
+
+Which layers to leave out is found while serving, by *replay*: the last tokens of running
+texts are predicted once more by a candidate, all in one pass, each from the exact keys and
+values before it, as the first node of a draft would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_specplus.drafting.cache import PAGE
+from vllm_specplus.drafting.executor import DraftExecutor
+
+#: Tokens of a text that a replay predicts (SWIFT's context_window).
+WINDOW = 32
+
+KeysValues = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""Layer by layer, keys and values [n, kv_heads, head_dim]."""
+ReadKV = Callable[[np.ndarray, np.ndarray], KeysValues]
+"""``(requests int64 [n], positions int64 [n])`` -> what the target computed there."""
+
+
+@dataclass(frozen=True)
+class Skips:
+    """Blocks that a draft pass leaves out."""
+
+    attention: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, blocks: Iterable[tuple[str, int]]) -> Skips:
+        """``blocks``: ("attention" or "mlp", layer)."""
+        blocks = list(blocks)
+        return cls(*(frozenset(n for kind, n in blocks if kind == k) for k in KINDS))
+
+    @classmethod
+    def above(cls, layers: int, num_layers: int) -> Skips:
+        """Leave early: the first ``layers`` layers run."""
+        rest = frozenset(range(layers, num_layers))
+        return cls(rest, rest)
+
+    def __str__(self) -> str:
+        return f"attention {sorted(self.attention)}, MLP {sorted(self.mlp)}"
+
+
+KINDS = ("attention", "mlp")
+
+
+class SelfDraftExecutor(DraftExecutor):
+    """A draft executor over the target's layers; ``skips`` may change between rounds."""
+
+    def __init__(self, model, max_slots: int, max_nodes: int):
+        super().__init__(model, max_slots, max_nodes)
+        self.skips = Skips()
+
+    def room(self, request: str, length: int) -> bool:
+        # Nodes never go beyond the target's context, whose positions these are; a replay's
+        # rows lie where the nodes do.
+        return self.cache.reserve(request, length + max(self.max_nodes, WINDOW))
+
+    @torch.inference_mode()
+    def follow(
+        self, requests: list[str], texts: list[np.ndarray], rows: np.ndarray, read: ReadKV
+    ) -> None:
+        """Copy what the target computed of each text since the last call: all but its last
+        token. ``rows`` int64 [R] are the requests' numbers for ``read``."""
+        table = self.cache.table(requests)
+        news = [
+            np.arange(self.cache.cached(name, text[:-1]), len(text) - 1)
+            for name, text in zip(requests, texts, strict=True)
+        ]
+        slots = [
+            pages[new // PAGE] * PAGE + new % PAGE for pages, new in zip(table, news, strict=True)
+        ]
+        positions = np.concatenate(news)
+        if len(positions):
+            origin = np.repeat(rows, [len(new) for new in news])
+            self.cache.store(self._to_device(np.concatenate(slots)), read(origin, positions))
+        self._remember(requests, texts)
+
+    def _remember(self, requests: list[str], texts: list[np.ndarray]) -> None:
+        # The last token's keys and values are the draft's until the target has computed them.
+        for name, text in zip(requests, texts, strict=True):
+            self.cache.remember(name, text[:-1])
+
+    @torch.inference_mode()
+    def replay(
+        self, requests: list[str], texts: list[np.ndarray], starts: np.ndarray,
+        skips: Skips, exits: list[int],
+    ) -> tuple[np.ndarray, int]:  # fmt: skip
+        """Predict each text's last tokens once more, greedily.
+
+        At most WINDOW tokens of each text that :meth:`follow` has seen, not before index
+        ``starts`` int64 [R] (1 or more). Returns how many predictions after the first
+        ``e`` layers were right, int64, for each ``e`` of ``exits``; and how many there were.
+        """
+        shape = (len(texts), WINDOW)
+        tokens, positions, slots, targets = np.zeros((4, *shape), np.int64)
+        places = np.zeros(shape, np.int64)  # of the rows themselves, counted as text goes on
+        valid = np.zeros(shape, bool)
+        table = self.cache.table(requests)
+        for r, text in enumerate(texts):
+            before = np.arange(max(starts[r], len(text) - WINDOW) - 1, len(text) - 1)
+            here = slice(len(before))
+            tokens[r, here], targets[r, here] = text[before], text[before + 1]
+            positions[r, here], valid[r, here] = before, True
+            places[r, here] = len(text) + np.arange(len(before))
+            slots[r, here] = table[r, places[r, here] // PAGE] * PAGE + places[r, here] % PAGE
+        tokens, positions, slots, targets, places, valid, table = map(
+            self._to_device, (tokens, positions, slots, targets, places, valid, table)
+        )
+        seen = torch.arange(table.shape[1] * PAGE, device=table.device)
+        mask = (seen < positions[..., None]) | (seen == places[..., None])
+        right = []
+        passed = self._pass(skips, tokens, positions, slots, table, mask)
+        for layers, hidden in passed:
+            if layers in exits:
+                guess = self.model.logits(hidden).argmax(-1)
+                right.append(((guess == targets) & valid).sum())
+            if layers == exits[-1]:
+                break
+        return torch.stack(right).cpu().numpy(), int(valid.sum())
+
+    @torch.inference_mode()
+    def begin(self, requests: list[str], texts: list[np.ndarray]) -> torch.Tensor:
+        logits = super().begin(requests, texts)
+        self._remember(requests, texts)
+        return logits
+
+    def _forward(self, tokens, positions, slots, table, mask, exact):
+        *_, (_, hidden) = self._pass(self.skips, tokens, positions, slots, table, mask)
+        return hidden
+
+    def _pass(
+        self, skips: Skips, tokens, positions, slots, table, mask
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(layers passed, hidden states) after every layer."""
+        model = self.model
+        self.cache.begin_pass(slots, table)
+        hidden, rotary, mask = model.embed(tokens), model.rotary(positions), mask[:, None]
+        for layer in range(model.num_layers):
+            if layer not in skips.attention:
+                hidden = hidden + model.attention(layer, hidden, rotary, mask, self.cache)
+            if layer not in skips.mlp:
+                hidden = hidden + model.mlp(layer, hidden)
+            yield layer + 1, hidden
+
+
+class SkipSearch:
+    """Which blocks to leave out (SWIFT, section 4.2).
+
+    Blocks of the first and the last layer always run. Candidates of the same size compete with
+    the best set so far *on the same replayed tokens*, so a change of traffic cannot leave a
+    stale record unbeaten. SWIFT draws candidates at random and by Bayesian optimisation; here
+    they are the best set with some blocks exchanged, and now and then a random set.
+    """
+
+    ENOUGH = 0.95
+    """Share of right predictions at which the search rests."""
+    PATIENCE, MOST = 300, 1000
+    """It ends after so many trials without success, or in all."""
+    WEIGHT = 0.95
+    """Memory of the share of right predictions, per trial."""
+
+    def __init__(self, num_layers: int, share: float):
+        odd_first = [*range(1, num_layers - 1, 2), *range(2, num_layers - 1, 2)]
+        self._blocks = [(kind, layer) for layer in odd_first for kind in KINDS]
+        self._size = max(1, int(len(self._blocks) * share))
+        self._rng = np.random.default_rng(0)
+        self.best = set(self._blocks[: self._size])
+        self.trials = self._since_success = 0
+        self._right = self._seen = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Of the best set, lately; 0 before the first trial."""
+        return self._right / self._seen if self._seen else 0.0
+
+    @property
+    def resting(self) -> bool:
+        ended = self._since_success >= self.PATIENCE or self.trials >= self.MOST
+        return self._size == len(self._blocks) or ended or self.accuracy > self.ENOUGH
+
+    def candidate(self) -> set[tuple[str, int]]:
+        """Another set of the same size."""
+        if self._rng.random() < 0.125:
+            chosen = self._rng.permutation(len(self._blocks))[: self._size]
+            return {self._blocks[i] for i in chosen}
+        inside = sorted(self.best)
+        outside = sorted(set(self._blocks) - self.best)
+        most = min(3, len(inside), len(outside))
+        swaps = int(self._rng.integers(1, most + 1))
+        leave = self._rng.permutation(len(inside))[:swaps]
+        enter = self._rng.permutation(len(outside))[:swaps]
+        return self.best - {inside[i] for i in leave} | {outside[i] for i in enter}
+
+    def judge(self, candidate: set[tuple[str, int]], right: int, best_right: int, seen: int):
+        """Take a candidate that predicted more of ``seen`` tokens than the best did."""
+        self.trials += 1
+        self._since_success += 1
+        if right > best_right:
+            self.best, best_right = candidate, right
+            self._since_success = 0
+            self._right = self._seen = 0.0  # of another set
+        self._right = self.WEIGHT * self._right + best_right
+        self._seen = self.WEIGHT * self._seen + seen
+
+
+def tokens_per_layer(right: float, layers: int, num_layers: int, drafted: int) -> float:
+    """Expected tokens per layer run (DEL, section 3), ``sum_{j <= g} a^j / (L + g l)``.
+
+    ``right``: a, share of right predictions after ``layers`` l of ``num_layers`` L;
+    ``drafted``: g, tokens per round.
+    """
+    return sum(right**j for j in range(drafted + 1)) / (num_layers + drafted * layers)
+
+
+class ExitChoice:
+    """After how many layers to leave: where most tokens per layer run are expected (DEL)."""
+
+    WEIGHT = 0.95
+    """Memory of right and wrong predictions, per replay."""
+
+    def __init__(self, exits: list[int], num_layers: int, max_depth: int):
+        self.exits = sorted(exits)
+        self._num_layers, self._max_depth = num_layers, max_depth
+        self._right = np.zeros(len(exits))
+        self._seen = 0.0
+
+    def observe(self, right: np.ndarray, seen: int) -> None:
+        """``right`` int64 [exits] of ``seen`` tokens were predicted after each exit."""
+        self._right = self.WEIGHT * self._right + right
+        self._seen = self.WEIGHT * self._seen + seen
+
+    @property
+    def best(self) -> int:
+        """Layers to run, each exit judged at its best number of drafted tokens."""
+        share = self._right / max(self._seen, 1)
+        return max(
+            (tokens_per_layer(right, layers, self._num_layers, drafted), layers)
+            for right, layers in zip(share.tolist(), self.exits, strict=True)
+            for drafted in range(self._max_depth + 1)
+        )[1]

@@ -1,0 +1,34 @@
+"""Early exit: the target drafts with its first layers, and its own output layer.
+
+LayerSkip's self-speculation (arXiv 2404.16710) with the choice of the exit by DEL (arXiv
+2504.05598). Made for models that were trained to be left early: the first half of others
+predicts next to nothing.
+
+DEL reads every layer's hidden states from the verification. vLLM compiles that pass as a
+whole, so here the exits are compared by replaying a few recent tokens through the first
+layers, every eighth round. How many tokens to draft is the controller's business.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_specplus.drafting.self_speculation import ExitChoice, Skips
+from vllm_specplus.proposers.layer_skip import SelfSpeculation
+
+
+class EarlyExit(SelfSpeculation):
+    _choice: ExitChoice
+
+    def first_choice(self, num_layers: int) -> Skips:
+        quarters = sorted({max(1, num_layers * i // 4) for i in (1, 2, 3)})
+        exits = self.config.exit_layers or quarters
+        self._choice = ExitChoice(exits, num_layers, len(self.levels))
+        return Skips.above(exits[len(exits) // 2], num_layers)
+
+    def choose(self, names: list[str], texts: list[np.ndarray], starts: np.ndarray) -> Skips:
+        choice = self._choice
+        if len(choice.exits) > 1:
+            choice.observe(*self._executor.replay(names, texts, starts, Skips(), choice.exits))
+            return Skips.above(choice.best, self._executor.model.num_layers)
+        return self._executor.skips
