@@ -3,14 +3,16 @@
     python benchmarks/easyspec_cpu.py --draft DIR [--traces benchmarks/data/traces_smollm2.npz] \
         [--texts 16] [--tokens 48] [--levels 5] [--groups 1,2,4,8] [--json OUT.json]
 
-``--draft`` drafts greedy chains for the recorded texts, as if they were being decoded: after
-every round the text advances by what was accepted and one token more. With the target itself
-as the draft (SmolLM2-135M has 30 layers) a plain draft is nearly always right, so that what
-is lost is due to the groups alone.
+What fuzziness costs: ``--draft`` drafts greedy chains for the recorded texts, as if they were
+being decoded: after every round the text advances by what was accepted and one token more.
+With the target itself as the draft (SmolLM2-135M has 30 layers) a plain draft is nearly always
+right, so that what is lost is due to the groups alone.
 
-Three ways of running the same rounds are timed, in turns: one process on one core, one
-process on both, and two shards with a core each, the second one placed by Ray. Median
-milliseconds of a round (its exact pass, its fuzzy passes) and their ratio to one core.
+What parallel layers save: a draft of random weights (16 layers of Llama-3.2-1B's proportions,
+half as wide) is run in four ways, in turns: one process on one core, one process on both, two
+layer-parallel shards with a core each, the second one placed by Ray, and two tensor-parallel
+ranks with a core each. Median milliseconds of a round (its exact pass, its fuzzy passes) and
+their ratio to one core.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from tensor_parallel_draft import TensorParallelExecutor
 
 from vllm_specplus.bench.report import describe_run
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layers_of
@@ -74,6 +79,12 @@ def pin(pids: list[int], core: int) -> None:
             os.sched_setaffinity(int(thread), {core})
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def time_rounds(executor: DraftExecutor, text: np.ndarray, levels: int) -> list[tuple]:
     """(exact pass, mean fuzzy pass) of rounds that add two tokens to the text each."""
     draft_chain(executor, text[: -2 * TIMED_ROUNDS], levels)
@@ -85,6 +96,18 @@ def time_rounds(executor: DraftExecutor, text: np.ndarray, levels: int) -> list[
     return passes
 
 
+def random_draft(folder: str) -> None:
+    """Sizes that two tensor-parallel ranks can divide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16,
+        num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=1024,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def timings(folder: str, text: np.ndarray, levels: int, group: int) -> dict[str, dict]:
     plain = DraftExecutor(DraftModel(folder, CPU, torch.float32), SLOTS, levels)
     home = DraftModel(folder, CPU, torch.float32)
@@ -93,9 +116,10 @@ def timings(folder: str, text: np.ndarray, levels: int, group: int) -> dict[str,
     plan = Plan(folder, "float32", shared.cache.pages, group, 2)
     placement = Placement(plan, CPU, None)
     shared.attentions = RemoteAttentions(home, shared.cache, plan, placement.group)
-    pin(placement.pids(), 1)
+    divided = TensorParallelExecutor(plan, SLOTS, levels, free_port())
+    pin([*placement.pids(), *(rank.pid for rank in divided.ranks)], 1)
     ways = {"one core": (plain, 1, {0}), "both cores": (plain, 2, {0, 1}),
-            "two shards": (shared, 1, {0})}  # fmt: skip
+            "two shards": (shared, 1, {0}), "tensor parallel": (divided, 1, {0})}  # fmt: skip
     passes: dict[str, list] = {name: [] for name in ways}
     counted = None
     try:
@@ -111,6 +135,7 @@ def timings(folder: str, text: np.ndarray, levels: int, group: int) -> dict[str,
     finally:
         os.sched_setaffinity(0, {0, 1})
         placement.close()
+        divided.close()
     report = {}
     for name, times in passes.items():
         exact, fuzzy = (1e3 * statistics.median(part) for part in zip(*times, strict=True))
@@ -153,11 +178,13 @@ def main() -> None:
         result["accepted"][size] = accepted
         kept = accepted / result["accepted"][groups[0]]
         print(f"groups of {size}: {accepted:.2f} of {args.levels} accepted a round ({kept:.0%})")
-    text = np.concatenate(texts[0])[:256]
+    draft = tempfile.TemporaryDirectory()
+    random_draft(draft.name)
+    text = np.random.default_rng(0).integers(0, 8192, 256).astype(np.int32)
     for size in groups:
         if size < 2:
             continue
-        result["times"][size] = timings(args.draft, text, args.levels, size)
+        result["times"][size] = timings(draft.name, text, args.levels, size)
         for name, way in result["times"][size].items():
             if "round_ms" in way:
                 print(
