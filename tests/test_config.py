@@ -19,6 +19,7 @@ def test_defaults():
         "top_k": 8, "pair_keys": True, "match_context": True, "seed_from_prompt": False,
         "load_matrix": None, "save_matrix": None,
         "control": {"policy": "goodput", "cost_file": None},
+        "acceptance": {"rule": "lossless"}, "allow_lossy": False,
     }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_limits(extra_args, limit):
         ({"enabled": "no"}, "'enabled' is 'no': input should be a valid boolean"),
         ({"cache_salt": 3}, "'cache_salt' is 3: input should be a valid string"),
         ({"enabled": 0}, "'enabled' is 0: input should be a valid boolean"),
-        ({"nodes": 3}, "unknown key 'nodes' (allowed: enabled, max_nodes, cache_salt)"),
+        ({"nodes": 3}, "unknown key 'nodes' (allowed: enabled, max_nodes, lossless, cache_salt)"),
         (3, 'must be an object such as {"max_nodes": 8}, not 3'),
         ("{", "not valid JSON"),
         ("[1]", "must be an object"),

@@ -50,6 +50,36 @@ class ThresholdControl(StrictModel):
 ControlConfig = GoodputControl | FixedControl | ThresholdControl
 
 
+class LosslessAcceptance(StrictModel):
+    """The output follows the target's distribution."""
+
+    rule: Literal["lossless"] = "lossless"
+
+
+class TypicalAcceptance(StrictModel):
+    """Also nodes that are probable enough, the less the more open the text is (Medusa)."""
+
+    rule: Literal["typical"]
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.09
+    """A probability that is always enough."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of exp(-entropy) that is enough."""
+
+
+class TopKMarginAcceptance(StrictModel):
+    """Also nodes among the most probable tokens, and nearly as probable as the best."""
+
+    rule: Literal["top_k_margin"]
+    top_k: Annotated[int, Field(ge=2)] = 3
+    margin: Annotated[float, Field(gt=0)] = 1.0
+    """Nats below the most probable token."""
+
+
+AcceptanceConfig = LosslessAcceptance | TypicalAcceptance | TopKMarginAcceptance
+#: Key -> (what names the member, members), of the keys that take one of several objects.
+UNIONS = {"control": ("policy", ControlConfig), "acceptance": ("rule", AcceptanceConfig)}
+
+
 @dataclass(frozen=True)
 class Target:
     """The model that is served, as far as a method has to fit it."""
@@ -78,6 +108,10 @@ class MethodConfig(StrictModel):
     """Most nodes drafted per request and step."""
     control: Annotated[ControlConfig, Field(discriminator="policy")] = GoodputControl()
     """How much of that is used; see ``vllm_specplus/control``."""
+    acceptance: Annotated[AcceptanceConfig, Field(discriminator="rule")] = LosslessAcceptance()
+    """Which nodes become text; see ``vllm_specplus/samplers``."""
+    allow_lossy: bool = False
+    """Is it known that the acceptance rule changes what is answered?"""
 
     @model_validator(mode="after")
     def _fixed_says_how_many(self):
@@ -92,6 +126,27 @@ class MethodConfig(StrictModel):
     def rule(self) -> str | None:
         """Verification rule of ``samplers/sampled.py``; None: nothing is drawn."""
         return None
+
+    @property
+    def lossless(self) -> bool:
+        return self.acceptance.rule == "lossless"
+
+    @model_validator(mode="after")
+    def _loss_is_wanted(self):
+        if self.lossless:
+            if self.allow_lossy:
+                raise ValueError("'allow_lossy' is for an 'acceptance' rule that is: remove it")
+        elif not self.allow_lossy:
+            raise ValueError(
+                f"acceptance rule {self.acceptance.rule!r} changes what is answered: set "
+                f"'allow_lossy' to true if that is wanted"
+            )
+        elif self.rule is not None:
+            raise ValueError(
+                f"acceptance rule {self.acceptance.rule!r} takes nodes that were not drawn: set "
+                f"'shape' to 'topk'"
+            )
+        return self
 
     @classmethod
     def as_source(cls, keys: dict[str, Any]) -> dict[str, Any]:
@@ -460,7 +515,7 @@ class RasdConfig(MethodConfig):
             common = {"num_speculative_tokens": self.num_speculative_tokens}
             if METHODS[name].own_size:
                 common = {}
-            for key in (*common, "control"):
+            for key in (*common, "control", "acceptance", "allow_lossy"):
                 if key in keys:
                     raise ValueError(
                         f"'sources': {name!r} has a {key!r} of its own: "
@@ -513,15 +568,21 @@ def parse(raw: dict[str, Any]) -> MethodConfig:
 def sentence(error: dict[str, Any], model: type[StrictModel]) -> str:
     """One mistake, as pydantic describes it, for the user; ``model`` was validated."""
     keys, allows = list(error["loc"]), "allowed"
-    policies = {m.model_fields["policy"].annotation.__args__[0]: m for m in get_args(ControlConfig)}
-    if error["type"].startswith("union_tag"):
-        given = error["input"].get("policy") if isinstance(error["input"], dict) else None
-        what = "'control' needs a policy" if given is None else f"unknown control policy {given!r}"
-        return f"{what} (allowed: {', '.join(policies)})"
-    if len(keys) > 1 and keys[0] == "control":
-        # pydantic puts the name of the chosen policy between the keys.
-        policy = keys.pop(1)
-        model, allows = policies[policy], f"policy {policy!r} allows"
+    if keys and keys[0] in UNIONS:
+        tag, union = UNIONS[keys[0]]
+        members = {m.model_fields[tag].annotation.__args__[0]: m for m in get_args(union)}
+        if error["type"].startswith("union_tag"):
+            given = error["input"].get(tag) if isinstance(error["input"], dict) else None
+            what = (
+                f"{keys[0]!r} needs a {tag}"
+                if given is None
+                else (f"unknown {keys[0]} {tag} {given!r}")
+            )
+            return f"{what} (allowed: {', '.join(members)})"
+        if len(keys) > 1:
+            # pydantic puts the name of the chosen member between the keys.
+            name = keys.pop(1)
+            model, allows = members[name], f"{tag} {name!r} allows"
     key = ".".join(str(part) for part in keys)
     if error["type"] == "missing":
         return f"{key!r} is missing"

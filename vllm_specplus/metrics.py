@@ -26,6 +26,7 @@ COUNTERS = {
     "output_tokens": "Tokens that came out of these steps.",
     "nodes_drafted": "Draft nodes verified by the target model.",
     "nodes_accepted": "Draft nodes that became text.",
+    "relaxed_tokens": "Of these, nodes that a lossy rule took in place of the draw.",
     "kv_slots_moved": "Cache slots copied to compact an accepted path.",
     "draft_seconds": "Seconds spent learning from the step and drafting.",
     "control_seconds": "Seconds spent deciding how much to draft.",

@@ -131,6 +131,11 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: worker_config(config)}
     parallel_config.worker_cls = WORKERS[current_platform.device_type]
     args.scheduler_cls = SCHEDULER
+    if not config.lossless:
+        logger.warning(
+            "acceptance rule %r is lossy: answers will differ from the model's own",
+            config.acceptance.rule,
+        )
     metrics.publish(config.method)
 
 

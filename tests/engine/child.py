@@ -97,14 +97,17 @@ def sabotage(kind: str) -> None:
         raise ValueError(kind)
 
 
-def main(job_path: str, out_path: str) -> None:
-    with open(job_path) as f:
-        job = json.load(f)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+def load_plugin() -> None:
     import tests.engine.methods  # noqa: F401  registers the test methods
     from vllm_specplus.plugin import register
 
     register()
+
+
+def main(job_path: str, out_path: str) -> None:
+    with open(job_path) as f:
+        job = json.load(f)
+    load_plugin()
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.sampling_params import StructuredOutputsParams
 

@@ -1,14 +1,23 @@
-"""Run a batch of requests through a real engine in a fresh process."""
+"""Run a batch of requests through a real engine in a fresh process.
+
+Jobs that need no environment of their own are forked from a process that has imported vLLM.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+#: Seconds an engine may take for its job.
+TIMEOUT = 600
 
 
 def run(
@@ -32,19 +41,59 @@ def run(
     job.write_text(
         json.dumps({"engine": defaults | engine, "batches": batches, "sabotage": sabotage})
     )
+    log = out.with_suffix(".log")
+    status = _spawn(job, out, log, env) if env else _zygote().run(job, out, log)
+    if status:
+        raise RuntimeError(f"engine process failed ({status}):\n{log.read_text()[-8000:]}")
+    return json.loads(out.read_text())
+
+
+def _environment(extra: dict[str, str]) -> dict[str, str]:
     # TRITON_INTERPRET is for the kernel tests only.
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # The models are tiny: a second OpenMP thread only spins against the test process.
-    extra = {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    extra |= env or {}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.child", str(job), str(out)],
-        cwd=ROOT, env=inherited | extra, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    if done.returncode:
-        log = f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        raise RuntimeError(f"engine process failed ({done.returncode}):\n{log}")
-    return json.loads(out.read_text())
+    return inherited | {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "PYTHONPATH": str(ROOT),
+        # The models are tiny: a second OpenMP thread only spins against the test process.
+        "OMP_NUM_THREADS": "1",
+        **extra,
+    }
+
+
+def _spawn(job: Path, out: Path, log: Path, env: dict[str, str]) -> int:
+    """In a process of its own environment, from nothing."""
+    with log.open("w") as stream:
+        return subprocess.run(
+            [sys.executable, "-m", "tests.engine.child", str(job), str(out)],
+            cwd=ROOT, env=_environment(env), stdout=stream, stderr=stream, timeout=TIMEOUT,
+        ).returncode  # fmt: skip
+
+
+class Zygote:
+    """This test process' end of ``zygote.py``."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engine.zygote"], cwd=ROOT, env=_environment({}),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        atexit.register(self._process.stdin.close)
+
+    def run(self, job: Path, out: Path, log: Path) -> int:
+        """Exit status of an engine that was forked for the job."""
+        print(json.dumps({"job": str(job), "out": str(out), "log": str(log)}),
+              file=self._process.stdin, flush=True)  # fmt: skip
+        if not select.select([self._process.stdout], [], [], TIMEOUT)[0]:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            _zygote.cache_clear()
+            raise subprocess.TimeoutExpired(str(job), TIMEOUT)
+        return int(self._process.stdout.readline())
+
+
+@functools.cache
+def _zygote() -> Zygote:
+    return Zygote()
 
 
 def ids(result: dict, batch: int = 0) -> list[list[list[int]]]:

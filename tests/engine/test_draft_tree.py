@@ -156,6 +156,26 @@ def test_sampled_text_has_the_targets_distribution(tmp_path, small_pair, keys, s
     assert p > 1e-3 if sabotage is None else p < 1e-6
 
 
+def test_the_embedded_pair_follows_the_targets_distribution(tmp_path):
+    """SmolLM2-135M and its distilled draft, with their real vocabulary."""
+    from vllm_specplus.cli.model import prepare_draft, prepare_model
+
+    target = prepare_model()
+    config = spec(str(prepare_draft(target)), width=2, num_speculative_tokens=4)
+    engine = {
+        "model": str(target), "dtype": "float32", "enforce_eager": True, "max_model_len": 64,
+        "max_num_seqs": 32, "kv_cache_memory_bytes": 1 << 29, "speculative_config": config,
+    }  # fmt: skip
+    prompt, samples = [504, 3575, 282, 4649, 314], 1_000  # "The capital of France is"
+    params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS, "ignore_eos": True}
+    batch = {"prompt": prompt, "params": params, "repeat": samples}
+    result = harness.run(tmp_path, engine, [batch])
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 0.2 * samples
+    texts = [tuple(out[0]) for out in harness.ids(result)]
+    assert chi_square(joint_probabilities(str(target), prompt, 6), texts) > 1e-3
+
+
 def test_a_seed_fixes_drafts_and_text_whatever_the_neighbours(
     tmp_path, tiny_engine, mixed_requests, near_model
 ):

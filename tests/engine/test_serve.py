@@ -212,7 +212,10 @@ def test_a_request_can_switch_speculation_off(ask, server):
     ("controls", "sentence"),
     [
         ('{"max_nodes": 999}', "specplus: 'max_nodes' is 999: input should be less than"),
-        ('{"nodes": 3}', "specplus: unknown key 'nodes' (allowed: enabled, max_nodes, cache_salt)"),
+        (
+            '{"nodes": 3}',
+            "specplus: unknown key 'nodes' (allowed: enabled, max_nodes, lossless, cache_salt)",
+        ),
         ("{off", "specplus: not valid JSON"),
     ],
 )

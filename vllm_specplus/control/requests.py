@@ -24,6 +24,8 @@ class RequestControls(StrictModel):
     """False: decode this request without drafts."""
     max_nodes: Annotated[int, Field(ge=0, le=80)] | None = None
     """Most nodes drafted per step; the engine's limit stays in force above it."""
+    lossless: bool = False
+    """Verify this request losslessly, whatever acceptance rule the engine has."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     """Drafts from other requests' texts come only from requests of the same salt."""
 

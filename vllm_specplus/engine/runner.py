@@ -33,7 +33,7 @@ from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.kernels import native
 from vllm_specplus.proposers.base import Observation, Sampling, StepContext
-from vllm_specplus.samplers import lossless
+from vllm_specplus.samplers import lossless, relaxed
 from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.tree import ancestor_mask, row_depths
 
@@ -71,6 +71,8 @@ class Wishes:
     chain_only: bool
     cache_salt: str
     seed: int | None
+    relaxed_stops: frozenset[int] | None
+    """Its stop tokens; None: it must be verified losslessly."""
 
 
 @dataclass(slots=True)
@@ -370,11 +372,14 @@ class TreeRunnerMixin:
         # Greedy steps need nothing else from the device: this is their only copy.
         top_ids = self._top_ids(logits, max(self.drafter.proposer.top_k, 1)).cpu().numpy()
         step.top_ids = top_ids
-        logprobs = None
+        logprobs = seen = None
+        if not self.drafter.config.lossless and (step.rows.parents >= 0).any():
+            temperature = self.input_batch.temperature_cpu[: self.input_batch.num_reqs]
+            # Now: the sampler changes the logits in place.
+            seen = relaxed.look(logits, step.rows, temperature)
         if verify.is_plain_greedy(metadata):
-            step.acceptance = acceptance = lossless.accept(
-                step.rows, np.ascontiguousarray(top_ids[:, 0])
-            )
+            sampled = self._relax(step, np.ascontiguousarray(top_ids[:, 0]), seen)
+            step.acceptance = acceptance = lossless.accept(step.rows, sampled)
         elif self.drafter.proposer.rule is not None:
             sampled, samples = self._judge(step, logits, metadata)
             step.acceptance = acceptance = lossless.accept(step.rows, sampled)
@@ -382,7 +387,7 @@ class TreeRunnerMixin:
                 logprobs = verify.gather_logprobs(samples.logprobs, step.rows, acceptance)
         else:
             samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
-            sampled = samples.tokens.cpu().numpy()
+            sampled = self._relax(step, samples.tokens.cpu().numpy(), seen)
             step.acceptance = acceptance = lossless.accept(step.rows, sampled)
             verify.advance_generators(samples, metadata, self._draws(acceptance))
             if samples.logprobs is not None:
@@ -395,6 +400,23 @@ class TreeRunnerMixin:
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(acceptance.output), logprobs_tensors=logprobs
         )
+
+    def _relax(
+        self, step: Step, sampled: np.ndarray, seen: relaxed.Candidates | None
+    ) -> np.ndarray:
+        """The draws, with nodes in the place of some if a lossy rule accepts them."""
+        if seen is None:
+            return sampled
+        batch, rule = self.input_batch, self.drafter.config.acceptance
+        counts = np.diff(step.rows.starts)
+        request = np.repeat(np.arange(len(counts)), counts)[seen.rows]
+        accepted = relaxed.RULES[rule.rule](rule, seen)
+        accepted &= seen.rank < batch.top_k_cpu[request]
+        accepted &= seen.mass_above < batch.top_p_cpu[request]
+        stops = [self._wishes_of(name).relaxed_stops for name in batch.req_ids]
+        sampled, count = relaxed.follow(step.rows, sampled, seen, accepted, stops)
+        self.drafter.counters.add("relaxed_tokens", count)
+        return sampled
 
     def _judge(self, step: Step, logits: torch.Tensor, metadata):
         """Verify drafts that were drawn: (sampled int32 [L], RowSamples of rank 0).
@@ -526,6 +548,7 @@ class TreeRunnerMixin:
                 chain_only=params is not None and params.structured_outputs is not None,
                 cache_salt=controls.cache_salt,
                 seed=None if params is None else params.seed,
+                relaxed_stops=_relaxed_stops(params, controls),
             )
         return wishes
 
@@ -583,6 +606,19 @@ class TreeRunnerMixin:
     def close_drafter(self) -> None:
         if get_tensor_model_parallel_rank() == 0:
             self.drafter.close()
+
+
+def _relaxed_stops(params, controls: RequestControls) -> frozenset[int] | None:
+    """``Wishes.relaxed_stops``: a lossy rule sees the model's distribution, so it is not for
+    requests that change it or want to know it."""
+    if params is None or controls.lossless:
+        return None
+    changed = (
+        params.structured_outputs, params.bad_words, params.allowed_token_ids, params.min_tokens,
+        params.presence_penalty, params.frequency_penalty, params.repetition_penalty != 1,
+        params.logprobs is not None,
+    )  # fmt: skip
+    return None if any(changed) else frozenset(params.all_stop_token_ids)
 
 
 def _chain(count: int) -> np.ndarray:

@@ -1,0 +1,129 @@
+"""Relaxed acceptance: nodes become text that the target did not draw. **Lossy.**
+
+A rule only adds to what the lossless one accepts. Where a node holds the token that the
+target drew, it is followed; where none does, the most probable node that the rule accepts is
+taken instead of the draw:
+
+* ``typical`` (Medusa, arXiv 2401.10774, section 2.3.1): ``p(x) > min(epsilon, delta exp(-H(p)))``;
+* ``top_k_margin``: among the k most probable, and ``log p(x) >= log max p - margin``.
+
+``p`` is the target's distribution at the request's temperature (1 for greedy requests), and
+nothing is accepted that the request's own top-k or top-p cut off. A stop token is never
+accepted by relaxation, and never passed over. Text then no longer follows the target's
+distribution; ``docs/acceptance.md`` has what that costs and brings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_specplus.samplers.base import Rows
+
+if TYPE_CHECKING:
+    from vllm_specplus.config import TopKMarginAcceptance, TypicalAcceptance
+
+#: Nodes whose ranks are counted at a time: bounds the copies of distributions.
+CHUNK = 64
+
+
+@dataclass(slots=True)
+class Candidates:
+    """The N nodes of a step as the target sees them; host arrays."""
+
+    rows: np.ndarray
+    """int64 [N] row of each node."""
+    probability: np.ndarray
+    """float32 [N] p(x)."""
+    rank: np.ndarray
+    """int64 [N] tokens more probable than x."""
+    mass_above: np.ndarray
+    """float32 [N] their probability."""
+    best: np.ndarray
+    """float32 [N] max p."""
+    entropy: np.ndarray
+    """float32 [N] H(p), nats."""
+
+
+def look(logits: torch.Tensor, rows: Rows, temperature: np.ndarray) -> Candidates:
+    """What the rules need to know, in one copy from the device.
+
+    ``logits`` [L, V]; ``temperature`` float32 [R], 0 for greedy requests.
+    """
+    nodes = np.flatnonzero(rows.parents >= 0)
+    request = np.searchsorted(rows.starts, nodes, side="right") - 1
+    above, node_of = np.unique(rows.starts[request] + rows.parents[nodes], return_inverse=True)
+    scale = temperature[np.searchsorted(rows.starts, above, side="right") - 1]
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(logits.device)
+
+    logarithms = logits[put(above)].float()
+    logarithms /= put(np.where(scale > 0, scale, 1).astype(np.float32))[:, None]
+    logarithms = logarithms.log_softmax(-1)
+    p = logarithms.exp()
+    # 0 log 0 = 0
+    entropy = -(p * logarithms.clamp(min=-1e9)).sum(-1)
+    parent, token = put(node_of), put(rows.tokens[nodes].clip(min=0).astype(np.int64))
+    probability = p[parent, token]
+    rank, mass = [], []
+    for begin in range(0, len(nodes), CHUNK):
+        here = slice(begin, begin + CHUNK)
+        law = p[parent[here]]
+        more = law > probability[here, None]
+        rank.append(more.sum(-1).float())
+        mass.append((law * more).sum(-1))
+    table = torch.stack(
+        (probability, torch.cat(rank), torch.cat(mass), p.max(-1).values[parent], entropy[parent])
+    )
+    probability, rank, mass, best, entropy = table.cpu().numpy()
+    return Candidates(nodes, probability, rank.astype(np.int64), mass, best, entropy)
+
+
+def typical(rule: TypicalAcceptance, seen: Candidates) -> np.ndarray:
+    """bool [N]"""
+    threshold = np.minimum(rule.epsilon, rule.delta * np.exp(-seen.entropy))
+    return seen.probability > threshold
+
+
+def top_k_margin(rule: TopKMarginAcceptance, seen: Candidates) -> np.ndarray:
+    """bool [N]"""
+    return (seen.rank < rule.top_k) & (seen.probability >= seen.best * np.exp(-rule.margin))
+
+
+RULES = {"typical": typical, "top_k_margin": top_k_margin}
+
+
+def follow(
+    rows: Rows, sampled: np.ndarray, seen: Candidates, accepted: np.ndarray,
+    stops: list[frozenset[int] | None],
+) -> tuple[np.ndarray, int]:  # fmt: skip
+    """The target's draws with accepted nodes in the place of some, and how many.
+
+    ``sampled`` int32 [L]; ``accepted`` bool [N] what the rule says; ``stops`` [R] stop tokens
+    of each request, None for one that is verified losslessly.
+    """
+    out, relaxed = sampled.copy(), 0
+    likely = np.zeros(len(sampled), np.float32)
+    likely[seen.rows[accepted]] = seen.probability[accepted]
+    for r, stop in enumerate(stops):
+        if stop is None:
+            continue
+        first, end = int(rows.starts[r]), int(rows.starts[r + 1])
+        row: int | None = first
+        while row is not None:
+            children = row + 1 + np.flatnonzero(rows.parents[row + 1 : end] == row - first)
+            drawn = int(sampled[row])
+            right = children[rows.tokens[children] == drawn]
+            chosen = int(right[0]) if len(right) else None
+            if chosen is None and drawn not in stop:
+                others = [i for i in children if likely[i] > 0 and int(rows.tokens[i]) not in stop]
+                if others:
+                    chosen = int(max(others, key=lambda i: likely[i]))
+                    out[row] = rows.tokens[chosen]
+                    relaxed += 1
+            row = chosen
+    return out, relaxed
