@@ -31,8 +31,9 @@ from vllm_specplus.bench.protocol import (
     MarginResult,
     RequestResult,
     RoundResult,
+    ScoreResult,
 )
-from vllm_specplus.bench.render import print_report, save_plot
+from vllm_specplus.bench.render import losses, print_report, save_plot
 from vllm_specplus.bench.report import BenchReport, build_runs
 from vllm_specplus.bench.runner import (
     Benchmark,
@@ -358,6 +359,10 @@ class FakeProcess:
         if reply is MarginResult:
             self.events.append(("margins", self.name, len(self.message.prefixes)))
             return MarginResult(nats=[0.25] * len(self.message.prefixes))
+        if reply is ScoreResult:
+            answers = self.message.answers
+            self.events.append(("scores", self.name, len(answers)))
+            return ScoreResult(nats=[float(sum(answer.token_ids)) for answer in answers])
         self.events.append(("start", self.name))
         return SimpleNamespace(startup_s=1.0)
 
@@ -465,6 +470,36 @@ def test_missing_margins_do_not_cost_the_measurement(monkeypatch, tmp_path):
     benchmark, _, _ = run_plan(monkeypatch, tmp_path, fails={"none": "MarginResult"})
     assert [failure.stage for failure in benchmark.failures] == ["margins"]
     assert len(benchmark.sessions) == 3
+
+
+LOSSY = 'suffix:acceptance={"rule":"typical"}'
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_answers_of_lossy_methods_are_scored_by_the_model(monkeypatch, tmp_path, device):
+    benchmark, events, _ = run_plan(
+        monkeypatch, tmp_path, methods=parse_methods(f"none,ngram,{LOSSY}"), device=device
+    )
+    scored = [event for event in events if event[0] == "scores"]
+    assert scored == [("scores", "none", 6)] * 2  # by the baseline's engine, its own too
+    none, ngram, lossy = benchmark.sessions
+    assert set(none.scores.values()) == {6.0}
+    assert set(lossy.scores.values()) == {7.0}
+    assert ngram.scores == {}
+    runs = build_runs(benchmark.sessions, OURS, {f"a{i}": "a" for i in range(6)}, 0.0)
+    assert [run.nats_per_token for run in runs] == [6.0, None, 7.0]
+    (line,) = losses(runs)
+    assert "is LOSSY" in line
+    assert line.endswith("7.000 nats per token, none's 6.000 (+1.000).")
+
+
+def test_missing_scores_do_not_cost_the_measurement(monkeypatch, tmp_path):
+    benchmark, _, _ = run_plan(
+        monkeypatch, tmp_path, methods=parse_methods(f"none,{LOSSY}"),
+        fails={"none": "ScoreResult"},
+    )  # fmt: skip
+    assert [failure.stage for failure in benchmark.failures] == ["scores"]
+    assert len(benchmark.sessions) == 2
 
 
 # --- the child process -----------------------------------------------------------------------

@@ -33,6 +33,8 @@ from vllm_specplus.bench.protocol import (
     RequestResult,
     RoundRequest,
     RoundResult,
+    ScoreRequest,
+    ScoreResult,
 )
 
 if TYPE_CHECKING:
@@ -237,6 +239,27 @@ class Engine:
             nats.append(best - second)
         return MarginResult(nats=nats)
 
+    def scores(self, answers: Sequence[Prefix]) -> ScoreResult:
+        """Mean -log p of the tokens of each answer, in nats."""
+        from vllm import SamplingParams, TokensPrompt
+
+        # One token is generated, which must have room behind the answer.
+        longest = self.llm.llm_engine.model_config.max_model_len - 1
+        texts = [
+            (self.prompts[answer.question_id] + answer.token_ids)[:longest] for answer in answers
+        ]
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=text) for text in texts],
+            SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+            use_tqdm=False,
+        )
+        nats = []
+        for answer, text, output in zip(answers, texts, outputs, strict=True):
+            first = len(self.prompts[answer.question_id])
+            logprobs = [output.prompt_logprobs[i][text[i]].logprob for i in range(first, len(text))]
+            nats.append(-sum(logprobs) / len(logprobs) if logprobs else 0.0)
+        return ScoreResult(nats=nats)
+
     def close(self) -> None:
         """End vLLM's own processes and free the device."""
         self.llm.llm_engine.engine_core.shutdown()
@@ -376,6 +399,8 @@ def serve(requests: TextIO, send: Callable[[BaseModel], None]) -> None:
         request = REQUEST.validate_json(line)
         if isinstance(request, MarginRequest):
             send(engine.margins(request.prefixes))
+        elif isinstance(request, ScoreRequest):
+            send(engine.scores(request.answers))
         else:
             send(engine.measure(request))
     engine.close()

@@ -36,6 +36,12 @@ class MethodSpec:
     name: str
     speculative_config: dict[str, Any] | None
 
+    @property
+    def lossy(self) -> bool:
+        """Does its acceptance rule change what is answered?"""
+        acceptance = (self.speculative_config or {}).get("acceptance")
+        return isinstance(acceptance, dict) and acceptance.get("rule", "lossless") != "lossless"
+
 
 def parse_methods(text: str) -> list[MethodSpec]:
     """Parse `name[:key=value]...[,name...]`; commas and colons inside brackets or quotes are kept.

@@ -112,6 +112,20 @@ class MarginResult(BaseModel):
     nats: list[float]
 
 
+class ScoreRequest(BaseModel):
+    """Measure what answers cost the model itself. Not timed."""
+
+    kind: Literal["scores"] = "scores"
+    answers: list[Prefix]
+
+
+class ScoreResult(BaseModel):
+    """Mean -log p, in nats, of each answer's tokens at temperature 1."""
+
+    kind: Literal["scores"] = "scores"
+    nats: list[float]
+
+
 class Failed(BaseModel):
     """The engine process gives up; its log has the traceback."""
 
@@ -119,12 +133,8 @@ class Failed(BaseModel):
     error: str
 
 
-Request = Annotated[RoundRequest | MarginRequest, Field(discriminator="kind")]
-Reply = Annotated[
-    MachineInfo | EngineReady | RoundResult | MarginResult | Failed, Field(discriminator="kind")
-]
+AnyRequest = RoundRequest | MarginRequest | ScoreRequest
+AnyReply = MachineInfo | EngineReady | RoundResult | MarginResult | ScoreResult | Failed
 
-REQUEST: TypeAdapter[RoundRequest | MarginRequest] = TypeAdapter(Request)
-REPLY: TypeAdapter[MachineInfo | EngineReady | RoundResult | MarginResult | Failed] = TypeAdapter(
-    Reply
-)
+REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
+REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])

@@ -1,6 +1,6 @@
 """How a report is shown: tables on the terminal and a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -35,6 +35,8 @@ def print_report(console: Console, report: BenchReport) -> None:
                 "of its cores, so the times may be off."
             )
         console.print(_draft_table(report.runs))
+        for line in losses(report.runs):
+            console.print(line, markup=False, highlight=False)
         console.print(_category_table(report.runs))
     for failure in report.failures:
         console.print(
@@ -99,6 +101,19 @@ def _draft_table(runs: Sequence[RunReport]) -> Table:
             _number(run.startup_s, ".0f"),
         )
     return table
+
+
+def losses(runs: Sequence[RunReport]) -> Iterator[str]:
+    """What relaxed acceptance costs: a line per lossy run."""
+    exact = {run.concurrency: run.nats_per_token for run in runs if run.method == BASELINE}
+    for run in runs:
+        own = exact.get(run.concurrency)
+        if run.method != BASELINE and run.nats_per_token is not None and own is not None:
+            yield (
+                f"{run.method} ({run.concurrency} in flight) is LOSSY: its answers cost the model "
+                f"{run.nats_per_token:.3f} nats per token, {BASELINE}'s {own:.3f} "
+                f"({run.nats_per_token - own:+.3f})."
+            )
 
 
 def _category_table(runs: Sequence[RunReport]) -> Table:

@@ -42,6 +42,8 @@ from vllm_specplus.bench.protocol import (
     Prefix,
     RoundRequest,
     RoundResult,
+    ScoreRequest,
+    ScoreResult,
 )
 
 ENGINE_MODULE = "vllm_specplus.bench.engine"
@@ -56,7 +58,9 @@ CPU_MEMORY_SHARE = 0.8
 
 R = TypeVar("R", bound=BaseModel)
 Notify = Callable[[str | None, int], None]
-Stage = Literal["start", "measure", "margins"]
+Stage = Literal["start", "measure", "margins", "scores"]
+#: Stages after the measurement, without which it still stands.
+AFTERWARDS = ("margins", "scores")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,11 @@ class Plan:
 
 @dataclass
 class Session:
-    """What one engine measured. `margins`: nats, by question, where it differs from `none`."""
+    """What one engine measured.
+
+    `margins`: nats, by question, where it differs from `none`. `scores`: what the answers cost the
+    model, nats per token, by question; of lossy methods and of `none` beside them.
+    """
 
     method: MethodSpec
     concurrency: int
@@ -88,6 +96,7 @@ class Session:
     startup_s: float
     rounds: list[RoundResult] = field(default_factory=list)
     margins: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
     def answers(self) -> dict[str, list[int]]:
         """Token ids by question."""
@@ -306,7 +315,7 @@ class Benchmark:
         incomplete = {
             (failure.method.label, failure.concurrency)
             for failure in self.failures
-            if failure.stage != "margins"
+            if failure.stage not in AFTERWARDS
         }
         self.sessions = [
             session
@@ -336,9 +345,9 @@ class Benchmark:
                 live = self._take_turns(live, rounds)
                 group += [item.session for item in live]
                 if not self.sequential:
-                    self._add_margins(group, concurrency, repeat, live)
+                    self._judge(group, concurrency, repeat, live)
         if self.sequential:
-            self._add_margins(group, concurrency, repeat, [])
+            self._judge(group, concurrency, repeat, [])
         self.sessions += group
 
     def _start(self, stack: ExitStack, method: MethodSpec, concurrency: int, repeat: int) -> Live:
@@ -396,28 +405,54 @@ class Benchmark:
                     self._notify(None, len(questions))
         return lasting
 
-    def _add_margins(
+    def _judge(
         self, group: Sequence[Session], concurrency: int, repeat: int, live: Sequence[Live]
     ) -> None:
-        """Measure the margins where answers differ, in the baseline's engine or a fresh one."""
+        """What the baseline's engine, or a fresh one like it, says of the answers: the margins
+        where they differ from its own, and what those of lossy methods cost it."""
+        baseline = next(
+            (session.method for session in group if session.method.name == BASELINE), None
+        )
         differences = find_differences(group, self.plan.temperature)
-        if not differences:
+        lossy = any(session.method.lossy for session in group)
+        if baseline is None or not (differences or lossy):
             return
-        baseline = next(session.method for session in group if session.method.name == BASELINE)
+        stage: Stage = "margins"
         with ExitStack() as stack:
             try:
                 judge = next((item for item in live if item.session.method is baseline), None)
                 if judge is None:
                     judge = self._start(stack, baseline, concurrency, repeat)
-                self._notify(f"measuring the margins of {len(differences)} differences", 0)
                 judge.engine.resume()
-                judge.engine.send(MarginRequest(prefixes=[prefix for _, prefix in differences]))
-                result = judge.engine.receive(MarginResult)
+                if differences:
+                    self._add_margins(judge.engine, differences)
+                if lossy:
+                    stage = "scores"
+                    self._add_scores(judge.engine, group)
             except EngineError as exc:
-                self._fail(baseline, concurrency, "margins", exc, 0)
-                return
+                self._fail(baseline, concurrency, stage, exc, 0)
+
+    def _add_margins(
+        self, judge: EngineProcess, differences: Sequence[tuple[Session, Prefix]]
+    ) -> None:
+        self._notify(f"measuring the margins of {len(differences)} differences", 0)
+        judge.send(MarginRequest(prefixes=[prefix for _, prefix in differences]))
+        result = judge.receive(MarginResult)
         for (session, prefix), nats in zip(differences, result.nats, strict=True):
             session.margins[prefix.question_id] = nats
+
+    def _add_scores(self, judge: EngineProcess, group: Sequence[Session]) -> None:
+        for session in group:
+            if not session.method.lossy and session.method.name != BASELINE:
+                continue
+            self._notify(f"{session.method.label}: measuring what its answers cost the model", 0)
+            answers = [
+                Prefix(question_id=question_id, token_ids=token_ids)
+                for question_id, token_ids in session.answers().items()
+            ]
+            judge.send(ScoreRequest(answers=answers))
+            nats = judge.receive(ScoreResult).nats
+            session.scores = dict(zip(session.answers(), nats, strict=True))
 
     def _fail(
         self, method: MethodSpec, concurrency: int, stage: Stage, exc: EngineError, left: int
