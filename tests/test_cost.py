@@ -151,3 +151,21 @@ def test_a_coefficient_on_its_floor_leaves_no_bias():
     for _ in range(200):
         errors.append(cost.observe(undrafted, 0.0164) / 0.0164 - 1)
     assert abs(np.mean(errors[-64:])) < 0.02
+
+
+def test_nodes_of_long_contexts_cost_more():
+    """A drafted row attends to its request's context: 0.4 ms per 1000 tokens here."""
+    cost, rng = StepCost(CURVE), np.random.default_rng(2)
+
+    def seconds(shape: StepShape) -> float:
+        nodes = shape.rows - shape.requests
+        return float(CURVE(shape.rows)) + 4e-4 * nodes * shape.context / shape.requests / 1000
+
+    for _ in range(300):
+        requests = int(rng.integers(4, 9))
+        context = int(rng.choice([200, 1000])) * requests
+        shape = StepShape(requests, requests + int(rng.choice([0, 8, 24])), context)
+        cost.observe(shape, seconds(shape))
+    for context in (200, 600, 1500):
+        shape = StepShape(8, 8 + 20, 8 * context)
+        assert cost.predict_step(shape) == pytest.approx(seconds(shape), rel=0.06)

@@ -126,7 +126,7 @@ class StepCost:
     #: Standard deviation of a single step's time, relative.
     NOISE = 0.1
     #: Rows, requests, context and prompts never make a step shorter.
-    FLOOR = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0, 0.0])
+    FLOOR = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     #: Once the windows have filled, the fit follows every so many steps.
     REFIT = 4
 
@@ -138,14 +138,15 @@ class StepCost:
         self._tabulate(512)
         tail = curve.slope / self.unit
         # Coefficients of: the curve, a constant, each request, 1000 tokens of context,
-        # drafts present at all, each drafted request, each prompt row.
-        self._mean = np.array([1.0, 0.2, 0.01, 0.01, 0.02, 0.0, tail])
-        deviation = np.array([0.3, 0.3, 0.05, 0.03, 0.1, 0.01, tail + 0.002])
+        # drafts present at all, each drafted request, each drafted node and 1000 tokens of
+        # context it looks at, each prompt row.
+        self._mean = np.array([1.0, 0.2, 0.01, 0.01, 0.02, 0.0, 0.01, tail])
+        deviation = np.array([0.3, 0.3, 0.05, 0.03, 0.1, 0.01, 0.05, tail + 0.002])
         self._prior = np.diag(deviation**-2.0)
-        self._information = np.zeros((7, 7))
-        self._evidence = np.zeros(7)
+        self._information = np.zeros((8, 8))
+        self._evidence = np.zeros(8)
         # Rings of weighted samples, by kind, so that the oldest can be taken back.
-        self._x = np.zeros((3, self.WINDOW, 7))
+        self._x = np.zeros((3, self.WINDOW, 8))
         self._y = np.zeros((3, self.WINDOW))
         self._seen = np.zeros(3, np.int64)
         self.theta = self._mean.copy()
@@ -156,18 +157,19 @@ class StepCost:
         """Seconds, float64 [...], of steps with ``rows`` int [...] verified rows.
 
         ``context``: tokens, summed over the requests. Of ``n`` drafted nodes the best
-        belong to ``min(n, requests)`` requests at most.
+        belong to ``min(n, requests)`` requests at most; their contexts are taken for average.
         """
         rows = np.asarray(rows)
         last = int(rows.max())
         if last >= len(self._units):
             self._tabulate(2 * last)
-        a, constant, request, kilo_token, drafts, drafted, prompt = self.theta.tolist()
+        a, constant, request, kilo_token, drafts, drafted, look, prompt = self.theta.tolist()
         nodes = rows - requests
         units = a * self._units[rows]
         units += constant + request * requests + kilo_token * context / 1000 + prompt * prompt_rows
         units += drafts * (nodes > 0)
         units += drafted * np.minimum(nodes, requests)
+        units += look * nodes * (context / requests / 1000)
         return np.maximum(units, 0.05) * self.unit
 
     def _tabulate(self, rows: int) -> None:
@@ -191,6 +193,7 @@ class StepCost:
                 shape.context / 1000,
                 nodes > 0,
                 min(nodes, shape.requests),
+                nodes * shape.context / shape.requests / 1000,
                 shape.prompt_rows,
             ]
         )
@@ -209,7 +212,7 @@ class StepCost:
         return predicted
 
     def _fit(self) -> np.ndarray:
-        """The coefficients, float64 [7], by least squares above the floor.
+        """The coefficients, float64 [8], by least squares above the floor.
 
         One that would fall below stays on the floor while the others are fitted anew:
         merely raising it would leave every prediction too high.
