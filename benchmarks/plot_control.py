@@ -29,7 +29,8 @@ def main() -> None:
     for path in args.results:
         for run in json.loads(path.read_text())["runs"]:
             row = rows.setdefault(run["concurrency"], {"in_flight": run["concurrency"]})
-            row[label(run)] = {"tokens_per_second": run["tokens_per_s"]}
+            # Relative to the same run's baseline: a later file may repeat some methods only.
+            row[label(run)] = {"tokens_per_second": run["ratio_vs_none"]}
     table = [rows[load] for load in sorted(rows)]
     plot(table, [name for name in table[0] if name != "in_flight"], args.plot)
 
