@@ -487,10 +487,10 @@ def test_answers_of_lossy_methods_are_scored_by_the_model(monkeypatch, tmp_path,
     assert set(lossy.scores.values()) == {7.0}
     assert ngram.scores == {}
     runs = build_runs(benchmark.sessions, OURS, {f"a{i}": "a" for i in range(6)}, 0.0)
-    assert [run.nats_per_token for run in runs] == [6.0, None, 7.0]
+    assert [run.nats_below_best for run in runs] == [6.0, None, 7.0]
     (line,) = losses(runs)
     assert "is LOSSY" in line
-    assert line.endswith("7.000 nats per token, none's 6.000 (+1.000).")
+    assert "7.000 nats below the model's best one on average, none's 6.000" in line
 
 
 def test_missing_scores_do_not_cost_the_measurement(monkeypatch, tmp_path):

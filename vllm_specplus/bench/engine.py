@@ -240,7 +240,7 @@ class Engine:
         return MarginResult(nats=nats)
 
     def scores(self, answers: Sequence[Prefix]) -> ScoreResult:
-        """Mean -log p of the tokens of each answer, in nats."""
+        """How far below the best token those of each answer are, in nats on average."""
         from vllm import SamplingParams, TokensPrompt
 
         # One token is generated, which must have room behind the answer.
@@ -250,14 +250,19 @@ class Engine:
         ]
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=text) for text in texts],
-            SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+            SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1),
             use_tqdm=False,
         )
         nats = []
         for answer, text, output in zip(answers, texts, outputs, strict=True):
             first = len(self.prompts[answer.question_id])
-            logprobs = [output.prompt_logprobs[i][text[i]].logprob for i in range(first, len(text))]
-            nats.append(-sum(logprobs) / len(logprobs) if logprobs else 0.0)
+            below = []
+            for i in range(first, len(text)):
+                # The token itself, and the best one.
+                entries = output.prompt_logprobs[i]
+                best = max(entry.logprob for entry in entries.values())
+                below.append(best - entries[text[i]].logprob)
+            nats.append(sum(below) / len(below) if below else 0.0)
         return ScoreResult(nats=nats)
 
     def close(self) -> None:

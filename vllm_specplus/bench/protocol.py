@@ -113,14 +113,17 @@ class MarginResult(BaseModel):
 
 
 class ScoreRequest(BaseModel):
-    """Measure what answers cost the model itself. Not timed."""
+    """Measure how far answers are from what the model itself prefers. Not timed."""
 
     kind: Literal["scores"] = "scores"
     answers: list[Prefix]
 
 
 class ScoreResult(BaseModel):
-    """Mean -log p, in nats, of each answer's tokens at temperature 1."""
+    """Mean of log p(best token) - log p(token), in nats, over each answer's tokens.
+
+    Not the mean of -log p: a text that repeats itself is probable, however it got there.
+    """
 
     kind: Literal["scores"] = "scores"
     nats: list[float]

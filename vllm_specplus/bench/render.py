@@ -105,14 +105,14 @@ def _draft_table(runs: Sequence[RunReport]) -> Table:
 
 def losses(runs: Sequence[RunReport]) -> Iterator[str]:
     """What relaxed acceptance costs: a line per lossy run."""
-    exact = {run.concurrency: run.nats_per_token for run in runs if run.method == BASELINE}
+    exact = {run.concurrency: run.nats_below_best for run in runs if run.method == BASELINE}
     for run in runs:
         own = exact.get(run.concurrency)
-        if run.method != BASELINE and run.nats_per_token is not None and own is not None:
+        if run.method != BASELINE and run.nats_below_best is not None and own is not None:
             yield (
-                f"{run.method} ({run.concurrency} in flight) is LOSSY: its answers cost the model "
-                f"{run.nats_per_token:.3f} nats per token, {BASELINE}'s {own:.3f} "
-                f"({run.nats_per_token - own:+.3f})."
+                f"{run.method} ({run.concurrency} in flight) is LOSSY: its tokens are "
+                f"{run.nats_below_best:.3f} nats below the model's best one on average, "
+                f"{BASELINE}'s {own:.3f}."
             )
 
 

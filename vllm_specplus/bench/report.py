@@ -66,8 +66,8 @@ class RunReport(BaseModel):
     a draft; the k-th acceptance is the share of drafts of which at least k tokens were accepted.
     `identical_share`: answers with exactly the baseline's tokens, None for the baseline itself
     and for sampled answers.
-    `nats_per_token`: what the answers cost the model itself, mean -log p over their tokens; of
-    methods with a lossy acceptance rule and of `none`, to compare.
+    `nats_below_best`: how far below the model's best token those of the answers are, in nats on
+    average; of methods with a lossy acceptance rule and of `none`, to compare.
     `peak_rss_bytes`: memory of the engine's processes (on the CPU platform the weights and the
     KV cache used so far). `gpu_bytes`: all memory in use on the engine's GPUs.
     `startup_s`: median seconds to build the engine, compilation included if it was not cached.
@@ -92,7 +92,7 @@ class RunReport(BaseModel):
     drafted_per_draft: float | None
     acceptance_per_depth: list[float] | None
     identical_share: float | None
-    nats_per_token: float | None = None
+    nats_below_best: float | None = None
     differences: list[DifferenceReport]
     ttft_ms_median: float
     ttft_ms_p99: float
@@ -208,7 +208,7 @@ def tokens_per_step(requests: Iterable[RequestResult]) -> float | None:
     return tokens / steps if steps else None
 
 
-def nats_per_token(sessions: Iterable[Session]) -> float | None:
+def nats_below_best(sessions: Iterable[Session]) -> float | None:
     """Of all scored answers together; None if there are none."""
     total = tokens = 0.0
     for session in sessions:
@@ -274,7 +274,7 @@ def _build_run(
         drafted_per_draft=sum(item.draft_tokens for item in counters) / drafts if drafts else None,
         acceptance_per_depth=acceptance_per_depth(counters),
         identical_share=identical_share,
-        nats_per_token=nats_per_token(sessions),
+        nats_below_best=nats_below_best(sessions),
         differences=differences,
         ttft_ms_median=median(ttft_ms),
         ttft_ms_p99=percentile99(ttft_ms),

@@ -86,8 +86,9 @@ class Plan:
 class Session:
     """What one engine measured.
 
-    `margins`: nats, by question, where it differs from `none`. `scores`: what the answers cost the
-    model, nats per token, by question; of lossy methods and of `none` beside them.
+    `margins`: nats, by question, where it differs from `none`. `scores`: how far
+    below the model's best tokens those of the answers are, nats on average, by question; of lossy
+    methods and of `none` beside them.
     """
 
     method: MethodSpec
@@ -409,7 +410,7 @@ class Benchmark:
         self, group: Sequence[Session], concurrency: int, repeat: int, live: Sequence[Live]
     ) -> None:
         """What the baseline's engine, or a fresh one like it, says of the answers: the margins
-        where they differ from its own, and what those of lossy methods cost it."""
+        where they differ from its own, and how far it finds those of lossy methods."""
         baseline = next(
             (session.method for session in group if session.method.name == BASELINE), None
         )
@@ -445,7 +446,7 @@ class Benchmark:
         for session in group:
             if not session.method.lossy and session.method.name != BASELINE:
                 continue
-            self._notify(f"{session.method.label}: measuring what its answers cost the model", 0)
+            self._notify(f"{session.method.label}: measuring its answers' distance", 0)
             answers = [
                 Prefix(question_id=question_id, token_ids=token_ids)
                 for question_id, token_ids in session.answers().items()
