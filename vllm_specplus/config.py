@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,9 +389,9 @@ class SelfSpeculationConfig(ShapedDraftConfig):
                     f"{key!r} is {layers}, and the target's layers are 0 to {target.num_layers - 1}"
                 )
 
+    @abstractmethod
     def named_layers(self) -> dict[str, list[int] | None]:
         """Keys that name layers of the target."""
-        raise NotImplementedError
 
 
 class LayerSkipConfig(SelfSpeculationConfig):

@@ -69,7 +69,8 @@ class CudaReader:
 
     def __call__(self, slots: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """As :class:`CpuReader`."""
-        slots = torch.from_numpy(slots).to(self._caches[0].device)
+        device = self._caches[0].device
+        slots = torch.from_numpy(slots).pin_memory().to(device, non_blocking=True)
         block_size = self._caches[0].shape[2]
         page, place = slots // block_size, slots % block_size
         for cache in self._caches:

@@ -14,6 +14,7 @@ of them are predicted.
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 
 import numpy as np
 import torch
@@ -63,14 +64,14 @@ class SelfSpeculation(DraftTree):
             self.count("draft_layer_changes")
             logger.debug("%s now leaves out %s", self.config.method, chosen)
 
+    @abstractmethod
     def first_choice(self, num_layers: int) -> Skips:
         """What to leave out before anything is known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(self, names: list[str], texts: list[np.ndarray], starts: np.ndarray) -> Skips:
-        """Learn from a replay of the texts, whose outputs begin at ``starts``; what to leave
-        out from now on."""
-        raise NotImplementedError
+        """Learn from a replay of the texts, whose outputs begin at ``starts`` int64 [R]; what
+        to leave out from now on."""
 
 
 class LayerSkip(SelfSpeculation):
