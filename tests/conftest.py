@@ -13,9 +13,6 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order for several workers (pytest-xdist): a file's tests share its fixtures and stay
-    together, and the engine's tests, which last longest, come first."""
+    """The engine's tests, which last longest, come first: several workers (pytest-xdist) then
+    end at about the same time."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is None)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

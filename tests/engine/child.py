@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -122,17 +121,18 @@ def main(job_path: str, out_path: str) -> None:
         import ray
 
         # A cluster of this process, gone with it; the two GPUs are only numbers to Ray.
-        ray.init(num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
+        ray.init("local", num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
     llm = LLM(**job["engine"])
     if job.get("sabotage"):
         sabotage(job["sabotage"])
     result, owners = [], []
     for batch in job["batches"]:
         time.sleep(batch.get("pause", 0))
-        if batch.keys() & {"pause", "kill_owner_after", "stop_cluster_after"}:
+        if batch.keys() & {"pause", "kill_owner_after", "end_process"}:
             owners.append(llm.collective_rpc(_owners)[0])
-        if "stop_cluster_after" in batch:
-            threading.Timer(batch["stop_cluster_after"], _stop_cluster).start()
+        if "end_process" in batch:
+            end = (batch["end_process"], signal.SIGTERM)
+            threading.Timer(batch["end_after"], os.kill, end).start()
         if "kill_owner_after" in batch:
             kill = (owners[-1][0], signal.SIGKILL)
             threading.Timer(batch["kill_owner_after"], os.kill, kill).start()
@@ -180,11 +180,6 @@ def main(job_path: str, out_path: str) -> None:
             },
             f,
         )
-
-
-def _stop_cluster() -> None:
-    ray = [os.path.join(os.path.dirname(sys.executable), "ray"), "stop", "--force"]
-    subprocess.run(ray, capture_output=True, check=True)
 
 
 def _owners(worker):

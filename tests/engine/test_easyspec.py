@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,7 @@ from tests.engine import harness
 from tests.test_drafting import save_draft
 
 pytest.importorskip("ray")
-# One Ray cluster at a time on a machine.
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.engine
 
 ENV = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -60,14 +61,24 @@ def test_a_killed_owner_costs_drafts_and_nothing_else(
 
 @pytest.fixture
 def cluster():
-    """Address of a Ray cluster of this machine."""
+    """A Ray cluster of this machine, apart from any other: its address and the process that
+    runs it, whose end is the cluster's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     ray = str(Path(sys.executable).parent / "ray")
-    port = 6390
-    start = [ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false",
-             "--node-ip-address=127.0.0.1"]  # fmt: skip
-    subprocess.run(start, env=os.environ | ENV, capture_output=True, check=True, timeout=120)
-    yield f"127.0.0.1:{port}"
-    subprocess.run([ray, "stop", "--force"], capture_output=True, check=True, timeout=60)
+    start = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+             "--include-dashboard=false", "--node-ip-address=127.0.0.1"]  # fmt: skip
+    address = f"127.0.0.1:{port}"
+    head = subprocess.Popen(start, env=os.environ | ENV, stdout=subprocess.DEVNULL)
+    status = [ray, "status", f"--address={address}"]
+    deadline = time.monotonic() + 120
+    while subprocess.run(status, env=os.environ | ENV, capture_output=True).returncode:
+        assert head.poll() is None and time.monotonic() < deadline, "the cluster did not start"
+        time.sleep(0.5)
+    yield address, head.pid
+    head.terminate()
+    head.wait(60)
 
 
 def test_a_stopped_cluster_costs_drafts_and_nothing_else(
@@ -75,11 +86,12 @@ def test_a_stopped_cluster_costs_drafts_and_nothing_else(
 ):
     """Its head is stopped in the middle of the second batch and stays away."""
     batch = {"requests": mixed_requests}
-    config = spec(deep_draft, shards=2, ray_address=cluster)
+    address, head = cluster
+    config = spec(deep_draft, shards=2, ray_address=address)
     result = harness.run(
         tmp_path,
         tiny_engine | {"speculative_config": config},
-        [batch, batch | {"stop_cluster_after": 0.3}, batch | {"pause": 5}],
+        [batch, batch | {"end_process": head, "end_after": 0.3}, batch | {"pause": 5}],
         env=ENV,
     )
     for i in range(3):

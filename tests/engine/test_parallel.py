@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine import harness
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.engine
 
 SPEC = {
     "method": "token_recycling", "num_speculative_tokens": 8, "control": {"policy": "fixed"}

@@ -80,7 +80,8 @@ def connect(address: str | None) -> None:
 
     try:
         ray.init(
-            address=address, include_dashboard=False, log_to_driver=False,
+            # Without an address Ray would first look for a cluster that somebody else runs here.
+            address=address or "local", include_dashboard=False, log_to_driver=False,
             logging_level=logging.ERROR, namespace="vllm-specplus",
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
