@@ -228,7 +228,6 @@ def test_a_page_holds_what_the_plan_says(draft):
     assert local(draft, 3).cache.pages == 1 + -(-2000 // PAGE)
 
 
-@pytest.mark.xdist_group("ray")
 def test_too_few_bundles_are_one_clear_error(draft, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setattr(placement, "RESERVE_SECONDS", 2)

@@ -74,7 +74,8 @@ def cluster():
     status = [ray, "status", f"--address={address}"]
     deadline = time.monotonic() + 120
     while subprocess.run(status, env=os.environ | ENV, capture_output=True).returncode:
-        assert head.poll() is None and time.monotonic() < deadline, "the cluster did not start"
+        assert head.poll() is None, "the cluster ended"
+        assert time.monotonic() < deadline, "the cluster did not start"
         time.sleep(0.5)
     yield address, head.pid
     head.terminate()
