@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.retrieval import datastore
+from vllm_specplus.samplers import interchangeable
 from vllm_specplus.strict import StrictModel
 
 
@@ -76,7 +77,61 @@ class TopKMarginAcceptance(StrictModel):
     """Nats below the most probable token."""
 
 
-AcceptanceConfig = LosslessAcceptance | TypicalAcceptance | TopKMarginAcceptance
+class LanternAcceptance(StrictModel):
+    """Image codes may borrow the probability of their neighbours (LANTERN)."""
+
+    rule: Literal["lantern"]
+    k: Annotated[int, Field(ge=0)] = 1000
+    """Nearest codes that may lend."""
+    delta: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Most that is lent, and so the most that a distribution moves by (total variation)."""
+    residual: Literal["optimal", "llamagen", "lumina"] = "optimal"
+    """What follows a rejection; the others are the reference codes', for parity."""
+
+
+class LanternPlusAcceptance(StrictModel):
+    """The same, in proportion to the code's own probability (LANTERN++)."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    rule: Literal["lantern++"]
+    k: Annotated[int, Field(ge=0)] = 10
+    lambda_: Annotated[float, Field(ge=1, alias="lambda")] = 5.0
+    """Borrowed and own probability together, as a multiple of the own."""
+    residual: Literal["optimal", "llamagen", "lumina"] = "optimal"
+
+
+class GsdAcceptance(StrictModel):
+    """Image codes are judged as groups of neighbours in rank (Grouped Speculative Decoding)."""
+
+    rule: Literal["gsd"]
+    group: Annotated[int, Field(ge=1)] = 14
+    """Codes of a group."""
+    max_gap: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """Members differ in probability by less than this."""
+    max_distance: Annotated[float, Field(gt=0)] | None = None
+    """And in their codebook vectors by less than this (squared L2), if set."""
+
+
+class KlJudgeAcceptance(StrictModel):
+    """Drawn nodes where draft and target hardly differ and the target is not sure (JuDi)."""
+
+    rule: Literal["kl_judge"]
+    threshold: Annotated[float, Field(gt=0)] = 0.5
+    """Most KL(target || draft), nats."""
+    sure: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Above this largest probability of the target verification is lossless."""
+
+
+AcceptanceConfig = (
+    LosslessAcceptance
+    | TypicalAcceptance
+    | TopKMarginAcceptance
+    | LanternAcceptance
+    | LanternPlusAcceptance
+    | GsdAcceptance
+    | KlJudgeAcceptance
+)
 #: Key -> (what names the member, members), of the keys that take one of several objects.
 UNIONS = {"control": ("policy", ControlConfig), "acceptance": ("rule", AcceptanceConfig)}
 
@@ -92,6 +147,8 @@ class Target:
     """``model_type`` of its config."""
     num_layers: int
     tensor_parallel_size: int
+    has_codebook: bool = False
+    """Does it generate image codes?"""
 
 
 class MethodConfig(StrictModel):
@@ -137,12 +194,17 @@ class MethodConfig(StrictModel):
         if self.lossless:
             if self.allow_lossy:
                 raise ValueError("'allow_lossy' is for an 'acceptance' rule that is: remove it")
-        elif not self.allow_lossy:
+        elif not self.allow_lossy and self.acceptance.rule not in interchangeable.IMAGE_RULES:
             raise ValueError(
                 f"acceptance rule {self.acceptance.rule!r} changes what is answered: set "
                 f"'allow_lossy' to true if that is wanted"
             )
-        elif self.rule is not None:
+        elif self.acceptance.rule == "kl_judge" and self.rule is None:
+            raise ValueError(
+                "acceptance rule 'kl_judge' compares with what the nodes were drawn from: use a "
+                "method and 'shape' that draws"
+            )
+        elif self.rule is not None and self.acceptance.rule not in interchangeable.RULES:
             raise ValueError(
                 f"acceptance rule {self.acceptance.rule!r} takes nodes that were not drawn: set "
                 f"'shape' to 'topk'"
@@ -156,6 +218,14 @@ class MethodConfig(StrictModel):
 
     def check_source(self) -> None:
         """Raise ValueError if, with these keys, it cannot be a source of rasd."""
+
+    def check_acceptance(self, target: Target) -> None:
+        """Raise ValueError if the acceptance rule does not fit the target model."""
+        if self.acceptance.rule in interchangeable.IMAGE_RULES and not target.has_codebook:
+            raise ValueError(
+                f"acceptance rule {self.acceptance.rule!r} goes by the codebook of an image model, "
+                f"and the target is of type {target.family!r}"
+            )
 
     def check_target(self, target: Target) -> None:
         """Raise ValueError if the method does not fit the target model."""
@@ -201,6 +271,20 @@ class TokenRecyclingConfig(MethodConfig):
                         f'remove it, or use tree "best_first"'
                     )
         return self
+
+
+class JacobiConfig(MethodConfig):
+    """``{"method": "jacobi", ...}``; see ``proposers/jacobi.py``."""
+
+    fuses: ClassVar[bool] = False
+
+    method: Literal["jacobi"] = "jacobi"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 15
+    """The window less the token that is being read."""
+
+    @property
+    def rule(self) -> str | None:
+        return "without_replacement"
 
 
 class RestConfig(MethodConfig):
@@ -539,6 +623,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "draft_tree": DraftTreeConfig,
     "early_exit": EarlyExitConfig,
     "easyspec": EasySpecConfig,
+    "jacobi": JacobiConfig,
     "layer_skip": LayerSkipConfig,
     "rasd": RasdConfig,
     "rest": RestConfig,

@@ -37,6 +37,7 @@ def register() -> None:
         return
     from vllm.engine.arg_utils import EngineArgs
 
+    _register_models()
     original = EngineArgs.create_speculative_config
     if getattr(original, "_specplus", False):
         return
@@ -53,6 +54,19 @@ def register() -> None:
     _check_requests()
 
 
+def _register_models() -> None:
+    """Make vLLM know our image models; they are imported when one is served."""
+    from transformers import AutoConfig
+    from vllm.model_executor.models import ModelRegistry
+
+    from vllm_specplus.engine.models import MODELS
+    from vllm_specplus.image.llamagen import LlamaGenConfig
+
+    for name, place in MODELS.items():
+        ModelRegistry.register_model(name, place)
+    AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig, exist_ok=True)
+
+
 def _check_requests() -> None:
     """Wrap ``SamplingParams.verify``, vLLM's admission check, for our ``extra_args``.
 
@@ -67,11 +81,14 @@ def _check_requests() -> None:
     @functools.wraps(original)
     def verify(self, model_config, speculative_config, *args, **kwargs):
         original(self, model_config, speculative_config, *args, **kwargs)
-        if getattr(speculative_config, "model", None) == DRAFTER:
-            try:
+        ours = getattr(speculative_config, "model", None) == DRAFTER
+        try:
+            if ours:
                 requests.parse(self.extra_args)
-            except ValueError as error:
-                raise VLLMValidationError(str(error), parameter=requests.KEY) from None
+            guided = getattr(model_config.hf_text_config, "guidance_scale", None) is not None
+            requests.guidance(self.extra_args, possible=ours and guided)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter=requests.KEY) from None
 
     SamplingParams.verify = verify
 
@@ -113,15 +130,16 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     config = parse(raw)
     for problem in conflicts(args, model_config, parallel_config, current_platform.device_type):
         raise ValueError(f"speculative method {config.method!r} {problem}")
-    config.check_target(
-        Target(
-            load_tokenizer=lambda: cached_tokenizer_from_config(model_config),
-            vocab_size=model_config.get_vocab_size(),
-            family=model_config.hf_text_config.model_type,
-            num_layers=model_config.get_total_num_hidden_layers(),
-            tensor_parallel_size=parallel_config.tensor_parallel_size,
-        )
+    target = Target(
+        load_tokenizer=lambda: cached_tokenizer_from_config(model_config),
+        vocab_size=model_config.get_vocab_size(),
+        family=model_config.hf_text_config.model_type,
+        num_layers=model_config.get_total_num_hidden_layers(),
+        tensor_parallel_size=parallel_config.tensor_parallel_size,
+        has_codebook=hasattr(model_config.hf_text_config, "codebook_size"),
     )
+    config.check_acceptance(target)
+    config.check_target(target)
     args.speculative_config = {
         "method": "custom_class",
         "model": DRAFTER,
@@ -142,7 +160,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
 def worker_config(config: MethodConfig) -> dict[str, Any]:
     """The JSON that travels in ``additional_config`` to every worker."""
     # Only what the user set: defaults are conflicts elsewhere when written out.
-    return {"config": config.model_dump(exclude_unset=True)}
+    return {"config": config.model_dump(exclude_unset=True, by_alias=True)}
 
 
 def conflicts(args: Any, model_config: Any, parallel_config: Any, device_type: str):

@@ -4,6 +4,7 @@ import importlib.util
 import shlex
 import sys
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.dataset import Dataset, load_dataset, pick
+from vllm_specplus.bench.images import (
+    ImageBench,
+    ImageReport,
+    print_image_report,
+    save_image_plot,
+    save_sheet,
+)
 from vllm_specplus.bench.methods import (
     BASELINE,
     parse_concurrencies,
@@ -33,31 +41,49 @@ from vllm_specplus.config import METHODS
 
 FAILED = 1
 BAD_INPUT = 2
+TEXT_METHODS = "none,ngram,suffix,token_recycling"
+IMAGE_METHODS = 'none,jacobi,jacobi:acceptance={"rule":"gsd"}'
+
+
+class Task(StrEnum):
+    text = "text"
+    image = "image"
 
 
 def bench(
     model: Annotated[str, typer.Option(help="Folder or Hugging Face name of the target model.")],
     dataset: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="JSON-lines file with Spec-Bench rows (turns, category), "
-            'OpenAI {"messages"} rows or {"prompt"} rows.'
+            'OpenAI {"messages"} rows or {"prompt"} rows. Needed for text.'
         ),
-    ],
+    ] = None,
+    task: Annotated[
+        Task,
+        typer.Option(
+            help="text: answers to a dataset; image: pictures of the model's classes, "
+            "judged by the classifier in its folder."
+        ),
+    ] = Task.text,
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Methods separated by commas, each name[:key=value]... with keys of vLLM's "
             "speculative config, e.g. none,ngram:num_speculative_tokens=4,token_recycling. "
-            'Values are JSON, or else strings (tree="2.2" is a string, tree=2.2 a number).'
+            'Values are JSON, or else strings (tree="2.2" is a string, tree=2.2 a number).',
+            show_default=f"{TEXT_METHODS}; for images {IMAGE_METHODS}",
         ),
-    ] = "none,ngram,suffix,token_recycling",
+    ] = None,
     concurrency: Annotated[
         str, typer.Option(help="Numbers of requests in flight, separated by commas.")
     ] = "1",
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 128,
     limit: Annotated[
-        int, typer.Option(help="Most questions to measure, taken evenly from all categories.")
+        int,
+        typer.Option(
+            help="Most questions to measure, taken evenly from all categories, or pictures to make."
+        ),
     ] = 48,
     rounds: Annotated[
         int,
@@ -67,7 +93,9 @@ def bench(
         ),
     ] = 4,
     repeat: Annotated[int, typer.Option(help="Repeat everything with fresh engines.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy.", show_default="0; for images 1")
+    ] = None,
     seed: Annotated[int, typer.Option(help="For sampling, at a temperature above 0.")] = 0,
     chat_template: Annotated[
         bool,
@@ -95,6 +123,9 @@ def bench(
         Path | None, typer.Option("--json", help="Write all results to this file.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the results into this PNG file.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Write some of the pictures made into this PNG file.")
+    ] = None,
 ) -> None:
     """Compare methods on one model and dataset: speed, latency, acceptance, equal answers.
 
@@ -102,15 +133,27 @@ def bench(
     Exit code 0: all measured; 1: a method failed, the others were measured; 2: unusable input.
     """
     errors = Console(stderr=True, highlight=False)
+    temperature = (1.0 if task is Task.image else 0.0) if temperature is None else temperature
     try:
         check_model(model)
         check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot)
+        if task is Task.image:
+            pictures = bench_images(
+                model, dataset, methods or IMAGE_METHODS, concurrency, limit, temperature, seed,
+                engine_arg or [], errors,
+            )  # fmt: skip
+            finish_images(pictures, json_path, plot, sheet)
+            return
+        if dataset is None:
+            raise InputError("--dataset is needed for --task text")
+        if sheet is not None:
+            raise InputError("--sheet is for --task image: remove it")
         data = load_dataset(dataset)
         measured, warmup = pick(data.questions, limit)
         check_raw_prompts(data, chat_template)
         plan = Plan(
             model=model,
-            methods=parse_methods(methods),
+            methods=parse_methods(methods or TEXT_METHODS),
             concurrencies=parse_concurrencies(concurrency),
             measured=measured,
             warmup=warmup,
@@ -147,6 +190,59 @@ def bench(
     print_report(Console(), report)
     if plot and report.runs:
         save_plot(report, plot)
+    if report.failures:
+        raise typer.Exit(FAILED)
+
+
+def bench_images(
+    model: str, dataset: Path | None, methods: str, concurrency: str, pictures: int,
+    temperature: float, seed: int, engine_args: list[str], console: Console,
+) -> ImageBench:  # fmt: skip
+    """Measure; InputError for what does not go with images."""
+    if dataset is not None:
+        raise InputError("--dataset is for --task text: images are made of the model's classes")
+    in_flight = parse_concurrencies(concurrency)
+    if len(in_flight) > 1:
+        raise InputError("--task image takes one --concurrency")
+
+    def notify(label: str) -> None:
+        console.print(f"{label}: {pictures} pictures", markup=False)
+
+    bench = ImageBench(
+        str(Path(model).expanduser()), parse_methods(methods), pictures, in_flight[0],
+        temperature, seed, parse_engine_args(engine_args), notify,
+    )  # fmt: skip
+    bench.run()
+    return bench
+
+
+def finish_images(
+    bench: ImageBench, json_path: Path | None, plot: Path | None, sheet: Path | None
+) -> None:
+    """Print, and write what was asked for."""
+    with tempfile.TemporaryDirectory(prefix="vllm-specplus-bench-") as folder:
+        machine = describe_machine(Path(folder) / "describe.log")
+    report = ImageReport(
+        model=bench.model,
+        versions=describe_versions(machine),
+        machine=describe_hardware(machine),
+        command=shlex.join(sys.argv),
+        settings={
+            "methods": [method.label for method in bench.methods],
+            "concurrency": bench.in_flight, "pictures": len(bench.labels),
+            "temperature": bench.temperature, "seed": bench.seed,
+            "engine_args": bench.engine_args,
+        },
+        runs=bench.runs,
+        failures=bench.failures,
+    )  # fmt: skip
+    if json_path:
+        json_path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    print_image_report(Console(), report)
+    if plot and report.runs:
+        save_image_plot(report, plot)
+    if sheet and report.runs:
+        save_sheet(bench, sheet)
     if report.failures:
         raise typer.Exit(FAILED)
 

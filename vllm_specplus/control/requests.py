@@ -7,6 +7,7 @@ only strings and numbers there: ``{"vllm_xargs": {"specplus": "{\\"enabled\\": f
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -14,7 +15,7 @@ from pydantic import Field, ValidationError
 from vllm_specplus.config import sentence
 from vllm_specplus.strict import StrictModel
 
-KEY = "specplus"
+KEY, GUIDANCE = "specplus", "guidance_scale"
 
 
 class RequestControls(StrictModel):
@@ -36,6 +37,25 @@ class RequestControls(StrictModel):
 
 
 DEFAULT = RequestControls()
+
+
+def guidance(extra_args: dict[str, Any] | None, possible: bool) -> float | None:
+    """A request's ``guidance_scale`` (a key of its own in ``extra_args``), None: the model's.
+
+    ValueError with one sentence if it is no number of 0 or more, or if the engine cannot
+    follow it: ``possible`` is for image models that are served with a method of ours.
+    """
+    scale = (extra_args or {}).get(GUIDANCE)
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+        raise ValueError(f"{GUIDANCE} is {scale!r}: it must be a number of 0 or more, such as 3.0")
+    if not possible:
+        raise ValueError(
+            f"{GUIDANCE} is for image models with guidance, served with a speculative method of "
+            f"vllm-specplus: remove it"
+        )
+    return float(scale)
 
 
 def parse(extra_args: dict[str, Any] | None) -> RequestControls:

@@ -20,6 +20,7 @@ from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
 from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.samplers import interchangeable
 from vllm_specplus.samplers.base import Rows
 from vllm_specplus.samplers.sampled import DraftLaws
 from vllm_specplus.tree import DraftBatch
@@ -49,6 +50,11 @@ class Drafter:
             vocab_size=model.get_vocab_size(),
             fingerprint=f"{model.model}|{model.tokenizer}|{model.get_vocab_size()}",
         )
+        self.rule = self.proposer.rule
+        """How sampled requests are verified: by what drew their nodes, or by a rule that
+        compares probabilities; None: by drawing at every row."""
+        if self.rule is None and self.config.acceptance.rule in interchangeable.RULES:
+            self.rule = "without_replacement"
         self.controller = Controller(
             self.config.control,
             self.proposer.sources,

@@ -35,6 +35,7 @@ from vllm_specplus.kernels import native
 from vllm_specplus.proposers.base import Observation, Sampling, StepContext
 from vllm_specplus.samplers import lossless, relaxed
 from vllm_specplus.samplers.base import Acceptance, Rows
+from vllm_specplus.samplers.interchangeable import Relaxation, RelaxedRule, make_rule
 from vllm_specplus.tree import ancestor_mask, row_depths
 
 #: Prompt rows per call of the target's output layer while a proposer reads a
@@ -61,6 +62,8 @@ class Step:
     top_ids: np.ndarray | None = None
     """int32 [L, k] most probable next ids of each row, for the proposer."""
     acceptance: Acceptance | None = None
+    laws: torch.Tensor | None = None
+    """float32 [L, V] the distribution at each row, for a proposer that asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class Wishes:
     seed: int | None
     relaxed_stops: frozenset[int] | None
     """Its stop tokens; None: it must be verified losslessly."""
+    guidance: float | None
+    """Of an image model; None: the model's own."""
 
 
 @dataclass(slots=True)
@@ -102,6 +107,7 @@ class TreeRunnerMixin:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._wishes: dict[str, Wishes] = {}
+        self._relaxed_rule: RelaxedRule | None = None
 
     _step: Step | None = None
     _clock: Clock | None = None
@@ -234,7 +240,24 @@ class TreeRunnerMixin:
             self.positions.index_add_(0, index, shift)
             if self.uses_mrope:
                 self.mrope_positions.gpu.index_add_(1, index, shift)
+        self._set_guidance(num_scheduled_tokens)
         return out
+
+    def load_model(self, *args, **kwargs) -> None:
+        super().load_model(*args, **kwargs)
+        codebook = getattr(self.get_model(), "codebook", None)
+        self._relaxed_rule = make_rule(self.drafter.config.acceptance, codebook)
+
+    def _set_guidance(self, num_scheduled: np.ndarray) -> None:
+        """Tell an image model what guidance the rows of the step are to have."""
+        rows = getattr(self.get_model(), "guidance", None)
+        if rows is None:
+            return
+        own = self.get_model().config.guidance_scale or 1.0
+        wishes = (self._wishes_of(name).guidance for name in self.input_batch.req_ids)
+        scales = np.array([own if wish is None else wish for wish in wishes], np.float32)
+        scales = np.repeat(scales, num_scheduled)
+        rows[: len(scales), 0] = self._to_device(scales)
 
     def _describe(self, scheduler_output, num_scheduled: np.ndarray) -> Step:
         batch = self.input_batch
@@ -373,18 +396,21 @@ class TreeRunnerMixin:
         top_ids = self._top_ids(logits, max(self.drafter.proposer.top_k, 1)).cpu().numpy()
         step.top_ids = top_ids
         logprobs = seen = None
-        if not self.drafter.config.lossless and (step.rows.parents >= 0).any():
+        drafted = (step.rows.parents >= 0).any()
+        if self.drafter.config.acceptance.rule in relaxed.RULES and drafted:
             temperature = self.input_batch.temperature_cpu[: self.input_batch.num_reqs]
             # Now: the sampler changes the logits in place.
             seen = relaxed.look(logits, step.rows, temperature)
         if verify.is_plain_greedy(metadata):
             sampled = self._relax(step, np.ascontiguousarray(top_ids[:, 0]), seen)
             step.acceptance = acceptance = lossless.accept(step.rows, sampled)
-        elif self.drafter.proposer.rule is not None:
+        elif self.drafter.rule is not None:
             sampled, samples = self._judge(step, logits, metadata)
             step.acceptance = acceptance = lossless.accept(step.rows, sampled)
             if samples is not None and samples.logprobs is not None:
                 logprobs = verify.gather_logprobs(samples.logprobs, step.rows, acceptance)
+            if samples is not None and self.drafter.proposer.wants_laws:
+                step.laws = samples.probabilities
         else:
             samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
             sampled = self._relax(step, samples.tokens.cpu().numpy(), seen)
@@ -427,13 +453,21 @@ class TreeRunnerMixin:
         if group.rank_in_group == 0:
             if self._rule_sampler is None:
                 self._rule_sampler = verify.RuleSampler(
-                    self.sampler.logprobs_mode, self.drafter.proposer.rule,
+                    self.sampler.logprobs_mode, self.drafter.rule,
                     self.model_config.seed, self.device,
                 )  # fmt: skip
             laws = self.drafter.laws(self.input_batch.req_ids, step.rows)
             silent = self._discarded()
-            samples = self._rule_sampler.judge_rows(logits, metadata, step.rows, laws, silent)
+            relaxation = None
+            if self._relaxed_rule is not None:
+                stops = [self._wishes_of(n).relaxed_stops for n in self.input_batch.req_ids]
+                relaxation = Relaxation(self._relaxed_rule, stops)
+            samples = self._rule_sampler.judge_rows(
+                logits, metadata, step.rows, laws, silent, relaxation
+            )
             sampled = samples.tokens.cpu().numpy()
+            if relaxation is not None:
+                self.drafter.counters.add("relaxed_tokens", relaxation.relaxed)
         if group.world_size > 1:
             sampled = group.broadcast_object(sampled, src=0)
         return sampled, samples
@@ -531,6 +565,8 @@ class TreeRunnerMixin:
                     seeds=[each.seed for each in wishes],
                 ),
                 target_kv=self._read_kv,
+                row_starts=step.rows.starts,
+                laws=step.laws,
             )
         )
         return drafts.split()
@@ -549,6 +585,9 @@ class TreeRunnerMixin:
                 cache_salt=controls.cache_salt,
                 seed=None if params is None else params.seed,
                 relaxed_stops=_relaxed_stops(params, controls),
+                guidance=request_controls.guidance(
+                    None if params is None else params.extra_args, possible=True
+                ),
             )
         return wishes
 

@@ -33,7 +33,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
+from vllm_specplus.samplers import sampled
 from vllm_specplus.samplers.base import Acceptance, Rows
+from vllm_specplus.samplers.interchangeable import Relaxation
 from vllm_specplus.samplers.sampled import DraftLaws, Rule
 
 
@@ -47,6 +49,8 @@ class RowSamples:
     """Of every row, or None."""
     generators: dict[int, list[torch.Tensor]]
     """Request -> states of its generator after 0, 1, 2, ... draws."""
+    probabilities: torch.Tensor | None = None
+    """float32 [L, V] what they were drawn from, where rules judge by it."""
 
 
 def is_plain_greedy(metadata: SamplingMetadata) -> bool:
@@ -90,8 +94,10 @@ class _Judge(torch.nn.Module):
         super().__init__()
         self._logprobs_mode = logprobs_mode
         self._rule = rule
-        self.step: tuple[Rows, DraftLaws, torch.Tensor, torch.Tensor] | None = None
+        self.step: tuple | None = None
+        """Arguments of ``sampled.verify`` behind the probabilities."""
         self.tokens: torch.Tensor | None = None
+        self.probabilities: torch.Tensor | None = None
 
     def forward(self, logits, generators, k, p):
         logits = apply_top_k_top_p(logits, k, p)
@@ -100,13 +106,16 @@ class _Judge(torch.nn.Module):
             processed = logits
         elif self._logprobs_mode == "processed_logprobs":
             processed = logits.log_softmax(-1, dtype=torch.float32)
-        rows, laws, accept_noise, output_noise = self.step
-        probabilities = logits.softmax(-1, dtype=torch.float32)
-        if logits.device.type == "cpu":
-            from vllm_specplus.samplers.sampled import verify
+        self.probabilities = probabilities = logits.softmax(-1, dtype=torch.float32)
+        *step, relaxation = self.step
+        if relaxation is not None:
+            self.tokens = sampled.verify(self._rule, probabilities, *step, relaxation)
+        elif logits.device.type == "cpu":
+            self.tokens = sampled.verify(self._rule, probabilities, *step)
         else:
-            from vllm_specplus.kernels.tree_rules import verify
-        self.tokens = verify(self._rule, probabilities, rows, laws, accept_noise, output_noise)
+            from vllm_specplus.kernels import tree_rules
+
+            self.tokens = tree_rules.verify(self._rule, probabilities, *step)
         # Rows off the accepted paths output nothing; any id serves their logprobs.
         return self.tokens.clamp(min=0).long(), processed
 
@@ -122,7 +131,7 @@ class RuleSampler(Sampler):
 
     def judge_rows(
         self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows, laws: DraftLaws,
-        silent: np.ndarray,
+        silent: np.ndarray, relaxation: Relaxation | None = None,
     ) -> RowSamples:  # fmt: skip
         """Like :func:`sample_rows`, but ``tokens`` are -1 off the accepted paths.
 
@@ -132,16 +141,17 @@ class RuleSampler(Sampler):
         accept, output = self._noise(metadata, rows, silent, logits.device)
         logits = _mask_min_tokens(logits, metadata, rows)
         expanded, _ = _expand(replace(metadata, generators={}), rows, logits)
-        self._judge.step = rows, laws, accept, output
+        self._judge.step = rows, laws, accept, output, relaxation
         try:
             out = self(logits=logits, sampling_metadata=expanded)
             tokens = out.sampled_token_ids[:, 0]
             if self._judge.tokens is not None:  # else all requests are greedy
                 off_path = (self._judge.tokens < 0) & (expanded.temperature > 0)
                 tokens = tokens.masked_fill(off_path, -1)
+            probabilities = self._judge.probabilities
         finally:
-            self._judge.step = self._judge.tokens = None
-        return RowSamples(tokens, out.logprobs_tensors, {})
+            self._judge.step = self._judge.tokens = self._judge.probabilities = None
+        return RowSamples(tokens, out.logprobs_tensors, {}, probabilities)
 
     def _noise(
         self, metadata: SamplingMetadata, rows: Rows, silent: np.ndarray, device: torch.device

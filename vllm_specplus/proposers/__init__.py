@@ -13,6 +13,7 @@ REGISTRY: dict[str, str] = {
     "draft_tree": "vllm_specplus.proposers.draft_tree:DraftTree",
     "early_exit": "vllm_specplus.proposers.early_exit:EarlyExit",
     "easyspec": "vllm_specplus.proposers.easyspec:EasySpec",
+    "jacobi": "vllm_specplus.proposers.jacobi:Jacobi",
     "layer_skip": "vllm_specplus.proposers.layer_skip:LayerSkip",
     "rasd": "vllm_specplus.proposers.rasd:Rasd",
     "rest": "vllm_specplus.proposers.rest:Rest",

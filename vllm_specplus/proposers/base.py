@@ -87,6 +87,11 @@ class StepContext:
     depth (the last entry serves all deeper ones) and source; set by the controller."""
     sampling: Sampling | None = None
     """None: all requests are greedy."""
+    row_starts: np.ndarray | None = None
+    """int32 [R + 1] first row of each request in ``observation``."""
+    laws: torch.Tensor | None = None
+    """float32 [L, V] on the target's device, for proposers that ask (``wants_laws``): the
+    target's distribution at every row, as the request samples; None: all are greedy."""
     target_kv: ReadKV | None = None
     """Reads what the target computed for positions of the known texts, the newest token of
     each not yet included."""
@@ -127,6 +132,8 @@ class Proposer(ABC):
     gets, and verifies all that is drafted."""
     rule: Rule | None = None
     """How its sampled nodes are verified; None: it never draws."""
+    wants_laws: bool = False
+    """Does it draft from the distributions of the verified rows?"""
     reads_prompt: bool = False
     """Does :meth:`observe_prompt` want the prompt's rows? They cost the target's
     output layer over the whole prompt."""

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 
 from vllm_specplus.samplers.base import Rows
+from vllm_specplus.samplers.interchangeable import Relaxation
 
 Rule = Literal["without_replacement", "with_replacement", "k_seq", "block", "traversal"]
 
@@ -59,14 +60,15 @@ class DraftLaws:
 
 def verify(
     rule: Rule, p: torch.Tensor, rows: Rows, laws: DraftLaws,
-    accept_noise: torch.Tensor, output_noise: torch.Tensor,
+    accept_noise: torch.Tensor, output_noise: torch.Tensor, relaxation: Relaxation | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The output along every accepted path, int32 [L]; -1 at rows off the path.
 
     ``p`` float32 [L, V]; ``accept_noise`` float32 [L], ``output_noise`` float32 [R]:
     independent uniforms in [0, 1). A row on the path outputs the token of its accepted
     child or, the path's last row, a token of its own: ``tree.accepted_paths`` reads the
-    path off the result. ValueError where a rule over whole trees meets what it does not
+    path off the result. With ``relaxation`` requests that allow it are verified by that, level
+    by level. ValueError where a rule over whole trees meets what it does not
     know: deterministic siblings or, for ``block``, more than a chain.
     """
     out = np.full(len(rows.tokens), -1, np.int32)
@@ -74,7 +76,9 @@ def verify(
     for r in range(len(rows.starts) - 1):
         first, end = int(rows.starts[r]), int(rows.starts[r + 1])
         tree = _Tree(p, rows, laws, accept, first, end)
-        if not laws.drawn[first:end].any():
+        if relaxation is not None and relaxation.stops[r] is not None:
+            path, left = _relaxed_walk(tree, relaxation, relaxation.stops[r])
+        elif not laws.drawn[first:end].any():
             path, left = _walk(tree, "without_replacement")
         elif rule == "block":
             tree.check_for(rule)
@@ -156,9 +160,47 @@ def _one_by_one(
     return None, left
 
 
+def _relaxed_walk(
+    tree: _Tree, relaxation: Relaxation, stops: frozenset[int]
+) -> tuple[list[int], torch.Tensor]:
+    """Like :func:`_walk` without replacement, by the masses of a relaxed rule."""
+    path, rule = [tree.root], relaxation.rule
+    while True:
+        row = path[-1]
+        left, chosen, drawn = tree.p(row), None, tree.drawn(row)
+        law = tree.q(row) if drawn else None
+        if law is not None and len(law) < len(left):
+            law = torch.nn.functional.pad(law, (0, len(left) - len(law)))
+        for number, child in enumerate(tree.children[row]):
+            q = law if number < drawn else None
+            token = int(tree.tokens[child])
+            mine, theirs = float(left[token]), 1.0 if q is None else float(q[token])
+            if theirs <= 0.0:
+                continue
+            exact = tree.accept[child] * theirs < mine
+            accepted = exact
+            if token not in stops:
+                masses = rule.masses(left, q, torch.tensor([token], device=left.device))
+                borrowed, shared = (float(mass) for mass in masses)
+                accepted = tree.accept[child] * shared < borrowed
+            if accepted:
+                relaxation.relaxed += not exact
+                chosen = child
+                break
+            left = _normalised(rule.residual(left, q, token), left)
+            if q is not None:
+                _remove(q, token)
+        if chosen is None:
+            return path, left
+        path.append(chosen)
+
+
 def _residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """norm((p - q)+). Where rounding leaves nothing, p and q are equal: p stays."""
-    left = _excess(1.0, p, q)
+    return _normalised(_excess(1.0, p, q), p)
+
+
+def _normalised(left: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     total = float(left.sum(dtype=torch.float64))
     return left / total if total > 0.0 else p
 

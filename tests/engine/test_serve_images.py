@@ -1,0 +1,120 @@
+"""``/v1/images/generations`` of ``vllm serve``, through the openai client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_specplus.cli.model import IMAGE_MODEL
+
+pytestmark = pytest.mark.engine
+
+SPEC = '{"method": "jacobi", "acceptance": {"rule": "gsd", "group": 5}}'
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    import openai
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "specplus,specplus_images",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(IMAGE_MODEL),
+        "--served-model-name", "digits", "--skip-tokenizer-init", "--enforce-eager",
+        "--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "16",
+        "--kv-cache-memory-bytes", str(1 << 28), "--speculative-config", SPEC,
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, env=env, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < deadline, log.read_text()[-4000:]
+                time.sleep(1)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def opened(data) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.b64_json))))
+
+
+def test_pictures_show_what_was_asked_for(client):
+    """By the classifier, eight requests at once, of several pictures each."""
+    from vllm_specplus.image.quality import DigitClassifier
+
+    def make(digit: int):
+        return client.images.generate(
+            model="digits", prompt=str(digit), n=4, size="32x32",
+            extra_body={"guidance_scale": 2.0, "seed": digit},
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(make, range(8)))
+    pictures = np.stack([opened(each) for answer in answers for each in answer.data])
+    assert pictures.shape == (32, 32, 32)
+    assert pictures.dtype == np.uint8
+    seen = torch.from_numpy(pictures).float()[:, None] / 127.5 - 1
+    with torch.inference_mode():
+        found = DigitClassifier.load(IMAGE_MODEL)(seen).argmax(-1)
+    assert float((found == torch.arange(8).repeat_interleave(4)).float().mean()) > 0.8
+    assert len({picture.tobytes() for picture in pictures}) == 32
+
+
+def test_a_seed_gives_the_same_picture_again(client):
+    def make():
+        answer = client.images.generate(model="digits", prompt="7", extra_body={"seed": 3})
+        return answer.data[0].b64_json
+
+    assert make() == make()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"prompt": "a cat"}, "prompt 'a cat' names no class of this model (it has '0', '1'"),
+        ({"prompt": "1", "size": "64x64"}, "size '64x64': this model makes 32x32"),
+        (
+            {"prompt": "1", "extra_body": {"guidance_scale": -1}},
+            "guidance_scale is -1.0: it must be a number of 0 or more, such as 3.0",
+        ),
+        (
+            {"prompt": "1", "extra_body": {"vllm_xargs": {"specplus": '{"nodes": 3}'}}},
+            "specplus: unknown key 'nodes'",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(client, keys, message):
+    import openai
+
+    with pytest.raises(openai.BadRequestError) as error:
+        client.images.generate(model="digits", **keys)
+    assert message in str(error.value)

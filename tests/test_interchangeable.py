@@ -1,0 +1,242 @@
+"""Relaxed speculative sampling: the cards' vectors, limits, bounds, and the lossless limit."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_specplus.config import parse
+from vllm_specplus.samplers.base import Rows
+from vllm_specplus.samplers.interchangeable import (
+    Relaxation,
+    make_rule,
+    neighbours,
+)
+from vllm_specplus.samplers.sampled import DraftLaws, verify
+
+# Codes on a line; p and q of the card (../shared/methods/lantern.md, section 5).
+LINE = torch.tensor([[0.0], [1.0], [2.1], [4.0], [8.0]])
+P = torch.tensor([0.30, 0.25, 0.20, 0.15, 0.10])
+Q = torch.tensor([0.70, 0.10, 0.10, 0.05, 0.05])
+
+
+def rule_of(acceptance: dict, codebook: torch.Tensor = LINE):
+    return make_rule(parse({"method": "jacobi", "acceptance": acceptance}).acceptance, codebook)
+
+
+def acceptances(rule, p, q) -> torch.Tensor:
+    mine, theirs = rule.masses(p, q, torch.arange(len(p)))
+    return (mine / theirs).clamp(max=1)
+
+
+def output_law(rule, p, q) -> torch.Tensor:
+    """Of a chain's one position, exactly: accepted draws, and residuals of rejected ones."""
+    f = acceptances(rule, p, q)
+    law = q * f
+    for token in range(len(p)):
+        rejected = float(q[token] * (1 - f[token]))
+        if rejected > 0:
+            left = rule.residual(p, q, token)
+            law = law + rejected * left / left.sum()
+    return law
+
+
+def tv(a, b) -> float:
+    return float((a - b).abs().sum() / 2)
+
+
+def chain(tokens: list[int]) -> Rows:
+    count = len(tokens) + 1
+    parents = np.arange(-1, count - 1, dtype=np.int32)
+    return Rows(
+        np.array([0, *tokens], np.int32), parents, np.array([0, count], np.int32),
+        np.arange(count, dtype=np.int32),
+    )  # fmt: skip
+
+
+def test_the_nearest_codes_come_first_and_a_code_is_not_its_own_neighbour():
+    assert neighbours(LINE, 9).tolist() == [
+        [1, 2, 3, 4], [0, 2, 3, 4], [1, 3, 0, 4], [2, 1, 0, 4], [3, 2, 1, 0],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "f0", "rate", "law", "distance"),
+    [
+        ({"rule": "lantern", "k": 0}, 0.4286, 0.60, [0.30, 0.25, 0.20, 0.15, 0.10], 0.0),
+        (
+            {"rule": "lantern", "k": 1, "delta": 0.3},
+            0.7857, 0.85, [0.55, 0.1562, 0.1375, 0.0875, 0.0687], 0.25,
+        ),
+        (
+            {"rule": "lantern++", "k": 2, "lambda": 1.9},
+            0.7857, 0.85, [0.55, 0.1562, 0.1375, 0.0875, 0.0687], 0.25,
+        ),
+        (
+            {"rule": "lantern", "k": 2, "delta": 0.45},
+            1.0, 1.00, [0.70, 0.10, 0.10, 0.05, 0.05], 0.40,
+        ),
+        (
+            {"rule": "lantern++", "k": 2, "lambda": 1.9, "residual": "lumina"},
+            0.7857, 0.85, [0.55, 0.10, 0.10, 0.05, 0.20], 0.35,
+        ),
+    ],
+)  # fmt: skip
+def test_vectors_of_the_lantern_card(acceptance, f0, rate, law, distance):
+    rule = rule_of(acceptance)
+    f = acceptances(rule, P, Q)
+    assert float(f[0]) == pytest.approx(f0, abs=1e-4)
+    assert (f[1:] == 1).all()
+    assert float((Q * f).sum()) == pytest.approx(rate, abs=1e-6)
+    out = output_law(rule, P, Q)
+    assert out.tolist() == pytest.approx(law, abs=1e-4)
+    assert tv(out, P) == pytest.approx(distance, abs=1e-6)
+
+
+@pytest.mark.parametrize(("residual", "distance"), [("llamagen", 0.45), ("optimal", 0.25)])
+def test_a_token_that_nothing_drew(residual, distance):
+    """The acceptance is p(x) + S; the reference code leaves (0, 0, 0, .6, .4)."""
+    rule = rule_of({"rule": "lantern", "k": 1, "delta": 0.3, "residual": residual})
+    mine, theirs = rule.masses(P, None, torch.tensor([0]))
+    assert float(mine / theirs) == pytest.approx(0.55)
+    left = rule.residual(P, None, 0)
+    left = left / left.sum()
+    if residual == "llamagen":
+        assert left.tolist() == pytest.approx([0, 0, 0, 0.6, 0.4])
+    assert tv(torch.eye(5)[0] * 0.55 + 0.45 * left, P) == pytest.approx(distance)
+
+
+@pytest.mark.parametrize(
+    ("group", "rate", "distance"), [(2, 0.596, 0.053), (4, 0.713, 0.070), (6, 0.851, 0.205)]
+)
+def test_vectors_of_the_gsd_card(group, rate, distance):
+    """Windows of w below and w - 1 above, no filters; a window of 1 accepts less than plain."""
+    p = torch.tensor([0.02, 0.05, 0.08, 0.15, 0.30, 0.40])
+    q = torch.tensor([0.05, 0.10, 0.20, 0.30, 0.25, 0.10])
+    rule = rule_of({"rule": "gsd", "group": group, "max_gap": 1.0}, torch.zeros(6, 1))
+    f = acceptances(rule, p, q)
+    assert float((q * f).sum()) == pytest.approx(rate, abs=1e-3)
+    plain = rule_of({"rule": "gsd", "group": 1}, torch.zeros(6, 1))
+    assert float((q * acceptances(plain, p, q)).sum()) == pytest.approx(0.65)
+    # The card's figures are for the residual (p - q)+, ours is the optimal one.
+    left = (p - q).clamp(min=0)
+    assert tv(q * f + (1 - (q * f).sum()) * left / left.sum(), p) == pytest.approx(
+        distance, abs=1e-3
+    )
+    assert tv(output_law(rule, p, q), p) <= distance + 1e-3
+
+
+def test_what_top_k_cut_off_joins_no_group():
+    p = torch.tensor([0.0, 0.0, 0.5, 0.5])
+    q = torch.tensor([0.4, 0.4, 0.1, 0.1])
+    rule = rule_of({"rule": "gsd", "group": 3, "max_gap": 1.0}, torch.zeros(4, 1))
+    mine, theirs = rule.masses(p, q, torch.arange(4))
+    assert mine[:2].max() <= 0.5  # a cut token's own group may reach upward only
+    assert theirs[2] == pytest.approx(0.2)
+
+
+def test_a_distant_code_joins_no_group():
+    p = torch.tensor([0.3, 0.33, 0.37])
+    far = torch.tensor([[0.0], [5.0], [0.1]])
+    rule = rule_of({"rule": "gsd", "group": 5, "max_gap": 1.0, "max_distance": 1.0}, far)
+    mine, _ = rule.masses(p, p, torch.arange(3))
+    assert mine.tolist() == pytest.approx([0.67, 0.33, 0.67])
+
+
+def test_the_judge_accepts_only_where_both_are_alike_and_open():
+    rule = make_rule(
+        parse({
+            "method": "jacobi", "allow_lossy": True,
+            "acceptance": {"rule": "kl_judge", "threshold": 0.2, "sure": 0.6},
+        }).acceptance, None,
+    )  # fmt: skip
+    near = torch.tensor([0.30, 0.30, 0.20, 0.10, 0.10])
+    assert (acceptances(rule, P, near) == 1).all()
+    assert (acceptances(rule, P, Q) < 1).any()  # KL(P || Q) = 0.39
+    sure = torch.tensor([0.7, 0.1, 0.1, 0.05, 0.05])
+    assert (acceptances(rule, sure, torch.tensor([0.65, 0.15, 0.1, 0.05, 0.05])) < 1).any()
+
+
+def laws(seed: int, size: int, count: int) -> torch.Tensor:
+    return torch.from_numpy(
+        np.random.default_rng(seed).dirichlet(np.full(size, 0.3), count).astype(np.float32)
+    )
+
+
+LOSSLESS = [
+    {"rule": "lantern", "k": 0},
+    {"rule": "lantern", "k": 5, "delta": 0.0},
+    {"rule": "lantern++", "k": 5, "lambda": 1.0},
+    {"rule": "gsd", "group": 1},
+]
+
+
+@pytest.mark.parametrize("acceptance", LOSSLESS)
+@given(seed=st.integers(0, 10**6), drawn=st.booleans())
+def test_the_lossless_limit_is_the_lossless_rule_bit_for_bit(acceptance, seed, drawn):
+    """The same uniforms give the same tokens, for drawn and for other drafts."""
+    rng = np.random.default_rng(seed)
+    p, q = laws(seed, 12, 5), laws(seed + 1, 12, 4)
+    tokens = [int(rng.choice(12, p=row / row.sum())) for row in q.double().numpy()]
+    rows = chain(tokens)
+    index = np.full(5, -1, np.int32)
+    counts = np.zeros(5, np.int32)
+    if drawn:
+        index[:4], counts[:4] = range(4), 1
+    noise = torch.from_numpy(rng.random(5, np.float32)), torch.from_numpy(rng.random(1, np.float32))
+    draft = DraftLaws(q, index, counts)
+    plain = verify("without_replacement", p, rows, draft, *noise)
+    codebook = torch.from_numpy(rng.normal(size=(12, 3)).astype(np.float32))
+    relaxation = Relaxation(rule_of(acceptance, codebook), [frozenset()])
+    assert verify("without_replacement", p, rows, draft, *noise, relaxation).equal(plain)
+    assert relaxation.relaxed == 0
+
+
+@given(seed=st.integers(0, 10**6))
+def test_acceptance_grows_with_every_knob_of_lantern(seed):
+    p, q = laws(seed, 12, 2)
+    codebook = torch.from_numpy(np.random.default_rng(seed).normal(size=(12, 3)))
+    for knobs in (
+        [{"rule": "lantern", "k": k, "delta": 0.3} for k in (0, 2, 5, 11)],
+        [{"rule": "lantern", "k": 11, "delta": d} for d in (0.0, 0.1, 0.3, 1.0)],
+        [{"rule": "lantern++", "k": 11, "lambda": x} for x in (1.0, 1.5, 3.0, 10.0)],
+    ):
+        f = [acceptances(rule_of(knob, codebook), p, q) for knob in knobs]
+        for less, more in pairwise(f):
+            assert (more >= less).all()
+
+
+@given(seed=st.integers(0, 10**6), delta=st.sampled_from([0.05, 0.2, 0.5]))
+def test_the_output_moves_by_no_more_than_was_lent(seed, delta):
+    """Total variation, exactly; lantern++ also keeps f below lambda p / q."""
+    p, q = laws(seed, 12, 2)
+    codebook = torch.from_numpy(np.random.default_rng(seed).normal(size=(12, 3)))
+    rule = rule_of({"rule": "lantern", "k": 11, "delta": delta}, codebook)
+    lent = rule.masses(p, q, torch.arange(12))[0] - p
+    assert float(lent.max()) <= delta + 1e-6
+    assert tv(output_law(rule, p, q), p) <= float((q > 0).float() @ lent) + 1e-5
+    # All of q on one token: by what that one borrowed.
+    for token in range(12):
+        sure = torch.eye(12)[token]
+        assert tv(output_law(rule, p, sure), p) <= float(lent[token]) + 1e-5
+    plus = rule_of({"rule": "lantern++", "k": 11, "lambda": 2.0}, codebook)
+    assert (plus.masses(p, q, torch.arange(12))[0] <= 2.0 * p + 1e-6).all()
+
+
+def test_stop_tokens_and_strict_requests_are_verified_losslessly():
+    """What the rule would accept at once is left to the lossless test."""
+    p = torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 2)
+    q = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    rows, draft = chain([3]), DraftLaws(q, np.array([0, -1]), np.array([1, 0], np.int32))
+    noise = torch.tensor([0.5, 0.5]), torch.tensor([0.2])
+    rule = rule_of({"rule": "lantern", "k": 3, "delta": 1.0}, torch.arange(4.0)[:, None])
+    for stops, first in ((frozenset(), 3), (frozenset({3}), 0), (None, 0)):
+        relaxation = Relaxation(rule, [stops])
+        out = verify("without_replacement", p, rows, draft, *noise, relaxation)
+        assert int(out[0]) == first
+        assert relaxation.relaxed == (first == 3)

@@ -1,0 +1,93 @@
+"""Speculative Jacobi decoding: what becomes the next draft."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_specplus.config import parse
+from vllm_specplus.proposers.base import Observation, Sampling, StepContext
+from vllm_specplus.proposers.jacobi import Jacobi
+
+VOCAB = 10
+
+
+def proposer() -> Jacobi:
+    made = Jacobi(parse({"method": "jacobi", "num_speculative_tokens": 4}), VOCAB, "")
+    made.load_draft(torch.device("cpu"), torch.float32)
+    return made
+
+
+def step(accepted: list[list[bool]], laws: torch.Tensor | None, temperature, max_nodes, seeds=None):
+    """Requests with these verified rows; the most probable id of row i is i."""
+    starts = np.cumsum([0, *map(len, accepted)]).astype(np.int32)
+    rows, requests = int(starts[-1]), len(accepted)
+    none = np.zeros(rows, np.int32)
+    return StepContext(
+        request_ids=[str(r) for r in range(requests)],
+        token_ids=np.zeros((requests, 50), np.int32),
+        num_tokens=np.full(requests, 20, np.int32),
+        max_nodes=np.array(max_nodes, np.int32),
+        chain_only=np.zeros(requests, bool),
+        observation=Observation(
+            none, none, np.arange(rows, dtype=np.int32)[:, None], np.concatenate(accepted)
+        ),
+        sampling=Sampling(
+            np.array(temperature, np.float32), np.full(requests, VOCAB), np.ones(requests),
+            seeds or [None] * requests,
+        ),
+        row_starts=starts,
+        laws=laws,
+    )  # fmt: skip
+
+
+def test_rows_behind_the_rejection_come_first_then_the_last_row_again():
+    """Two of five rows are on the text: the token of the second is known, so the draft begins
+    with what the third says."""
+    laws = torch.eye(VOCAB)[:5]
+    rows = [[True, True, False, False, False]]
+    drafts = proposer().propose(step(rows, laws, [1.0], [4]))
+    assert drafts.tokens.tolist() == [2, 3, 4, 4]
+    assert drafts.parents.tolist() == [-1, 0, 1, 2]
+    assert drafts.law_of.tolist() == [0, 1, 2, 3]
+    assert drafts.laws.equal(laws[[2, 3, 4, 4]])
+
+
+def test_all_accepted_leaves_only_the_last_row():
+    drafts = proposer().propose(step([[True] * 3], torch.eye(VOCAB)[:3], [1.0], [2]))
+    assert drafts.tokens.tolist() == [2, 2]
+
+
+def test_greedy_requests_take_the_most_probable_and_draw_nothing():
+    rows = [[True, False, False], [True, True]]
+    alone = proposer().propose(step(rows, None, [0.0, 0.0], [3, 1]))
+    assert alone.tokens.tolist() == [1, 2, 2, 4]
+    assert alone.laws is None
+    mixed = proposer().propose(step(rows, torch.eye(VOCAB)[[9, 8, 7, 6, 5]], [1.0, 0.0], [3, 1]))
+    assert mixed.tokens.tolist() == [8, 7, 7, 4]
+    assert mixed.law_of.tolist() == [0, 1, 2, -1]
+
+
+def test_a_request_that_may_not_draft_gets_nothing():
+    rows = [[True, False], [True, False]]
+    drafts = proposer().propose(step(rows, torch.eye(VOCAB)[:4], [1.0, 1.0], [0, 2]))
+    assert drafts.counts.tolist() == [0, 2]
+    assert drafts.tokens.tolist() == [3, 3]
+
+
+def test_drafts_follow_the_rows_distribution():
+    law = torch.tensor([0.5, 0.3, 0.2, 0, 0, 0, 0, 0, 0, 0])
+    made = proposer()
+    drawn = np.concatenate([
+        made.propose(step([[True]], law[None], [1.0], [4])).tokens for _ in range(1500)
+    ])  # fmt: skip
+    share = np.bincount(drawn, minlength=VOCAB) / len(drawn)
+    np.testing.assert_allclose(share, law, atol=4 * 0.5 / np.sqrt(len(drawn)))
+
+
+def test_a_seeded_requests_drafts_do_not_depend_on_its_batch():
+    law = torch.full((3, VOCAB), 0.1)
+    alone = proposer().propose(step([[True]], law[:1], [1.0], [4], seeds=[5]))
+    rows = [[True, False], [True]]
+    beside = proposer().propose(step(rows, law, [1.0, 1.0], [3, 4], seeds=[None, 5]))
+    assert beside.tokens[3:].tolist() == alone.tokens.tolist()

@@ -1,0 +1,291 @@
+"""``vllm-specplus bench --task image``: speed of image generation against quality.
+
+Every method makes the same classes in an engine of its own, one engine after the other, and is
+measured after a round to warm up. Steps are the target's, counted once per request; plain
+decoding takes one for each code. Quality is the share of pictures that show their class and the
+Fréchet distance, both by the classifier in the model's folder: to the pictures it was
+trained on, and to what plain decoding made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from vllm_specplus.bench import InputError
+from vllm_specplus.bench.methods import BASELINE, MethodSpec
+
+
+class ImageJob(BaseModel):
+    """What the process of one engine is to do."""
+
+    engine: dict[str, Any]
+    labels: list[int]
+    in_flight: int
+    temperature: float
+    seed: int
+    out: str
+    """File for the codes, int64 [N, codes], and what was counted."""
+
+
+class ImageRun(BaseModel):
+    """One method."""
+
+    label: str
+    lossy: bool
+    pictures: int
+    seconds: float
+    steps_per_picture: float
+    """Of the target, a picture's own; prompts not counted."""
+    nodes_per_step: float
+    relaxed_per_picture: float
+    """Codes that only a relaxed rule accepted."""
+    accuracy: float
+    distance: float
+    distance_error: float
+    """Bootstrap."""
+    distance_to_plain: float | None
+    distance_to_plain_error: float | None
+    codes: float
+    """Different codes in use, a sign of collapse."""
+
+    @property
+    def pictures_per_second(self) -> float:
+        return self.pictures / self.seconds
+
+
+class ImageReport(BaseModel):
+    model: str
+    versions: dict[str, Any]
+    machine: dict[str, Any]
+    command: str
+    settings: dict[str, Any]
+    runs: list[ImageRun]
+    failures: dict[str, str]
+
+
+def measure(job: ImageJob) -> None:
+    """In a process of its own."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    llm = LLM(**job.engine)
+    config = llm.llm_engine.model_config.hf_config
+
+    def counters() -> dict[str, float]:
+        (values,) = llm.collective_rpc(_counters)
+        return values
+
+    def generate(labels: list[int], seed: int) -> list[list[int]]:
+        prompts = [TokensPrompt(prompt_token_ids=[config.label_token(i)]) for i in labels]
+        params = [
+            SamplingParams(
+                temperature=job.temperature, max_tokens=config.grid_size**2, ignore_eos=True,
+                detokenize=False, seed=seed + i,
+            )
+            for i in range(len(labels))
+        ]  # fmt: skip
+        done = llm.generate(prompts, params, use_tqdm=False)
+        return [list(each.outputs[0].token_ids) for each in done]
+
+    generate(job.labels[: 2 * job.in_flight], job.seed + 10**6)
+    before, start = counters(), time.perf_counter()
+    codes = generate(job.labels, job.seed)
+    seconds = time.perf_counter() - start
+    after = counters()
+    counted = {name: value - before[name] for name, value in after.items()}
+    np.savez(job.out, codes=np.array(codes), seconds=seconds, counted=json.dumps(counted))
+
+
+def _counters(worker) -> dict[str, float]:
+    drafter = getattr(worker.model_runner, "drafter", None)
+    return drafter.counters.as_dict() if hasattr(drafter, "counters") else {}
+
+
+class ImageBench:
+    """Measures methods one by one; ``notify`` is told which."""
+
+    def __init__(
+        self, model: str, methods: list[MethodSpec], pictures: int, in_flight: int,
+        temperature: float, seed: int, engine_args: dict[str, Any], notify: Callable[[str], None],
+    ):  # fmt: skip
+        from vllm_specplus.image.quality import DigitClassifier, Gaussian
+        from vllm_specplus.image.vq import VQModel
+
+        folder = Path(model)
+        if not (folder / "classifier").is_dir():
+            raise InputError(
+                f"--model: {model} has no classifier to judge pictures with: use the folder that "
+                f"`vllm-specplus prepare-model --image` prints"
+            )
+        self.config = json.loads((folder / "config.json").read_text())
+        self.vq, self.classifier = VQModel.load(folder), DigitClassifier.load(folder)
+        self.reference = Gaussian.load(folder)
+        self.model, self.methods, self.notify = model, methods, notify
+        self.in_flight, self.temperature, self.seed = in_flight, temperature, seed
+        self.engine_args = engine_args
+        if pictures < 2:
+            raise InputError("--limit: a distance needs at least 2 pictures")
+        classes = self.config["num_classes"]
+        self.labels = [i % classes for i in range(pictures)]
+        self.codes: dict[str, np.ndarray] = {}
+        self.runs: list[ImageRun] = []
+        self.failures: dict[str, str] = {}
+
+    def run(self) -> None:
+        plain = None
+        # Plain decoding first: the others are compared with its pictures.
+        for method in sorted(self.methods, key=lambda method: method.name != BASELINE):
+            self.notify(method.label)
+            try:
+                found = self._measure(method)
+            except subprocess.CalledProcessError as error:
+                self.failures[method.label] = error.stderr.strip().splitlines()[-1]
+                continue
+            self.codes[method.label] = found["codes"]
+            run, plain = self._judge(method, found, plain)
+            self.runs.append(run)
+
+    def _measure(self, method: MethodSpec) -> dict[str, Any]:
+        engine = {
+            "model": self.model, "skip_tokenizer_init": True, "max_num_seqs": self.in_flight,
+            "max_model_len": 1 + self.config["grid_size"] ** 2, "disable_log_stats": True,
+            "kv_cache_memory_bytes": 1 << 28, "seed": self.seed,
+        } | self.engine_args  # fmt: skip
+        if method.speculative_config is not None:
+            engine["speculative_config"] = method.speculative_config
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"{folder}/result.npz"
+            job = ImageJob(
+                engine=engine, labels=self.labels, in_flight=self.in_flight,
+                temperature=self.temperature, seed=self.seed, out=out,
+            )  # fmt: skip
+            # The engine in the job's own process: its counters can be read there.
+            env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+            subprocess.run(
+                [sys.executable, "-m", "vllm_specplus.bench.images"],
+                input=job.model_dump_json(), env=os.environ | env, check=True, text=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            with np.load(out, allow_pickle=False) as found:
+                return {
+                    "codes": found["codes"], "seconds": float(found["seconds"]),
+                    "counted": json.loads(str(found["counted"])),
+                }  # fmt: skip
+
+    def _judge(self, method: MethodSpec, found: dict[str, Any], plain):
+        from vllm_specplus.image import quality
+
+        codes, counted = found["codes"], found["counted"]
+        seen = quality.features(self.classifier, self.pictures(codes))
+        mine = quality.Gaussian.of(seen)
+        pictures = len(codes)
+        # The first code comes with the prompt.
+        steps = counted.get("request_steps", pictures * (codes.shape[1] - 1.0))
+        run = ImageRun(
+            label=method.label,
+            lossy=method.lossy,
+            pictures=pictures,
+            seconds=found["seconds"],
+            steps_per_picture=steps / pictures,
+            nodes_per_step=counted.get("nodes_drafted", 0.0) / steps,
+            relaxed_per_picture=counted.get("relaxed_tokens", 0.0) / pictures,
+            accuracy=quality.accuracy(self.classifier, seen, np.array(self.labels)),
+            distance=mine.distance(self.reference),
+            distance_error=quality.distance_error(seen, self.reference),
+            distance_to_plain=None if plain is None else mine.distance(plain),
+            distance_to_plain_error=None if plain is None else quality.distance_error(seen, plain),
+            codes=len(np.unique(codes)),
+        )
+        return run, mine if method.name == BASELINE else plain
+
+    def pictures(self, codes: np.ndarray):
+        """float32 [N, channels, height, width] in about [-1, 1] of int64 [N, codes]."""
+        import torch
+
+        side = self.config["grid_size"]
+        grid = torch.from_numpy(codes).view(-1, side, side)
+        with torch.inference_mode():
+            return torch.cat([self.vq.decode(part) for part in grid.split(128)])
+
+
+def print_image_report(console: Console, report: ImageReport) -> None:
+    table = Table(title=f"{report.settings['pictures']} pictures, "
+                        f"{report.settings['concurrency']} in flight")  # fmt: skip
+    for name in ("method", "pictures/s", "steps/picture", "accepted by relaxation",
+                 "class accuracy", "distance", "to plain's"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "method" else "right")
+    plain = next((run for run in report.runs if run.label == BASELINE), None)
+    for run in report.runs:
+        speed, steps = f"{run.pictures_per_second:.2f}", f"{run.steps_per_picture:.1f}"
+        if plain is not None and run is not plain:
+            speed += f" ({run.pictures_per_second / plain.pictures_per_second:.2f}x)"
+            steps += f" ({plain.steps_per_picture / run.steps_per_picture:.2f}x fewer)"
+        to_plain = ""
+        if run.distance_to_plain is not None:
+            to_plain = f"{run.distance_to_plain:.2f} ±{run.distance_to_plain_error:.2f}"
+        table.add_row(
+            run.label + (" LOSSY" if run.lossy else ""), speed, steps,
+            f"{run.relaxed_per_picture:.1f}", f"{run.accuracy:.3f}",
+            f"{run.distance:.2f} ±{run.distance_error:.2f}", to_plain,
+        )  # fmt: skip
+    console.print(table)
+    for label, reason in report.failures.items():
+        console.print(f"{label} failed: {reason}", markup=False)
+
+
+def save_image_plot(report: ImageReport, path: Path) -> None:
+    """Quality against speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for run in report.runs:
+        marker = "s" if not run.lossy else "o"
+        axes[0].errorbar(
+            run.steps_per_picture, run.distance, run.distance_error, marker=marker, label=run.label
+        )
+        axes[1].plot(run.steps_per_picture, run.accuracy, marker)
+    for axis, name in zip(axes, ("Fréchet distance", "class accuracy"), strict=True):
+        axis.set(xlabel="target steps per picture", ylabel=name)
+    axes[0].legend(fontsize=6)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def save_sheet(bench: ImageBench, path: Path) -> None:
+    """A row of pictures of every method: two of each class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    classes = bench.config["num_classes"]
+    count = len(bench.codes)
+    figure, axes = plt.subplots(
+        count, 1, figsize=(0.45 * 2 * classes, count * 1.3), squeeze=False, layout="constrained"
+    )
+    for axis, (label, codes) in zip(axes[:, 0], bench.codes.items(), strict=True):
+        shown = bench.pictures(codes[: 2 * classes])[:, 0].clamp(-1, 1).numpy()
+        axis.imshow(np.concatenate(shown, 1), cmap="gray", vmin=-1, vmax=1)
+        axis.set_title(label, fontsize=7)
+        axis.axis("off")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    measure(ImageJob.model_validate_json(sys.stdin.read()))

@@ -1,0 +1,151 @@
+"""``POST /v1/images/generations`` of ``vllm serve``, for image models of this project.
+
+A ``vllm.endpoint_plugins`` entry point, which vLLM loads only if it is named::
+
+    VLLM_PLUGINS=specplus,specplus_images vllm serve FOLDER --skip-tokenizer-init ...
+
+The body is OpenAI's. ``prompt`` names a class of the model; beside OpenAI's own keys it may
+hold ``guidance_scale``, ``seed``, ``temperature``, ``top_k`` and ``vllm_xargs`` (see
+``control/requests.py``). Pictures come back as PNG in ``b64_json``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+import uuid
+from argparse import Namespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from vllm import SamplingParams, TokensPrompt
+
+from vllm_specplus.control.requests import GUIDANCE
+from vllm_specplus.image.llamagen import MODEL_TYPE, LlamaGenConfig
+from vllm_specplus.image.vq import VQModel, to_bytes
+
+if TYPE_CHECKING:
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+
+class ImageRequest(BaseModel):
+    """OpenAI's keys that mean something here, and our own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=64)] = 1
+    response_format: Literal["b64_json"] = "b64_json"
+    size: str | None = None
+    user: str | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    vllm_xargs: dict[str, Any] = {}
+
+
+class Pictures:
+    """One model's: what a prompt means, and codes to PNG."""
+
+    def __init__(self, config: LlamaGenConfig, folder: str):
+        self.config = config
+        self.vq = VQModel.load(folder)
+        self._labels = {name: int(i) for i, name in config.id2label.items()}
+
+    def token(self, prompt: str) -> int:
+        """The token of the class that ``prompt`` names; ValueError if there is none."""
+        label = self._labels.get(prompt.strip())
+        if label is None:
+            some = ", ".join(repr(name) for name in list(self._labels)[:12])
+            raise ValueError(f"prompt {prompt!r} names no class of this model (it has {some})")
+        return self.config.label_token(label)
+
+    @property
+    def codes(self) -> int:
+        """Of a picture."""
+        return self.config.grid_size**2
+
+    @property
+    def side(self) -> int:
+        """Pixels of a picture's side."""
+        return self.config.grid_size * 2 ** (len(self.vq.config.multipliers) - 1)
+
+    @torch.inference_mode()
+    def png(self, codes: list[int]) -> bytes:
+        from PIL import Image
+
+        grid = torch.tensor(codes).view(1, self.config.grid_size, self.config.grid_size)
+        pixels = to_bytes(self.vq.decode(grid))[0].squeeze(-1).numpy()
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        return out.getvalue()
+
+
+class ImagesEndpoint:
+    """vLLM's ``EndpointPlugin``."""
+
+    name = "specplus_images"
+    required_tasks = ("generate",)
+
+    def __init__(self):
+        self._engine: EngineClient | None = None
+        self._pictures: Pictures | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.add_api_route("/v1/images/generations", self._generations, methods=["POST"])
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace):
+        if engine_client is None:
+            return
+        model = engine_client.model_config
+        if model.hf_config.model_type == MODEL_TYPE:
+            self._engine = engine_client
+            self._pictures = Pictures(model.hf_config, model.model)
+
+    async def _generations(self, body: ImageRequest, raw: Request) -> JSONResponse:
+        if self._pictures is None:
+            return _refuse("the model that is served makes no pictures", 404)
+        pictures = self._pictures
+        try:
+            if body.size not in (None, "auto", f"{pictures.side}x{pictures.side}"):
+                raise ValueError(
+                    f"size {body.size!r}: this model makes {pictures.side}x{pictures.side}"
+                )
+            prompt = TokensPrompt(prompt_token_ids=[pictures.token(body.prompt)])
+            extra = dict(body.vllm_xargs)
+            if body.guidance_scale is not None:
+                extra[GUIDANCE] = body.guidance_scale
+            codes = await asyncio.gather(
+                *(self._codes(prompt, body, extra, i) for i in range(body.n))
+            )
+        except ValueError as error:
+            return _refuse(str(error), 400)
+        data = [
+            {"b64_json": base64.b64encode(await asyncio.to_thread(pictures.png, each)).decode()}
+            for each in codes
+        ]
+        return JSONResponse({"created": int(time.time()), "data": data})
+
+    async def _codes(self, prompt, body: ImageRequest, extra: dict, number: int) -> list[int]:
+        params = SamplingParams(
+            temperature=body.temperature, top_k=body.top_k, max_tokens=self._pictures.codes,
+            seed=None if body.seed is None else body.seed + number, ignore_eos=True,
+            detokenize=False, extra_args=extra or None,
+        )  # fmt: skip
+        codes: list[int] = []
+        async for output in self._engine.generate(prompt, params, f"img-{uuid.uuid4().hex}"):
+            codes = list(output.outputs[0].token_ids)
+        return codes
+
+
+def _refuse(message: str, status: int) -> JSONResponse:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
+    return JSONResponse({"error": error}, status)

@@ -1,0 +1,214 @@
+"""LlamaGen in vLLM, with classifier-free guidance inside the model.
+
+A request is its label's token; what is generated are codes. With guidance every position is
+computed twice, once behind the label and once behind "any", by two sets of attention layers:
+each keeps its own keys and values, in the *same* blocks and slots of the request, because
+only the label's position differs. One request therefore stays one request for vLLM. The two
+branches are scheduled, preempted, resumed, cached by prefix and freed together, and drafts
+are verified on what both say.
+
+Guidance mixes logits, ``any + scale (label - any)``. The output layer is linear, so what is
+mixed here are the normalised states below it, and it runs once. ``guidance`` holds the
+scale of every row of the batch; our model runner writes it, and under any other it keeps
+the model's own scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.sequence import IntermediateTensors
+
+from vllm_specplus.image.llamagen import LlamaGenConfig, rotary_2d, rotate
+
+
+class GuidedAttention(nn.Module):
+    def __init__(self, config: LlamaGenConfig, vllm_config: VllmConfig, layer: int, prefix: str):
+        super().__init__()
+        ranks = get_tensor_model_parallel_world_size()
+        self.head_dim = config.head_dim
+        self.heads = config.num_attention_heads // ranks
+        self.kv_heads = max(config.num_key_value_heads // ranks, 1)
+        self.wqkv = QKVParallelLinear(
+            config.hidden_size, config.head_dim, config.num_attention_heads,
+            config.num_key_value_heads, bias=False, prefix=f"{prefix}.wqkv",
+        )  # fmt: skip
+        self.wo = RowParallelLinear(
+            config.hidden_size, config.hidden_size, bias=False, prefix=f"{prefix}.wo"
+        )
+        # vLLM tells caches apart by the one number in a layer's name.
+        numbers = [layer]
+        if config.guidance_scale is not None:
+            numbers.append(config.num_hidden_layers + layer)
+        self.branches = nn.ModuleList(
+            Attention(
+                self.heads, config.head_dim, config.head_dim**-0.5, num_kv_heads=self.kv_heads,
+                cache_config=vllm_config.cache_config, prefix=f"layers.{number}.attn",
+            )
+            for number in numbers
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.wqkv(x)
+        sizes = [self.heads * self.head_dim, *(self.kv_heads * self.head_dim,) * 2]
+        q, k, v = qkv.split(sizes, dim=-1)
+        q, k = (rotate(part.unflatten(-1, (-1, self.head_dim)), turn).flatten(1) for part in (q, k))
+        parts = zip(*(part.chunk(len(self.branches)) for part in (q, k, v)), strict=True)
+        outs = [attention(*part) for attention, part in zip(self.branches, parts, strict=True)]
+        return self.wo(outs[0] if len(outs) == 1 else torch.cat(outs))[0]
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaGenConfig, vllm_config: VllmConfig, layer: int, prefix: str):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = GuidedAttention(config, vllm_config, layer, f"{prefix}.attention")
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.w13 = MergedColumnParallelLinear(
+            config.hidden_size, [config.intermediate_size] * 2, bias=False, prefix=f"{prefix}.w13"
+        )
+        self.silu_and_mul = SiluAndMul()
+        self.w2 = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, bias=False, prefix=f"{prefix}.w2"
+        )
+
+    def forward(self, x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), turn)
+        inner, _ = self.w13(self.ffn_norm(x))
+        return x + self.w2(self.silu_and_mul(inner))[0]
+
+
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": {0: "b"},
+        "positions": {0: "b"},
+        "guidance": {0: "b"},
+        "inputs_embeds": {0: "b"},
+    }
+)
+class LlamaGenModel(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config: LlamaGenConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.embeddings = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, vllm_config, i, f"{prefix}.layers.{i}")
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("turn", rotary_2d(config), persistent=False)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embeddings(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        guidance: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        turn = self.turn[positions]
+        guided = self.config.guidance_scale is not None
+        if guided:
+            nothing = torch.full_like(positions, self.config.vocab_size - 1)
+            anything = self.embed_input_ids(nothing)
+            x = torch.cat((x, torch.where(positions[:, None] == 0, anything, x)))
+            turn = torch.cat((turn, turn))
+        for layer in self.layers:
+            x = layer(x, turn)
+        x = self.norm(x)
+        if guided:
+            label, other = x.chunk(2)
+            x = other + guidance.to(x.dtype) * (label - other)
+        return x
+
+
+class LlamaGenForClassToImage(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config: LlamaGenConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.model = LlamaGenModel(vllm_config=vllm_config, prefix=prefix)
+        self.output = ParallelLMHead(config.codebook_size, config.hidden_size)
+        self.logits_processor = LogitsProcessor(config.codebook_size)
+        self.register_buffer(
+            "codebook", torch.zeros(config.codebook_size, config.codebook_dim), persistent=False
+        )
+        rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.register_buffer(
+            "guidance", torch.full((rows, 1), config.guidance_scale or 1.0, dtype=torch.float32),
+            persistent=False,
+        )  # fmt: skip
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        guidance = self.guidance[: positions.shape[0]]
+        return self.model(input_ids, positions, guidance, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        logits = self.logits_processor(self.output, hidden_states)
+        if logits is None:
+            return None
+        # Labels are never generated.
+        labels = self.config.vocab_size - self.config.codebook_size
+        return F.pad(logits, (0, labels), value=float("-inf"))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        given = dict(weights)
+        tables = [given.pop(n) for n in ("tok_embeddings.weight", _LABELS)]
+        given["embeddings.weight"] = torch.cat(tables)
+        self.codebook.copy_(given.pop("codebook"))
+        parameters, loaded = dict(self.named_parameters()), set()
+        for name, tensor in given.items():
+            place, shard = _place(name)
+            parameter = parameters[place]
+            if hasattr(parameter, "weight_loader"):
+                parameter.weight_loader(parameter, tensor, *shard)
+            else:
+                parameter.data.copy_(tensor)
+            loaded.add(place)
+        return loaded
+
+
+_LABELS = "cls_embedding.embedding_table.weight"
+
+
+def _place(name: str) -> tuple[str, tuple[int, ...]]:
+    """A checkpoint's parameter: its name here, and its shard of a merged one."""
+    if name.startswith("output."):
+        return name, ()
+    name = f"model.{name}"
+    for i, part in enumerate(("w1", "w3")):
+        if f".feed_forward.{part}." in name:
+            return name.replace(f"feed_forward.{part}", "w13"), (i,)
+    return name.replace("feed_forward.", ""), ()

@@ -1,0 +1,1 @@
+"""Image autoregressive models: what they are, apart from any engine."""

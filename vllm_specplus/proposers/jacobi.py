@@ -1,0 +1,92 @@
+"""Speculative Jacobi decoding: last step's own rows are the next draft (arXiv 2410.01699).
+
+No draft model and no weights. A window of W tokens is verified in every step: the newest token
+and W - 1 drafted ones. Each verified row also gives the distribution of the token after it.
+Behind the first rejection those distributions were computed on a prefix that is wrong by a
+token, but close: a token is drawn from each, and becomes the draft for its position, with
+that distribution as its ``q``. Fresh places at the window's end are drawn from the
+distribution of its last row. Greedy requests take the most probable tokens instead (plain
+Jacobi decoding, arXiv 2305.10427).
+
+Verification is the standard one and therefore lossless; with ``acceptance`` ``gsd`` this is
+Grouped Speculative Decoding (arXiv 2508.07747). It pays where neighbouring positions hardly
+constrain each other, as in pictures; text accepts little.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_specplus.config import JacobiConfig
+from vllm_specplus.control.acceptance import Source
+from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.tree import DraftBatch
+
+#: Sets its noise apart from that of other methods for the same seed (text would hash
+#: differently in every process).
+JACOBI = 2305_10427
+
+
+class Jacobi(Proposer):
+    sources = (Source("window", "draft", 0.5),)
+    wants_laws = True
+
+    def __init__(self, config: JacobiConfig, vocab_size: int, fingerprint: str):
+        super().__init__(config, vocab_size, fingerprint)
+        self.rule = config.rule
+        # A place of the window is a level: how many pay is decided before they are drawn.
+        self.levels = (1,) * config.num_speculative_tokens
+        self._generator: torch.Generator | None = None
+
+    def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
+        # Noise of its own: what the target draws must not depend on what is drafted.
+        self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        counts = step.max_nodes.astype(np.int32)
+        starts = step.row_starts
+        if not counts.any():
+            return DraftBatch.empty(len(counts))
+        accepted = np.add.reduceat(step.observation.accepted.astype(np.int32), starts[:-1])
+        # Node i of a request goes by the row i + 1 behind the last accepted one, and by the
+        # request's last row where there is none.
+        request = np.repeat(np.arange(len(counts)), counts)
+        node = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+        row = np.minimum(starts[request] + accepted[request] + node, starts[request + 1] - 1)
+        parents = (node - 1).astype(np.int32)
+        if step.laws is None:  # all are greedy
+            tokens = step.observation.top_ids[row, 0]
+            return DraftBatch(tokens, parents, counts, np.zeros(len(tokens), np.int32))
+        laws = step.laws[torch.from_numpy(row).to(step.laws.device)]
+        tokens = self._draw(laws, self._noise(step, counts, laws.device)).cpu().numpy()
+        law_of = np.arange(len(tokens), dtype=np.int32)
+        greedy = step.sampling.temperature[request] == 0
+        tokens[greedy] = step.observation.top_ids[row[greedy], 0]
+        law_of[greedy] = -1
+        return DraftBatch(
+            tokens.astype(np.int32), parents, counts, np.zeros(len(tokens), np.int32),
+            laws=laws, law_of=law_of,
+        )  # fmt: skip
+
+    @staticmethod
+    def _draw(laws: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A token int64 [N] of each row of ``laws`` [N, V] by uniform ``noise`` float64 [N]."""
+        cdf = laws.cumsum(-1, dtype=torch.float64)
+        # Below the total, so that a token exceeds it, which has probability.
+        return torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
+
+    def _noise(self, step: StepContext, counts: np.ndarray, device: torch.device) -> torch.Tensor:
+        """Uniform float64 [N]; a seeded request's depend on its seed and place alone."""
+        noise = torch.rand(
+            int(counts.sum()), dtype=torch.float64, device=device, generator=self._generator
+        )
+        begin = 0
+        for r, count in enumerate(counts.tolist()):
+            seed = step.sampling.seeds[r]
+            if count and seed is not None:
+                mixed = hash((seed, int(step.num_tokens[r]), JACOBI)) % 2**63
+                own = torch.Generator(device).manual_seed(mixed)
+                noise[begin : begin + count].uniform_(generator=own)
+            begin += count
+        return noise
