@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_specplus.config import parse
+from vllm_specplus.config import Target, parse
+from vllm_specplus.plugin import worker_config
 from vllm_specplus.samplers.base import Rows
 from vllm_specplus.samplers.interchangeable import (
     Relaxation,
@@ -240,3 +241,59 @@ def test_stop_tokens_and_strict_requests_are_verified_losslessly():
         out = verify("without_replacement", p, rows, draft, *noise, relaxation)
         assert int(out[0]) == first
         assert relaxation.relaxed == (first == 3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"method": "token_recycling", "acceptance": {"rule": "kl_judge"}, "allow_lossy": True},
+            "compares with what the nodes were drawn from",
+        ),
+        (
+            {"method": "jacobi", "acceptance": {"rule": "kl_judge"}},
+            "acceptance rule 'kl_judge' changes what is answered: set 'allow_lossy'",
+        ),
+        (
+            {"method": "jacobi", "acceptance": {"rule": "typical"}, "allow_lossy": True},
+            "takes nodes that were not drawn",
+        ),
+        (
+            {"method": "jacobi", "acceptance": {"rule": "lantern++", "delta": 0.1}},
+            "unknown key 'acceptance.delta' (rule 'lantern++' allows: rule, k, lambda, residual)",
+        ),
+        (
+            {"method": "jacobi", "acceptance": {"rule": "lantern++", "lambda": 0.5}},
+            "'acceptance.lambda' is 0.5: input should be greater than or equal to 1",
+        ),
+        (
+            {"method": "jacobi", "acceptance": {"rule": "gsd", "group": 0}},
+            "'acceptance.group' is 0: input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(keys, message):
+    with pytest.raises(ValueError, match=r"^speculative_config for ") as error:
+        parse(keys)
+    assert message in str(error.value)
+
+
+def test_image_rules_want_an_image_model_and_no_further_word():
+    text = Target(lambda: None, 100, "llama", 4, 1)
+    picture = Target(lambda: None, 100, "llamagen", 4, 1, has_codebook=True)
+    for rule in ("lantern", "lantern++", "gsd"):
+        for method in ("jacobi", "token_recycling"):
+            config = parse({"method": method, "acceptance": {"rule": rule}})
+            assert not config.lossless
+            config.check_acceptance(picture)
+            with pytest.raises(ValueError, match="goes by the codebook of an image model"):
+                config.check_acceptance(text)
+    parse({"method": "jacobi"}).check_acceptance(text)
+
+
+def test_what_travels_to_the_workers_is_read_back():
+    """The key lambda is no Python name."""
+    config = parse({"method": "jacobi", "acceptance": {"rule": "lantern++", "lambda": 3.0}})
+    sent = worker_config(config)["config"]
+    assert sent["acceptance"] == {"rule": "lantern++", "lambda": 3.0}
+    assert parse(sent) == config

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vllm_specplus.control.requests import parse
+from vllm_specplus.control.requests import guidance, parse
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,21 @@ def test_mistakes_are_one_sentence(value, words):
         parse({"specplus": value})
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_guidance():
+    assert guidance(None, possible=False) is None
+    assert guidance({"specplus": {}}, possible=False) is None
+    assert guidance({"guidance_scale": 3}, possible=True) == 3.0
+    assert guidance({"guidance_scale": 0.0}, possible=True) == 0.0
+
+
+@pytest.mark.parametrize("value", [-0.5, "3", True, float("nan"), float("inf"), [1]])
+def test_guidance_is_a_number(value):
+    with pytest.raises(ValueError, match=r"guidance_scale is .*: it must be a number of 0 or more"):
+        guidance({"guidance_scale": value}, possible=True)
+
+
+def test_guidance_needs_a_model_that_has_it():
+    with pytest.raises(ValueError, match="guidance_scale is for image models with guidance"):
+        guidance({"guidance_scale": 3.0}, possible=False)

@@ -18,7 +18,6 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.retrieval import datastore
-from vllm_specplus.samplers import interchangeable
 from vllm_specplus.strict import StrictModel
 
 
@@ -52,13 +51,26 @@ class ThresholdControl(StrictModel):
 ControlConfig = GoodputControl | FixedControl | ThresholdControl
 
 
-class LosslessAcceptance(StrictModel):
+class AcceptanceRule(StrictModel):
+    compares: ClassVar[bool] = False
+    """Does it go by the probabilities of target and draft (``samplers/interchangeable.py``)?
+    Other relaxed rules take deterministic nodes only (``samplers/relaxed.py``)."""
+    needs_codebook: ClassVar[bool] = False
+    """Is it for image models?"""
+
+
+class ImageAcceptance(AcceptanceRule):
+    compares: ClassVar[bool] = True
+    needs_codebook: ClassVar[bool] = True
+
+
+class LosslessAcceptance(AcceptanceRule):
     """The output follows the target's distribution."""
 
     rule: Literal["lossless"] = "lossless"
 
 
-class TypicalAcceptance(StrictModel):
+class TypicalAcceptance(AcceptanceRule):
     """Also nodes that are probable enough, the less the more open the text is (Medusa)."""
 
     rule: Literal["typical"]
@@ -68,7 +80,7 @@ class TypicalAcceptance(StrictModel):
     """Share of exp(-entropy) that is enough."""
 
 
-class TopKMarginAcceptance(StrictModel):
+class TopKMarginAcceptance(AcceptanceRule):
     """Also nodes among the most probable tokens, and nearly as probable as the best."""
 
     rule: Literal["top_k_margin"]
@@ -77,7 +89,7 @@ class TopKMarginAcceptance(StrictModel):
     """Nats below the most probable token."""
 
 
-class LanternAcceptance(StrictModel):
+class LanternAcceptance(ImageAcceptance):
     """Image codes may borrow the probability of their neighbours (LANTERN)."""
 
     rule: Literal["lantern"]
@@ -89,7 +101,7 @@ class LanternAcceptance(StrictModel):
     """What follows a rejection; the others are the reference codes', for parity."""
 
 
-class LanternPlusAcceptance(StrictModel):
+class LanternPlusAcceptance(ImageAcceptance):
     """The same, in proportion to the code's own probability (LANTERN++)."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -101,7 +113,7 @@ class LanternPlusAcceptance(StrictModel):
     residual: Literal["optimal", "llamagen", "lumina"] = "optimal"
 
 
-class GsdAcceptance(StrictModel):
+class GsdAcceptance(ImageAcceptance):
     """Image codes are judged as groups of neighbours in rank (Grouped Speculative Decoding)."""
 
     rule: Literal["gsd"]
@@ -113,8 +125,10 @@ class GsdAcceptance(StrictModel):
     """And in their codebook vectors by less than this (squared L2), if set."""
 
 
-class KlJudgeAcceptance(StrictModel):
+class KlJudgeAcceptance(AcceptanceRule):
     """Drawn nodes where draft and target hardly differ and the target is not sure (JuDi)."""
+
+    compares: ClassVar[bool] = True
 
     rule: Literal["kl_judge"]
     threshold: Annotated[float, Field(gt=0)] = 0.5
@@ -194,7 +208,7 @@ class MethodConfig(StrictModel):
         if self.lossless:
             if self.allow_lossy:
                 raise ValueError("'allow_lossy' is for an 'acceptance' rule that is: remove it")
-        elif not self.allow_lossy and self.acceptance.rule not in interchangeable.IMAGE_RULES:
+        elif not self.allow_lossy and not self.acceptance.needs_codebook:
             raise ValueError(
                 f"acceptance rule {self.acceptance.rule!r} changes what is answered: set "
                 f"'allow_lossy' to true if that is wanted"
@@ -204,7 +218,7 @@ class MethodConfig(StrictModel):
                 "acceptance rule 'kl_judge' compares with what the nodes were drawn from: use a "
                 "method and 'shape' that draws"
             )
-        elif self.rule is not None and self.acceptance.rule not in interchangeable.RULES:
+        elif self.rule is not None and not self.acceptance.compares:
             raise ValueError(
                 f"acceptance rule {self.acceptance.rule!r} takes nodes that were not drawn: set "
                 f"'shape' to 'topk'"
@@ -221,7 +235,7 @@ class MethodConfig(StrictModel):
 
     def check_acceptance(self, target: Target) -> None:
         """Raise ValueError if the acceptance rule does not fit the target model."""
-        if self.acceptance.rule in interchangeable.IMAGE_RULES and not target.has_codebook:
+        if self.acceptance.needs_codebook and not target.has_codebook:
             raise ValueError(
                 f"acceptance rule {self.acceptance.rule!r} goes by the codebook of an image model, "
                 f"and the target is of type {target.family!r}"
@@ -673,7 +687,8 @@ def sentence(error: dict[str, Any], model: type[StrictModel]) -> str:
     if error["type"] == "missing":
         return f"{key!r} is missing"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r} ({allows}: {', '.join(model.model_fields)})"
+        known = (field.alias or name for name, field in model.model_fields.items())
+        return f"unknown key {key!r} ({allows}: {', '.join(known)})"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = error["msg"][0].lower() + error["msg"][1:]

@@ -45,6 +45,7 @@ from vllm_specplus.bench.runner import (
     first_difference,
 )
 from vllm_specplus.cli.main import app
+from vllm_specplus.cli.model import IMAGE_MODEL
 
 OURS = {"token_recycling"}
 MACHINE = MachineInfo(
@@ -840,6 +841,23 @@ def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, dataset, argumen
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--dataset is needed for --task text"),
+        (["--dataset", "rows.jsonl", "--task", "image"], "--dataset is for --task text"),
+        (["--task", "image", "--concurrency", "1,2"], "--task image takes one --concurrency"),
+        (["--task", "image"], "some/model has no classifier to judge pictures with"),
+        (["--task", "image", "--model", str(IMAGE_MODEL), "--limit", "1"], "at least 2 pictures"),
+    ],
+)
+def test_what_a_task_needs_is_one_sentence(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

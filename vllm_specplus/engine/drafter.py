@@ -20,7 +20,6 @@ from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
 from vllm_specplus.proposers.base import Observation, StepContext
-from vllm_specplus.samplers import interchangeable
 from vllm_specplus.samplers.base import Rows
 from vllm_specplus.samplers.sampled import DraftLaws
 from vllm_specplus.tree import DraftBatch
@@ -53,7 +52,7 @@ class Drafter:
         self.rule = self.proposer.rule
         """How sampled requests are verified: by what drew their nodes, or by a rule that
         compares probabilities; None: by drawing at every row."""
-        if self.rule is None and self.config.acceptance.rule in interchangeable.RULES:
+        if self.rule is None and self.config.acceptance.compares:
             self.rule = "without_replacement"
         self.controller = Controller(
             self.config.control,

@@ -460,8 +460,7 @@ class TreeRunnerMixin:
             silent = self._discarded()
             relaxation = None
             if self._relaxed_rule is not None:
-                stops = [self._wishes_of(n).relaxed_stops for n in self.input_batch.req_ids]
-                relaxation = Relaxation(self._relaxed_rule, stops)
+                relaxation = Relaxation(self._relaxed_rule, self._sampled_stops())
             samples = self._rule_sampler.judge_rows(
                 logits, metadata, step.rows, laws, silent, relaxation
             )
@@ -471,6 +470,14 @@ class TreeRunnerMixin:
         if group.world_size > 1:
             sampled = group.broadcast_object(sampled, src=0)
         return sampled, samples
+
+    def _sampled_stops(self) -> list[frozenset[int] | None]:
+        """Stop tokens of requests that may be relaxed, as ``Wishes.relaxed_stops``; greedy ones
+        may not."""
+        batch = self.input_batch
+        greedy = batch.temperature_cpu[: batch.num_reqs] == 0
+        stops = [self._wishes_of(name).relaxed_stops for name in batch.req_ids]
+        return [None if cold else each for cold, each in zip(greedy, stops, strict=True)]
 
     def _discarded(self) -> np.ndarray:
         """bool [R]: requests whose prompt is not read to its end, so nothing is output."""

@@ -13,7 +13,6 @@ guidance compares with a label of its own, ``num_classes``, for "any".
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -189,30 +188,20 @@ class LlamaGen(nn.Module):
         return other + scale * (label - other)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes that a checkpoint's own tensors tell."""
-
-    config: LlamaGenConfig
-
-    @classmethod
-    def of(cls, weights: dict[str, torch.Tensor], heads: int, grid_size: int) -> Shape:
-        """``heads``: not to be read off the tensors."""
-        codes, hidden = weights["tok_embeddings.weight"].shape
-        width = weights["layers.0.attention.wqkv.weight"].shape[0] // (hidden // heads)
-        layers = 1 + max(int(n.split(".")[1]) for n in weights if n.startswith("layers."))
-        return cls(
-            LlamaGenConfig(
-                codebook_size=codes,
-                num_classes=len(weights["cls_embedding.embedding_table.weight"]) - 1,
-                grid_size=grid_size,
-                hidden_size=hidden,
-                intermediate_size=len(weights["layers.0.feed_forward.w1.weight"]),
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=(width - heads) // 2,
-            )
-        )
+def config_of(weights: dict[str, torch.Tensor], heads: int, grid_size: int) -> LlamaGenConfig:
+    """Of a class-conditional checkpoint; ``heads`` cannot be read off its tensors."""
+    codes, hidden = weights["tok_embeddings.weight"].shape
+    rows = weights["layers.0.attention.wqkv.weight"].shape[0] // (hidden // heads)
+    return LlamaGenConfig(
+        codebook_size=codes,
+        num_classes=len(weights["cls_embedding.embedding_table.weight"]) - 1,
+        grid_size=grid_size,
+        hidden_size=hidden,
+        intermediate_size=len(weights["layers.0.feed_forward.w1.weight"]),
+        num_hidden_layers=1 + max(int(n.split(".")[1]) for n in weights if n.startswith("layers.")),
+        num_attention_heads=heads,
+        num_key_value_heads=(rows - heads) // 2,
+    )
 
 
 def save(folder: Path, weights: dict[str, torch.Tensor], config: LlamaGenConfig) -> None:

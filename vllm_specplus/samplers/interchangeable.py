@@ -174,19 +174,13 @@ class KlJudge(RelaxedRule):
         return torch.where(alike, q[tokens], mine), q[tokens]
 
 
-#: Rules of this kind; the others take deterministic drafts only (``samplers/relaxed.py``).
-RULES = ("lantern", "lantern++", "gsd", "kl_judge")
-#: Those that need a codebook.
-IMAGE_RULES = ("lantern", "lantern++", "gsd")
-
-
 def make_rule(config: AcceptanceConfig, codebook: torch.Tensor | None) -> RelaxedRule | None:
-    """``codebook`` float [V, d] of an image model."""
+    """The rule, None for one of another kind; ``codebook`` float [V, d] of an image model."""
+    if not config.compares:
+        return None
     if config.rule == "kl_judge":
         return KlJudge(config)
-    if config.rule == "gsd":
-        return Gsd(config, codebook)
-    return Lantern(config, codebook) if config.rule in RULES else None
+    return (Gsd if config.rule == "gsd" else Lantern)(config, codebook)
 
 
 @dataclass(slots=True)
