@@ -7,13 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_specplus.config import Target, parse
 from vllm_specplus.plugin import worker_config
+from vllm_specplus.samplers import chains
 from vllm_specplus.samplers.base import Rows
 from vllm_specplus.samplers.interchangeable import (
+    Laws,
     Relaxation,
     make_rule,
     neighbours,
@@ -30,8 +32,22 @@ def rule_of(acceptance: dict, codebook: torch.Tensor = LINE):
     return make_rule(parse({"method": "jacobi", "acceptance": acceptance}).acceptance, codebook)
 
 
+def masses(rule, p, q, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one row ``p`` [V], for every token; ``q`` None: nothing drew them."""
+    rows = torch.zeros_like(tokens)
+    laws = Laws(p[None], torch.empty(0, len(p)) if q is None else q[None])
+    return rule.masses(laws, rows, rows - int(q is None), tokens)
+
+
+def residual(rule, p, q, token) -> torch.Tensor:
+    law = torch.eye(len(p))[token] if q is None else q
+    return rule.residual(p[None], law[None], torch.tensor([q is not None]), torch.tensor([token]))[
+        0
+    ]
+
+
 def acceptances(rule, p, q) -> torch.Tensor:
-    mine, theirs = rule.masses(p, q, torch.arange(len(p)))
+    mine, theirs = masses(rule, p, q, torch.arange(len(p)))
     return (mine / theirs).clamp(max=1)
 
 
@@ -42,7 +58,7 @@ def output_law(rule, p, q) -> torch.Tensor:
     for token in range(len(p)):
         rejected = float(q[token] * (1 - f[token]))
         if rejected > 0:
-            left = rule.residual(p, q, token)
+            left = residual(rule, p, q, token)
             law = law + rejected * left / left.sum()
     return law
 
@@ -99,15 +115,15 @@ def test_vectors_of_the_lantern_card(acceptance, f0, rate, law, distance):
     assert tv(out, P) == pytest.approx(distance, abs=1e-6)
 
 
-@pytest.mark.parametrize(("residual", "distance"), [("llamagen", 0.45), ("optimal", 0.25)])
-def test_a_token_that_nothing_drew(residual, distance):
+@pytest.mark.parametrize(("variant", "distance"), [("llamagen", 0.45), ("optimal", 0.25)])
+def test_a_token_that_nothing_drew(variant, distance):
     """The acceptance is p(x) + S; the reference code leaves (0, 0, 0, .6, .4)."""
-    rule = rule_of({"rule": "lantern", "k": 1, "delta": 0.3, "residual": residual})
-    mine, theirs = rule.masses(P, None, torch.tensor([0]))
+    rule = rule_of({"rule": "lantern", "k": 1, "delta": 0.3, "residual": variant})
+    mine, theirs = masses(rule, P, None, torch.tensor([0]))
     assert float(mine / theirs) == pytest.approx(0.55)
-    left = rule.residual(P, None, 0)
+    left = residual(rule, P, None, 0)
     left = left / left.sum()
-    if residual == "llamagen":
+    if variant == "llamagen":
         assert left.tolist() == pytest.approx([0, 0, 0, 0.6, 0.4])
     assert tv(torch.eye(5)[0] * 0.55 + 0.45 * left, P) == pytest.approx(distance)
 
@@ -136,7 +152,7 @@ def test_what_top_k_cut_off_joins_no_group():
     p = torch.tensor([0.0, 0.0, 0.5, 0.5])
     q = torch.tensor([0.4, 0.4, 0.1, 0.1])
     rule = rule_of({"rule": "gsd", "group": 3, "max_gap": 1.0}, torch.zeros(4, 1))
-    mine, theirs = rule.masses(p, q, torch.arange(4))
+    mine, theirs = masses(rule, p, q, torch.arange(4))
     assert mine[:2].max() <= 0.5  # a cut token's own group may reach upward only
     assert theirs[2] == pytest.approx(0.2)
 
@@ -145,7 +161,7 @@ def test_a_distant_code_joins_no_group():
     p = torch.tensor([0.3, 0.33, 0.37])
     far = torch.tensor([[0.0], [5.0], [0.1]])
     rule = rule_of({"rule": "gsd", "group": 5, "max_gap": 1.0, "max_distance": 1.0}, far)
-    mine, _ = rule.masses(p, p, torch.arange(3))
+    mine, _ = masses(rule, p, p, torch.arange(3))
     assert mine.tolist() == pytest.approx([0.67, 0.33, 0.67])
 
 
@@ -178,6 +194,7 @@ LOSSLESS = [
 
 
 @pytest.mark.parametrize("acceptance", LOSSLESS)
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), drawn=st.booleans())
 def test_the_lossless_limit_is_the_lossless_rule_bit_for_bit(acceptance, seed, drawn):
     """The same uniforms give the same tokens, for drawn and for other drafts."""
@@ -198,6 +215,7 @@ def test_the_lossless_limit_is_the_lossless_rule_bit_for_bit(acceptance, seed, d
     assert relaxation.relaxed == 0
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_acceptance_grows_with_every_knob_of_lantern(seed):
     p, q = laws(seed, 12, 2)
@@ -212,13 +230,14 @@ def test_acceptance_grows_with_every_knob_of_lantern(seed):
             assert (more >= less).all()
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), delta=st.sampled_from([0.05, 0.2, 0.5]))
 def test_the_output_moves_by_no_more_than_was_lent(seed, delta):
     """Total variation, exactly; lantern++ also keeps f below lambda p / q."""
     p, q = laws(seed, 12, 2)
     codebook = torch.from_numpy(np.random.default_rng(seed).normal(size=(12, 3)))
     rule = rule_of({"rule": "lantern", "k": 11, "delta": delta}, codebook)
-    lent = rule.masses(p, q, torch.arange(12))[0] - p
+    lent = masses(rule, p, q, torch.arange(12))[0] - p
     assert float(lent.max()) <= delta + 1e-6
     assert tv(output_law(rule, p, q), p) <= float((q > 0).float() @ lent) + 1e-5
     # All of q on one token: by what that one borrowed.
@@ -226,7 +245,7 @@ def test_the_output_moves_by_no_more_than_was_lent(seed, delta):
         sure = torch.eye(12)[token]
         assert tv(output_law(rule, p, sure), p) <= float(lent[token]) + 1e-5
     plus = rule_of({"rule": "lantern++", "k": 11, "lambda": 2.0}, codebook)
-    assert (plus.masses(p, q, torch.arange(12))[0] <= 2.0 * p + 1e-6).all()
+    assert (masses(plus, p, q, torch.arange(12))[0] <= 2.0 * p + 1e-6).all()
 
 
 def test_stop_tokens_and_strict_requests_are_verified_losslessly():
@@ -297,3 +316,62 @@ def test_what_travels_to_the_workers_is_read_back():
     sent = worker_config(config)["config"]
     assert sent["acceptance"] == {"rule": "lantern++", "lambda": 3.0}
     assert parse(sent) == config
+
+
+RULES = [
+    None,
+    *LOSSLESS,
+    {"rule": "lantern", "k": 4, "delta": 0.3},
+    {"rule": "lantern", "k": 4, "delta": 0.3, "residual": "llamagen"},
+    {"rule": "lantern++", "k": 4, "lambda": 2.5, "residual": "lumina"},
+    {"rule": "gsd", "group": 5, "max_gap": 0.4},
+    {"rule": "gsd", "group": 4, "max_gap": 1.0, "max_distance": 2.0},
+    {"rule": "kl_judge", "threshold": 1.5},
+]
+
+
+@pytest.mark.parametrize("acceptance", RULES, ids=str)
+@settings(deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
+    """Several requests: chains of 0 to 5 nodes, drawn ones and others, strict requests, stop
+    tokens, a draft of fewer tokens."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 7, int(rng.integers(1, 6)))
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    rows, size = int(starts[-1]), 12
+    parents = np.concatenate([np.arange(-1, n - 1) for n in counts]).astype(np.int32)
+    p, q = laws(seed, size, rows), laws(seed + 1, size - 2, rows)
+    tokens = rng.integers(0, size, rows).astype(np.int32)
+    index, drawn = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+    for row in np.flatnonzero(parents >= 0):
+        if rng.random() < 0.6:
+            index[row - 1], drawn[row - 1] = row, 1
+            tokens[row] = rng.choice(
+                size - 2, p=q[row].double().numpy() / float(q[row].double().sum())
+            )
+    verified = Rows(tokens, parents, starts, parents + 1)
+    assert chains.all_chains(verified)
+    draft = DraftLaws(q, index, drawn)
+    noise = (
+        torch.from_numpy(rng.random(rows, np.float32)),
+        torch.from_numpy(rng.random(len(counts), np.float32)),
+    )
+    relaxations = [None, None]
+    if acceptance is not None:
+        codebook = torch.from_numpy(rng.normal(size=(size, 3)).astype(np.float32))
+        keys = {"method": "jacobi", "acceptance": acceptance, "allow_lossy": True}
+        rule = make_rule(parse(keys).acceptance, codebook)
+        stops = [(None, frozenset(), frozenset({3, 5}))[i] for i in rng.integers(0, 3, len(counts))]
+        relaxations = [Relaxation(rule, stops), Relaxation(rule, stops)]
+    slow = verify("without_replacement", p, verified, draft, *noise, relaxations[0])
+    fast = chains.verify(p, verified, draft, *noise, relaxations[1])
+    assert fast.tolist() == slow.tolist()
+    if acceptance is not None:
+        assert int(relaxations[1].relaxed) == relaxations[0].relaxed
+
+
+def test_siblings_are_no_chain():
+    rows = chain([1, 2])
+    rows.parents[2] = 0
+    assert not chains.all_chains(rows)

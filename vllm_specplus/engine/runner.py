@@ -466,7 +466,7 @@ class TreeRunnerMixin:
             )
             sampled = samples.tokens.cpu().numpy()
             if relaxation is not None:
-                self.drafter.counters.add("relaxed_tokens", relaxation.relaxed)
+                self.drafter.counters.add("relaxed_tokens", int(relaxation.relaxed))
         if group.world_size > 1:
             sampled = group.broadcast_object(sampled, src=0)
         return sampled, samples

@@ -33,7 +33,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_specplus.samplers import sampled
+from vllm_specplus.samplers import chains, sampled
 from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.samplers.interchangeable import Relaxation
 from vllm_specplus.samplers.sampled import DraftLaws, Rule
@@ -108,10 +108,12 @@ class _Judge(torch.nn.Module):
             processed = logits.log_softmax(-1, dtype=torch.float32)
         self.probabilities = probabilities = logits.softmax(-1, dtype=torch.float32)
         *step, relaxation = self.step
-        if relaxation is not None:
+        on_cpu = logits.device.type == "cpu"
+        one_by_one = relaxation is not None or self._rule == "without_replacement"
+        if one_by_one and (on_cpu or relaxation is not None) and chains.all_chains(step[0]):
+            self.tokens = chains.verify(probabilities, *step, relaxation)
+        elif on_cpu or relaxation is not None:
             self.tokens = sampled.verify(self._rule, probabilities, *step, relaxation)
-        elif logits.device.type == "cpu":
-            self.tokens = sampled.verify(self._rule, probabilities, *step)
         else:
             from vllm_specplus.kernels import tree_rules
 

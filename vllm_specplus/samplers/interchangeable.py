@@ -24,7 +24,7 @@ A stop token is never accepted by relaxation, and greedy requests are verified l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,25 +57,42 @@ def neighbours(codebook: torch.Tensor, k: int) -> torch.Tensor:
     return torch.cat(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Laws:
+    """The distributions at hand."""
+
+    p: torch.Tensor
+    """float32 [L, V] of the target."""
+    q: torch.Tensor
+    """float32 [M, V] of the draft."""
+
+    def of(self, law: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """q of each of ``tokens`` int64 [n, ...] by row ``law`` int64 [n, ...] of ``q``; 1 where
+        it is negative: nothing drew the token."""
+        if not len(self.q):
+            return torch.ones(tokens.shape, device=tokens.device)
+        return torch.where(law >= 0, self.q[law.clamp(min=0), tokens], 1.0)
+
+
 class RelaxedRule(ABC):
-    """Which masses decide on a token."""
+    """Which masses decide on a token. Batched over n (row, token) pairs, on any device."""
 
     @abstractmethod
     def masses(
-        self, p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor
+        self, laws: Laws, rows: torch.Tensor, law: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``P`` and ``Q`` float32 [n] of ``tokens`` int64 [n]: accepted with probability
-        ``min(1, P / Q)``. ``p`` and ``q`` float32 [V]; None: nothing drew the tokens."""
+        """``P`` and ``Q`` float32 [n] of ``tokens`` int64 [n], each judged by row ``rows`` int64
+        [n] of ``p`` and row ``law`` int64 [n] of ``q`` (-1: nothing drew it): accepted with
+        probability ``min(1, P / Q)``."""
 
-    def residual(self, p: torch.Tensor, q: torch.Tensor | None, token: int) -> torch.Tensor:
-        """What is left of ``p`` float32 [V] after ``token`` was rejected; not normalised.
+    def residual(
+        self, p: torch.Tensor, q: torch.Tensor, drawn: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """What is left of ``p`` float32 [n, V] after ``tokens`` int64 [n] were rejected; not
+        normalised. ``q`` float32 [n, V], all of it on the token where ``drawn`` bool [n] is not.
 
         Of a rule that accepts at least ``min(1, p / q)``.
         """
-        if q is None:
-            left = p.clone()
-            left[token] = 0.0
-            return left
         return (p - q).clamp_(min=0.0)
 
 
@@ -89,40 +106,37 @@ class Lantern(RelaxedRule):
         self._delta = getattr(config, "delta", None)
         self._lambda = getattr(config, "lambda_", None)
 
-    def _borrowed(self, p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """bool [n, k] which neighbours lend: a prefix, nearest first."""
-        mass = p[self.near[tokens]].cumsum(-1)
-        bound = self._delta if self._delta is not None else (self._lambda - 1.0) * p[tokens, None]
-        return mass <= bound
+    def _lent(self, p: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 [n, k + 1] mass of the nearest 0..k neighbours, 0 from where it exceeds the
+        bound: a prefix lends, nearest first."""
+        mine = p[rows, tokens][:, None]
+        mass = p[rows[:, None], self.near[tokens]].cumsum(-1)
+        bound = self._delta if self._delta is not None else (self._lambda - 1.0) * mine
+        lent = torch.where(mass <= bound, mass, 0.0)
+        return torch.cat((torch.zeros_like(mine), lent), -1)
 
-    def masses(self, p, q, tokens):
-        lent = torch.where(self._borrowed(p, tokens), p[self.near[tokens]].cumsum(-1), 0.0)
-        mine = p[tokens]
-        if lent.shape[-1]:
-            mine = mine + lent.amax(-1)
-        return mine, torch.ones_like(mine) if q is None else q[tokens]
+    def masses(self, laws, rows, law, tokens):
+        lent = self._lent(laws.p, rows, tokens).amax(-1)
+        return laws.p[rows, tokens] + lent, laws.of(law, tokens)
 
-    def residual(self, p, q, token):
+    def residual(self, p, q, drawn, tokens):
         """Or the reference codes' rules, for parity: they take away all neighbours once one
         lends (``models/ea_model_llamagen.py``, ``ea_model_lumina_mgpt.py``)."""
-        which = self.config.residual
-        index = torch.tensor([token], device=p.device)
-        if which == "optimal" or not bool(self._borrowed(p, index).any()):
-            return super().residual(p, q, token)
-        near = self._taken[token]
-        left = p.clone()
-        if q is None:
-            left[near] = 0.0
-            left[token] = 0.0
-        elif which == "llamagen":
-            q = q.clone()
-            q[near] = 0.0
-            left = (p - q).clamp_(min=0.0)
+        left = super().residual(p, q, drawn, tokens)
+        if self.config.residual == "optimal":
+            return left
+        lends = (self._lent(p, torch.arange(len(p), device=p.device), tokens) > 0).any(-1)
+        near = torch.zeros_like(p, dtype=torch.bool).scatter_(1, self._taken[tokens], True)
+        if self.config.residual == "llamagen":
+            theirs = torch.where(
+                drawn[:, None], p - q.masked_fill(near, 0.0), left.masked_fill(near, 0.0)
+            )
         else:
-            left[near] = 0.0
-            left = (left - q).clamp_(min=0.0)
+            theirs = p.masked_fill(near, 0.0) - q
+        theirs = theirs.clamp_(min=0.0)
         # They go on with a uniform draw where nothing is left; p knows better.
-        return left if bool(left.any()) else p
+        theirs = torch.where((theirs > 0).any(-1, keepdim=True), theirs, p)
+        return torch.where(lends[:, None], theirs, left)
 
 
 class Gsd(RelaxedRule):
@@ -133,45 +147,63 @@ class Gsd(RelaxedRule):
         below, above = config.group // 2, (config.group - 1) // 2
         self._offsets = torch.arange(-below, above + 1, device=codebook.device)
 
-    def masses(self, p, q, tokens):
-        order = p.argsort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(p), device=p.device)
-        places = rank[tokens, None] + self._offsets
-        inside = (places >= 0) & (places < len(p))
-        group = order[places.clamp(0, len(p) - 1)]
-        mass = p[group]
-        inside &= (mass > 0) & ((mass - p[tokens, None]).abs() < self.config.max_gap)
+    def masses(self, laws, rows, law, tokens):
+        p = laws.p[rows]
+        order = p.argsort(dim=-1, stable=True)
+        rank = (order == tokens[:, None]).int().argmax(-1)
+        group, inside = self._groups(p, order, rank[:, None])
+        group, inside = group[:, 0], inside[:, 0]
+        mine = (p.gather(1, group) * inside).sum(-1)
+        theirs = (laws.of(law[:, None].expand_as(group), group) * inside).sum(-1)
+        return mine, torch.where(law >= 0, theirs, 1.0)
+
+    def _groups(
+        self, p: torch.Tensor, order: torch.Tensor, ranks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens int64 [n, r, G] around ``ranks`` int64 [n, r] of ``p`` [n, V], and which of them
+        belong to the group; ``order`` int64 [n, V] sorts ``p``."""
+        count, size = ranks.shape[1], len(self._offsets)
+        places = ranks[..., None] + self._offsets
+        inside = (places >= 0) & (places < p.shape[1])
+        group = order.gather(1, places.clamp(0, p.shape[1] - 1).flatten(1))
+        mass = p.gather(1, group).view(-1, count, size)
+        group = group.view(-1, count, size)
+        own = group[..., self.config.group // 2, None]
+        gap = (mass - mass[..., self.config.group // 2, None]).abs()
+        inside &= (mass > 0) & (gap < self.config.max_gap)
         if self.config.max_distance is not None:
             known = len(self.codebook) - 1  # ids beyond the codes have p = 0
-            codes = self.codebook[group.clamp(max=known)]
-            distance = (codes - self.codebook[tokens.clamp(max=known), None]).square().sum(-1)
-            inside &= distance < self.config.max_distance
-        inside |= self._offsets == 0
-        theirs = torch.ones_like(mass[:, 0]) if q is None else (q[group] * inside).sum(-1)
-        return (mass * inside).sum(-1), theirs
+            apart = self.codebook[group.clamp(max=known)] - self.codebook[own.clamp(max=known)]
+            inside &= apart.square().sum(-1) < self.config.max_distance
+        return group, inside | (self._offsets == 0)
 
-    def residual(self, p, q, token):
+    def residual(self, p, q, drawn, tokens):
         """In full: a group may accept less than the token alone would."""
-        if q is None:
-            return super().residual(p, q, token)
-        mine, theirs = self.masses(p, q, torch.arange(len(p), device=p.device))
+        order = p.argsort(dim=-1, stable=True)
+        ranks = torch.arange(p.shape[1], device=p.device).expand_as(p)
+        group, inside = self._groups(p, order, ranks)
+        by_rank = [
+            (law.gather(1, group.flatten(1)).view_as(group) * inside).sum(-1) for law in (p, q)
+        ]
+        mine, theirs = (torch.empty_like(p).scatter_(1, order, mass) for mass in by_rank)
         spent = q * torch.where(mine >= theirs, 1.0, mine / theirs)
-        # P / Q >= p / q exactly where all of p is spent; rounding must not leave dust there.
-        return torch.where(mine * q >= p * theirs, (p - q).clamp(min=0.0), p - spent).clamp_(min=0)
+        # All of p is spent exactly where P / Q >= p / q; rounding must not leave dust there.
+        left = torch.where(mine * q >= p * theirs, (p - q).clamp(min=0.0), p - spent)
+        return left.clamp_(min=0.0)
 
 
 class KlJudge(RelaxedRule):
     def __init__(self, config: KlJudgeAcceptance):
         self.config = config
 
-    def masses(self, p, q, tokens):
-        mine = p[tokens]
-        if q is None:
-            return mine, torch.ones_like(mine)
-        divergence = torch.where(p > 0, p * (p / q.clamp(min=1e-30)).log(), 0.0).sum()
-        alike = (divergence <= self.config.threshold) & (p.max() <= self.config.sure)
-        return torch.where(alike, q[tokens], mine), q[tokens]
+    def masses(self, laws, rows, law, tokens):
+        mine, theirs = laws.p[rows, tokens], laws.of(law, tokens)
+        if not len(laws.q):
+            return mine, theirs
+        p, q = laws.p[rows], laws.q[law.clamp(min=0)]
+        terms = torch.where(p > 0, p * (p / q.clamp(min=1e-30)).log(), 0.0)
+        alike = (terms.sum(-1) <= self.config.threshold) & (p.amax(-1) <= self.config.sure)
+        return torch.where(alike & (law >= 0), theirs, mine), theirs
 
 
 def make_rule(config: AcceptanceConfig, codebook: torch.Tensor | None) -> RelaxedRule | None:
@@ -190,5 +222,5 @@ class Relaxation:
     rule: RelaxedRule
     stops: list[frozenset[int] | None]
     """Stop tokens of each request; None: it is verified losslessly."""
-    relaxed: int = field(default=0)
+    relaxed: int | torch.Tensor = 0
     """Tokens that the lossless rule would have rejected with the same uniforms."""

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from vllm_specplus.samplers.base import Rows
-from vllm_specplus.samplers.interchangeable import Relaxation
+from vllm_specplus.samplers.interchangeable import Laws, Relaxation, RelaxedRule
 
 Rule = Literal["without_replacement", "with_replacement", "k_seq", "block", "traversal"]
 
@@ -168,31 +168,47 @@ def _relaxed_walk(
     while True:
         row = path[-1]
         left, chosen, drawn = tree.p(row), None, tree.drawn(row)
-        law = tree.q(row) if drawn else None
-        if law is not None and len(law) < len(left):
-            law = torch.nn.functional.pad(law, (0, len(left) - len(law)))
+        q = _padded(tree.q(row), len(left)) if drawn else None
         for number, child in enumerate(tree.children[row]):
-            q = law if number < drawn else None
+            law = q if number < drawn else None
             token = int(tree.tokens[child])
-            mine, theirs = float(left[token]), 1.0 if q is None else float(q[token])
+            mine, theirs = float(left[token]), 1.0 if law is None else float(law[token])
             if theirs <= 0.0:
                 continue
             exact = tree.accept[child] * theirs < mine
-            accepted = exact
-            if token not in stops:
-                masses = rule.masses(left, q, torch.tensor([token], device=left.device))
-                borrowed, shared = (float(mass) for mass in masses)
-                accepted = tree.accept[child] * shared < borrowed
-            if accepted:
+            if _accepts(rule, left, law, token, tree.accept[child], token in stops):
                 relaxation.relaxed += not exact
                 chosen = child
                 break
-            left = _normalised(rule.residual(left, q, token), left)
-            if q is not None:
+            if law is None:
+                law = torch.zeros_like(left)
+                law[token] = 1.0
+            at, is_drawn = torch.tensor([token]), torch.tensor([number < drawn])
+            left = _normalised(rule.residual(left[None], law[None], is_drawn, at)[0], left)
+            if number < drawn:
                 _remove(q, token)
         if chosen is None:
             return path, left
         path.append(chosen)
+
+
+def _accepts(
+    rule: RelaxedRule, p: torch.Tensor, q: torch.Tensor | None, token: int, noise: float,
+    strict: bool,
+) -> bool:  # fmt: skip
+    """Is ``token``, drawn from ``q`` [V] (None: not drawn), accepted under ``p`` [V]?"""
+    mine, theirs = float(p[token]), 1.0 if q is None else float(q[token])
+    if not strict:
+        zero = torch.zeros(1, dtype=torch.int64)
+        laws = Laws(p[None], p.new_empty(0, len(p)) if q is None else q[None])
+        law = zero - 1 if q is None else zero
+        mine, theirs = map(float, rule.masses(laws, zero, law, zero + token))
+    return noise * theirs < mine
+
+
+def _padded(q: torch.Tensor, size: int) -> torch.Tensor:
+    """``q`` [..., V'] with zeros up to ``size``."""
+    return torch.nn.functional.pad(q, (0, size - q.shape[-1]))
 
 
 def _residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
