@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -350,6 +351,8 @@ def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
             tokens[row] = rng.choice(
                 size - 2, p=q[row].double().numpy() / float(q[row].double().sum())
             )
+        if rng.random() < 0.1:  # vLLM's padding
+            tokens[row], drawn[row - 1] = -1, 0
     verified = Rows(tokens, parents, starts, parents + 1)
     assert chains.all_chains(verified)
     draft = DraftLaws(q, index, drawn)
@@ -375,3 +378,19 @@ def test_siblings_are_no_chain():
     rows = chain([1, 2])
     rows.parents[2] = 0
     assert not chains.all_chains(rows)
+
+
+@pytest.mark.parametrize("check", [chains.verify, partial(verify, "without_replacement")])
+def test_padding_is_no_token_and_changes_no_law(check):
+    """Every token of the vocabulary is still drawn as often as the target says."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1]).repeat(8000, 1)
+    parents = np.tile(np.array([-1, 0], np.int32), 4000)
+    tokens = np.tile(np.array([1, -1], np.int32), 4000)
+    rows = Rows(tokens, parents, np.arange(0, 8001, 2, dtype=np.int32), parents + 1)
+    none = DraftLaws(torch.empty(0, 1), np.full(8000, -1, np.int32), np.zeros(8000, np.int32))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(8000, generator=generator), torch.rand(4000, generator=generator)
+    out = check(p, rows, none, *noise).view(4000, 2)
+    assert (out[:, 1] == -1).all()
+    share = out[:, 0].bincount(minlength=4) / 4000
+    assert torch.allclose(share, p[0], atol=0.03)

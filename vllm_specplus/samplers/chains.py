@@ -28,7 +28,8 @@ def verify(
     """As ``sampled.verify``: the output along every accepted path, int32 [L], -1 off it."""
     device, vocab = p.device, p.shape[1]
     counts = np.diff(rows.starts)
-    nodes = np.flatnonzero(rows.parents >= 0)
+    # vLLM pads some drafts with -1: no tokens, and the chain ends before them.
+    nodes = np.flatnonzero((rows.parents >= 0) & (rows.tokens >= 0))
     above = nodes - 1
     law = np.where(laws.drawn[above] > 0, laws.index[above], -1)
     host = np.stack((nodes, law, rows.tokens[nodes], _strict(rows, nodes, relaxation)))
@@ -94,7 +95,9 @@ def _left(
     device = p.device
     rejects = last + 1 < starts[1:]
     child = (last + 1).clamp(max=len(rows.tokens) - 1)
-    tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(device)[child].clamp(min=0)
+    tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(device)[child]
+    rejects &= tokens >= 0
+    tokens = tokens.clamp(min=0)
     index = torch.from_numpy(np.where(laws.drawn > 0, laws.index, -1).astype(np.int64))
     law = index.to(device)[last]
     drawn = law >= 0

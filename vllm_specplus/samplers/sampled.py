@@ -103,7 +103,8 @@ class _Tree:
         self.tokens = rows.tokens
         self.children: dict[int, list[int]] = {row: [] for row in range(first, end)}
         for row in range(first + 1, end):
-            self.children[first + int(rows.parents[row])].append(row)
+            if rows.tokens[row] >= 0:  # vLLM pads some drafts with -1: no tokens
+                self.children[first + int(rows.parents[row])].append(row)
         self._p, self._laws = p, laws
 
     def check_for(self, rule: Rule) -> None:
