@@ -78,6 +78,18 @@ HOOKS = (
     ),
     Hook(_RUNNER + "_build_attention_metadata", "attaches the trees"),
     Hook(_RUNNER + "execute_model", "times the steps", ("scheduler_output",)),
+    Hook(_RUNNER + "get_model", "codebook and guidance of image models"),
+    Hook(
+        "vllm.model_executor.models:ModelRegistry.register_model",
+        "adds image models",
+        ("model_arch", "model_cls"),
+    ),
+    Hook(
+        "vllm.model_executor.layers.attention:Attention.__init__",
+        "two per layer of an image model, for guidance",
+        ("num_heads", "head_size", "scale", "num_kv_heads", "cache_config", "prefix"),
+    ),
+    Hook("vllm.compilation.decorators:support_torch_compile", "compiles image models"),
     Hook("vllm.distributed:get_tp_group", "one decision for all ranks"),
     Hook(_RUNNER + "_dummy_run", "profiles what a step costs", ("num_tokens",)),
     Hook(_RUNNER + "_sample", "verification", ("logits", "spec_decode_metadata")),

@@ -108,7 +108,8 @@ class _Judge(torch.nn.Module):
             processed = logits.log_softmax(-1, dtype=torch.float32)
         self.probabilities = probabilities = logits.softmax(-1, dtype=torch.float32)
         *step, relaxation = self.step
-        on_cpu = logits.device.type == "cpu"
+        # The Triton kernels read a row's token unseen, and vLLM pads some drafts with -1.
+        on_cpu = logits.device.type == "cpu" or bool((step[0].tokens < 0).any())
         one_by_one = relaxation is not None or self._rule == "without_replacement"
         if one_by_one and (on_cpu or relaxation is not None) and chains.all_chains(step[0]):
             self.tokens = chains.verify(probabilities, *step, relaxation)
