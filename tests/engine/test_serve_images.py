@@ -21,7 +21,9 @@ from vllm_specplus.cli.model import IMAGE_MODEL
 
 pytestmark = pytest.mark.engine
 
-SPEC = '{"method": "jacobi", "acceptance": {"rule": "gsd", "group": 5}}'
+#: Always the same window: under the controller it depends on time, and with it what is drawn.
+SPEC = """{"method": "jacobi", "num_speculative_tokens": 7, "control": {"policy": "fixed"},
+           "acceptance": {"rule": "gsd", "group": 5}}"""
 
 
 @pytest.fixture(scope="module")

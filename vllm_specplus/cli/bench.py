@@ -133,13 +133,15 @@ def bench(
     Exit code 0: all measured; 1: a method failed, the others were measured; 2: unusable input.
     """
     errors = Console(stderr=True, highlight=False)
+    if methods is None:
+        methods = IMAGE_METHODS if task is Task.image else TEXT_METHODS
     temperature = (1.0 if task is Task.image else 0.0) if temperature is None else temperature
     try:
         check_model(model)
         check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot)
         if task is Task.image:
             pictures = bench_images(
-                model, dataset, methods or IMAGE_METHODS, concurrency, limit, temperature, seed,
+                model, dataset, methods, concurrency, limit, temperature, seed,
                 engine_arg or [], errors,
             )  # fmt: skip
             finish_images(pictures, json_path, plot, sheet)
@@ -153,7 +155,7 @@ def bench(
         check_raw_prompts(data, chat_template)
         plan = Plan(
             model=model,
-            methods=parse_methods(methods or TEXT_METHODS),
+            methods=parse_methods(methods),
             concurrencies=parse_concurrencies(concurrency),
             measured=measured,
             warmup=warmup,
