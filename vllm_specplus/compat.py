@@ -78,6 +78,7 @@ HOOKS = (
     ),
     Hook(_RUNNER + "_build_attention_metadata", "attaches the trees"),
     Hook(_RUNNER + "execute_model", "times the steps", ("scheduler_output",)),
+    Hook(_RUNNER + "load_model", "makes rules that need the model's codebook"),
     Hook(_RUNNER + "get_model", "codebook and guidance of image models"),
     Hook(
         "vllm.model_executor.models:ModelRegistry.register_model",

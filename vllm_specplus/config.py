@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.retrieval import datastore
@@ -52,14 +52,20 @@ ControlConfig = GoodputControl | FixedControl | ThresholdControl
 
 
 class AcceptanceRule(StrictModel):
+    """Which nodes become text."""
+
     compares: ClassVar[bool] = False
     """Does it go by the probabilities of target and draft (``samplers/interchangeable.py``)?
     Other relaxed rules take deterministic nodes only (``samplers/relaxed.py``)."""
     needs_codebook: ClassVar[bool] = False
     """Is it for image models?"""
+    needs_draws: ClassVar[bool] = False
+    """Does it say nothing about nodes that were not drawn?"""
 
 
 class ImageAcceptance(AcceptanceRule):
+    """Of image codes: they are known to be interchangeable, so nobody has to allow the loss."""
+
     compares: ClassVar[bool] = True
     needs_codebook: ClassVar[bool] = True
 
@@ -104,8 +110,6 @@ class LanternAcceptance(ImageAcceptance):
 class LanternPlusAcceptance(ImageAcceptance):
     """The same, in proportion to the code's own probability (LANTERN++)."""
 
-    model_config = ConfigDict(populate_by_name=True)
-
     rule: Literal["lantern++"]
     k: Annotated[int, Field(ge=0)] = 10
     lambda_: Annotated[float, Field(ge=1, alias="lambda")] = 5.0
@@ -129,6 +133,7 @@ class KlJudgeAcceptance(AcceptanceRule):
     """Drawn nodes where draft and target hardly differ and the target is not sure (JuDi)."""
 
     compares: ClassVar[bool] = True
+    needs_draws: ClassVar[bool] = True
 
     rule: Literal["kl_judge"]
     threshold: Annotated[float, Field(gt=0)] = 0.5
@@ -213,10 +218,10 @@ class MethodConfig(StrictModel):
                 f"acceptance rule {self.acceptance.rule!r} changes what is answered: set "
                 f"'allow_lossy' to true if that is wanted"
             )
-        elif self.acceptance.rule == "kl_judge" and self.rule is None:
+        elif self.acceptance.needs_draws and self.rule is None:
             raise ValueError(
-                "acceptance rule 'kl_judge' compares with what the nodes were drawn from: use a "
-                "method and 'shape' that draws"
+                f"acceptance rule {self.acceptance.rule!r} compares with what the nodes were drawn "
+                f"from: use a method and 'shape' that draws"
             )
         elif self.rule is not None and not self.acceptance.compares:
             raise ValueError(

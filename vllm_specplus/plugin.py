@@ -37,7 +37,6 @@ def register() -> None:
         return
     from vllm.engine.arg_utils import EngineArgs
 
-    _register_models()
     original = EngineArgs.create_speculative_config
     if getattr(original, "_specplus", False):
         return
@@ -51,6 +50,7 @@ def register() -> None:
 
     create_speculative_config._specplus = True
     EngineArgs.create_speculative_config = create_speculative_config
+    _register_models()
     _check_requests()
 
 
@@ -76,17 +76,21 @@ def _check_requests() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
+    from vllm_specplus.image.llamagen import MODEL_TYPE
+
     original = SamplingParams.verify
 
     @functools.wraps(original)
     def verify(self, model_config, speculative_config, *args, **kwargs):
         original(self, model_config, speculative_config, *args, **kwargs)
         ours = getattr(speculative_config, "model", None) == DRAFTER
+        target = model_config.hf_text_config
         try:
             if ours:
                 requests.parse(self.extra_args)
-            guided = getattr(model_config.hf_text_config, "guidance_scale", None) is not None
-            requests.guidance(self.extra_args, possible=ours and guided)
+            if ours or target.model_type == MODEL_TYPE:  # else the key is somebody else's
+                guided = getattr(target, "guidance_scale", None) is not None
+                requests.guidance(self.extra_args, possible=ours and guided)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=requests.KEY) from None
 

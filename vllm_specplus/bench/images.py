@@ -58,7 +58,7 @@ class ImageRun(BaseModel):
     """Bootstrap."""
     distance_to_plain: float | None
     distance_to_plain_error: float | None
-    codes: float
+    codes: int
     """Different codes in use, a sign of collapse."""
 
     @property

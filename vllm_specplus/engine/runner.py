@@ -396,8 +396,8 @@ class TreeRunnerMixin:
         top_ids = self._top_ids(logits, max(self.drafter.proposer.top_k, 1)).cpu().numpy()
         step.top_ids = top_ids
         logprobs = seen = None
-        drafted = (step.rows.parents >= 0).any()
-        if self.drafter.config.acceptance.rule in relaxed.RULES and drafted:
+        rule = self.drafter.config.acceptance.rule
+        if rule in relaxed.RULES and (step.rows.parents >= 0).any():
             temperature = self.input_batch.temperature_cpu[: self.input_batch.num_reqs]
             # Now: the sampler changes the logits in place.
             seen = relaxed.look(logits, step.rows, temperature)

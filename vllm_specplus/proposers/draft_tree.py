@@ -29,6 +29,7 @@ import torch
 from vllm_specplus.control.acceptance import PROBABILITY_CLASSES, Source
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel, LayeredModel
+from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shapes import (
     BestFirst,
     ConstantBranching,
@@ -78,8 +79,7 @@ class DraftTree(Proposer):
         model = self._make_model(device, dtype)
         slot = 2 * model.num_layers * model.kv_heads * model.head_dim * dtype.itemsize
         self._executor = self._make_executor(model, self.config.kv_memory_mb * 2**20 // slot)
-        # Noise of its own: what the target draws must not depend on what is drafted.
-        self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+        self._noise = DraftNoise(device)
 
     def _make_model(self, device: torch.device, dtype: torch.dtype) -> LayeredModel:
         return DraftModel(self.config.model, device, dtype, self.config.head_tokens)
@@ -137,7 +137,11 @@ class DraftTree(Proposer):
                 parents = level.parents[keep] + (int(before[depth - 2]) if depth > 1 else -1)
                 logits = self._executor.grow(active, level.tokens[keep], parents)
             q = draft_law(logits, *knobs.at(active))
-            noise = self._noise(shape.noise_size(q.shape[1]), alive, knobs, depth)
+            noise = self._noise.uniform(
+                shape.noise_size(q.shape[1]),
+                [knobs.seeds[r] for r in alive],
+                [(knobs.lengths[r], depth) for r in alive],
+            )
             grown.append((alive, shape.expand(q, noise)))
             laws.append(q.flatten(0, 1))
         if isinstance(shape, BestFirst):
@@ -164,21 +168,6 @@ class DraftTree(Proposer):
     ) -> torch.Tensor:
         """Logits behind the texts of the requests ``rows``."""
         return self._executor.begin(names, texts)
-
-    def _noise(self, size: int, alive: np.ndarray, knobs: Knobs, depth: int) -> torch.Tensor:
-        """Uniform float64 [A, size] for a level of the trees ``alive`` int [A]; a seeded
-        request's depend on its seed and place alone."""
-        device = knobs.temperature.device
-        noise = torch.rand(
-            (len(alive), size), dtype=torch.float64, device=device, generator=self._generator
-        )
-        if size and any(seed is not None for seed in knobs.seeds):
-            for a, r in enumerate(alive.tolist()):
-                if (seed := knobs.seeds[r]) is not None:
-                    mixed = hash((seed, knobs.lengths[r], depth)) % 2**63
-                    own = torch.Generator(device).manual_seed(mixed)
-                    noise[a].uniform_(generator=own)
-        return noise
 
     def _collect(
         self, grown: list[tuple[np.ndarray, Level]], laws: list[int], counts: np.ndarray

@@ -20,11 +20,12 @@ import torch
 
 from vllm_specplus.config import JacobiConfig
 from vllm_specplus.control.acceptance import Source
+from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.samplers.sampled import draw
 from vllm_specplus.tree import DraftBatch
 
-#: Sets its noise apart from that of other methods for the same seed (text would hash
-#: differently in every process).
+#: Sets its noise apart from that of other methods for the same seed.
 JACOBI = 2305_10427
 
 
@@ -37,11 +38,9 @@ class Jacobi(Proposer):
         self.rule = config.rule
         # A place of the window is a level: how many pay is decided before they are drawn.
         self.levels = (1,) * config.num_speculative_tokens
-        self._generator: torch.Generator | None = None
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
-        # Noise of its own: what the target draws must not depend on what is drafted.
-        self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+        self._noise = DraftNoise(device)
 
     def propose(self, step: StepContext) -> DraftBatch:
         counts = step.max_nodes.astype(np.int32)
@@ -58,8 +57,12 @@ class Jacobi(Proposer):
         if step.laws is None:  # all are greedy
             tokens = step.observation.top_ids[row, 0]
             return DraftBatch(tokens, parents, counts, np.zeros(len(tokens), np.int32))
-        laws = step.laws[torch.from_numpy(row).to(step.laws.device)]
-        tokens = self._draw(laws, self._noise(step, counts, laws.device)).cpu().numpy()
+        device = step.laws.device
+        laws = step.laws[torch.from_numpy(row).to(device)]
+        places = [(length, JACOBI) for length in step.num_tokens.tolist()]
+        noise = self._noise.uniform(int(counts.max()), step.sampling.seeds, places)
+        index = torch.from_numpy(np.stack((request, node))).to(device)
+        tokens = draw(laws, noise[index[0], index[1]]).cpu().numpy()
         law_of = np.arange(len(tokens), dtype=np.int32)
         greedy = step.sampling.temperature[request] == 0
         tokens[greedy] = step.observation.top_ids[row[greedy], 0]
@@ -68,25 +71,3 @@ class Jacobi(Proposer):
             tokens.astype(np.int32), parents, counts, np.zeros(len(tokens), np.int32),
             laws=laws, law_of=law_of,
         )  # fmt: skip
-
-    @staticmethod
-    def _draw(laws: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A token int64 [N] of each row of ``laws`` [N, V] by uniform ``noise`` float64 [N]."""
-        cdf = laws.cumsum(-1, dtype=torch.float64)
-        # Below the total, so that a token exceeds it, which has probability.
-        return torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
-
-    def _noise(self, step: StepContext, counts: np.ndarray, device: torch.device) -> torch.Tensor:
-        """Uniform float64 [N]; a seeded request's depend on its seed and place alone."""
-        noise = torch.rand(
-            int(counts.sum()), dtype=torch.float64, device=device, generator=self._generator
-        )
-        begin = 0
-        for r, count in enumerate(counts.tolist()):
-            seed = step.sampling.seeds[r]
-            if count and seed is not None:
-                mixed = hash((seed, int(step.num_tokens[r]), JACOBI)) % 2**63
-                own = torch.Generator(device).manual_seed(mixed)
-                noise[begin : begin + count].uniform_(generator=own)
-            begin += count
-        return noise

@@ -169,7 +169,7 @@ def _relaxed_walk(
     while True:
         row = path[-1]
         left, chosen, drawn = tree.p(row), None, tree.drawn(row)
-        q = _padded(tree.q(row), len(left)) if drawn else None
+        q = padded(tree.q(row), len(left)) if drawn else None
         for number, child in enumerate(tree.children[row]):
             law = q if number < drawn else None
             token = int(tree.tokens[child])
@@ -184,7 +184,8 @@ def _relaxed_walk(
             if law is None:
                 law = torch.zeros_like(left)
                 law[token] = 1.0
-            at, is_drawn = torch.tensor([token]), torch.tensor([number < drawn])
+            at = torch.tensor([token], device=left.device)
+            is_drawn = torch.tensor([number < drawn], device=left.device)
             left = _normalised(rule.residual(left[None], law[None], is_drawn, at)[0], left)
             if number < drawn:
                 _remove(q, token)
@@ -200,14 +201,14 @@ def _accepts(
     """Is ``token``, drawn from ``q`` [V] (None: not drawn), accepted under ``p`` [V]?"""
     mine, theirs = float(p[token]), 1.0 if q is None else float(q[token])
     if not strict:
-        zero = torch.zeros(1, dtype=torch.int64)
+        zero = torch.zeros(1, dtype=torch.int64, device=p.device)
         laws = Laws(p[None], p.new_empty(0, len(p)) if q is None else q[None])
         law = zero - 1 if q is None else zero
         mine, theirs = map(float, rule.masses(laws, zero, law, zero + token))
     return noise * theirs < mine
 
 
-def _padded(q: torch.Tensor, size: int) -> torch.Tensor:
+def padded(q: torch.Tensor, size: int) -> torch.Tensor:
     """``q`` [..., V'] with zeros up to ``size``."""
     return torch.nn.functional.pad(q, (0, size - q.shape[-1]))
 
@@ -340,12 +341,17 @@ def _ratio(excess: torch.Tensor, reach: float) -> float:
     return total / (total + 1.0 - reach) if total + 1.0 - reach > 0.0 else 1.0
 
 
+def draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A token int64 [n] of each row of ``weights`` float [n, V], with probability proportional
+    to them, by uniform ``noise`` [n] in [0, 1); never one of weight 0."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    # Below the total, so that the first token to exceed it exists, and has weight.
+    return torch.searchsorted(cdf, noise.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
 def _draw(weights: torch.Tensor, p: torch.Tensor, noise: float) -> int:
     """A token with probability proportional to ``weights``, or to ``p`` where rounding left
     nothing; never one of weight 0."""
-    cdf = weights.cumsum(0, dtype=torch.float64)
-    if not float(cdf[-1]) > 0.0:
-        cdf = p.cumsum(0, dtype=torch.float64)
-    # noise < 1 in float64: the point is below the total, so that the first token to exceed
-    # it exists, and has weight.
-    return int(torch.searchsorted(cdf, noise * float(cdf[-1]), right=True))
+    if not float(weights.sum(dtype=torch.float64)) > 0.0:
+        weights = p
+    return int(draw(weights[None], torch.tensor([noise], dtype=torch.float64, device=p.device)))
