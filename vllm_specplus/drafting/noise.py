@@ -1,0 +1,32 @@
+"""The random numbers that drafts are drawn with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class DraftNoise:
+    """Uniforms apart from the engine's own: what the target draws must not depend on what is
+    drafted. A seeded request's depend on its seed and place alone, whatever its batch."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+
+    def uniform(
+        self, size: int, seeds: Sequence[int | None], places: Sequence[tuple[int, ...]]
+    ) -> torch.Tensor:
+        """float64 [n, size] in [0, 1): a line for each of n requests, by its seed (None: it has
+        none) and where in its text it draws."""
+        noise = torch.rand(
+            (len(seeds), size), dtype=torch.float64, device=self._device,
+            generator=self._generator,
+        )  # fmt: skip
+        for i, (seed, place) in enumerate(zip(seeds, places, strict=True)):
+            if size and seed is not None:
+                # Of integers only: these hash alike in every process.
+                own = torch.Generator(self._device).manual_seed(hash((seed, *place)) % 2**63)
+                noise[i].uniform_(generator=own)
+        return noise
