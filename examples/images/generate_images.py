@@ -29,7 +29,7 @@ def main(
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from vllm_specplus.cli.model import IMAGE_MODEL
-    from vllm_specplus.engine.images_api import Pictures
+    from vllm_specplus.image.pictures import Pictures
 
     folder = str(model or IMAGE_MODEL)
     speculative = {"method": "jacobi"}

@@ -848,7 +848,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, dataset, argumen
     ("arguments", "message"),
     [
         ([], "--dataset is needed for --task text"),
-        (["--dataset", "rows.jsonl", "--task", "image"], "--dataset is for --task text"),
+        (["--dataset", "rows.jsonl", "--task", "image"], "--dataset is for --task text: remove it"),
+        (["--task", "image", "--max-tokens", "9"], "--max-tokens is for --task text: remove it"),
+        (["--task", "image", "--sequential"], "--sequential is for --task text: remove it"),
+        (["--sheet", "sheet.png"], "--sheet is for --task image: remove it"),
+        (["--task", "image", "--sheet", "/no/such/a.png"], "--sheet: the folder /no/such does not"),
         (["--task", "image", "--concurrency", "1,2"], "--task image takes one --concurrency"),
         (["--task", "image"], "some/model has no classifier to judge pictures with"),
         (["--task", "image", "--model", str(IMAGE_MODEL), "--limit", "1"], "at least 2 pictures"),

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
+from vllm_specplus.bench.report import ReportHead
 
 
 class ImageJob(BaseModel):
@@ -66,12 +67,9 @@ class ImageRun(BaseModel):
         return self.pictures / self.seconds
 
 
-class ImageReport(BaseModel):
-    model: str
-    versions: dict[str, Any]
-    machine: dict[str, Any]
-    command: str
-    settings: dict[str, Any]
+class ImageReport(ReportHead):
+    """The JSON file."""
+
     runs: list[ImageRun]
     failures: dict[str, str]
 
@@ -222,16 +220,19 @@ class ImageBench:
 
 def print_image_report(console: Console, report: ImageReport) -> None:
     table = Table(title=f"{report.settings['pictures']} pictures, "
-                        f"{report.settings['concurrency']} in flight")  # fmt: skip
-    for name in ("method", "pictures/s", "steps/picture", "accepted by relaxation",
-                 "class accuracy", "distance", "to plain's"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "method" else "right")
+                        f"{report.settings['concurrency']} in flight",
+                  caption="steps: of the target, per picture; relaxed: codes per picture that only "
+                          "a relaxed rule accepted; distance: Fréchet, to the data and to plain's "
+                          "pictures, with its bootstrap error")  # fmt: skip
+    table.add_column("method", overflow="fold")
+    for name in ("pictures/s", "steps", "relaxed", "accuracy", "distance", "to plain's"):
+        table.add_column(name, justify="right", no_wrap=True)
     plain = next((run for run in report.runs if run.label == BASELINE), None)
     for run in report.runs:
         speed, steps = f"{run.pictures_per_second:.2f}", f"{run.steps_per_picture:.1f}"
         if plain is not None and run is not plain:
-            speed += f" ({run.pictures_per_second / plain.pictures_per_second:.2f}x)"
-            steps += f" ({plain.steps_per_picture / run.steps_per_picture:.2f}x fewer)"
+            speed += f"\n({run.pictures_per_second / plain.pictures_per_second:.2f}x)"
+            steps += f"\n({plain.steps_per_picture / run.steps_per_picture:.2f}x less)"
         to_plain = ""
         if run.distance_to_plain is not None:
             to_plain = f"{run.distance_to_plain:.2f} ±{run.distance_to_plain_error:.2f}"

@@ -114,14 +114,22 @@ class FailureReport(BaseModel):
     log: str
 
 
-class BenchReport(BaseModel):
-    """The JSON file."""
+class ReportHead(BaseModel):
+    """What was run, where and how; the head of every JSON file."""
 
     model: str
     versions: dict[str, str]
     machine: dict[str, Any]
     command: str
     settings: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class BenchReport(ReportHead):
+    """The JSON file."""
+
     runs: list[RunReport]
     failures: list[FailureReport]
 

@@ -50,7 +50,12 @@ class Task(StrEnum):
     image = "image"
 
 
+#: Of --task text only.
+TEXT_OPTIONS = ("dataset", "max_tokens", "rounds", "repeat", "chat_template", "sequential")
+
+
 def bench(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder or Hugging Face name of the target model.")],
     dataset: Annotated[
         Path | None,
@@ -138,18 +143,17 @@ def bench(
     temperature = (1.0 if task is Task.image else 0.0) if temperature is None else temperature
     try:
         check_model(model)
-        check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot)
+        check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot, sheet)
+        check_task(task, context)
         if task is Task.image:
             pictures = bench_images(
-                model, dataset, methods, concurrency, limit, temperature, seed,
+                model, methods, concurrency, limit, temperature, seed,
                 engine_arg or [], errors,
             )  # fmt: skip
             finish_images(pictures, json_path, plot, sheet)
             return
         if dataset is None:
             raise InputError("--dataset is needed for --task text")
-        if sheet is not None:
-            raise InputError("--sheet is for --task image: remove it")
         data = load_dataset(dataset)
         measured, warmup = pick(data.questions, limit)
         check_raw_prompts(data, chat_template)
@@ -188,7 +192,7 @@ def bench(
     report = build_report(plan, machine, benchmark, {"dataset": str(dataset), "log_dir": str(logs)})
 
     if json_path:
-        json_path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        report.save(json_path)
     print_report(Console(), report)
     if plot and report.runs:
         save_plot(report, plot)
@@ -197,12 +201,10 @@ def bench(
 
 
 def bench_images(
-    model: str, dataset: Path | None, methods: str, concurrency: str, pictures: int,
+    model: str, methods: str, concurrency: str, pictures: int,
     temperature: float, seed: int, engine_args: list[str], console: Console,
 ) -> ImageBench:  # fmt: skip
     """Measure; InputError for what does not go with images."""
-    if dataset is not None:
-        raise InputError("--dataset is for --task text: images are made of the model's classes")
     in_flight = parse_concurrencies(concurrency)
     if len(in_flight) > 1:
         raise InputError("--task image takes one --concurrency")
@@ -239,7 +241,7 @@ def finish_images(
         failures=bench.failures,
     )  # fmt: skip
     if json_path:
-        json_path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        report.save(json_path)
     print_image_report(Console(), report)
     if plot and report.runs:
         save_image_plot(report, plot)
@@ -263,6 +265,7 @@ def check_options(
     temperature: float,
     json_path: Path | None,
     plot: Path | None,
+    sheet: Path | None,
 ) -> None:
     """Refuse what would only fail after minutes of measuring."""
     numbers = {"max-tokens": max_tokens, "limit": limit, "rounds": rounds, "repeat": repeat}
@@ -271,11 +274,20 @@ def check_options(
             raise InputError(f"--{name} must be at least 1, not {value}")
     if temperature < 0:
         raise InputError(f"--temperature must be at least 0, not {temperature}")
-    for name, path in {"json": json_path, "plot": plot}.items():
+    for name, path in {"json": json_path, "plot": plot, "sheet": sheet}.items():
         if path and not path.resolve().parent.is_dir():
             raise InputError(f"--{name}: the folder {path.resolve().parent} does not exist")
-    if plot and importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install 'vllm-specplus[bench]'")
+    for name, path in {"plot": plot, "sheet": sheet}.items():
+        if path and importlib.util.find_spec("matplotlib") is None:
+            raise InputError(f"--{name} needs matplotlib: pip install 'vllm-specplus[bench]'")
+
+
+def check_task(task: Task, context: typer.Context) -> None:
+    """Refuse options that the other task has and this one would ignore."""
+    others, other = (TEXT_OPTIONS, Task.text) if task is Task.image else (("sheet",), Task.image)
+    for name in others:
+        if context.get_parameter_source(name).name != "DEFAULT":
+            raise InputError(f"--{name.replace('_', '-')} is for --task {other}: remove it")
 
 
 def check_raw_prompts(data: Dataset, chat_template: bool) -> None:
