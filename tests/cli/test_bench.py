@@ -856,6 +856,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, dataset, argumen
         (["--task", "image", "--concurrency", "1,2"], "--task image takes one --concurrency"),
         (["--task", "image"], "some/model has no classifier to judge pictures with"),
         (["--task", "image", "--model", str(IMAGE_MODEL), "--limit", "1"], "at least 2 pictures"),
+        (["--task", "image", "--model", str(IMAGE_MODEL), "--methods", "none,ngram"], "not ngram"),
     ],
 )
 def test_what_a_task_needs_is_one_sentence(arguments, message):

@@ -27,6 +27,7 @@ from rich.table import Table
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.report import ReportHead
+from vllm_specplus.config import METHODS
 
 
 class ImageJob(BaseModel):
@@ -133,6 +134,13 @@ class ImageBench:
         self.model, self.methods, self.notify = model, methods, notify
         self.in_flight, self.temperature, self.seed = in_flight, temperature, seed
         self.engine_args = engine_args
+        for method in methods:
+            if method.name not in (BASELINE, *METHODS):
+                # Their steps are not counted.
+                raise InputError(
+                    f"--methods: --task image measures {BASELINE} and methods of vllm-specplus, not "
+                    f"{method.name}"
+                )
         if pictures < 2:
             raise InputError("--limit: a distance needs at least 2 pictures")
         classes = self.config["num_classes"]
@@ -189,7 +197,7 @@ class ImageBench:
         seen = quality.features(self.classifier, self.pictures(codes))
         mine = quality.Gaussian.of(seen)
         pictures = len(codes)
-        # The first code comes with the prompt.
+        # Plain decoding counts nothing; its first code comes with the prompt.
         steps = counted.get("request_steps", pictures * (codes.shape[1] - 1.0))
         run = ImageRun(
             label=method.label,
