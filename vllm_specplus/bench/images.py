@@ -138,8 +138,8 @@ class ImageBench:
             if method.name not in (BASELINE, *METHODS):
                 # Their steps are not counted.
                 raise InputError(
-                    f"--methods: --task image measures {BASELINE} and methods of vllm-specplus, not "
-                    f"{method.name}"
+                    f"--methods: --task image measures {BASELINE} and methods of vllm-specplus, "
+                    f"not {method.name}"
                 )
         if pictures < 2:
             raise InputError("--limit: a distance needs at least 2 pictures")
