@@ -153,9 +153,9 @@ def test_what_top_k_cut_off_joins_no_group():
     p = torch.tensor([0.0, 0.0, 0.5, 0.5])
     q = torch.tensor([0.4, 0.4, 0.1, 0.1])
     rule = rule_of({"rule": "gsd", "group": 3, "max_gap": 1.0}, torch.zeros(4, 1))
-    mine, theirs = masses(rule, p, q, torch.arange(4))
-    assert mine[:2].max() <= 0.5  # a cut token's own group may reach upward only
-    assert theirs[2] == pytest.approx(0.2)
+    mine, theirs = masses(rule, p, q, torch.tensor([2, 3]))
+    assert mine.tolist() == pytest.approx([1.0, 1.0])
+    assert theirs.tolist() == pytest.approx([0.2, 0.2])
 
 
 def test_a_distant_code_joins_no_group():
@@ -251,7 +251,7 @@ def test_the_output_moves_by_no_more_than_was_lent(seed, delta):
 
 def test_stop_tokens_and_strict_requests_are_verified_losslessly():
     """What the rule would accept at once is left to the lossless test."""
-    p = torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 2)
+    p = torch.tensor([[0.45, 0.45, 0.09, 0.01]] * 2)
     q = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
     rows, draft = chain([3]), DraftLaws(q, np.array([0, -1]), np.array([1, 0], np.int32))
     noise = torch.tensor([0.5, 0.5]), torch.tensor([0.2])
@@ -340,16 +340,20 @@ def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, 7, int(rng.integers(1, 6)))
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    rows, size = int(starts[-1]), 12
+    rows, codes, size = int(starts[-1]), 12, 15  # the last three are labels
     parents = np.concatenate([np.arange(-1, n - 1) for n in counts]).astype(np.int32)
-    p, q = laws(seed, size, rows), laws(seed + 1, size - 2, rows)
+    p, q = laws(seed, codes, rows), laws(seed + 1, codes - 2, rows)
+    p[rng.random((rows, codes)) < 0.2] = 0.0  # cut off by top-k
+    p = torch.nn.functional.pad(p, (0, size - codes)) + 0.0
+    p[:, 0] += 0.01
+    p /= p.sum(-1, keepdim=True)
     tokens = rng.integers(0, size, rows).astype(np.int32)
     index, drawn = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
     for row in np.flatnonzero(parents >= 0):
         if rng.random() < 0.6:
             index[row - 1], drawn[row - 1] = row, 1
             tokens[row] = rng.choice(
-                size - 2, p=q[row].double().numpy() / float(q[row].double().sum())
+                codes - 2, p=q[row].double().numpy() / float(q[row].double().sum())
             )
         if rng.random() < 0.1:  # vLLM's padding
             tokens[row], drawn[row - 1] = -1, 0
@@ -362,7 +366,7 @@ def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
     )
     relaxations = [None, None]
     if acceptance is not None:
-        codebook = torch.from_numpy(rng.normal(size=(size, 3)).astype(np.float32))
+        codebook = torch.from_numpy(rng.normal(size=(codes, 3)).astype(np.float32))
         keys = {"method": "jacobi", "acceptance": acceptance, "allow_lossy": True}
         rule = make_rule(parse(keys).acceptance, codebook)
         stops = [(None, frozenset(), frozenset({3, 5}))[i] for i in rng.integers(0, 3, len(counts))]
@@ -370,6 +374,8 @@ def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
     slow = verify("without_replacement", p, verified, draft, *noise, relaxations[0])
     fast = chains.verify(p, verified, draft, *noise, relaxations[1])
     assert fast.tolist() == slow.tolist()
+    judged = torch.from_numpy(np.flatnonzero(fast.numpy() >= 0))
+    assert (p[judged, fast[judged].long()] > 0).all()  # nothing that the target excludes
     if acceptance is not None:
         assert int(relaxations[1].relaxed) == relaxations[0].relaxed
 

@@ -36,7 +36,7 @@ def verify(
     )
     starts = torch.from_numpy(rows.starts.astype(np.int64)).to(device)
     root, node = place == 0, (place > 0) & (tokens >= 0)  # vLLM pads some drafts with -1
-    tokens = tokens.clamp(min=0)
+    tokens = torch.where(node, tokens, 0)  # what else is there may be no token of the rule
     above = (torch.arange(count, device=device) - 1).clamp(min=0)
     known = Laws(p, padded(laws.q, vocab) if len(laws.q) else p.new_empty(0, vocab))
     noise = accept_noise.double()
@@ -45,7 +45,7 @@ def verify(
     if relaxation is not None:
         borrowed, shared = relaxation.rule.masses(known, above, law, tokens)
         relaxed = noise * shared.double() < borrowed.double()
-        accepted = torch.where(strict.bool(), exact, relaxed)
+        accepted = torch.where(strict.bool(), exact, relaxed & (mine > 0))
     # One line per request: is the chain accepted up to here?
     width = int(rows.depths.max()) + 1
     line = torch.zeros(len(starts) - 1, width, dtype=torch.bool, device=device)

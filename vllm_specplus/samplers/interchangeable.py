@@ -18,7 +18,8 @@ A token that nothing drew has ``q = 1``. After a rejection the text goes on with
 ``f`` (arXiv 2601.09212) and the lossless one for ``f >= min(1, p / q)``. With k = 0,
 delta = 0, lambda = 1 or a group of 1 every rule is the lossless one, bit for bit.
 
-A stop token is never accepted by relaxation, and greedy requests are verified losslessly.
+A stop token is never accepted by relaxation, nor one that the target gives nothing (the
+request's top-k or top-p cut it off), and greedy requests are verified losslessly.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ class Lantern(RelaxedRule):
         """float32 [n, k + 1] mass of the nearest 0..k neighbours, 0 from where it exceeds the
         bound: a prefix lends, nearest first."""
         mine = p[rows, tokens][:, None]
-        mass = p[rows[:, None], self.near[tokens]].cumsum(-1)
+        # Ids beyond the codes (labels of classes) have p = 0, and are not accepted.
+        near = self.near[tokens.clamp(max=len(self.near) - 1)]
+        mass = p[rows[:, None], near].cumsum(-1)
         bound = self._delta if self._delta is not None else (self._lambda - 1.0) * mine
         lent = torch.where(mass <= bound, mass, 0.0)
         return torch.cat((torch.zeros_like(mine), lent), -1)
@@ -126,7 +129,8 @@ class Lantern(RelaxedRule):
         if self.config.residual == "optimal":
             return left
         lends = (self._lent(p, torch.arange(len(p), device=p.device), tokens) > 0).any(-1)
-        near = torch.zeros_like(p, dtype=torch.bool).scatter_(1, self._taken[tokens], True)
+        taken = self._taken[tokens.clamp(max=len(self._taken) - 1)]
+        near = torch.zeros_like(p, dtype=torch.bool).scatter_(1, taken, True)
         if self.config.residual == "llamagen":
             theirs = torch.where(
                 drawn[:, None], p - q.masked_fill(near, 0.0), left.masked_fill(near, 0.0)

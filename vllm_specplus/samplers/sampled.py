@@ -200,7 +200,7 @@ def _accepts(
 ) -> bool:  # fmt: skip
     """Is ``token``, drawn from ``q`` [V] (None: not drawn), accepted under ``p`` [V]?"""
     mine, theirs = float(p[token]), 1.0 if q is None else float(q[token])
-    if not strict:
+    if not strict and mine > 0.0:
         zero = torch.zeros(1, dtype=torch.int64, device=p.device)
         laws = Laws(p[None], p.new_empty(0, len(p)) if q is None else q[None])
         law = zero - 1 if q is None else zero
