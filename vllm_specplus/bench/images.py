@@ -232,11 +232,14 @@ def print_image_report(console: Console, report: ImageReport) -> None:
                   caption="steps: of the target, per picture; relaxed: codes per picture that only "
                           "a relaxed rule accepted; distance: Fréchet, to the data and to plain's "
                           "pictures, with its bootstrap error")  # fmt: skip
-    table.add_column("method", overflow="fold")
+    table.add_column("", justify="right")
     for name in ("pictures/s", "steps", "relaxed", "accuracy", "distance", "to plain's"):
         table.add_column(name, justify="right", no_wrap=True)
     plain = next((run for run in report.runs if run.label == BASELINE), None)
-    for run in report.runs:
+    # Labels are long: the table goes by numbers.
+    for number, run in enumerate(report.runs, 1):
+        lossy = "  LOSSY" if run.lossy else ""
+        console.print(f"{number}  {run.label}{lossy}", markup=False, soft_wrap=True)
         speed, steps = f"{run.pictures_per_second:.2f}", f"{run.steps_per_picture:.1f}"
         if plain is not None and run is not plain:
             speed += f"\n({run.pictures_per_second / plain.pictures_per_second:.2f}x)"
@@ -245,7 +248,7 @@ def print_image_report(console: Console, report: ImageReport) -> None:
         if run.distance_to_plain is not None:
             to_plain = f"{run.distance_to_plain:.2f} ±{run.distance_to_plain_error:.2f}"
         table.add_row(
-            run.label + (" LOSSY" if run.lossy else ""), speed, steps,
+            str(number), speed, steps,
             f"{run.relaxed_per_picture:.1f}", f"{run.accuracy:.3f}",
             f"{run.distance:.2f} ±{run.distance_error:.2f}", to_plain,
         )  # fmt: skip
