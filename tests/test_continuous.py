@@ -1,0 +1,254 @@
+"""Continuous speculative decoding: closed forms, and the law of what comes out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from scipy import stats
+
+from vllm_specplus.image.continuous.acceptance import log_ratio, log_weight, residual
+from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, picture_noise
+from vllm_specplus.image.continuous.decoding import (
+    Settings,
+    Speculation,
+    decode,
+    decode_speculative,
+)
+
+
+def gaussian(mean: float, sigma: float, normal: torch.Tensor) -> Chain:
+    """Chains of one step, [n, d]."""
+    means = torch.full_like(normal, mean)
+    logs = torch.full_like(normal, math.log(sigma))
+    return Chain(means + sigma * normal, means, logs, torch.zeros(len(normal)))
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("mean", "sigma", "accepted", "rounds"),
+    [(0.5, 1.0, 0.8026, 5.07), (1.0, 1.0, 0.617, 2.60), (0.5, 1.2, 0.807, 5.18)],
+)
+def test_one_step_has_the_closed_forms_of_the_card(mean, sigma, accepted, rounds):
+    torch.manual_seed(0)
+    count = 100_000
+    normal = torch.randn(count, 1)
+    draft, target = gaussian(mean, sigma, normal), gaussian(0.0, 1.0, normal)
+    taken = torch.rand(count).log() < log_ratio(draft, target)
+    assert taken.float().mean() == pytest.approx(accepted, abs=0.005)
+    instead = residual(draft[~taken], target[~taken], generators(int((~taken).sum())))
+    assert instead.proposals.float().mean() == pytest.approx(rounds, rel=0.03)
+    assert not instead.given_up.any()
+    out = draft.sample.clone()
+    out[~taken] = instead.sample
+    assert stats.kstest(out[:, 0].numpy(), "norm").pvalue > 1e-3
+
+
+def test_a_residual_that_is_never_found_ends_and_says_so():
+    same = gaussian(0.0, 1.0, torch.randn(3, 2))
+    instead = residual(same, same, generators(3))
+    assert instead.given_up.all()
+    assert (instead.proposals == 64 * 64).all()
+    assert instead.sample.isfinite().all()
+
+
+def signal(steps: int) -> float:
+    """What ``steps`` trained steps leave of the data's variance (arXiv 2102.09672)."""
+    curve = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (steps, 0)]
+    return curve[0] / curve[1]
+
+
+@dataclass
+class ToyHead:
+    """Knows data N(condition + offset, spread^2) exactly; ``fraction`` sets the sigmas."""
+
+    offset: float
+    fraction: float
+    spread: float = 0.5
+
+    def __call__(self, x, times, condition):
+        level = signal(int(times[0]) + 1)
+        centred = x - math.sqrt(level) * (condition + self.offset)
+        noise = centred * math.sqrt(1 - level) / (level * self.spread**2 + 1 - level)
+        return noise, torch.full_like(x, self.fraction)
+
+
+class ToyModel:
+    """A latent depends on the one before it and on the label."""
+
+    def __init__(self, offset: float = 0.0, fraction: float = 0.0):
+        self.head = ToyHead(offset, fraction)
+
+    def conditions(self, latents, labels):
+        label = labels.float()[:, None, None].expand(-1, 1, latents.shape[2])
+        return torch.cat((label, torch.sin(2 * latents)), 1)
+
+
+SCHEDULE = Schedule(4, end=300)
+
+
+def test_weight_is_the_ratio_of_the_sigmas_on_the_way():
+    """(a/b)^(d (T-1)) for constant sigmas a of the draft and b of the target."""
+    size, steps = 3, 5
+    a, b = 0.7, 0.9
+    path = [(steps - 1) * size * math.log(sigma) for sigma in (a, b)]
+    one = gaussian(0.0, 1.0, torch.randn(1, size))
+    draft, target = (
+        Chain(one.sample, one.mean, one.log_sigma, torch.tensor([value])) for value in path
+    )
+    wanted = size * (steps - 1) * math.log(a / b)
+    assert float(log_weight(draft, target, "paper")) == pytest.approx(wanted, rel=1e-5)
+    assert float(log_weight(draft, target, "reference")) == pytest.approx(-wanted, rel=1e-5)
+    assert float(log_weight(draft, target, "exact")) == 0
+
+
+def test_chains_sum_their_log_sigmas_but_the_last():
+    head, noise = ToyHead(0.0, -0.5), picture_noise(0, 6, SCHEDULE.steps, 2)
+    chain = denoise(head, SCHEDULE, torch.zeros(6, 2), noise)
+    x, path = noise.start, 0.0
+    for i in range(SCHEDULE.steps):
+        mean, log_sigma = SCHEDULE.step(
+            i, x, *head(x, SCHEDULE.times[i : i + 1], torch.zeros(6, 2))
+        )
+        x = mean + log_sigma.exp() * noise.steps[:, i]
+        path = path + log_sigma.sum(-1) if i < SCHEDULE.steps - 1 else path
+    torch.testing.assert_close(chain.sample, x)
+    torch.testing.assert_close(chain.path_log_sigma, path)
+    torch.testing.assert_close(chain.mean, mean)
+
+
+def test_shared_noise_brings_samples_closer():
+    """By 2 tr((C C')^(1/2)) in expected squared distance, for one step."""
+    torch.manual_seed(1)
+    count, size, a, b = 200_000, 4, 0.6, 1.1
+    normal, other = torch.randn(2, count, size)
+    draft = gaussian(0.3, a, normal)
+    shared = (draft.sample - gaussian(0.0, b, normal).sample).square().sum(-1).mean()
+    apart = (draft.sample - gaussian(0.0, b, other).sample).square().sum(-1).mean()
+    assert float(apart - shared) == pytest.approx(2 * size * a * b, rel=0.02)
+
+
+@pytest.mark.parametrize("end", [0, 200])
+def test_a_chain_of_the_true_noise_ends_at_the_data(end):
+    """Data N(0, 0.5^2), whose best prediction of the noise is linear; after ``end`` trained
+    steps it is as noisy as they leave it."""
+    schedule = Schedule(250, end=end)
+    noise = picture_noise(3, 20_000, schedule.steps, 1)
+    chain = denoise(ToyHead(0.0, -1.0), schedule, torch.ones(20_000, 1), noise)
+    left = signal(end)
+    assert float(chain.sample.std()) == pytest.approx(math.sqrt(left / 4 + 1 - left), rel=0.03)
+    assert float(chain.sample.mean()) == pytest.approx(math.sqrt(left), abs=0.02)
+
+
+def settings(length: int = 4, size: int = 2, schedule: Schedule = SCHEDULE) -> Settings:
+    return Settings(length, size, schedule)
+
+
+@pytest.mark.parametrize("rule", ["exact", "paper", "reference"])
+def test_a_draft_that_is_the_target_is_always_accepted(rule):
+    model, labels, seeds = ToyModel(), torch.arange(6), list(range(6))
+    plain = decode(model, labels, seeds, settings(9))
+    out, counts = decode_speculative(
+        model, model, labels, seeds, settings(9), Speculation(window=3, rule=rule)
+    )
+    assert torch.equal(out, plain)
+    assert counts.acceptance == 1
+    assert counts.target_passes.tolist() == [3] * 6  # 4, 4 and 1
+
+
+def test_a_picture_does_not_depend_on_its_batch():
+    target, draft = ToyModel(), ToyModel(0.8, -0.3)
+    labels, seeds = torch.arange(8) % 3, [100 + i for i in range(8)]
+    how = Speculation(window=3)
+    together, _ = decode_speculative(target, draft, labels, seeds, settings(12), how)
+    for i in range(8):
+        alone, _ = decode_speculative(
+            target, draft, labels[i : i + 1], seeds[i : i + 1], settings(12), how
+        )
+        assert torch.equal(alone[0], together[i])
+
+
+def test_prefilling_everything_is_plain_decoding():
+    target, draft = ToyModel(), ToyModel(0.8, -0.3)
+    labels, seeds = torch.arange(3), [1, 2, 3]
+    out, counts = decode_speculative(
+        target, draft, labels, seeds, settings(5), Speculation(window=2, prefill=5)
+    )
+    assert torch.equal(out, decode(target, labels, seeds, settings(5)))
+    assert counts.drafted.sum() == 0
+    assert counts.target_passes.tolist() == [5] * 3
+
+
+def law(rule: str | None, seed: int, aligned: bool = True, steps: int = 4):
+    """Latents [n, 3] of many pictures, and the acceptance. The draft's sigmas are others."""
+    count = 6000
+    target, draft = ToyModel(0.0, 0.5), ToyModel(0.5, -0.9)
+    labels, seeds = torch.zeros(count, dtype=torch.long), [seed + i for i in range(count)]
+    how = settings(3, 1, Schedule(steps, end=300))
+    if rule is None:
+        return decode(target, labels, seeds, how)[..., 0], None
+    out, counts = decode_speculative(
+        target, draft, labels, seeds, how, Speculation(window=2, rule=rule, aligned=aligned)
+    )
+    return out[..., 0], counts
+
+
+def p_value(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The least over positions, and over sums of neighbours, which see what they share."""
+    pairs = [(one[:, i], other[:, i]) for i in range(3)]
+    pairs += [(one[:, i] + one[:, i + 1], other[:, i] + other[:, i + 1]) for i in range(2)]
+    return min(stats.ks_2samp(a.numpy(), b.numpy()).pvalue for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return law(None, 10**6)[0]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_exact_keeps_the_law_over_many_steps(plain, aligned):
+    out, counts = law("exact", 0, aligned)
+    assert 0.1 < counts.acceptance < 0.95  # both paths were taken
+    assert counts.given_up.sum() == 0
+    assert p_value(out, plain) > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["paper", "reference"])
+def test_weights_of_the_way_change_the_law(plain, rule):
+    """The negative controls: with unlike sigmas neither the paper's weight nor its inverse
+    keeps the target's law."""
+    out, _ = law(rule, 0)
+    assert p_value(out, plain) < 1e-6
+
+
+def test_one_step_needs_no_weight():
+    one, _ = law("exact", 0, steps=1)
+    other, _ = law("paper", 0, steps=1)
+    assert torch.equal(one, other)
+    assert p_value(one, law(None, 10**6, steps=1)[0]) > 1e-3
+
+
+def test_alignment_lifts_acceptance():
+    aligned, apart = law("exact", 0)[1].acceptance, law("exact", 0, aligned=False)[1].acceptance
+    assert aligned > 1.1 * apart
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="1 to 700 of the 1000"):
+        Schedule(701, end=300)
+    with pytest.raises(ValueError, match="window=0"):
+        Speculation(window=0)
+    with pytest.raises(ValueError, match="prefill=-1"):
+        Speculation(window=1, prefill=-1)
+
+
+def test_noise_is_of_the_seed():
+    one, again = picture_noise(5, 4, 3, 2), picture_noise(5, 4, 3, 2)
+    assert isinstance(one, Noise)
+    assert all(torch.equal(getattr(one, n), getattr(again, n)) for n in ("start", "steps"))
+    assert not torch.equal(one.start, picture_noise(6, 4, 3, 2).start)

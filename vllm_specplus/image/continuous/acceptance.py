@@ -1,0 +1,105 @@
+r"""Judging a drafted latent, and what replaces a rejected one (CSpD, arXiv 2411.11925).
+
+Draft q and target p denoise a position with the same noise ``w = (x_T, eps_T .. eps_2)``. Given
+w, either's latent is a Gaussian with known mean and sigma, that of its own last step. A
+drafted ``x`` is accepted with probability ``min(1, R)``::
+
+    R = S p(x | w) / q(x | w),    else  x ~ (S p - q)+ / Z
+
+* ``exact``, the default: S = 1. This is speculative sampling of ``p(. | w)`` from
+  ``q(. | w)``, hence lossless given w; w has the same law under both models, hence the
+  output is the target's, for *any* number of steps.
+* ``paper``: S is the ratio of the sigmas on the way (section 4.1),
+  ``prod_{t >= 2} sigma_t^q / sigma_t^p``. It depends on w alone, so it tilts the output
+  given w, and is exact only where it is 1: for one step, or equal sigmas.
+* ``reference``: what the released code does, for comparison. S is inverted, and
+  differences are divided by 42 sigma in R (not in the residual), which is what makes it
+  accept. Its draft sits on its own mean; ours is drawn.
+
+``p - q`` is drawn from by rejection: proposals from p, of which the share TV(p, q) is taken.
+A latent needs one proposal on average, rejections included, and no network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm_specplus.image.continuous.chain import Chain
+
+Rule = Literal["exact", "paper", "reference"]
+#: The released code's ``inner_temperature``.
+FLATTENING = 42.0
+#: Proposals drawn at once for a rejected latent, and how often.
+PROPOSALS, ROUNDS = 64, 64
+
+
+def log_weight(draft: Chain, target: Chain, rule: Rule) -> torch.Tensor:
+    """log S, float32 [n]."""
+    if rule == "exact":
+        return torch.zeros_like(target.path_log_sigma)
+    sign = 1 if rule == "paper" else -1
+    return sign * (draft.path_log_sigma - target.path_log_sigma)
+
+
+def log_ratio(draft: Chain, target: Chain, rule: Rule = "exact") -> torch.Tensor:
+    """log R of the drafts' samples, float32 [n]. Their products over channels would leave the
+    range of any float: everything is in logs."""
+    x = draft.sample
+    if rule == "reference":
+        draft, target = _flattened(draft), _flattened(target)
+    return log_weight(draft, target, rule) + target.log_density(x) - draft.log_density(x)
+
+
+def _flattened(chain: Chain) -> Chain:
+    wide = chain.log_sigma + torch.log(torch.tensor(FLATTENING))
+    return Chain(chain.sample, chain.mean, wide, chain.path_log_sigma)
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What replaces n rejected latents."""
+
+    sample: torch.Tensor
+    """float32 [n, d]"""
+    proposals: torch.Tensor
+    """int64 [n] looked at."""
+    given_up: torch.Tensor
+    """bool [n]: none of them was taken, and the last one stands. It is a draw of p: with TV
+    the distance of p and q, this happens with probability ``TV (1 - TV)^4096``, which is below
+    1e-4 for any TV and biases the output by less."""
+
+
+@torch.inference_mode()
+def residual(
+    draft: Chain, target: Chain, generators: list[torch.Generator], rule: Rule = "exact"
+) -> Residual:
+    """A latent of ``(S p - q)+`` for each of n positions, from a generator of its own (on the
+    CPU), so that it does not depend on the batch."""
+    count, size = target.mean.shape
+    device = target.mean.device
+    sample = torch.empty((count, size), device=device)
+    looked = torch.zeros(count, dtype=torch.long, device=device)
+    open_ = torch.arange(count, device=device)
+    weight = log_weight(draft, target, rule)
+    for _ in range(ROUNDS):
+        if not len(open_):
+            break
+        own = [generators[i] for i in open_.tolist()]
+        normal = torch.stack([torch.randn((PROPOSALS, size), generator=g) for g in own], 1)
+        uniform = torch.stack([torch.rand(PROPOSALS, generator=g) for g in own], 1)
+        p, q = target[open_], draft[open_]
+        x = p.mean + p.log_sigma.exp() * normal.to(device)  # [PROPOSALS, n, d]
+        # 1 - q / (S p) is what is taken of x; negative where q is the larger.
+        excess = -torch.expm1(q.log_density(x) - p.log_density(x) - weight[open_])
+        taken = uniform.to(device) < excess
+        found = taken.any(0)
+        first = torch.where(found, taken.int().argmax(0), PROPOSALS - 1)
+        sample[open_] = x[first, torch.arange(len(open_), device=device)]
+        looked[open_] += first + 1
+        open_ = open_[~found]
+    given_up = torch.zeros(count, dtype=torch.bool, device=device)
+    given_up[open_] = True
+    return Residual(sample, looked, given_up)

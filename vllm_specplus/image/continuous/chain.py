@@ -1,0 +1,157 @@
+"""The denoising chain of a latent, and the noise it is drawn with.
+
+A latent ``x_0`` is the end of ``T`` Gaussian steps from ``x_T ~ N(0, I)`` on::
+
+    x_{t-1} = mean_t(x_t) + sigma_t(x_t) eps_t,    eps_t ~ N(0, I)
+
+with what a diffusion head says about ``x_t`` under the backbone's condition (MAR, arXiv
+2406.11838, section 3.2; learned variances as in arXiv 2102.09672). *Trajectory alignment*
+(CSpD, arXiv 2411.11925, section 4.2): every position of a picture has one noise, and draft
+and target both denoise with it.
+
+Unlike the released code, the last step draws too: a latent that sits on its own mean has no
+density, and nothing about it can be exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class DiffusionHead(Protocol):
+    """Any module that predicts a denoising step."""
+
+    def __call__(
+        self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise in ``x`` float32 [n, d] at ``times`` int64 [n], and where its log-variance lies
+        between the least and the most possible, -1 to 1; both [n, d]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What n latents are drawn with."""
+
+    start: torch.Tensor
+    """float32 [n, d]: ``x_T``."""
+    steps: torch.Tensor
+    """float32 [n, T, d]: ``eps_T`` .. ``eps_1``."""
+    uniforms: torch.Tensor
+    """float32 [n]: what acceptance is compared with."""
+
+    def __getitem__(self, index) -> Noise:
+        return Noise(self.start[index], self.steps[index], self.uniforms[index])
+
+
+def picture_noise(seed: int, length: int, steps: int, size: int) -> Noise:
+    """Of all ``length`` latents of a picture: by its seed alone, whatever else is in the batch
+    and however often a position is drafted. On the CPU; ``length * (steps + 1) * size`` floats.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    normal = torch.randn((length, steps + 1, size), generator=generator)
+    return Noise(normal[:, 0], normal[:, 1:], torch.rand(length, generator=generator))
+
+
+def stack(noises: list[Noise]) -> Noise:
+    """Of several pictures: [B, length, ...]."""
+    parts = ("start", "steps", "uniforms")
+    return Noise(*(torch.stack([getattr(noise, part) for noise in noises]) for part in parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """How n latents came about, in float32 whatever the model's dtype."""
+
+    sample: torch.Tensor
+    """[n, d]: ``x_0``."""
+    mean: torch.Tensor
+    """[n, d]: of the last step's Gaussian, ``mean_1(x_1)``."""
+    log_sigma: torch.Tensor
+    """[n, d]: of the last step's Gaussian."""
+    path_log_sigma: torch.Tensor
+    """[n]: log sigmas of the steps before it, summed over steps and channels."""
+
+    def __getitem__(self, index) -> Chain:
+        return Chain(
+            self.sample[index], self.mean[index], self.log_sigma[index],
+            self.path_log_sigma[index],
+        )  # fmt: skip
+
+    def log_density(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] of the last step's Gaussian at ``x`` [..., n, d]."""
+        scaled = (x - self.mean) * torch.exp(-self.log_sigma)
+        constant = 0.5 * math.log(2 * math.pi)
+        return -(0.5 * scaled.square() + self.log_sigma + constant).sum(-1)
+
+
+class Schedule:
+    """The steps of a chain: ``steps`` of a cosine schedule (arXiv 2102.09672, equation 17) of
+    ``trained`` steps, evenly spaced, from pure noise on.
+
+    With ``end`` 0 a chain ends at the data, by the first trained step, as MAR's does. Its sigma
+    is near 0.01: there two models disagree about every latent. With another it ends at data as
+    noisy as after ``end`` trained steps, by a step of about that noise, for decoders that
+    read noisy latents (a sigma-VAE's, arXiv 2412.08635).
+    """
+
+    def __init__(self, steps: int, trained: int = 1000, end: int = 0):
+        if not 1 <= steps <= trained - end:
+            raise ValueError(
+                f"steps={steps}: a chain has 1 to {trained - end} of the {trained} trained steps"
+            )
+        self.steps = steps
+        grid = torch.arange(trained + 1, dtype=torch.float64) / trained
+        curve = torch.cos((grid + 0.008) / 1.008 * math.pi / 2).square()
+        betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+        # What is left of the data's variance after 0 .. trained steps.
+        left = torch.cat((torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)))
+        nearest = 1.0 if end == 0 else end + (trained - end) / steps
+        walked = torch.linspace(trained, nearest, steps, dtype=torch.float64).round().long()
+        self.times = walked - 1
+        """int64 [T] as the head counts them, from 0."""
+        signal, before = left[walked], left[torch.cat((walked[1:], torch.tensor([end])))]
+        beta = 1 - signal / before
+        # The posterior's variance, the least a step can have; at time 0 it would be 0.
+        least = beta * (1 - before) / (1 - signal)
+        if least[-1] == 0:
+            least[-1] = least[-2] if steps > 1 else beta[-1]
+        self._signal, self._before, self._beta = signal.float(), before.float(), beta.float()
+        self._log_least, self._log_most = least.log().float(), beta.log().float()
+
+    def step(
+        self, i: int, x: torch.Tensor, noise: torch.Tensor, fraction: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log sigma, [n, d], of step ``i`` (0 is the noisiest) from what the head said
+        about ``x``."""
+        signal, before, beta = self._signal[i], self._before[i], self._beta[i]
+        clean = (x - (1 - signal).sqrt() * noise) / signal.sqrt()
+        mean = (
+            before.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - before) * x
+        ) / (1 - signal)  # fmt: skip
+        share = (fraction + 1) / 2
+        log_variance = share * self._log_most[i] + (1 - share) * self._log_least[i]
+        return mean, 0.5 * log_variance
+
+
+@torch.inference_mode()
+def denoise(
+    head: DiffusionHead, schedule: Schedule, condition: torch.Tensor, noise: Noise,
+    temperature: float = 1.0,
+) -> Chain:  # fmt: skip
+    """The chains of n latents under ``condition`` [n, c]. ``temperature`` scales all sigmas."""
+    x = noise.start
+    path = torch.zeros(len(x), device=x.device)
+    for i in range(schedule.steps):
+        times = schedule.times[i].to(x.device).expand(len(x))
+        said = head(x, times, condition)
+        mean, log_sigma = schedule.step(i, x, *(part.float() for part in said))
+        log_sigma = log_sigma + math.log(temperature)
+        if i < schedule.steps - 1:
+            path = path + log_sigma.sum(-1)
+        x = mean + log_sigma.exp() * noise.steps[:, i]
+    return Chain(x, mean, log_sigma, path)
