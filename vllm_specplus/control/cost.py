@@ -141,7 +141,7 @@ class StepCost:
         # drafts present at all, each drafted request, each drafted node and 1000 tokens of
         # context it looks at, each prompt row.
         self._mean = np.array([1.0, 0.2, 0.01, 0.01, 0.02, 0.0, 0.0, tail])
-        deviation = np.array([0.3, 0.3, 0.05, 0.03, 0.1, 0.01, 0.1, tail + 0.002])
+        deviation = np.array([0.3, 0.3, 0.05, 0.03, 0.1, 0.01, 0.07, tail + 0.002])
         self._prior = np.diag(deviation**-2.0)
         self._information = np.zeros((8, 8))
         self._evidence = np.zeros(8)
