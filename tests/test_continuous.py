@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from vllm_specplus.image.continuous.acceptance import log_ratio, log_weight, residual
+from vllm_specplus.image.continuous.causal import CausalLatents
 from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, picture_noise
 from vllm_specplus.image.continuous.decoding import (
     Settings,
@@ -17,6 +18,7 @@ from vllm_specplus.image.continuous.decoding import (
     decode,
     decode_speculative,
 )
+from vllm_specplus.image.llamagen import LlamaGenConfig
 
 
 def gaussian(mean: float, sigma: float, normal: torch.Tensor) -> Chain:
@@ -252,3 +254,93 @@ def test_noise_is_of_the_seed():
     assert isinstance(one, Noise)
     assert all(torch.equal(getattr(one, n), getattr(again, n)) for n in ("start", "steps"))
     assert not torch.equal(one.start, picture_noise(6, 4, 3, 2).start)
+
+
+def small_model(layers: int = 2, seed: int = 0) -> CausalLatents:
+    torch.manual_seed(seed)
+    config = LlamaGenConfig(
+        codebook_size=0, num_classes=3, grid_size=3, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=layers, num_attention_heads=2,
+    )  # fmt: skip
+    return CausalLatents(config, size=4, head_width=32, head_depth=2)
+
+
+def trained(model: CausalLatents, schedule: Schedule, steps: int = 150) -> CausalLatents:
+    """On latents whose every next one is the last one turned, plus noise."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        latents = torch.randn(32, 9, 4)
+        for i in range(1, 9):
+            latents[:, i] = 0.9 * latents[:, i - 1].roll(1, -1) + 0.4 * latents[:, i]
+        loss = model.loss(latents, torch.zeros(32, dtype=torch.long), schedule)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_causal_model_learns_and_speculates():
+    schedule = Schedule(8, end=250, prediction="velocity")
+    target, draft = small_model(), small_model(layers=1, seed=1)
+    before = _mean_bound(target, schedule)
+    trained(target, schedule)
+    trained(draft, schedule)
+    assert _mean_bound(target, schedule) < 0.7 * before
+    how, labels, seeds = settings(9, 4, schedule), torch.zeros(64).long(), list(range(64))
+    plain = decode(target, labels, seeds, how)
+    same, counts = decode_speculative(target, target, labels, seeds, how, Speculation(window=4))
+    # Of another batch shape, so equal but for rounding; which may also reject once in a while.
+    close = (same - plain).abs().amax((1, 2)) < 1e-3
+    assert close.float().mean() > 0.9
+    assert counts.acceptance > 0.99
+    out, counts = decode_speculative(target, draft, labels, seeds, how, Speculation(window=4))
+    assert 0.05 < counts.acceptance < 1
+    assert counts.target_passes.float().mean() < 9
+    # The data's law came through: neighbours are correlated as learnt.
+    pairs = (out[:, 1:] * out[:, :-1].roll(1, -1)).mean()
+    wanted = (plain[:, 1:] * plain[:, :-1].roll(1, -1)).mean()
+    assert float(pairs) == pytest.approx(float(wanted), abs=0.1)
+
+
+@torch.no_grad()
+def _mean_bound(model: CausalLatents, schedule: Schedule) -> float:
+    torch.manual_seed(7)
+    latents = torch.randn(64, 9, 4)
+    for i in range(1, 9):
+        latents[:, i] = 0.9 * latents[:, i - 1].roll(1, -1) + 0.4 * latents[:, i]
+    return float(model.loss(latents, torch.zeros(64, dtype=torch.long), schedule, 8))
+
+
+def test_a_condition_sees_what_is_before_it_alone():
+    model = small_model()
+    latents, labels = torch.randn(2, 8, 4), torch.tensor([0, 2])
+    changed = latents.clone()
+    changed[:, 5] += 1
+    one, other = model.conditions(latents, labels), model.conditions(changed, labels)
+    torch.testing.assert_close(one[:, :6], other[:, :6])
+    assert not torch.allclose(one[:, 6:], other[:, 6:])
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_the_bound_is_zero_for_the_true_posterior_alone(prediction):
+    torch.manual_seed(0)
+    schedule = Schedule(6, end=100, prediction=prediction)
+    step = torch.arange(6)
+    clean, noise = torch.randn(2, 6, 3)
+    x, aim = schedule.noised(step, clean, noise), schedule.aim(step, clean, noise)
+    least, most = torch.full_like(x, -1.0), torch.ones_like(x)
+    # Predicted noise says nothing near pure noise, but to the last bit of a float.
+    shown = slice(1 if prediction == "noise" else 0, None)
+    none = schedule.bound(step, x, clean, aim, least)[shown]
+    torch.testing.assert_close(none, torch.zeros_like(none), atol=1e-3, rtol=0)
+    assert (schedule.bound(step, x, clean, aim + 0.5, least)[shown] > 1e-3).all()
+    assert (schedule.bound(step, x, clean, aim, most)[shown] > 1e-4).all()
+
+
+def test_the_head_has_the_names_of_the_public_checkpoints():
+    names = {name.rsplit(".", 1)[0] for name in small_model().head.state_dict()}
+    assert {
+        "time_embed.mlp.0", "time_embed.mlp.2", "cond_embed", "input_proj", "res_blocks.0.in_ln",
+        "res_blocks.1.mlp.2", "res_blocks.0.adaLN_modulation.1", "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+    } <= names  # fmt: skip

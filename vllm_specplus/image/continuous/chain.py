@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -28,8 +28,9 @@ class DiffusionHead(Protocol):
     def __call__(
         self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise in ``x`` float32 [n, d] at ``times`` int64 [n], and where its log-variance lies
-        between the least and the most possible, -1 to 1; both [n, d]."""
+        """What the schedule's ``prediction`` names, of ``x`` float32 [n, d] at ``times`` int64
+        [n], and where its log-variance lies between the least and the most possible, -1 to 1;
+        both [n, d]."""
         ...
 
 
@@ -99,12 +100,18 @@ class Schedule:
     read noisy latents (a sigma-VAE's, arXiv 2412.08635).
     """
 
-    def __init__(self, steps: int, trained: int = 1000, end: int = 0):
+    def __init__(
+        self, steps: int, trained: int = 1000, end: int = 0,
+        prediction: Literal["noise", "velocity"] = "noise",
+    ):  # fmt: skip
+        """``prediction``: what the head says of a state. ``noise`` is MAR's and needs many
+        steps: near pure noise its errors are multiplied by thousands. ``velocity`` (arXiv
+        2202.00512, appendix D) is as good at any step."""
         if not 1 <= steps <= trained - end:
             raise ValueError(
                 f"steps={steps}: a chain has 1 to {trained - end} of the {trained} trained steps"
             )
-        self.steps = steps
+        self.steps, self.prediction = steps, prediction
         grid = torch.arange(trained + 1, dtype=torch.float64) / trained
         curve = torch.cos((grid + 0.008) / 1.008 * math.pi / 2).square()
         betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
@@ -124,18 +131,55 @@ class Schedule:
         self._log_least, self._log_most = least.log().float(), beta.log().float()
 
     def step(
-        self, i: int, x: torch.Tensor, noise: torch.Tensor, fraction: torch.Tensor
+        self, i: int | torch.Tensor, x: torch.Tensor, said: torch.Tensor, fraction: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log sigma, [n, d], of step ``i`` (0 is the noisiest) from what the head said
-        about ``x``."""
-        signal, before, beta = self._signal[i], self._before[i], self._beta[i]
-        clean = (x - (1 - signal).sqrt() * noise) / signal.sqrt()
-        mean = (
-            before.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - before) * x
-        ) / (1 - signal)  # fmt: skip
+        """Mean and log sigma, [n, d], of step ``i`` (0 is the noisiest; or int64 [n]) from the
+        two things that the head says about ``x``."""
         share = (fraction + 1) / 2
-        log_variance = share * self._log_most[i] + (1 - share) * self._log_least[i]
-        return mean, 0.5 * log_variance
+        most, least = self._at(self._log_most, i), self._at(self._log_least, i)
+        mean = self._posterior_mean(i, x, self._clean(i, x, said))
+        return mean, 0.5 * (share * most + (1 - share) * least)
+
+    def _clean(self, i, x: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+        signal = self._at(self._signal, i)
+        if self.prediction == "velocity":
+            return signal.sqrt() * x - (1 - signal).sqrt() * said
+        return (x - (1 - signal).sqrt() * said) / signal.sqrt()
+
+    def noised(self, i: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What step ``i`` int64 [n] starts from, [n, d], if a chain is to end at ``clean``."""
+        signal = self._at(self._signal, i)
+        return signal.sqrt() * clean + (1 - signal).sqrt() * noise
+
+    def aim(self, i: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What the head is to say about :meth:`noised`, [n, d]."""
+        if self.prediction == "noise":
+            return noise
+        signal = self._at(self._signal, i)
+        return signal.sqrt() * noise - (1 - signal).sqrt() * clean
+
+    def bound(
+        self, i: torch.Tensor, x: torch.Tensor, clean: torch.Tensor, said: torch.Tensor,
+        fraction: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Nats per channel, [n, d], by which step ``i`` int64 [n] misses the true posterior of
+        ``x`` given ``clean``: KL divergence of two Gaussians."""
+        mean, log_sigma = self.step(i, x, said, fraction)
+        true, true_log = self._posterior_mean(i, x, clean), 0.5 * self._at(self._log_least, i)
+        spread = torch.exp(2 * (true_log - log_sigma)) - 1
+        apart = ((true - mean) * torch.exp(-log_sigma)).square()
+        return log_sigma - true_log + 0.5 * (spread + apart)
+
+    def _posterior_mean(self, i, x: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        signal, before = self._at(self._signal, i), self._at(self._before, i)
+        beta = self._at(self._beta, i)
+        kept = (1 - beta).sqrt() * (1 - before) * x
+        return (before.sqrt() * beta * clean + kept) / (1 - signal)
+
+    @staticmethod
+    def _at(values: torch.Tensor, i: int | torch.Tensor) -> torch.Tensor:
+        """The value of one step, or [n, 1] of each row's."""
+        return values[i] if isinstance(i, int) else values[i][:, None]
 
 
 @torch.inference_mode()
