@@ -879,7 +879,7 @@ def test_writes_json_and_plot(monkeypatch, tmp_path, dataset):
     monkeypatch.setattr("vllm_specplus.cli.bench.describe_machine", lambda log: MACHINE)
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     result = invoke(
-        *("--dataset", str(dataset), "--methods", "none,suffix", "--limit", "6"),
+        *("--dataset", str(dataset), "--methods", "none", "--methods", "suffix", "--limit", "6"),
         *("--rounds", "2", "--json", str(out), "--plot", str(plot)),
         *("--engine-arg", "max_model_len=512"),
     )

@@ -72,10 +72,11 @@ def bench(
         ),
     ] = Task.text,
     methods: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Methods separated by commas, each name[:key=value]... with keys of vLLM's "
-            "speculative config, e.g. none,ngram:num_speculative_tokens=4,token_recycling. "
+            help="Methods separated by commas (or the option repeated), each "
+            "name[:key=value]... with keys of vLLM's speculative config, e.g. "
+            "none,ngram:num_speculative_tokens=4,token_recycling. "
             'Values are JSON, or else strings (tree="2.2" is a string, tree=2.2 a number).',
             show_default=f"{TEXT_METHODS}; for images {IMAGE_METHODS}",
         ),
@@ -138,8 +139,7 @@ def bench(
     Exit code 0: all measured; 1: a method failed, the others were measured; 2: unusable input.
     """
     errors = Console(stderr=True, highlight=False)
-    if methods is None:
-        methods = IMAGE_METHODS if task is Task.image else TEXT_METHODS
+    methods = methods or [IMAGE_METHODS if task is Task.image else TEXT_METHODS]
     temperature = (1.0 if task is Task.image else 0.0) if temperature is None else temperature
     try:
         check_model(model)
@@ -147,7 +147,7 @@ def bench(
         check_task(task, context)
         if task is Task.image:
             pictures = bench_images(
-                model, methods, concurrency, limit, temperature, seed,
+                model, ",".join(methods), concurrency, limit, temperature, seed,
                 engine_arg or [], errors,
             )  # fmt: skip
             finish_images(pictures, json_path, plot, sheet)
@@ -159,7 +159,7 @@ def bench(
         check_raw_prompts(data, chat_template)
         plan = Plan(
             model=model,
-            methods=parse_methods(methods),
+            methods=parse_methods(",".join(methods)),
             concurrencies=parse_concurrencies(concurrency),
             measured=measured,
             warmup=warmup,
