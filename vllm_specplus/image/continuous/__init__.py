@@ -5,4 +5,5 @@
 ``decoding.py``    generation, plain and speculative, over any two causal models
 ``head.py``        MAR's diffusion head
 ``causal.py``      a causal model of latents
+``masked.py``      MAR: masked models of latents, and what verifying them keeps
 """

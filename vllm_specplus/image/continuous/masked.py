@@ -1,0 +1,310 @@
+"""MAR (arXiv 2406.11838): latents in random order, several per iteration, seen from both sides.
+
+Parameters carry the names of the public checkpoints. An encoder reads the latents that are known
+behind a buffer of class embeddings, a decoder puts mask tokens in the place of the others, and
+what it says of a place conditions the diffusion head there.
+
+Speculation drafts the latents of several iterations and verifies them at once. In which *context*
+the target judges them decides what comes out:
+
+* ``own``: every iteration's latents among those drafted before it, as the target itself would
+  see them. The first iteration with a rejection is the last one kept. The output has the
+  target's law. No pass of the target is saved; but they no longer wait for each other.
+* ``shared``: all of them among the verified ones alone, in one pass, and all are kept; this is what
+  the released code of CSpD does. Under the exact rule a latent then has the law that the
+  target gives it in that one pass, whatever was drafted: the output is that of the target
+  with so many times fewer iterations, which needs no draft.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vllm_specplus.image.continuous.acceptance import Rule, log_ratio, residual
+from vllm_specplus.image.continuous.chain import Chain, Noise, denoise
+from vllm_specplus.image.continuous.decoding import Counts, Settings, noise_of
+from vllm_specplus.image.continuous.head import MLPHead
+from vllm_specplus.strict import StrictModel
+
+EPS = 1e-6
+
+
+class MaskedConfig(StrictModel):
+    """The defaults are MAR-B's."""
+
+    length: int = 256
+    size: int = 16
+    num_classes: int = 1000
+    encoder_width: int = 768
+    encoder_depth: int = 12
+    encoder_heads: int = 12
+    decoder_width: int = 768
+    decoder_depth: int = 12
+    decoder_heads: int = 12
+    buffer_size: int = 64
+    head_width: int = 1024
+    head_depth: int = 6
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=EPS) for _ in range(2))
+        self.attn, self.mlp = Attention(width, heads), MLP(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class DiffLoss(nn.Module):
+    """Where the checkpoints keep the head."""
+
+    def __init__(self, config: MaskedConfig):
+        super().__init__()
+        width = config.decoder_width
+        self.net = MLPHead(config.size, width, config.head_width, config.head_depth)
+
+
+class MaskedLatents(nn.Module):
+    def __init__(self, config: MaskedConfig):
+        super().__init__()
+        self.config = config
+        encoder, decoder = config.encoder_width, config.decoder_width
+        places = config.buffer_size + config.length
+        self.class_emb = nn.Embedding(config.num_classes, encoder)
+        self.fake_latent = nn.Parameter(torch.zeros(1, encoder))
+        """The embedding of "any class", for guidance."""
+        self.z_proj = nn.Linear(config.size, encoder)
+        self.z_proj_ln = nn.LayerNorm(encoder, eps=EPS)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, encoder))
+        self.encoder_blocks = nn.ModuleList(
+            Block(encoder, config.encoder_heads) for _ in range(config.encoder_depth)
+        )
+        self.encoder_norm = nn.LayerNorm(encoder, eps=EPS)
+        self.decoder_embed = nn.Linear(encoder, decoder)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, decoder))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder, config.decoder_heads) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder, eps=EPS)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, config.length, decoder))
+        self.diffloss = DiffLoss(config)
+
+    @property
+    def head(self) -> MLPHead:
+        return self.diffloss.net
+
+    def conditions(
+        self, latents: torch.Tensor, known: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Of every place, [B, length, decoder]; ``latents`` float32 [B, length, size] count where
+        ``known`` bool [B, length], as many in every picture. ``labels`` int64 [B], -1: any."""
+        batch, buffer = len(latents), self.config.buffer_size
+        label = self.class_emb(labels.clamp(min=0))
+        label = torch.where(labels[:, None] < 0, self.fake_latent, label)
+        x = torch.cat((label[:, None].expand(-1, buffer, -1), self.z_proj(latents)), 1)
+        x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
+        seen = F.pad(known, (buffer, 0), value=True)
+        x = x[seen].view(batch, -1, x.shape[-1])
+        for block in self.encoder_blocks:
+            x = block(x)
+        x = self.decoder_embed(self.encoder_norm(x))
+        whole = self.mask_token.expand(batch, seen.shape[1], -1).clone()
+        whole[seen] = x.flatten(0, 1)
+        x = whole + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
+
+
+def known_latents(length: int, iterations: int) -> list[int]:
+    """How many latents are known after 0 .. ``iterations`` iterations: by a cosine, at least
+    one more each time (MAR, section 3.4)."""
+    if not 1 <= iterations <= length:
+        raise ValueError(
+            f"iterations={iterations}: a picture of {length} latents has 1 to {length}"
+        )
+    masked = [length]
+    for i in range(1, iterations):
+        wanted = math.floor(length * math.cos(math.pi / 2 * i / iterations))
+        masked.append(max(1, min(masked[-1] - 1, wanted)))
+    return [length - left for left in masked] + [length]
+
+
+def orders(seeds: list[int], length: int) -> torch.Tensor:
+    """int64 [B, length]: places in the order in which they become known, by the seed alone."""
+    generators = [torch.Generator().manual_seed(hash((seed, 0, 0)) % 2**63) for seed in seeds]
+    return torch.stack([torch.randperm(length, generator=each) for each in generators])
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedSpeculation:
+    window: int
+    """Iterations drafted per verification, at most."""
+    contexts: Literal["own", "shared"] = "own"
+    rule: Rule = "exact"
+    prefill: int = 0
+    """First iterations that are not drafted."""
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: at least 1 iteration is drafted")
+
+
+class Run:
+    """One batch of pictures, iteration by iteration."""
+
+    def __init__(self, labels, seeds: list[int], settings: Settings, iterations: int):
+        self.labels, self.seeds, self.settings = labels, seeds, settings
+        self.order = orders(seeds, settings.length)
+        self.rank = self.order.argsort(1)
+        self.counts = known_latents(settings.length, iterations)
+        self.noise = noise_of(seeds, settings)
+
+    def places(self, iteration: int) -> torch.Tensor:
+        """int64 [B, n] that become known in it."""
+        return self.order[:, self.counts[iteration] : self.counts[iteration + 1]]
+
+    def draw(
+        self, model: MaskedLatents, latents: torch.Tensor, pictures: torch.Tensor, known: int,
+        places: torch.Tensor,
+    ) -> Chain:  # fmt: skip
+        """Chains, flat [len(pictures) * n], at ``places`` [len(pictures), n] of ``pictures``
+        int64, whose first ``known`` latents in order are seen."""
+        seen = self.rank[pictures] < known
+        conditions = model.conditions(latents[pictures], seen, self.labels[pictures])
+        rows = torch.arange(len(pictures))[:, None]
+        noise = self.noise[pictures[:, None], places]
+        flat = Noise(*(getattr(noise, name).flatten(0, 1) for name in Noise.__slots__))
+        own = conditions[rows, places].flatten(0, 1)
+        return denoise(model.head, self.settings.schedule, own, flat, self.settings.temperature)
+
+
+@torch.inference_mode()
+def decode_masked(
+    model: MaskedLatents, labels: torch.Tensor, seeds: list[int], settings: Settings,
+    iterations: int,
+) -> torch.Tensor:  # fmt: skip
+    """Latents float32 [B, length, size]."""
+    run = Run(labels, seeds, settings, iterations)
+    everyone = torch.arange(len(labels))
+    latents = torch.zeros((len(labels), settings.length, settings.size))
+    for i in range(iterations):
+        places = run.places(i)
+        chain = run.draw(model, latents, everyone, run.counts[i], places)
+        latents[everyone[:, None], places] = chain.sample.unflatten(0, places.shape)
+    return latents
+
+
+@torch.inference_mode()
+def decode_masked_speculative(
+    target: MaskedLatents, draft: MaskedLatents, labels: torch.Tensor, seeds: list[int],
+    settings: Settings, iterations: int, speculation: MaskedSpeculation,
+) -> tuple[torch.Tensor, Counts]:  # fmt: skip
+    """Latents as of :func:`decode_masked`, and what it took; see the module's docstring.
+    Pictures wait for each other in ``shared``, and go at their own pace in ``own``."""
+    run = Run(labels, seeds, settings, iterations)
+    latents = torch.zeros((len(labels), settings.length, settings.size))
+    counts = Counts(*(torch.zeros(len(labels), dtype=torch.long) for _ in range(6)))
+    done = torch.zeros(len(labels), dtype=torch.long)
+    while (done < iterations).any():
+        # Pictures at the same iteration see as many latents: one pass for all of them.
+        start = int(done.min())
+        pictures = (done == start).nonzero()[:, 0]
+        window = 0 if start < speculation.prefill else speculation.window
+        drafted = range(start, min(start + window, iterations))
+        q = {}
+        for i in drafted:
+            places = run.places(i)[pictures]
+            q[i] = run.draw(draft, latents, pictures, run.counts[i], places)
+            latents[pictures[:, None], places] = q[i].sample.unflatten(0, places.shape)
+        counts.drafted[pictures] += sum(run.places(i).shape[1] for i in drafted)
+        if speculation.contexts == "shared" and drafted:
+            places = torch.cat([run.places(i)[pictures] for i in drafted], 1)
+            joined = _join([q[i] for i in drafted], len(pictures))
+            p = run.draw(target, latents, pictures, run.counts[start], places)
+            _judge(run, latents, pictures, places, joined, p, speculation.rule, counts)
+            counts.target_passes[pictures] += 1
+            done[pictures] = drafted.stop
+            continue
+        going = pictures
+        for i in drafted:
+            if not len(going):
+                break
+            here = torch.isin(pictures, going)
+            places = run.places(i)[going]
+            p = run.draw(target, latents, going, run.counts[i], places)
+            own = q[i][here.repeat_interleave(places.shape[1])]
+            counts.target_passes[going] += 1
+            whole = _judge(run, latents, going, places, own, p, speculation.rule, counts)
+            done[going] = i + 1
+            going = going[whole]
+        # The iteration behind the drafts comes with the same verification, from the target.
+        if drafted.stop < iterations and len(going):
+            places = run.places(drafted.stop)[going]
+            p = run.draw(target, latents, going, run.counts[drafted.stop], places)
+            latents[going[:, None], places] = p.sample.unflatten(0, places.shape)
+            counts.target_passes[going] += 1
+            done[going] = drafted.stop + 1
+    return latents, counts
+
+
+def _judge(run: Run, latents, pictures, places, q: Chain, p: Chain, rule: Rule, counts: Counts):
+    """Keep or replace every drafted latent; bool [len(pictures)]: all of a picture's kept."""
+    uniforms = run.noise.uniforms[pictures[:, None], places].flatten()
+    taken = uniforms.log() < log_ratio(q, p, rule)
+    picture = pictures[:, None].expand_as(places).flatten()
+    place = places.flatten()
+    wrong = (~taken).nonzero()[:, 0]
+    counts.accepted += torch.bincount(picture[taken], minlength=len(latents))
+    counts.rejected += torch.bincount(picture[wrong], minlength=len(latents))
+    if len(wrong):
+        generators = [
+            torch.Generator().manual_seed(hash((run.seeds[b], n)) % 2**63)
+            for b, n in zip(picture[wrong].tolist(), place[wrong].tolist(), strict=True)
+        ]
+        instead = residual(q[wrong], p[wrong], generators, rule)
+        latents[picture[wrong], place[wrong]] = instead.sample
+        counts.proposals.index_add_(0, picture[wrong], instead.proposals)
+        counts.given_up.index_add_(0, picture[wrong], instead.given_up.long())
+    return taken.view(places.shape).all(1)
+
+
+def _join(chains: list[Chain], pictures: int) -> Chain:
+    """Of several iterations, picture by picture."""
+
+    def joined(name: str) -> torch.Tensor:
+        parts = [getattr(chain, name) for chain in chains]
+        return torch.cat([part.unflatten(0, (pictures, -1)) for part in parts], 1).flatten(0, 1)
+
+    return Chain(*(joined(name) for name in Chain.__slots__))
