@@ -75,7 +75,7 @@ class Counts:
     drafted: torch.Tensor
     accepted: torch.Tensor
     rejected: torch.Tensor
-    """At most one per pass; what was drafted behind it counts as drafted only."""
+    """Replaced by a residual. What was drafted behind one and discarded is in neither."""
     proposals: torch.Tensor
     """Of residuals."""
     given_up: torch.Tensor
