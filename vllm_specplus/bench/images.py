@@ -232,8 +232,8 @@ def print_image_report(console: Console, report: ImageReport) -> None:
                   caption="steps: of the target, per picture; relaxed: codes per picture that only "
                           "a relaxed rule accepted; distance: Fréchet, to the data and to plain's "
                           "pictures, with its bootstrap error")  # fmt: skip
-    table.add_column("", justify="right")
-    for name in ("pictures/s", "steps", "relaxed", "accuracy", "distance", "to plain's"):
+    table.add_column("", justify="right", no_wrap=True, min_width=len(str(len(report.runs))))
+    for name in ("pictures\nper s", "steps", "relaxed", "accuracy", "distance", "to plain's"):
         table.add_column(name, justify="right", no_wrap=True)
     plain = next((run for run in report.runs if run.label == BASELINE), None)
     # Labels are long: the table goes by numbers.
@@ -264,7 +264,7 @@ def save_image_plot(report: ImageReport, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for run in report.runs:
         marker = "s" if not run.lossy else "o"
         axes[0].errorbar(
@@ -273,7 +273,8 @@ def save_image_plot(report: ImageReport, path: Path) -> None:
         axes[1].plot(run.steps_per_picture, run.accuracy, marker)
     for axis, name in zip(axes, ("Fréchet distance", "class accuracy"), strict=True):
         axis.set(xlabel="target steps per picture", ylabel=name)
-    axes[0].legend(fontsize=6)
+    # Labels are long: beside the axes nothing is hidden.
+    figure.legend(loc="outside lower center", fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -288,7 +289,7 @@ def save_sheet(bench: ImageBench, path: Path) -> None:
     classes = bench.config["num_classes"]
     count = len(bench.codes)
     figure, axes = plt.subplots(
-        count, 1, figsize=(0.45 * 2 * classes, count * 1.3), squeeze=False, layout="constrained"
+        count, 1, figsize=(0.45 * 2 * classes, count * 0.8), squeeze=False, layout="constrained"
     )
     for axis, (label, codes) in zip(axes[:, 0], bench.codes.items(), strict=True):
         shown = bench.pictures(codes[: 2 * classes])[:, 0].clamp(-1, 1).numpy()
