@@ -2,7 +2,7 @@
 
     python benchmarks/repeated_requests.py --model DIR --dataset question.jsonl \
         --methods none,ngram,suffix,token_recycling,suffix_tree,rasd [--limit 40] \
-        [--max-tokens 128] [--json OUT]
+        [--max-tokens 128] [--dtype bfloat16] [--edits 'typo,one word less'] [--json OUT]
 
 For each method a fresh engine answers ``--limit`` questions one at a time, then the same
 questions again, edited in one of the ways of ``EDITS``, with a fresh engine per way. Both
@@ -37,10 +37,21 @@ def word_missing(text: str) -> str:
     return " ".join(words)
 
 
+def typo(text: str) -> str:
+    """Two letters in the middle have changed places."""
+    middle = len(text) // 2
+    return text[:middle] + text[middle + 1] + text[middle] + text[middle + 2 :]
+
+
+#: How a question is put first, and how again.
 EDITS = {
-    "retried": str,
-    "one word more": lambda text: f"Please: {text}",
-    "one word less": word_missing,
+    "retried": (str, str),
+    "line break behind": (str, lambda text: f"{text}\n"),
+    "another time in front": (lambda text: f"[10:32] {text}", lambda text: f"[10:47] {text}"),
+    "thanks behind": (str, lambda text: f"{text} Thank you."),
+    "typo": (str, typo),
+    "one word more": (str, lambda text: f"Please: {text}"),
+    "one word less": (str, word_missing),
 }
 
 
@@ -50,12 +61,13 @@ def measure(job: dict) -> list[dict]:
 
     llm = LLM(
         job["model"], speculative_config=job["speculative_config"], max_model_len=2048,
-        kv_cache_memory_bytes=1 << 30, max_num_seqs=8, disable_log_stats=False, seed=0,
+        dtype=job["dtype"], kv_cache_memory_bytes=1 << 30, max_num_seqs=8,
+        disable_log_stats=False, seed=0,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=job["max_tokens"])
     llm.chat([[{"role": "user", "content": "Say hello."}]], params, use_tqdm=False)
     passes, answers = [], []
-    for change in (str, EDITS[job["edit"]]):
+    for change in EDITS[job["edit"]]:
         llm.reset_prefix_cache()
         before, start = drafts(llm), time.perf_counter()
         for question in job["questions"]:
@@ -116,17 +128,22 @@ def main() -> None:
     parser.add_argument("--methods", default="none,ngram,suffix,token_recycling,suffix_tree,rasd")
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--edits", default=",".join(EDITS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if unknown := set(args.edits.split(",")) - set(EDITS):
+        parser.error(f"no such edits: {sorted(unknown)}; there are {', '.join(EDITS)}")
     measured, _ = pick(load_dataset(args.dataset).questions, args.limit)
     questions = [q.messages[-1]["content"] if q.messages else q.prompt for q in measured]
     questions = [q for q in questions if len(q) < 5000]
     results: dict[str, dict[str, list[dict]]] = {}
-    for edit in EDITS:
+    for edit in args.edits.split(","):
         for spec in parse_methods(args.methods):
             job = {
                 "model": args.model, "speculative_config": spec.speculative_config,
                 "questions": questions, "max_tokens": args.max_tokens, "edit": edit,
+                "dtype": args.dtype,
             }  # fmt: skip
             first, again = run(job, spec.label)
             results.setdefault(edit, {})[spec.label] = [first, again]

@@ -10,15 +10,16 @@ import torch
 from scipy import stats
 
 from vllm_specplus.image.continuous.acceptance import log_ratio, log_weight, residual
-from vllm_specplus.image.continuous.causal import CausalLatents
+from vllm_specplus.image.continuous.causal import CausalLatents, CausalLatentsConfig
 from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, picture_noise
 from vllm_specplus.image.continuous.decoding import (
+    Guided,
+    Recompute,
     Settings,
     Speculation,
     decode,
     decode_speculative,
 )
-from vllm_specplus.image.llamagen import LlamaGenConfig
 
 
 def gaussian(mean: float, sigma: float, normal: torch.Tensor) -> Chain:
@@ -85,6 +86,9 @@ class ToyModel:
 
     def __init__(self, offset: float = 0.0, fraction: float = 0.0):
         self.head = ToyHead(offset, fraction)
+
+    def begin(self, labels, length):
+        return Recompute(self, labels)
 
     def conditions(self, latents, labels):
         label = labels.float()[:, None, None].expand(-1, 1, latents.shape[2])
@@ -258,11 +262,11 @@ def test_noise_is_of_the_seed():
 
 def small_model(layers: int = 2, seed: int = 0) -> CausalLatents:
     torch.manual_seed(seed)
-    config = LlamaGenConfig(
-        codebook_size=0, num_classes=3, grid_size=3, hidden_size=32, intermediate_size=64,
-        num_hidden_layers=layers, num_attention_heads=2,
+    config = CausalLatentsConfig(
+        num_classes=3, grid_size=3, hidden_size=32, intermediate_size=64, size=4, head_width=32,
+        head_depth=2, num_hidden_layers=layers, num_attention_heads=2,
     )  # fmt: skip
-    return CausalLatents(config, size=4, head_width=32, head_depth=2)
+    return CausalLatents(config)
 
 
 def trained(model: CausalLatents, schedule: Schedule, steps: int = 150) -> CausalLatents:
@@ -272,7 +276,7 @@ def trained(model: CausalLatents, schedule: Schedule, steps: int = 150) -> Causa
         latents = torch.randn(32, 9, 4)
         for i in range(1, 9):
             latents[:, i] = 0.9 * latents[:, i - 1].roll(1, -1) + 0.4 * latents[:, i]
-        loss = model.loss(latents, torch.zeros(32, dtype=torch.long), schedule)
+        loss = model.loss(latents, latents, torch.zeros(32, dtype=torch.long), schedule)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -308,7 +312,70 @@ def _mean_bound(model: CausalLatents, schedule: Schedule) -> float:
     latents = torch.randn(64, 9, 4)
     for i in range(1, 9):
         latents[:, i] = 0.9 * latents[:, i - 1].roll(1, -1) + 0.4 * latents[:, i]
-    return float(model.loss(latents, torch.zeros(64, dtype=torch.long), schedule, 8))
+    return float(model.loss(latents, latents, torch.zeros(64, dtype=torch.long), schedule, 8))
+
+
+@torch.no_grad()
+def shaken(model: CausalLatents) -> CausalLatents:
+    """Heads start as the identity, which hides mistakes."""
+    for parameter in model.head.parameters():
+        parameter.add_(0.03 * torch.randn_like(parameter))
+    return model.eval()
+
+
+class Naive:
+    """The same model, which reads whole pictures."""
+
+    def __init__(self, model: CausalLatents):
+        self.model, self.head = model, model.head
+
+    def begin(self, labels, length):
+        return Recompute(self.model, labels)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_cached_keys_change_nothing(window):
+    target, draft = shaken(small_model()), shaken(small_model(layers=1, seed=1))
+    schedule = Schedule(4, end=250, prediction="velocity")
+    how, labels, seeds = settings(9, 4, schedule), torch.arange(20) % 3, list(range(20))
+    naive = decode(Naive(target), labels, seeds, how)
+    torch.testing.assert_close(decode(target, labels, seeds, how), naive, atol=1e-4, rtol=0)
+    how_much = Speculation(window=window)
+    slow, counted = decode_speculative(Naive(target), Naive(draft), labels, seeds, how, how_much)
+    fast, counts = decode_speculative(target, draft, labels, seeds, how, how_much)
+    assert 0.05 < counts.acceptance < 0.99  # rejections and full windows
+    torch.testing.assert_close(fast, slow, atol=1e-3, rtol=0)
+    assert torch.equal(counts.target_passes, counted.target_passes)
+
+
+def test_guidance_mixes_what_the_head_says():
+    model = shaken(small_model())
+    latents, labels = torch.randn(4, 8, 4), torch.tensor([0, 1, 2, 0])
+    x, times = torch.randn(4, 4), torch.full((4,), 500)
+    anything = torch.full_like(labels, 3)
+    label, other = (model.conditions(latents, each)[:, 5] for each in (labels, anything))
+    (said, fraction), (without, _) = (model.head(x, times, each) for each in (label, other))
+    guided = Guided(model, anything=3, scale=2.5)
+    session = guided.begin(labels, 9)
+    padded = torch.cat((latents, torch.zeros(4, 1, 4)), 1)
+    both = session.conditions(padded, torch.arange(4), torch.full((4,), 5), 1)[:, 0]
+    mixed, kept = guided.head(x, times, both)
+    torch.testing.assert_close(mixed, without + 2.5 * (said - without), atol=1e-5, rtol=0)
+    torch.testing.assert_close(kept, fraction, atol=1e-5, rtol=0)
+
+
+def test_guided_models_speculate():
+    target, draft = shaken(small_model()), shaken(small_model(layers=1, seed=1))
+    how = settings(9, 4, Schedule(4, end=250, prediction="velocity"))
+    labels, seeds = torch.arange(6) % 3, list(range(6))
+    target, draft = (Guided(model, anything=3, scale=1.5) for model in (target, draft))
+    plain = decode(target, labels, seeds, how)
+    same, counts = decode_speculative(target, target, labels, seeds, how, Speculation(window=4))
+    torch.testing.assert_close(same, plain, atol=1e-3, rtol=0)
+    assert counts.target_passes.tolist() == [2] * 6
+    out, counts = decode_speculative(target, draft, labels, seeds, how, Speculation(window=4))
+    assert out.isfinite().all()
+    assert 0 < counts.acceptance < 1
 
 
 def test_a_condition_sees_what_is_before_it_alone():

@@ -54,7 +54,7 @@ def read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return pictures, torch.from_numpy(data["labels"]).long().reshape(-1)
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def lr_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Warm-up, then half a cosine."""
     warm = max(steps // 20, 1)
     return torch.optim.lr_scheduler.LambdaLR(
@@ -67,7 +67,7 @@ def train_vq(pictures: torch.Tensor, epochs: int, batch: int = 64) -> tuple[VQMo
     model = VQModel(VQ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     steps = epochs * (len(pictures) // batch)
-    schedule, log, used = _schedule(optimizer, steps), [], torch.zeros(VQ.codebook_size)
+    schedule, log, used = lr_schedule(optimizer, steps), [], torch.zeros(VQ.codebook_size)
     with torch.no_grad():
         first = model.latents(pictures[torch.randperm(len(pictures))[:batch]]).flatten(0, -2)
         chosen = torch.randperm(len(first))[: VQ.codebook_size]
@@ -127,7 +127,7 @@ def train_ar(
             nn.init.normal_(parameter, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     steps = epochs * (len(codes) // batch)
-    schedule, log = _schedule(optimizer, steps), []
+    schedule, log = lr_schedule(optimizer, steps), []
     start, sums = time.perf_counter(), np.zeros(2)
     for step in range(steps):
         chosen = torch.randint(len(codes), (batch,))
@@ -163,7 +163,7 @@ def train_classifier(pictures, labels, held, epochs: int, batch: int = 64):
     model = DigitClassifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     steps = epochs * (len(pictures) // batch)
-    schedule = _schedule(optimizer, steps)
+    schedule = lr_schedule(optimizer, steps)
     for _ in range(steps):
         chosen = torch.randint(len(pictures), (batch,))
         loss = F.cross_entropy(model(pictures[chosen]), labels[chosen])

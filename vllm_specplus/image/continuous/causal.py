@@ -6,27 +6,73 @@ where LlamaGen looks up a code; what the backbone says after a position conditio
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vllm_specplus.image.continuous.chain import Schedule
+from vllm_specplus.image.continuous.chain import Schedule, head_loss
 from vllm_specplus.image.continuous.head import MLPHead
-from vllm_specplus.image.llamagen import Block, LabelEmbedding, LlamaGenConfig, RMSNorm, rotary_2d
+from vllm_specplus.image.llamagen import (
+    Block,
+    LabelEmbedding,
+    LlamaGenConfig,
+    RMSNorm,
+    rotary_2d,
+    rotate,
+)
+
+MODEL_TYPE = "causal_latents"
+ARCHITECTURE = "CausalLatentsForClassToImage"
+
+
+class CausalLatentsConfig(LlamaGenConfig):
+    """As Hugging Face's tools and vLLM read it. Token ids: 0 stands for any latent, then
+    class labels, then the label for "any"."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        size: int = 4,
+        head_width: int = 256,
+        head_depth: int = 3,
+        steps: int = 8,
+        end: int = 0,
+        prediction: Literal["noise", "velocity"] = "velocity",
+        guidance_scale: float | None = None,
+        **kwargs,
+    ):
+        """``size``: channels of a latent. ``steps``, ``end`` and ``prediction`` are the
+        schedule's it was trained with."""
+        self.size = size
+        self.head_width = head_width
+        self.head_depth = head_depth
+        self.steps = steps
+        self.end = end
+        self.prediction = prediction
+        kwargs = {"architectures": [ARCHITECTURE]} | kwargs
+        kwargs |= {"codebook_size": 1, "guidance_scale": guidance_scale}
+        super().__init__(**kwargs)
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, end=self.end, prediction=self.prediction)
 
 
 class CausalLatents(nn.Module):
     """A :class:`~vllm_specplus.image.continuous.decoding.CausalModel`."""
 
-    def __init__(self, config: LlamaGenConfig, size: int, head_width: int, head_depth: int):
-        """``config`` without its codes; latents of ``size`` channels."""
+    def __init__(self, config: CausalLatentsConfig):
         super().__init__()
-        self.config, self.size = config, size
+        self.config = config
         self.cls_embedding = LabelEmbedding(config)
-        self.z_proj = nn.Linear(size, config.hidden_size)
+        self.z_proj = nn.Linear(config.size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = MLPHead(size, config.hidden_size, head_width, head_depth)
+        self.head = MLPHead(config.size, config.hidden_size, config.head_width, config.head_depth)
         self.register_buffer("turn", rotary_2d(config), persistent=False)
 
     def conditions(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -38,17 +84,95 @@ class CausalLatents(nn.Module):
             x = layer(x, turn, 0.0)
         return self.norm(x)
 
+    def begin(self, labels: torch.Tensor, length: int) -> CachedSession:
+        return CachedSession(self, labels, length)
+
     def loss(
-        self, latents: torch.Tensor, labels: torch.Tensor, schedule: Schedule, repeats: int = 4
+        self, latents: torch.Tensor, clean: torch.Tensor, labels: torch.Tensor,
+        schedule: Schedule, repeats: int = 4,
+    ) -> torch.Tensor:  # fmt: skip
+        """:func:`~vllm_specplus.image.continuous.chain.head_loss` of all latents: ``clean``
+        among ``latents``, [B, n, size], as noisy as the schedule's end leaves them."""
+        conditions = self.conditions(latents[:, :-1], labels).flatten(0, 1)
+        return head_loss(self.head, schedule, conditions, clean.flatten(0, 1), repeats)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CausalLatents:
+        """Of a folder that :meth:`save` wrote, in float32."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        model = cls(CausalLatentsConfig(**json.loads((folder / "config.json").read_text())))
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        return model.eval()
+
+    def save(self, folder: Path) -> None:
+        """A folder that vLLM serves, in half precision."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+
+
+class CachedSession:
+    """A :class:`~vllm_specplus.image.continuous.decoding.Session` that keeps keys and values.
+
+    Keys of a place are right once its input, the latent before it, is final; ``known`` tells how
+    many are. What is behind them is overwritten before it is looked at.
+    """
+
+    def __init__(self, model: CausalLatents, labels: torch.Tensor, length: int):
+        config, weight = model.config, model.norm.weight
+        heads = config.num_key_value_heads
+        shape = (2, config.num_hidden_layers, len(labels), length, heads, config.head_dim)
+        self.model, self.length = model, length
+        self.cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.labels = model.cls_embedding.embedding_table(labels)
+        self.known = torch.zeros_like(labels)
+
+    def keep(self, known: torch.Tensor) -> None:
+        self.known = torch.minimum(self.known, known)
+
+    def conditions(
+        self, latents: torch.Tensor, pictures: torch.Tensor, first: torch.Tensor, count: int
     ) -> torch.Tensor:
-        """Error of what is predicted plus a little of the chain's own bound, which is what
-        teaches the variances (arXiv 2102.09672, equation 16), at ``repeats`` random steps of
-        ``schedule`` per latent."""
-        conditions = self.conditions(latents[:, :-1], labels).flatten(0, 1).repeat(repeats, 1)
-        clean = latents.flatten(0, 1).repeat(repeats, 1)
-        step = torch.randint(schedule.steps, (len(clean),))
-        noise = torch.randn_like(clean)
-        x = schedule.noised(step, clean, noise)
-        said, fraction = self.head(x, schedule.times[step], conditions)
-        bound = schedule.bound(step, x, clean, said.detach(), fraction)
-        return F.mse_loss(said, schedule.aim(step, clean, noise)) + 0.001 * bound.mean()
+        start = torch.minimum(self.known[pictures], first)
+        # Places before ``first`` whose keys are missing are read as well.
+        places = first + count - start
+        rows = int(places.max())
+        offset = torch.arange(rows, device=first.device)
+        # Read twice, a place gets the same keys twice.
+        place = (start[:, None] + torch.minimum(offset, places[:, None] - 1)).clamp(
+            max=self.length - 1
+        )
+        x = self.model.z_proj(latents[pictures[:, None], (place - 1).clamp(min=0)])
+        x = torch.where((place == 0)[..., None], self.labels[pictures][:, None], x)
+        turn = self.model.turn[place.flatten()]
+        sees = torch.arange(self.length, device=first.device) <= place[..., None]
+        for i, layer in enumerate(self.model.layers):
+            x = self._block(layer, x, turn, self.cache[:, i], pictures, place, sees)
+        self.known[pictures] = (first + count).clamp(max=self.length)
+        wanted = (first - start)[:, None] + torch.arange(count, device=first.device)
+        rows = torch.arange(len(pictures), device=first.device)[:, None]
+        return self.model.norm(x[rows, wanted])
+
+    @staticmethod
+    def _block(layer: Block, x, turn, cache, pictures, place, sees) -> torch.Tensor:
+        """One layer over ``x`` [P, rows, hidden]; its keys and values go to ``cache``
+        [2, B, length, heads, head_dim]."""
+        attention = layer.attention
+        qkv = attention.wqkv(layer.attention_norm(x))
+        qkv = qkv.unflatten(-1, (-1, attention.head_dim)).split(attention.heads, dim=2)
+        q, k = (rotate(part.flatten(0, 1), turn).view_as(part) for part in qkv[:2])
+        cache[0, pictures[:, None], place] = k
+        cache[1, pictures[:, None], place] = qkv[2]
+        keys, values = cache[:, pictures].transpose(2, 3)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, attn_mask=sees[:, None],
+            enable_gqa=attention.heads[0] != attention.heads[1],
+        )  # fmt: skip
+        x = x + attention.wo(out.transpose(1, 2).flatten(2))
+        return x + layer.feed_forward(layer.ffn_norm(x))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from torch.nn import functional as F
 
 
 class DiffusionHead(Protocol):
@@ -121,6 +122,8 @@ class Schedule:
         walked = torch.linspace(trained, nearest, steps, dtype=torch.float64).round().long()
         self.times = walked - 1
         """int64 [T] as the head counts them, from 0."""
+        self.signal_at_end = float(left[end])
+        """Share of the variance that is signal where chains end."""
         signal, before = left[walked], left[torch.cat((walked[1:], torch.tensor([end])))]
         beta = 1 - signal / before
         # The posterior's variance, the least a step can have; at time 0 it would be 0.
@@ -180,6 +183,22 @@ class Schedule:
     def _at(values: torch.Tensor, i: int | torch.Tensor) -> torch.Tensor:
         """The value of one step, or [n, 1] of each row's."""
         return values[i] if isinstance(i, int) else values[i][:, None]
+
+
+def head_loss(
+    head: DiffusionHead, schedule: Schedule, conditions: torch.Tensor, clean: torch.Tensor,
+    repeats: int,
+) -> torch.Tensor:  # fmt: skip
+    """What a head is trained with at latents ``clean`` [n, d] under ``conditions`` [n, c]: the
+    error of what it predicts, plus a little of the chain's own bound, which is what teaches the
+    variances (arXiv 2102.09672, equation 16), at ``repeats`` random steps per latent."""
+    conditions, clean = conditions.repeat(repeats, 1), clean.repeat(repeats, 1)
+    step = torch.randint(schedule.steps, (len(clean),))
+    noise = torch.randn_like(clean)
+    x = schedule.noised(step, clean, noise)
+    said, fraction = head(x, schedule.times[step], conditions)
+    bound = schedule.bound(step, x, clean, said.detach(), fraction)
+    return F.mse_loss(said, schedule.aim(step, clean, noise)) + 0.001 * bound.mean()
 
 
 @torch.inference_mode()

@@ -1,11 +1,14 @@
 """Generation of latents in raster order by any causal model, plain and speculative.
 
-The plain statement of the method (CSpD, arXiv 2411.11925, algorithm 1): every pass reads
-the whole picture, nothing is cached. A pass verifies a window of drafted latents from left to
-right; the first rejected one is replaced, and what was drafted behind it is thrown away.
+CSpD (arXiv 2411.11925, algorithm 1). A pass verifies a window of drafted latents from left to
+right; the first rejected one is replaced, and what was drafted behind it is thrown away. Every
+picture goes at its own pace.
 
 A discarded position is drafted again with the noise it had. That is harmless: nothing decided
 before it has looked at that noise.
+
+A model is asked through a :class:`Session`. :class:`Recompute` is the naive one, which reads
+whole pictures at every pass; models bring faster ones (``causal.py``'s keeps keys and values).
 """
 
 from __future__ import annotations
@@ -27,13 +30,82 @@ from vllm_specplus.image.continuous.chain import (
 )
 
 
+class Session(Protocol):
+    """What a model remembers of a batch of pictures."""
+
+    def conditions(
+        self, latents: torch.Tensor, pictures: torch.Tensor, first: torch.Tensor, count: int
+    ) -> torch.Tensor:
+        """Of the places ``first`` int64 [P] and the ``count - 1`` behind it (clipped to the
+        picture's last) of ``pictures`` int64 [P]: [P, count, c]. A place's condition is from the
+        label and the latents before it in ``latents`` float32 [B, length, d]."""
+        ...
+
+    def keep(self, known: torch.Tensor) -> None:
+        """Only the first ``known`` int64 [B] latents of each picture stay as they are."""
+        ...
+
+
 class CausalModel(Protocol):
     head: DiffusionHead
 
-    def conditions(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Of the latent after the label and after each of ``latents`` float32 [B, n, d]:
-        [B, n + 1, c], row i from the label and the latents before i alone."""
+    def begin(self, labels: torch.Tensor, length: int) -> Session:
+        """For pictures of the classes ``labels`` int64 [B] and ``length`` latents."""
         ...
+
+
+class Recompute:
+    """Of any model with ``conditions(latents [B, n, d], labels [B]) -> [B, n + 1, c]``."""
+
+    def __init__(self, model, labels: torch.Tensor):
+        self.model, self.labels = model, labels
+
+    def conditions(self, latents, pictures, first, count):
+        every = self.model.conditions(latents[pictures, :-1], self.labels[pictures])
+        places = first[:, None] + torch.arange(count, device=first.device)
+        places = places.clamp(max=latents.shape[1] - 1)
+        return every[torch.arange(len(pictures), device=first.device)[:, None], places]
+
+    def keep(self, known):
+        pass
+
+
+class Guided:
+    """A model with classifier-free guidance (MAR, arXiv 2406.11838, section 4.4): what the head
+    predicts becomes ``any + scale (label - any)``; variances are those of the label.
+
+    A condition is the two of label and ``anything``, the label that stands for all, in a row.
+    """
+
+    def __init__(self, model: CausalModel, anything: int, scale: float):
+        self.model, self.anything, self.scale = model, anything, scale
+
+    def begin(self, labels: torch.Tensor, length: int) -> GuidedSession:
+        other = torch.full_like(labels, self.anything)
+        return GuidedSession(self.model.begin(torch.cat((labels, other)), length), len(labels))
+
+    def head(
+        self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        both = torch.cat(condition.chunk(2, -1))
+        said, fraction = self.model.head(x.repeat(2, 1), times.repeat(2), both)
+        label, other = said.chunk(2)
+        return other + self.scale * (label - other), fraction[: len(x)]
+
+
+class GuidedSession:
+    """Pictures twice in one session."""
+
+    def __init__(self, session: Session, pictures: int):
+        self.session, self.pictures = session, pictures
+
+    def conditions(self, latents, pictures, first, count):
+        both = torch.cat((pictures, pictures + self.pictures))
+        out = self.session.conditions(latents.repeat(2, 1, 1), both, first.repeat(2), count)
+        return torch.cat(out.chunk(2), -1)
+
+    def keep(self, known):
+        self.session.keep(known.repeat(2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +172,12 @@ def decode(
 ) -> torch.Tensor:
     """Latents float32 [B, length, d] of the classes ``labels`` int64 [B]."""
     noise = noise_of(seeds, settings)
+    session = model.begin(labels, settings.length)
+    pictures = torch.arange(len(labels))
     latents = torch.zeros((len(labels), settings.length, settings.size))
     for i in range(settings.length):
-        condition = model.conditions(latents[:, :i], labels)[:, i]
+        first = torch.full_like(pictures, i)
+        condition = session.conditions(latents, pictures, first, 1)[:, 0]
         latents[:, i] = _chain(model, condition, noise[:, i], settings).sample
     return latents
 
@@ -112,69 +187,76 @@ def decode_speculative(
     target: CausalModel, draft: CausalModel, labels: torch.Tensor, seeds: list[int],
     settings: Settings, speculation: Speculation,
 ) -> tuple[torch.Tensor, Counts]:  # fmt: skip
-    """Latents as of :func:`decode`, and what it took. Every picture goes at its own pace."""
-    noise = noise_of(seeds, settings)
-    draft_noise = noise
+    """Latents as of :func:`decode`, and what it took."""
+    noise = draft_noise = noise_of(seeds, settings)
     if not speculation.aligned:
         draft_noise = noise_of([hash((seed, -1)) for seed in seeds], settings)
     pictures, length = len(labels), settings.length
+    looks = target.begin(labels, length), draft.begin(labels, length)
     latents = torch.zeros((pictures, length, settings.size))
     done = torch.zeros(pictures, dtype=torch.long)
     counts = Counts(*(torch.zeros(pictures, dtype=torch.long) for _ in range(6)))
     while (active := (done < length).nonzero()[:, 0]).numel():
         # The target's own latent ends every pass, so one less than is missing is drafted.
         room = (length - done - 1).clamp(max=speculation.window)
-        room = torch.where(done < speculation.prefill, 0, room)
-        drafts = _draft(draft, latents, done, room, labels, draft_noise, settings)
-        # Rows [n] of all pictures: the drafted positions and the one behind them.
-        picture = torch.repeat_interleave(active, room[active] + 1)
-        offset = torch.cat([torch.arange(k + 1) for k in room[active].tolist()])
-        position = done[picture] + offset
-        conditions = target.conditions(latents[:, :-1], labels)[picture, position]
-        chains = _chain(target, conditions, noise[picture, position], settings)
-        drafted = offset < room[picture]
-        taken = torch.zeros(len(picture), dtype=torch.bool)
-        if drafted.any():
-            q = drafts[picture[drafted], offset[drafted]]
-            uniforms = noise.uniforms[picture, position][drafted]
-            taken[drafted] = uniforms.log() < log_ratio(q, chains[drafted], speculation.rule)
-        # Rows before a picture's first rejection, and the row at which it ends.
-        ends = torch.cumsum(room[active] + 1, 0) - 1
-        for number, end in zip(active.tolist(), ends.tolist(), strict=True):
-            most = int(room[number])
-            run = taken[end - most : end].long()
-            length_taken = int(run.cumprod(0).sum())
-            row, place = end - most + length_taken, int(done[number]) + length_taken
-            counts.target_passes[number] += 1
-            counts.drafted[number] += most
-            counts.accepted[number] += length_taken
-            if length_taken < most:
-                own = torch.Generator().manual_seed(hash((seeds[number], place)) % 2**63)
-                pair = drafts[[number], [length_taken]], chains[[row]]
-                instead = residual(*pair, [own], speculation.rule)
-                latents[number, place] = instead.sample[0]
-                counts.rejected[number] += 1
-                counts.proposals[number] += instead.proposals[0]
-                counts.given_up[number] += instead.given_up[0].long()
-            else:
-                latents[number, place] = chains.sample[row]
-            done[number] = place + 1
+        room = torch.where(done < speculation.prefill, 0, room)[active]
+        drafts = _draft(draft, looks[1], latents, active, done, room, draft_noise, settings)
+        window = int(room.max())
+        # [A, window + 1]: the drafted positions and the one behind them.
+        offset = torch.arange(window + 1)
+        position = (done[active, None] + offset).clamp(max=length - 1)
+        wanted = offset <= room[:, None]
+        conditions = looks[0].conditions(latents, active, done[active], window + 1)
+        which = active[:, None].expand_as(position)[wanted], position[wanted]
+        chains = _chain(target, conditions[wanted], noise[which], settings)
+        judged = offset < room[:, None]
+        mine = judged[wanted]
+        q, p = drafts[judged[:, :window]], chains[mine]
+        taken = torch.zeros(wanted.shape, dtype=torch.bool)
+        uniforms = noise.uniforms[which][mine]
+        taken[judged] = uniforms.log() < log_ratio(q, p, speculation.rule)
+        # Accepted before the first rejection; what follows it is replaced or the target's own.
+        accepted = taken.long().cumprod(1).sum(1)
+        place = done[active] + accepted
+        row = (room + 1).cumsum(0) - (room + 1) + accepted
+        latents[active, place] = chains.sample[row]
+        wrong = (accepted < room).nonzero()[:, 0]
+        if len(wrong):
+            who = active[wrong]
+            own = [
+                torch.Generator().manual_seed(hash((seeds[b], i)) % 2**63)
+                for b, i in zip(who.tolist(), place[wrong].tolist(), strict=True)
+            ]
+            pair = drafts[wrong, accepted[wrong]], chains[row[wrong]]
+            instead = residual(*pair, own, speculation.rule)
+            latents[who, place[wrong]] = instead.sample
+            counts.rejected[who] += 1
+            counts.proposals[who] += instead.proposals
+            counts.given_up[who] += instead.given_up.long()
+        counts.target_passes[active] += 1
+        counts.drafted[active] += room
+        counts.accepted[active] += accepted
+        done[active] = place + 1
+        for look in looks:
+            look.keep(done)
     return latents, counts
 
 
-def _draft(draft, latents, done, room, labels, noise, settings) -> Chain:
-    """Draft into ``latents`` behind ``done``, ``room`` [B] each: chains [B, max(room)]."""
-    shape = (len(latents), int(room.max()))
+def _draft(draft, session, latents, active, done, room, noise, settings) -> Chain:
+    """Draft into ``latents`` behind ``done`` [B], ``room`` [A] each for the ``active`` [A]
+    pictures: chains [A, max(room)]."""
+    shape = (len(active), int(room.max()))
     vectors = [torch.zeros((*shape, settings.size)) for _ in range(3)]
     out = Chain(*vectors, torch.zeros(shape))
     for offset in range(shape[1]):
-        pictures = (offset < room).nonzero()[:, 0]
+        rows = (offset < room).nonzero()[:, 0]
+        pictures = active[rows]
         positions = done[pictures] + offset
-        conditions = draft.conditions(latents[:, :-1], labels)[pictures, positions]
-        chain = _chain(draft, conditions, noise[pictures, positions], settings)
+        condition = session.conditions(latents, pictures, positions, 1)[:, 0]
+        chain = _chain(draft, condition, noise[pictures, positions], settings)
         latents[pictures, positions] = chain.sample
         for part in ("sample", "mean", "log_sigma", "path_log_sigma"):
-            getattr(out, part)[pictures, offset] = getattr(chain, part)
+            getattr(out, part)[rows, offset] = getattr(chain, part)
     return out
 
 

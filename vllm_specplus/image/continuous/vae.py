@@ -1,0 +1,82 @@
+"""Pictures to latents and back: an autoencoder whose latents are noisy on purpose.
+
+The decoder never sees a clean latent: a fixed share of the variance is noise (sigma-VAE, arXiv
+2412.08635, section 3.3, whose reason is that errors of an autoregressive model do not add up
+then). That share is where a chain of :class:`~vllm_specplus.image.continuous.chain.Schedule`
+ends, so that its last step has a sigma which two models can agree within.
+
+Encoder and decoder are those of the VQ model (``image/vq.py``), without its codebook.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vllm_specplus.image.vq import Decoder, Encoder
+from vllm_specplus.strict import StrictModel
+
+
+class VAEConfig(StrictModel):
+    size: int
+    """Channels of a latent."""
+    signal: float
+    """Share of a noisy latent's variance that is signal."""
+    image_channels: int = 1
+    channels: int = 32
+    multipliers: tuple[int, ...] = (1, 1, 2)
+    blocks: int = 1
+    latent_channels: int = 64
+
+
+class LatentVAE(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.to_latent = nn.Conv2d(config.latent_channels, config.size, 1)
+        # Mean 0 and variance 1 over the data, per channel: what the schedule assumes.
+        self.scale = nn.BatchNorm2d(config.size, affine=False)
+        self.from_latent = nn.Conv2d(config.size, config.latent_channels, 1)
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Clean latents float32 [B, n, size] in raster order of pictures float32
+        [B, channels, height, width] in [-1, 1]."""
+        return self.scale(self.to_latent(self.encoder(pictures))).flatten(2).transpose(1, 2)
+
+    def noisy(self, clean: torch.Tensor) -> torch.Tensor:
+        """What chains end at and the decoder reads."""
+        signal = self.config.signal
+        return signal**0.5 * clean + (1 - signal) ** 0.5 * torch.randn_like(clean)
+
+    def decode(self, noisy: torch.Tensor) -> torch.Tensor:
+        """Pictures in about [-1, 1] of latents float32 [B, n, size], n a square."""
+        side = int(noisy.shape[1] ** 0.5)
+        return self.decoder(self.from_latent(noisy.transpose(1, 2).unflatten(2, (side, side))))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatentVAE:
+        """Of ``vae/config.json`` and ``vae/model.safetensors`` in a model's folder."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder) / "vae"
+        model = cls(VAEConfig.model_validate_json((folder / "config.json").read_text()))
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict(
+            {n: t.float() if t.is_floating_point() else t for n, t in weights.items()}
+        )
+        return model.eval()
+
+    def save(self, folder: Path) -> None:
+        """In half precision."""
+        from safetensors.torch import save_file
+
+        (folder / "vae").mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: (t.half() if t.is_floating_point() else t).contiguous()
+            for name, t in self.state_dict().items()
+        }
+        save_file(weights, folder / "vae" / "model.safetensors")
+        (folder / "vae" / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")

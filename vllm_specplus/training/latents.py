@@ -1,0 +1,176 @@
+"""The embedded models of continuous tokens: latents of MNIST's digits.
+
+    python -m vllm_specplus.training.latents --data mnist10k.npz --out DIR
+
+1. *VAE.* Pictures of 32 x 32 become 8 x 8 latents of 4 channels, of which the decoder reads a
+   noisy version (``image/continuous/vae.py``).
+2. *Causal* target and draft: latents in raster order behind a label.
+3. *Masked* (MAR's) target and draft: latents in any order.
+
+All four denoise by the same schedule, which draft and target must share to be aligned. Every
+tenth label is dropped, for guidance, and pictures are also learnt shifted by a pixel. A
+twentieth of the pictures is kept apart; ``log.json`` has losses, times and settings.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+from torch.nn import functional as F
+
+from vllm_specplus.image.continuous.causal import CausalLatents, CausalLatentsConfig
+from vllm_specplus.image.continuous.chain import Schedule
+from vllm_specplus.image.continuous.masked import MaskedConfig, MaskedLatents
+from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig
+from vllm_specplus.training.digits import HELD_OUT, LABEL_DROP, SHIFTS, lr_schedule, read
+
+#: Chains end at latents whose noise has 0.42 of the signal's deviation.
+STEPS, END, PREDICTION = 6, 250, "velocity"
+SIZE, GRID = 4, 8
+
+
+def train_vae(pictures: torch.Tensor, epochs: int, batch: int = 64) -> tuple[LatentVAE, list]:
+    signal = Schedule(STEPS, end=END, prediction=PREDICTION).signal_at_end
+    model = LatentVAE(VAEConfig(size=SIZE, signal=signal)).train()
+
+    def loss() -> torch.Tensor:
+        seen = pictures[torch.randint(len(pictures), (batch,))]
+        back = model.decode(model.noisy(model.encode(seen)))
+        return (back - seen).abs().mean() + F.mse_loss(back, seen)
+
+    log = _train("vae", model, loss, epochs * (len(pictures) // batch), 1e-3)
+    return model.eval(), log
+
+
+def train_latents(
+    name: str, model: nn.Module, vae: LatentVAE, clean: torch.Tensor, labels: torch.Tensor,
+    held: tuple[torch.Tensor, torch.Tensor], epochs: float, anything: int, batch: int = 64,
+) -> list:  # fmt: skip
+    """``clean`` float32 [N, n, size]; ``anything`` is the label that stands for all."""
+    for place, parameter in model.named_parameters():
+        # The head starts as the identity, which it has seen to itself.
+        if parameter.dim() > 1 and not place.startswith(("head", "diffloss")):
+            nn.init.normal_(parameter, std=0.02)
+    schedule = Schedule(STEPS, end=END, prediction=PREDICTION)
+
+    def loss() -> torch.Tensor:
+        chosen = torch.randint(len(clean), (batch,))
+        label = torch.where(torch.rand(batch) < LABEL_DROP, anything, labels[chosen])
+        return model.loss(vae.noisy(clean[chosen]), clean[chosen], label, schedule)
+
+    def held_loss() -> float:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return model.loss(vae.noisy(held[0]), held[0], held[1], schedule).item()
+
+    steps = int(epochs * len(clean) / batch)
+    return _train(name, model.train(), loss, steps, 2e-3, held_loss)
+
+
+def _train(
+    name: str, model: nn.Module, loss_of: Callable, steps: int, rate: float,
+    held_loss: Callable[[], float] | None = None,
+) -> list:  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.02)
+    rates, log = lr_schedule(optimizer, steps), []
+    start, sums = time.perf_counter(), np.zeros(2)
+    for step in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        sums += loss.item(), 1
+        if step % max(steps // 12, 1) == 0 or step == steps - 1:
+            entry = {"step": step, "loss": sums[0] / sums[1]}
+            if held_loss is not None:
+                model.eval()
+                with torch.no_grad():
+                    entry["held_out_loss"] = held_loss()
+                model.train()
+            log.append(entry | {"seconds": round(time.perf_counter() - start, 1)})
+            print(name, log[-1], flush=True)
+            sums[:] = 0
+    model.eval()
+    return log
+
+
+def causal(hidden: int, layers: int, head_width: int, head_depth: int) -> CausalLatents:
+    config = CausalLatentsConfig(
+        size=SIZE, head_width=head_width, head_depth=head_depth, steps=STEPS, end=END,
+        prediction=PREDICTION, num_classes=10, grid_size=GRID, hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 32 * 32, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, id2label={i: str(i) for i in range(10)},
+        label2id={str(i): i for i in range(10)},
+    )  # fmt: skip
+    return CausalLatents(config)
+
+
+def masked(width: int, layers: int, head_width: int, head_depth: int) -> MaskedLatents:
+    config = MaskedConfig(
+        length=GRID * GRID, size=SIZE, num_classes=10, encoder_width=width,
+        encoder_depth=layers, encoder_heads=width // 32, decoder_width=width,
+        decoder_depth=layers, decoder_heads=width // 32, buffer_size=4,
+        head_width=head_width, head_depth=head_depth,
+    )  # fmt: skip
+    return MaskedLatents(config)
+
+
+#: Where each model is kept, and what it is: (make, passes over the shifted pictures).
+MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    ".": (lambda: causal(192, 4, 192, 3), 2.0),
+    "draft": (lambda: causal(96, 1, 128, 1), 3.0),
+    "masked/target": (lambda: masked(160, 3, 192, 3), 2.5),
+    "masked/draft": (lambda: masked(96, 1, 128, 1), 3.0),
+}
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="mnist10k.npz")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    vae_epochs: Annotated[int, typer.Option()] = 4,
+    scale: Annotated[float, typer.Option(help="Of all other models' passes.")] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    torch.manual_seed(seed)
+    pictures, labels = read(data)
+    apart = int(len(pictures) * HELD_OUT)
+    order = torch.randperm(len(pictures))
+    pictures, labels = pictures[order], labels[order]
+    held, train = pictures[:apart], pictures[apart:]
+    vae, log = train_vae(train, vae_epochs)
+    vae.save(out)
+    vae = LatentVAE.load(out)  # as others will see it
+    logs = {"vae": log}
+    with torch.no_grad():
+        clean = torch.cat([
+            vae.encode(part) for shift in SHIFTS for part in train.roll(shift, (2, 3)).split(256)
+        ])  # fmt: skip
+        held_clean = vae.encode(held)
+        error = (vae.decode(vae.noisy(held_clean)) - held).abs().mean().item()
+    print("vae", {"held_out_error": error}, flush=True)
+    labels, held_labels = labels[apart:].repeat(len(SHIFTS)), labels[:apart]
+    for place, (make, epochs) in MODELS.items():
+        model = make()
+        anything = 10 if isinstance(model, CausalLatents) else -1
+        logs[place] = train_latents(
+            place, model, vae, clean, labels, (held_clean, held_labels), epochs * scale, anything
+        )
+        model.save(out / place)
+    settings = {"vae_epochs": vae_epochs, "scale": scale, "seed": seed}
+    (out / "log.json").write_text(
+        json.dumps({"settings": settings, "held_out_error": error} | logs, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
