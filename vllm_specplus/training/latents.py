@@ -35,6 +35,8 @@ from vllm_specplus.training.digits import HELD_OUT, LABEL_DROP, SHIFTS, lr_sched
 #: Chains end at latents whose noise has 0.42 of the signal's deviation.
 STEPS, END, PREDICTION = 6, 250, "velocity"
 SIZE, GRID = 4, 8
+#: Random steps of the schedule per latent and look at it.
+REPEATS = 2
 
 
 def train_vae(pictures: torch.Tensor, epochs: int, batch: int = 64) -> tuple[LatentVAE, list]:
@@ -64,7 +66,7 @@ def train_latents(
     def loss() -> torch.Tensor:
         chosen = torch.randint(len(clean), (batch,))
         label = torch.where(torch.rand(batch) < LABEL_DROP, anything, labels[chosen])
-        return model.loss(vae.noisy(clean[chosen]), clean[chosen], label, schedule)
+        return model.loss(vae.noisy(clean[chosen]), clean[chosen], label, schedule, REPEATS)
 
     def held_loss() -> float:
         with torch.random.fork_rng():
@@ -127,17 +129,17 @@ def masked(width: int, layers: int, head_width: int, head_depth: int) -> MaskedL
 
 #: Where each model is kept, and what it is: (make, passes over the shifted pictures).
 MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
-    ".": (lambda: causal(192, 4, 192, 3), 2.0),
-    "draft": (lambda: causal(96, 1, 128, 1), 3.0),
-    "masked/target": (lambda: masked(160, 3, 192, 3), 2.5),
-    "masked/draft": (lambda: masked(96, 1, 128, 1), 3.0),
+    ".": (lambda: causal(192, 4, 192, 3), 1.3),
+    "draft": (lambda: causal(96, 1, 128, 1), 2.0),
+    "masked/target": (lambda: masked(160, 3, 192, 3), 1.3),
+    "masked/draft": (lambda: masked(96, 1, 128, 1), 2.0),
 }
 
 
 def main(
     data: Annotated[Path, typer.Option(help="mnist10k.npz")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    vae_epochs: Annotated[int, typer.Option()] = 4,
+    vae_epochs: Annotated[int, typer.Option()] = 3,
     scale: Annotated[float, typer.Option(help="Of all other models' passes.")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
