@@ -43,15 +43,27 @@ FAILED = 1
 BAD_INPUT = 2
 TEXT_METHODS = "none,ngram,suffix,token_recycling"
 IMAGE_METHODS = 'none,jacobi,jacobi:acceptance={"rule":"gsd"}'
+CONTINUOUS_METHODS = "none,cspd"
 
 
 class Task(StrEnum):
     text = "text"
     image = "image"
+    image_continuous = "image-continuous"
 
 
-#: Of --task text only.
+METHODS_OF = {
+    Task.text: TEXT_METHODS,
+    Task.image: IMAGE_METHODS,
+    Task.image_continuous: CONTINUOUS_METHODS,
+}
 TEXT_OPTIONS = ("dataset", "max_tokens", "rounds", "repeat", "chat_template", "sequential")
+#: What a task would ignore.
+FOREIGN_OPTIONS = {
+    Task.text: ("sheet", "guidance_scale"),
+    Task.image: (*TEXT_OPTIONS, "guidance_scale"),
+    Task.image_continuous: (*TEXT_OPTIONS, "engine_arg"),
+}
 
 
 def bench(
@@ -68,7 +80,8 @@ def bench(
         Task,
         typer.Option(
             help="text: answers to a dataset; image: pictures of the model's classes, "
-            "judged by the classifier in its folder."
+            "judged by the classifier in its folder; image-continuous: the same for models of "
+            "latents, without vLLM, in batches of --concurrency."
         ),
     ] = Task.text,
     methods: Annotated[
@@ -78,7 +91,8 @@ def bench(
             "name[:key=value]... with keys of vLLM's speculative config, e.g. "
             "none,ngram:num_speculative_tokens=4,token_recycling. "
             'Values are JSON, or else strings (tree="2.2" is a string, tree=2.2 a number).',
-            show_default=f"{TEXT_METHODS}; for images {IMAGE_METHODS}",
+            show_default=f"{TEXT_METHODS}; for images {IMAGE_METHODS}; for latents "
+            f"{CONTINUOUS_METHODS}",
         ),
     ] = None,
     concurrency: Annotated[
@@ -125,6 +139,9 @@ def bench(
             "does not hold all engines together.",
         ),
     ] = False,
+    guidance_scale: Annotated[
+        float, typer.Option(help="For --task image-continuous; 1 is no guidance.")
+    ] = 1.0,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all results to this file.")
     ] = None,
@@ -139,8 +156,8 @@ def bench(
     Exit code 0: all measured; 1: a method failed, the others were measured; 2: unusable input.
     """
     errors = Console(stderr=True, highlight=False)
-    methods = methods or [IMAGE_METHODS if task is Task.image else TEXT_METHODS]
-    temperature = (1.0 if task is Task.image else 0.0) if temperature is None else temperature
+    methods = methods or [METHODS_OF[task]]
+    temperature = (0.0 if task is Task.text else 1.0) if temperature is None else temperature
     try:
         check_model(model)
         check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot, sheet)
@@ -151,6 +168,12 @@ def bench(
                 engine_arg or [], errors,
             )  # fmt: skip
             finish_images(pictures, json_path, plot, sheet)
+            return
+        if task is Task.image_continuous:
+            bench_continuous(
+                model, ",".join(methods), concurrency, limit, temperature, guidance_scale, seed,
+                errors, json_path, plot, sheet,
+            )  # fmt: skip
             return
         if dataset is None:
             raise InputError("--dataset is needed for --task text")
@@ -251,6 +274,38 @@ def finish_images(
         raise typer.Exit(FAILED)
 
 
+def bench_continuous(
+    model: str, methods: str, batches: str, pictures: int, temperature: float,
+    guidance_scale: float, seed: int, console: Console,
+    json_path: Path | None, plot: Path | None, sheet: Path | None,
+) -> None:  # fmt: skip
+    """Measure, print, and write what was asked for; InputError for what cannot be measured."""
+    from vllm_specplus.bench import continuous  # imports torch: not at every command
+
+    bench = continuous.ContinuousBench(
+        model, parse_methods(methods), pictures, parse_concurrencies(batches), temperature,
+        guidance_scale, seed, lambda what: console.print(what, markup=False),
+    )  # fmt: skip
+    bench.run()
+    with tempfile.TemporaryDirectory(prefix="vllm-specplus-bench-") as folder:
+        machine = describe_machine(Path(folder) / "describe.log")
+    report = continuous.ContinuousReport(
+        model=bench.model,
+        versions=describe_versions(machine),
+        machine=describe_hardware(machine),
+        command=shlex.join(sys.argv),
+        settings=bench.settings(),
+        runs=bench.runs,
+    )
+    if json_path:
+        report.save(json_path)
+    continuous.print_continuous_report(Console(), report)
+    if plot:
+        continuous.save_continuous_plot(report, plot)
+    if sheet:
+        continuous.save_continuous_sheet(bench, sheet)
+
+
 def check_model(model: str) -> None:
     """Refuse a path that is not there; anything else may be a name that vLLM can load."""
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
@@ -283,11 +338,13 @@ def check_options(
 
 
 def check_task(task: Task, context: typer.Context) -> None:
-    """Refuse options that the other task has and this one would ignore."""
-    others, other = (TEXT_OPTIONS, Task.text) if task is Task.image else (("sheet",), Task.image)
-    for name in others:
+    """Refuse options that another task has and this one would ignore."""
+    for name in FOREIGN_OPTIONS[task]:
         if context.get_parameter_source(name).name != "DEFAULT":
-            raise InputError(f"--{name.replace('_', '-')} is for --task {other}: remove it")
+            others = [str(other) for other in Task if name not in FOREIGN_OPTIONS[other]]
+            raise InputError(
+                f"--{name.replace('_', '-')} is for --task {' or '.join(others)}: remove it"
+            )
 
 
 def check_raw_prompts(data: Dataset, chat_template: bool) -> None:

@@ -122,7 +122,7 @@ def masked(width: int, layers: int, head_width: int, head_depth: int) -> MaskedL
         length=GRID * GRID, size=SIZE, num_classes=10, encoder_width=width,
         encoder_depth=layers, encoder_heads=width // 32, decoder_width=width,
         decoder_depth=layers, decoder_heads=width // 32, buffer_size=4,
-        head_width=head_width, head_depth=head_depth,
+        head_width=head_width, head_depth=head_depth, steps=STEPS, end=END, prediction=PREDICTION,
     )  # fmt: skip
     return MaskedLatents(config)
 
@@ -131,7 +131,7 @@ def masked(width: int, layers: int, head_width: int, head_depth: int) -> MaskedL
 MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     ".": (lambda: causal(192, 4, 192, 3), 1.3),
     "draft": (lambda: causal(96, 1, 128, 1), 2.0),
-    "masked/target": (lambda: masked(160, 3, 192, 3), 1.3),
+    "masked": (lambda: masked(160, 3, 192, 3), 1.3),
     "masked/draft": (lambda: masked(96, 1, 128, 1), 2.0),
 }
 

@@ -51,6 +51,12 @@ class MaskedConfig(StrictModel):
     buffer_size: int = 64
     head_width: int = 1024
     head_depth: int = 6
+    steps: int = 100
+    end: int = 0
+    prediction: Literal["noise", "velocity"] = "noise"
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, end=self.end, prediction=self.prediction)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,305 @@
+"""``vllm-specplus bench --task image-continuous``: pictures of latents, with and without CSpD.
+
+In this process and without vLLM: what is compared is the method. Every batch size makes the same
+classes by the same seeds, in batches of that size, methods in turn; the classifier and the
+distances are those of ``--task image``. Methods:
+
+* ``none``: the target alone;
+* ``cspd``, with the keys of :class:`Cspd`;
+* ``plain:iterations=N``, for masked models: the target alone in so many iterations.
+
+A pass of the target is one call of its backbone per picture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from vllm_specplus.bench import InputError
+from vllm_specplus.bench.methods import BASELINE, MethodSpec
+from vllm_specplus.bench.report import ReportHead
+from vllm_specplus.image import quality
+from vllm_specplus.image.continuous.acceptance import Rule
+from vllm_specplus.image.continuous.decoding import (
+    Counts,
+    Guided,
+    Settings,
+    Speculation,
+    decode,
+    decode_speculative,
+)
+from vllm_specplus.image.continuous.folder import LatentsFolder
+from vllm_specplus.image.continuous.masked import (
+    MaskedSpeculation,
+    decode_masked,
+    decode_masked_speculative,
+    known_latents,
+)
+from vllm_specplus.strict import StrictModel
+
+#: Of a masked model, if nothing else is said.
+ITERATIONS = 16
+
+
+class Cspd(StrictModel):
+    """How CSpD drafts and judges."""
+
+    window: int = 8
+    """Latents (of a masked model: iterations) drafted per pass."""
+    rule: Rule = "exact"
+    prefill: int = 0
+    aligned: bool = True
+    """Of causal models."""
+    contexts: Literal["own", "shared"] = "own"
+    """Of masked models."""
+
+
+class Plain(StrictModel):
+    iterations: int
+
+
+class ContinuousRun(BaseModel):
+    """One method at one batch size."""
+
+    label: str
+    batch: int
+    pictures: int
+    seconds: float
+    passes_per_picture: float
+    """Of the target's backbone."""
+    acceptance: float | None
+    """Share of the judged drafts."""
+    given_up: int
+    """Residuals that ended at the bound of proposals."""
+    accuracy: float
+    distance: float
+    distance_error: float
+    """Bootstrap."""
+
+    @property
+    def pictures_per_second(self) -> float:
+        return self.pictures / self.seconds
+
+
+class ContinuousReport(ReportHead):
+    """The JSON file."""
+
+    runs: list[ContinuousRun]
+
+
+class ContinuousBench:
+    """Measures methods in turn; ``notify`` is told which."""
+
+    def __init__(
+        self, model: str, methods: list[MethodSpec], pictures: int, batches: list[int],
+        temperature: float, guidance: float, seed: int, notify: Callable[[str], None],
+    ):  # fmt: skip
+        try:
+            self.folder = LatentsFolder.load(model)
+        except FileNotFoundError as error:
+            raise InputError(f"--model: {error}") from None
+        if pictures < 2:
+            raise InputError("--limit: a distance needs at least 2 pictures")
+        self.model, self.batches, self.notify = model, batches, notify
+        self.temperature, self.guidance, self.seed = temperature, guidance, seed
+        self.ways = {method.label: self._way(method) for method in methods}
+        self.labels = torch.arange(pictures) % self.folder.num_classes
+        self.latents: dict[str, torch.Tensor] = {}
+        self.runs: list[ContinuousRun] = []
+
+    def _way(self, method: MethodSpec):
+        """A function of labels and seeds that returns latents, and counts or passes."""
+        keys = dict(method.speculative_config or {})
+        keys.pop("method", None)
+        folder = self.folder
+        settings = Settings(
+            folder.length, folder.size, folder.schedule, temperature=self.temperature
+        )
+        try:
+            if method.name == "plain" and folder.masked:
+                iterations = Plain(**keys).iterations
+                return self._masked_plain(settings, iterations)
+            if method.name == BASELINE:
+                if folder.masked:
+                    return self._masked_plain(settings, ITERATIONS)
+                target = self._guided(folder.target)
+                return lambda labels, seeds: (
+                    decode(target, labels, seeds, settings), float(folder.length)
+                )  # fmt: skip
+            if method.name == "cspd":
+                return self._cspd(Cspd(**keys), set(keys), settings)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise InputError(f"--methods: {method.label}: {where}: {problem['msg']}") from None
+        except ValueError as error:
+            raise InputError(f"--methods: {method.label}: {error}") from None
+        allowed = f"{BASELINE}, cspd" + (", plain:iterations=N" if folder.masked else "")
+        raise InputError(
+            f"--methods: --task image-continuous measures {allowed} of this model, "
+            f"not {method.name}"
+        )
+
+    def _masked_plain(self, settings: Settings, iterations: int):
+        known_latents(settings.length, iterations)  # refuses what cannot be
+        target = self.folder.target
+        return lambda labels, seeds: (
+            decode_masked(target, labels, seeds, settings, iterations), float(iterations)
+        )  # fmt: skip
+
+    def _cspd(self, how: Cspd, given: set[str], settings: Settings):
+        folder = self.folder
+        if folder.masked:
+            if "aligned" in given:
+                raise ValueError("aligned is for causal models: remove it")
+            masked = MaskedSpeculation(how.window, how.contexts, how.rule, how.prefill)
+            return lambda labels, seeds: decode_masked_speculative(
+                folder.target, folder.draft, labels, seeds, settings, ITERATIONS, masked
+            )
+        if "contexts" in given:
+            raise ValueError("contexts is for masked models: remove it")
+        speculation = Speculation(how.window, how.rule, how.prefill, how.aligned)
+        target, draft = self._guided(folder.target), self._guided(folder.draft)
+        return lambda labels, seeds: decode_speculative(
+            target, draft, labels, seeds, settings, speculation
+        )
+
+    def _guided(self, model):
+        if self.guidance == 1:
+            return model
+        return Guided(model, self.folder.num_classes, self.guidance)
+
+    def run(self) -> None:
+        for batch in self.batches:
+            for label, way in self.ways.items():
+                self.notify(f"{label}, batches of {batch}")
+                way(self.labels[: min(batch, 8)], list(range(min(batch, 8))))  # warm up
+                self.runs.append(self._measure(label, way, batch))
+
+    def _measure(self, label: str, way, batch: int) -> ContinuousRun:
+        # Small batches take longest: fewer pictures of them are made, and judged.
+        count = min(len(self.labels), max(batch * 16, 16))
+        made, passes, accepted, judged, given_up, seconds = [], 0.0, 0, 0, 0, 0.0
+        for first in range(0, count, batch):
+            labels = self.labels[first : min(first + batch, count)]
+            seeds = [self.seed + i for i in range(first, first + len(labels))]
+            start = time.perf_counter()
+            latents, counts = way(labels, seeds)
+            seconds += time.perf_counter() - start
+            made.append(latents)
+            if isinstance(counts, Counts):
+                passes += float(counts.target_passes.sum())
+                accepted += int(counts.accepted.sum())
+                judged += int((counts.accepted + counts.rejected).sum())
+                given_up += int(counts.given_up.sum())
+            else:
+                passes += counts * len(labels)
+        latents = torch.cat(made)
+        self.latents[label] = latents
+        seen = quality.features(self.folder.classifier, self.pictures(latents))
+        return ContinuousRun(
+            label=label, batch=batch, pictures=count, seconds=seconds,
+            passes_per_picture=passes / count,
+            acceptance=accepted / judged if judged else None, given_up=given_up,
+            accuracy=quality.accuracy(self.folder.classifier, seen, self.labels[:count].numpy()),
+            distance=quality.Gaussian.of(seen).distance(self.folder.reference),
+            distance_error=quality.distance_error(seen, self.folder.reference),
+        )  # fmt: skip
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """float32 [N, channels, height, width] in about [-1, 1]."""
+        with torch.inference_mode():
+            return torch.cat([self.folder.vae.decode(part) for part in latents.split(128)])
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, for the report."""
+        return {
+            "methods": list(self.ways), "batches": self.batches, "pictures": len(self.labels),
+            "temperature": self.temperature, "guidance": self.guidance, "seed": self.seed,
+        }  # fmt: skip
+
+
+def print_continuous_report(console: Console, report: ContinuousReport) -> None:
+    table = Table(
+        caption="made: pictures; passes: of the target's backbone, per picture; distance: Fréchet, to the data, "
+        "with its bootstrap error"
+    )
+    # Labels are long: the table goes by numbers.
+    labels = list(dict.fromkeys(run.label for run in report.runs))
+    for number, label in enumerate(labels, 1):
+        console.print(f"{number}  {label}", markup=False, soft_wrap=True)
+    table.add_column("", justify="right", no_wrap=True, min_width=len(str(len(labels))))
+    for name in ("batch", "made", "per s", "passes", "accepted", "accuracy", "distance"):
+        table.add_column(name, justify="right", no_wrap=True)
+    plain = {run.batch: run for run in report.runs if run.label == BASELINE}
+    for run in report.runs:
+        speed, base = f"{run.pictures_per_second:.2f}", plain.get(run.batch)
+        if base is not None and run is not base:
+            speed += f"\n({run.pictures_per_second / base.pictures_per_second:.2f}x)"
+        table.add_row(
+            str(labels.index(run.label) + 1), str(run.batch), str(run.pictures), speed,
+            f"{run.passes_per_picture:.1f}",
+            "" if run.acceptance is None else f"{run.acceptance:.2f}", f"{run.accuracy:.3f}",
+            f"{run.distance:.2f} ±{run.distance_error:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def save_continuous_plot(report: ContinuousReport, path: Path) -> None:
+    """Speed by batch size, and quality against passes at the largest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    plain = {run.batch: run.pictures_per_second for run in report.runs if run.label == BASELINE}
+    largest = max(run.batch for run in report.runs)
+    for label in dict.fromkeys(run.label for run in report.runs):
+        runs = [run for run in report.runs if run.label == label]
+        speeds = [run.pictures_per_second / plain.get(run.batch, 1.0) for run in runs]
+        (line,) = axes[0].plot([run.batch for run in runs], speeds, "o-", label=label)
+        for run in runs:
+            if run.batch == largest:
+                axes[1].errorbar(
+                    run.passes_per_picture, run.distance, run.distance_error, marker="o",
+                    color=line.get_color(),
+                )  # fmt: skip
+    axes[0].set_xscale("log", base=2)
+    axes[0].set(xlabel="pictures in a batch", ylabel="pictures per s" + (
+        f" relative to {BASELINE}" if plain else ""))  # fmt: skip
+    axes[1].set(xlabel=f"target passes per picture, batches of {largest}",
+                ylabel="Fréchet distance")  # fmt: skip
+    figure.legend(loc="outside lower center", fontsize=7, ncols=2)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def save_continuous_sheet(bench: ContinuousBench, path: Path) -> None:
+    """A row of pictures of every method: two of each class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = 2 * bench.folder.num_classes
+    figure, axes = plt.subplots(
+        len(bench.latents), 1, figsize=(0.45 * shown, len(bench.latents) * 0.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (label, latents) in zip(axes[:, 0], bench.latents.items(), strict=True):
+        row = bench.pictures(latents[:shown])[:, 0].clamp(-1, 1).numpy()
+        axis.imshow(np.concatenate(row, 1), cmap="gray", vmin=-1, vmax=1)
+        axis.set_title(label, fontsize=7)
+        axis.axis("off")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,68 @@
+"""A folder with a model of latents, its draft, and what reads its latents.
+
+``config.json`` and ``model.safetensors`` are the target, causal or masked, ``draft/`` a smaller
+model of the same kind. ``vae/`` and ``classifier/`` are here or in the folder above.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_specplus.image.continuous.causal import MODEL_TYPE, CausalLatents
+from vllm_specplus.image.continuous.chain import Schedule
+from vllm_specplus.image.continuous.masked import MaskedLatents
+from vllm_specplus.image.continuous.vae import LatentVAE
+from vllm_specplus.image.quality import DigitClassifier, Gaussian
+
+
+@dataclass(frozen=True, slots=True)
+class LatentsFolder:
+    target: CausalLatents | MaskedLatents
+    draft: CausalLatents | MaskedLatents
+    vae: LatentVAE
+    classifier: DigitClassifier
+    reference: Gaussian
+    schedule: Schedule
+
+    @property
+    def masked(self) -> bool:
+        return isinstance(self.target, MaskedLatents)
+
+    @property
+    def num_classes(self) -> int:
+        return self.target.config.num_classes
+
+    @property
+    def length(self) -> int:
+        """Latents of a picture."""
+        config = self.target.config
+        return config.length if self.masked else config.grid_size**2
+
+    @property
+    def size(self) -> int:
+        return self.target.config.size
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatentsFolder:
+        """FileNotFoundError says what is missing."""
+        folder = Path(folder).expanduser()
+        for needed in ("config.json", "draft/config.json"):
+            if not (folder / needed).is_file():
+                raise FileNotFoundError(
+                    f"{folder} has no {needed}: a folder made by "
+                    f"`python -m vllm_specplus.training.latents` is needed"
+                )
+        shared = folder if (folder / "vae").is_dir() else folder.parent
+        for needed in ("vae", "classifier"):
+            if not (shared / needed).is_dir():
+                raise FileNotFoundError(f"{folder} has no {needed}/, nor has the folder above it")
+        said = json.loads((folder / "config.json").read_text())
+        kind = CausalLatents if said.get("model_type") == MODEL_TYPE else MaskedLatents
+        target, draft = kind.load(folder), kind.load(folder / "draft")
+        return cls(
+            target=target, draft=draft, vae=LatentVAE.load(shared),
+            classifier=DigitClassifier.load(shared), reference=Gaussian.load(shared),
+            schedule=target.config.schedule(),
+        )  # fmt: skip
