@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import vllm_specplus
 from vllm_specplus.bench.continuous import ContinuousReport
 from vllm_specplus.cli.main import app
+from vllm_specplus.cli.model import LATENTS_MODEL
 from vllm_specplus.image.continuous.folder import LatentsFolder
 from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig
 from vllm_specplus.training.latents import END, STEPS, causal, masked
@@ -98,6 +99,21 @@ def test_bad_input_is_one_sentence(folder, model, methods, message):
     assert message in result.stderr
     assert result.stderr.startswith("Error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [".", "masked"])
+def test_the_embedded_models_draw_what_is_asked_for(tmp_path, kind):
+    out = tmp_path / "out.json"
+    result = bench(
+        "--model", str(LATENTS_MODEL / kind), "--methods", "none,cspd:window=4", "--limit", "60",
+        "--concurrency", "60", "--json", str(out),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for run in ContinuousReport.model_validate_json(out.read_text()).runs:
+        assert run.accuracy > 0.7
+        assert run.given_up == 0
+        if run.acceptance is not None:
+            assert 0.1 < run.acceptance < 0.99
 
 
 def test_a_vae_reads_what_it_wrote(folder):

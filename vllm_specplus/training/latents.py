@@ -7,14 +7,17 @@
 2. *Causal* target and draft: latents in raster order behind a label.
 3. *Masked* (MAR's) target and draft: latents in any order.
 
-All four denoise by the same schedule, which draft and target must share to be aligned. Every
-tenth label is dropped, for guidance, and pictures are also learnt shifted by a pixel. A
-twentieth of the pictures is kept apart; ``log.json`` has losses, times and settings.
+The classifier that judges pictures is that of the other embedded image model, so that their
+distances can be compared. All four models denoise by the same schedule, which draft and target
+must share to be aligned. Every tenth label is dropped, for guidance, and pictures are also learnt
+shifted by a pixel. A twentieth of the pictures is kept apart; ``log.json`` has losses, times and
+settings.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +38,7 @@ from vllm_specplus.training.digits import HELD_OUT, LABEL_DROP, SHIFTS, lr_sched
 #: Chains end at latents whose noise has 0.42 of the signal's deviation.
 STEPS, END, PREDICTION = 6, 250, "velocity"
 SIZE, GRID = 4, 8
+CLASSIFIER = Path(__file__).parent.parent / "data" / "digits" / "classifier"
 #: Random steps of the schedule per latent and look at it.
 REPEATS = 2
 
@@ -149,6 +153,7 @@ def main(
     order = torch.randperm(len(pictures))
     pictures, labels = pictures[order], labels[order]
     held, train = pictures[:apart], pictures[apart:]
+    shutil.copytree(CLASSIFIER, out / "classifier", dirs_exist_ok=True)
     vae, log = train_vae(train, vae_epochs)
     vae.save(out)
     vae = LatentVAE.load(out)  # as others will see it

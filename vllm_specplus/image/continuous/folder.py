@@ -51,8 +51,8 @@ class LatentsFolder:
         for needed in ("config.json", "draft/config.json"):
             if not (folder / needed).is_file():
                 raise FileNotFoundError(
-                    f"{folder} has no {needed}: a folder made by "
-                    f"`python -m vllm_specplus.training.latents` is needed"
+                    f"{folder} has no {needed}: use the folder that "
+                    f"`vllm-specplus prepare-model --latents` prints"
                 )
         shared = folder if (folder / "vae").is_dir() else folder.parent
         for needed in ("vae", "classifier"):
