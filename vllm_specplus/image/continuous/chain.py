@@ -30,8 +30,8 @@ class DiffusionHead(Protocol):
         self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the schedule's ``prediction`` names, of ``x`` float32 [n, d] at ``times`` int64
-        [n], and where its log-variance lies between the least and the most possible, -1 to 1;
-        both [n, d]."""
+        [n] (or [1], of all), and where its log-variance lies between the least and the most
+        possible, -1 to 1; both [n, d]."""
         ...
 
 
@@ -210,8 +210,7 @@ def denoise(
     x = noise.start
     path = torch.zeros(len(x), device=x.device)
     for i in range(schedule.steps):
-        times = schedule.times[i].to(x.device).expand(len(x))
-        said = head(x, times, condition)
+        said = head(x, schedule.times[i : i + 1].to(x.device), condition)
         mean, log_sigma = schedule.step(i, x, *(part.float() for part in said))
         log_sigma = log_sigma + math.log(temperature)
         if i < schedule.steps - 1:

@@ -88,7 +88,8 @@ class Guided:
         self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         both = torch.cat(condition.chunk(2, -1))
-        said, fraction = self.model.head(x.repeat(2, 1), times.repeat(2), both)
+        times = times if len(times) == 1 else times.repeat(2)
+        said, fraction = self.model.head(x.repeat(2, 1), times, both)
         label, other = said.chunk(2)
         return other + self.scale * (label - other), fraction[: len(x)]
 
