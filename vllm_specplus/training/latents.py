@@ -135,7 +135,7 @@ def masked(width: int, layers: int, head_width: int, head_depth: int) -> MaskedL
 MODELS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     ".": (lambda: causal(192, 4, 192, 3), 1.3),
     "draft": (lambda: causal(96, 1, 128, 1), 2.0),
-    "masked": (lambda: masked(160, 3, 192, 3), 1.3),
+    "masked": (lambda: masked(128, 3, 160, 3), 1.3),
     "masked/draft": (lambda: masked(96, 1, 128, 1), 2.0),
 }
 
@@ -146,6 +146,9 @@ def main(
     vae_epochs: Annotated[int, typer.Option()] = 3,
     scale: Annotated[float, typer.Option(help="Of all other models' passes.")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
+    only: Annotated[
+        str | None, typer.Option(help="Train this one of the models alone, for the VAE in --out.")
+    ] = None,
 ) -> None:
     torch.manual_seed(seed)
     pictures, labels = read(data)
@@ -153,11 +156,16 @@ def main(
     order = torch.randperm(len(pictures))
     pictures, labels = pictures[order], labels[order]
     held, train = pictures[:apart], pictures[apart:]
-    shutil.copytree(CLASSIFIER, out / "classifier", dirs_exist_ok=True)
-    vae, log = train_vae(train, vae_epochs)
-    vae.save(out)
+    logs = {}
+    if only is None:
+        shutil.copytree(CLASSIFIER, out / "classifier", dirs_exist_ok=True)
+        vae, logs["vae"] = train_vae(train, vae_epochs)
+        vae.save(out)
+    elif only not in MODELS:
+        raise typer.BadParameter(f"--only {only}: the models are {', '.join(MODELS)}")
+    else:
+        logs = json.loads((out / "log.json").read_text())
     vae = LatentVAE.load(out)  # as others will see it
-    logs = {"vae": log}
     with torch.no_grad():
         clean = torch.cat([
             vae.encode(part) for shift in SHIFTS for part in train.roll(shift, (2, 3)).split(256)
@@ -167,6 +175,8 @@ def main(
     print("vae", {"held_out_error": error}, flush=True)
     labels, held_labels = labels[apart:].repeat(len(SHIFTS)), labels[:apart]
     for place, (make, epochs) in MODELS.items():
+        if only not in (None, place):
+            continue
         model = make()
         anything = 10 if isinstance(model, CausalLatents) else -1
         logs[place] = train_latents(
@@ -175,7 +185,7 @@ def main(
         model.save(out / place)
     settings = {"vae_epochs": vae_epochs, "scale": scale, "seed": seed}
     (out / "log.json").write_text(
-        json.dumps({"settings": settings, "held_out_error": error} | logs, indent=1) + "\n"
+        json.dumps(logs | {"settings": settings, "held_out_error": error}, indent=1) + "\n"
     )
 
 
