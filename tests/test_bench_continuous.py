@@ -94,7 +94,21 @@ def test_measures_prints_and_writes(folder, tmp_path, model, methods, passes):
     ],
 )
 def test_bad_input_is_one_sentence(folder, model, methods, message):
-    result = bench("--model", str(folder / model), "--methods", methods)
+    refused(bench("--model", str(folder / model), "--methods", methods), message)
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "message"),
+    [
+        (".", ("--temperature", "0"), "it must be above 0, not 0.0"),
+        ("masked", ("--guidance-scale", "2"), "--guidance-scale is for causal models so far"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(folder, model, option, message):
+    refused(bench("--model", str(folder / model), *option), message)
+
+
+def refused(result, message: str) -> None:
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.startswith("Error: ")

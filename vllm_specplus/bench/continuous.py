@@ -109,6 +109,12 @@ class ContinuousBench:
             raise InputError(f"--model: {error}") from None
         if pictures < 2:
             raise InputError("--limit: a distance needs at least 2 pictures")
+        if temperature <= 0:
+            raise InputError(
+                f"--temperature: latents are drawn, it must be above 0, not {temperature}"
+            )
+        if self.folder.masked and guidance != 1:
+            raise InputError("--guidance-scale is for causal models so far: remove it")
         self.model, self.batches, self.notify = model, batches, notify
         self.temperature, self.guidance, self.seed = temperature, guidance, seed
         self.ways = {method.label: self._way(method) for method in methods}

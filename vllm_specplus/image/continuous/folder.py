@@ -24,7 +24,11 @@ class LatentsFolder:
     vae: LatentVAE
     classifier: DigitClassifier
     reference: Gaussian
-    schedule: Schedule
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of target and draft alike."""
+        return self.target.config.schedule()
 
     @property
     def masked(self) -> bool:
@@ -64,5 +68,4 @@ class LatentsFolder:
         return cls(
             target=target, draft=draft, vae=LatentVAE.load(shared),
             classifier=DigitClassifier.load(shared), reference=Gaussian.load(shared),
-            schedule=target.config.schedule(),
         )  # fmt: skip
