@@ -130,6 +130,14 @@ def test_the_embedded_models_draw_what_is_asked_for(tmp_path, kind):
             assert 0.1 < run.acceptance < 0.99
 
 
+def test_prepare_model_prints_the_folder():
+    result = CliRunner().invoke(app, ["prepare-model", "--latents"])
+    assert result.stdout.strip() == str(LATENTS_MODEL)
+    refusal = CliRunner().invoke(app, ["prepare-model", "--latents", "--image"])
+    assert refusal.exit_code == 2
+    assert "stands alone" in refusal.stderr
+
+
 def test_a_vae_reads_what_it_wrote(folder):
     vae = LatentVAE.load(folder)
     pictures = torch.rand(3, 1, 32, 32) * 2 - 1

@@ -234,6 +234,15 @@ class ContinuousBench:
         }  # fmt: skip
 
 
+def sheet_of(bench: ContinuousBench) -> dict[str, np.ndarray]:
+    """Two pictures of each class by every method, for ``images.save_sheet``."""
+    shown = 2 * bench.folder.num_classes
+    return {
+        label: bench.pictures(latents[:shown])[:, 0].numpy()
+        for label, latents in bench.latents.items()
+    }
+
+
 def print_continuous_report(console: Console, report: ContinuousReport) -> None:
     table = Table(
         caption="made: pictures; passes: of the target's backbone, per picture; distance: "
@@ -286,26 +295,5 @@ def save_continuous_plot(report: ContinuousReport, path: Path) -> None:
     axes[1].set(xlabel=f"target passes per picture, batches of {largest}",
                 ylabel="Fréchet distance")  # fmt: skip
     figure.legend(loc="outside lower center", fontsize=7, ncols=2)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def save_continuous_sheet(bench: ContinuousBench, path: Path) -> None:
-    """A row of pictures of every method: two of each class."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = 2 * bench.folder.num_classes
-    figure, axes = plt.subplots(
-        len(bench.latents), 1, figsize=(0.45 * shown, len(bench.latents) * 0.8), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, (label, latents) in zip(axes[:, 0], bench.latents.items(), strict=True):
-        row = bench.pictures(latents[:shown])[:, 0].clamp(-1, 1).numpy()
-        axis.imshow(np.concatenate(row, 1), cmap="gray", vmin=-1, vmax=1)
-        axis.set_title(label, fontsize=7)
-        axis.axis("off")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -226,6 +226,14 @@ class ImageBench:
             return torch.cat([self.vq.decode(part) for part in grid.split(128)])
 
 
+def sheet_of(bench: ImageBench) -> dict[str, np.ndarray]:
+    """Two pictures of each class by every method, for :func:`save_sheet`."""
+    shown = 2 * bench.config["num_classes"]
+    return {
+        label: bench.pictures(codes[:shown])[:, 0].numpy() for label, codes in bench.codes.items()
+    }
+
+
 def print_image_report(console: Console, report: ImageReport) -> None:
     table = Table(title=f"{report.settings['pictures']} pictures, "
                         f"{report.settings['concurrency']} in flight",
@@ -279,21 +287,19 @@ def save_image_plot(report: ImageReport, path: Path) -> None:
     plt.close(figure)
 
 
-def save_sheet(bench: ImageBench, path: Path) -> None:
-    """A row of pictures of every method: two of each class."""
+def save_sheet(rows: dict[str, np.ndarray], path: Path) -> None:
+    """A row of pictures of every method: ``rows`` float32 [N, height, width] in about [-1, 1]."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    classes = bench.config["num_classes"]
-    count = len(bench.codes)
+    shown = max(len(row) for row in rows.values())
     figure, axes = plt.subplots(
-        count, 1, figsize=(0.45 * 2 * classes, count * 0.8), squeeze=False, layout="constrained"
+        len(rows), 1, figsize=(0.45 * shown, len(rows) * 0.8), squeeze=False, layout="constrained"
     )
-    for axis, (label, codes) in zip(axes[:, 0], bench.codes.items(), strict=True):
-        shown = bench.pictures(codes[: 2 * classes])[:, 0].clamp(-1, 1).numpy()
-        axis.imshow(np.concatenate(shown, 1), cmap="gray", vmin=-1, vmax=1)
+    for axis, (label, row) in zip(axes[:, 0], rows.items(), strict=True):
+        axis.imshow(np.concatenate(row, 1), cmap="gray", vmin=-1, vmax=1)
         axis.set_title(label, fontsize=7)
         axis.axis("off")
     figure.savefig(path, dpi=130)

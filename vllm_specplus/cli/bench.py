@@ -20,6 +20,7 @@ from vllm_specplus.bench.images import (
     print_image_report,
     save_image_plot,
     save_sheet,
+    sheet_of,
 )
 from vllm_specplus.bench.methods import (
     BASELINE,
@@ -269,7 +270,7 @@ def finish_images(
     if plot and report.runs:
         save_image_plot(report, plot)
     if sheet and report.runs:
-        save_sheet(bench, sheet)
+        save_sheet(sheet_of(bench), sheet)
     if report.failures:
         raise typer.Exit(FAILED)
 
@@ -303,7 +304,7 @@ def bench_continuous(
     if plot:
         continuous.save_continuous_plot(report, plot)
     if sheet:
-        continuous.save_continuous_sheet(bench, sheet)
+        save_sheet(continuous.sheet_of(bench), sheet)
 
 
 def check_model(model: str) -> None:

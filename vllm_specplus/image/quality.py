@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from vllm_specplus.image import weights
+
 FEATURES = 64
 REFERENCE = Path("classifier") / "reference.safetensors"
 
@@ -47,10 +49,7 @@ class DigitClassifier(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> DigitClassifier:
-        model = cls()
-        weights = load_file(Path(folder) / "classifier" / "model.safetensors")
-        model.load_state_dict({name: torch.from_numpy(w).float() for name, w in weights.items()})
-        return model.eval()
+        return weights.load(cls(), Path(folder) / "classifier" / "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vllm_specplus.image import weights
 from vllm_specplus.strict import StrictModel
 
 
@@ -187,20 +188,12 @@ class VQModel(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> VQModel:
         """Of ``vq/config.json`` and ``vq/model.safetensors`` in a model's folder."""
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        model = cls(VQConfig.model_validate_json((folder / "vq" / "config.json").read_text()))
-        weights = load_file(folder / "vq" / "model.safetensors")
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        return model.eval()
+        folder = Path(folder) / "vq"
+        config = VQConfig.model_validate_json((folder / "config.json").read_text())
+        return weights.load(cls(config), folder / "model.safetensors")
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        from safetensors.torch import save_file
-
-        (folder / "vq").mkdir(parents=True, exist_ok=True)
-        weights = {name: t.to(dtype).contiguous() for name, t in self.state_dict().items()}
-        save_file(weights, folder / "vq" / "model.safetensors")
+        weights.save(self, folder / "vq" / "model.safetensors", dtype)
         (folder / "vq" / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
 
 

@@ -18,7 +18,6 @@ the losses, times and settings.
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -29,10 +28,11 @@ import typer
 from torch import nn
 from torch.nn import functional as F
 
-from vllm_specplus.image import llamagen
+from vllm_specplus.image import llamagen, weights
 from vllm_specplus.image.llamagen import LlamaGen, LlamaGenConfig
 from vllm_specplus.image.quality import DigitClassifier, Gaussian, features
 from vllm_specplus.image.vq import VQConfig, VQModel
+from vllm_specplus.training.loop import lr_schedule, train
 
 VQ = VQConfig(
     codebook_size=512, codebook_dim=8, image_channels=1, channels=32, multipliers=(1, 1, 2),
@@ -52,15 +52,6 @@ def read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     pictures = torch.from_numpy(data["images"]).float().reshape(-1, 1, 28, 28)
     pictures = F.pad(pictures / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
     return pictures, torch.from_numpy(data["labels"]).long().reshape(-1)
-
-
-def lr_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up, then half a cosine."""
-    warm = max(steps // 20, 1)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warm, (1 + math.cos(math.pi * i / steps)) / 2 + 0.01),
-    )
 
 
 def train_vq(pictures: torch.Tensor, epochs: int, batch: int = 64) -> tuple[VQModel, list]:
@@ -121,42 +112,25 @@ def train_ar(
     config: LlamaGenConfig, codes: torch.Tensor, labels: torch.Tensor, held: tuple, epochs: int,
     batch: int = 64,
 ) -> tuple[LlamaGen, list]:  # fmt: skip
-    model = LlamaGen(config, DROPOUT).train()
+    """Losses are nats per code."""
+    model = LlamaGen(config, DROPOUT)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    steps = epochs * (len(codes) // batch)
-    schedule, log = lr_schedule(optimizer, steps), []
-    start, sums = time.perf_counter(), np.zeros(2)
-    for step in range(steps):
+
+    def nats(codes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(codes[:, :-1], labels).flatten(0, 1), codes.flatten())
+
+    def loss() -> torch.Tensor:
         chosen = torch.randint(len(codes), (batch,))
-        seen, label = codes[chosen], labels[chosen]
-        label = torch.where(torch.rand(batch) < LABEL_DROP, config.num_classes, label)
-        loss = F.cross_entropy(model(seen[:, :-1], label).flatten(0, 1), seen.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        sums += loss.item(), 1
-        if step % max(steps // 20, 1) == 0 or step == steps - 1:
-            seconds = time.perf_counter() - start
-            log.append({
-                "step": step, "nats": sums[0] / sums[1], "held_out_nats": _loss(model, *held),
-                "seconds": round(seconds, 1),
-            })  # fmt: skip
-            print("llamagen", log[-1], flush=True)
-            sums[:] = 0
-    return model.eval(), log
+        dropped = torch.rand(batch) < LABEL_DROP
+        return nats(codes[chosen], torch.where(dropped, config.num_classes, labels[chosen]))
 
+    def held_out() -> dict[str, float]:
+        return {"held_out_loss": nats(*held).item()}
 
-@torch.no_grad()
-def _loss(model: LlamaGen, codes: torch.Tensor, labels: torch.Tensor) -> float:
-    model.eval()
-    logits = model(codes[:, :-1], labels)
-    model.train()
-    return F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item()
+    steps = epochs * (len(codes) // batch)
+    return model, train("llamagen", model, loss, steps, 2e-3, 0.05, held_out, reports=20)
 
 
 def train_classifier(pictures, labels, held, epochs: int, batch: int = 64):
@@ -187,20 +161,18 @@ def main(
     layers: Annotated[int, typer.Option()] = 4,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    from safetensors.torch import save_file
-
     torch.manual_seed(seed)
     pictures, labels = read(data)
     apart = int(len(pictures) * HELD_OUT)
     order = torch.randperm(len(pictures))
     pictures, labels = pictures[order], labels[order]
-    held, train = pictures[:apart], pictures[apart:]
+    held, shown = pictures[:apart], pictures[apart:]
     held_labels, train_labels = labels[:apart], labels[apart:]
-    vq, vq_log = train_vq(train, vq_epochs)
+    vq, vq_log = train_vq(shown, vq_epochs)
     out.mkdir(parents=True, exist_ok=True)
     vq.save(out, torch.float16)
     vq = VQModel.load(out)  # as others will see it
-    codes = torch.cat([encode(vq, train.roll(shift, (2, 3))) for shift in SHIFTS])
+    codes = torch.cat([encode(vq, shown.roll(shift, (2, 3))) for shift in SHIFTS])
     held_codes = encode(vq, held)
     with torch.no_grad():
         error = (vq.decode(held_codes.view(-1, 8, 8)) - held).abs().mean().item()
@@ -211,17 +183,15 @@ def main(
         "code_entropy_nats": float(torch.special.entr(share).sum()),
     }
     print("codes", summary, flush=True)
-    classifier, classifier_log = train_classifier(train, train_labels, (held, held_labels), 6)
-    (out / "classifier").mkdir(exist_ok=True)
-    own = {name: tensor.half().contiguous() for name, tensor in classifier.state_dict().items()}
-    save_file(own, out / "classifier" / "model.safetensors")
-    Gaussian.of(features(DigitClassifier.load(out), train)).save(out)
+    classifier, classifier_log = train_classifier(shown, train_labels, (held, held_labels), 6)
+    weights.save(classifier, out / "classifier" / "model.safetensors")
+    Gaussian.of(features(DigitClassifier.load(out), shown)).save(out)
     config = config_for(hidden, layers)
     model, log = train_ar(
         config, codes, train_labels.repeat(len(SHIFTS)), (held_codes, held_labels), epochs
     )
-    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    llamagen.save(out, weights | {"codebook": vq.quantize.vectors().detach().half()}, config)
+    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    llamagen.save(out, tensors | {"codebook": vq.quantize.vectors().detach().half()}, config)
     settings = {
         "vq_epochs": vq_epochs, "epochs": epochs, "hidden": hidden, "layers": layers, "seed": seed,
     }  # fmt: skip

@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from torch import nn
@@ -33,7 +31,8 @@ from vllm_specplus.image.continuous.causal import CausalLatents, CausalLatentsCo
 from vllm_specplus.image.continuous.chain import Schedule
 from vllm_specplus.image.continuous.masked import MaskedConfig, MaskedLatents
 from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig
-from vllm_specplus.training.digits import HELD_OUT, LABEL_DROP, SHIFTS, lr_schedule, read
+from vllm_specplus.training.digits import HELD_OUT, LABEL_DROP, SHIFTS, read
+from vllm_specplus.training.loop import train
 
 #: Chains end at latents whose noise has 0.42 of the signal's deviation.
 STEPS, END, PREDICTION = 6, 250, "velocity"
@@ -45,15 +44,14 @@ REPEATS = 2
 
 def train_vae(pictures: torch.Tensor, epochs: int, batch: int = 64) -> tuple[LatentVAE, list]:
     signal = Schedule(STEPS, end=END, prediction=PREDICTION).signal_at_end
-    model = LatentVAE(VAEConfig(size=SIZE, signal=signal)).train()
+    model = LatentVAE(VAEConfig(size=SIZE, signal=signal))
 
     def loss() -> torch.Tensor:
         seen = pictures[torch.randint(len(pictures), (batch,))]
         back = model.decode(model.noisy(model.encode(seen)))
         return (back - seen).abs().mean() + F.mse_loss(back, seen)
 
-    log = _train("vae", model, loss, epochs * (len(pictures) // batch), 1e-3)
-    return model.eval(), log
+    return model, train("vae", model, loss, epochs * (len(pictures) // batch), 1e-3, 0.02)
 
 
 def train_latents(
@@ -72,42 +70,14 @@ def train_latents(
         label = torch.where(torch.rand(batch) < LABEL_DROP, anything, labels[chosen])
         return model.loss(vae.noisy(clean[chosen]), clean[chosen], label, schedule, REPEATS)
 
-    def held_loss() -> float:
+    def held_out() -> dict[str, float]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return model.loss(vae.noisy(held[0]), held[0], held[1], schedule).item()
+            loss = model.loss(vae.noisy(held[0]), held[0], held[1], schedule)
+            return {"held_out_loss": loss.item()}
 
     steps = int(epochs * len(clean) / batch)
-    return _train(name, model.train(), loss, steps, 2e-3, held_loss)
-
-
-def _train(
-    name: str, model: nn.Module, loss_of: Callable, steps: int, rate: float,
-    held_loss: Callable[[], float] | None = None,
-) -> list:  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.02)
-    rates, log = lr_schedule(optimizer, steps), []
-    start, sums = time.perf_counter(), np.zeros(2)
-    for step in range(steps):
-        loss = loss_of()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
-        sums += loss.item(), 1
-        if step % max(steps // 12, 1) == 0 or step == steps - 1:
-            entry = {"step": step, "loss": sums[0] / sums[1]}
-            if held_loss is not None:
-                model.eval()
-                with torch.no_grad():
-                    entry["held_out_loss"] = held_loss()
-                model.train()
-            log.append(entry | {"seconds": round(time.perf_counter() - start, 1)})
-            print(name, log[-1], flush=True)
-            sums[:] = 0
-    model.eval()
-    return log
+    return train(name, model, loss, steps, 2e-3, 0.02, held_out)
 
 
 def causal(hidden: int, layers: int, head_width: int, head_depth: int) -> CausalLatents:
@@ -155,11 +125,11 @@ def main(
     apart = int(len(pictures) * HELD_OUT)
     order = torch.randperm(len(pictures))
     pictures, labels = pictures[order], labels[order]
-    held, train = pictures[:apart], pictures[apart:]
+    held, shown = pictures[:apart], pictures[apart:]
     logs = {}
     if only is None:
         shutil.copytree(CLASSIFIER, out / "classifier", dirs_exist_ok=True)
-        vae, logs["vae"] = train_vae(train, vae_epochs)
+        vae, logs["vae"] = train_vae(shown, vae_epochs)
         vae.save(out)
     elif only not in MODELS:
         raise typer.BadParameter(f"--only {only}: the models are {', '.join(MODELS)}")
@@ -168,7 +138,7 @@ def main(
     vae = LatentVAE.load(out)  # as others will see it
     with torch.no_grad():
         clean = torch.cat([
-            vae.encode(part) for shift in SHIFTS for part in train.roll(shift, (2, 3)).split(256)
+            vae.encode(part) for shift in SHIFTS for part in shown.roll(shift, (2, 3)).split(256)
         ])  # fmt: skip
         held_clean = vae.encode(held)
         error = (vae.decode(vae.noisy(held_clean)) - held).abs().mean().item()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vllm_specplus.image import weights
 from vllm_specplus.image.continuous.chain import Schedule, head_loss
 from vllm_specplus.image.continuous.head import MLPHead
 from vllm_specplus.image.llamagen import (
@@ -99,21 +100,13 @@ class CausalLatents(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> CausalLatents:
         """Of a folder that :meth:`save` wrote, in float32."""
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        model = cls(CausalLatentsConfig(**json.loads((folder / "config.json").read_text())))
-        weights = load_file(folder / "model.safetensors")
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        return model.eval()
+        config = CausalLatentsConfig(**json.loads((folder / "config.json").read_text()))
+        return weights.load(cls(config), folder / "model.safetensors")
 
     def save(self, folder: Path) -> None:
         """A folder that vLLM serves, in half precision."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        weights.save(self, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
 
 

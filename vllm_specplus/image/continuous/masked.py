@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vllm_specplus.image import weights
 from vllm_specplus.image.continuous.acceptance import Rule, log_ratio, residual
 from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, head_loss
 from vllm_specplus.image.continuous.decoding import Counts, Settings, noise_of
@@ -170,21 +171,13 @@ class MaskedLatents(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> MaskedLatents:
         """Of a folder that :meth:`save` wrote, in float32."""
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        model = cls(MaskedConfig.model_validate_json((folder / "config.json").read_text()))
-        weights = load_file(folder / "model.safetensors")
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        return model.eval()
+        config = MaskedConfig.model_validate_json((folder / "config.json").read_text())
+        return weights.load(cls(config), folder / "model.safetensors")
 
     def save(self, folder: Path) -> None:
         """In half precision."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+        weights.save(self, folder / "model.safetensors")
         (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
 
 

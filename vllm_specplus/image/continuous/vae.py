@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vllm_specplus.image import weights
 from vllm_specplus.image.vq import Decoder, Encoder
 from vllm_specplus.strict import StrictModel
 
@@ -59,24 +60,11 @@ class LatentVAE(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> LatentVAE:
         """Of ``vae/config.json`` and ``vae/model.safetensors`` in a model's folder."""
-        from safetensors.torch import load_file
-
         folder = Path(folder) / "vae"
-        model = cls(VAEConfig.model_validate_json((folder / "config.json").read_text()))
-        weights = load_file(folder / "model.safetensors")
-        model.load_state_dict(
-            {n: t.float() if t.is_floating_point() else t for n, t in weights.items()}
-        )
-        return model.eval()
+        config = VAEConfig.model_validate_json((folder / "config.json").read_text())
+        return weights.load(cls(config), folder / "model.safetensors")
 
     def save(self, folder: Path) -> None:
         """In half precision."""
-        from safetensors.torch import save_file
-
-        (folder / "vae").mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: (t.half() if t.is_floating_point() else t).contiguous()
-            for name, t in self.state_dict().items()
-        }
-        save_file(weights, folder / "vae" / "model.safetensors")
+        weights.save(self, folder / "vae" / "model.safetensors")
         (folder / "vae" / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
