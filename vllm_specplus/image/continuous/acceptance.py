@@ -22,6 +22,7 @@ A latent needs one proposal on average, rejections included, and no network.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,3 +104,56 @@ def residual(
     given_up = torch.zeros(count, dtype=torch.bool, device=device)
     given_up[open_] = True
     return Residual(sample, looked, given_up)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On the windows of P pictures."""
+
+    accepted: torch.Tensor
+    """int64 [P] drafts before the first rejected one."""
+    latent: torch.Tensor
+    """float32 [P, d] what stands behind them: what replaces the rejected one, or, where none
+    was, the target's own."""
+    rejected: torch.Tensor
+    """bool [P]"""
+    proposals: torch.Tensor
+    """int64 [P] of the residual; 0 where nothing was rejected."""
+    given_up: torch.Tensor
+    """bool [P]"""
+
+
+@torch.inference_mode()
+def judge(
+    drafts: Chain, chains: Chain, uniforms: torch.Tensor, room: torch.Tensor,
+    seeds: Sequence[int], places: torch.Tensor, rule: Rule = "exact",
+) -> Verdict:  # fmt: skip
+    """Windows of ``room`` int64 [P] drafted latents, picture by picture.
+
+    ``drafts`` has ``sum(room)`` rows. ``chains``, the target's, and ``uniforms`` have
+    ``sum(room + 1)``: those of the drafted places, and of the one behind them. ``places``
+    int64 [P] of a window's first; they and the pictures' seeds decide how residuals are drawn.
+    """
+    first = (room + 1).cumsum(0) - room - 1
+    drafted = torch.ones(len(uniforms), dtype=torch.bool, device=room.device)
+    drafted[first + room] = False
+    taken = torch.zeros_like(drafted)
+    taken[drafted] = uniforms[drafted].log() < log_ratio(drafts, chains[drafted], rule)
+    # The row behind a window is never taken: it ends every search.
+    refused = (~taken).nonzero()[:, 0]
+    row = refused[torch.searchsorted(refused, first)]
+    accepted = row - first
+    latent = chains.sample[row]
+    proposals, rejected = torch.zeros_like(room), accepted < room
+    given_up = torch.zeros_like(rejected)
+    if len(wrong := rejected.nonzero()[:, 0]):
+        at = (places + accepted)[wrong].tolist()
+        generators = [
+            torch.Generator().manual_seed(hash((seeds[p], place)) % 2**63)
+            for p, place in zip(wrong.tolist(), at, strict=True)
+        ]
+        draft_row = (room.cumsum(0) - room + accepted)[wrong]
+        instead = residual(drafts[draft_row], chains[row[wrong]], generators, rule)
+        latent[wrong] = instead.sample
+        proposals[wrong], given_up[wrong] = instead.proposals, instead.given_up
+    return Verdict(accepted, latent, rejected, proposals, given_up)

@@ -204,15 +204,17 @@ def head_loss(
 @torch.inference_mode()
 def denoise(
     head: DiffusionHead, schedule: Schedule, condition: torch.Tensor, noise: Noise,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
 ) -> Chain:  # fmt: skip
-    """The chains of n latents under ``condition`` [n, c]. ``temperature`` scales all sigmas."""
+    """The chains of n latents under ``condition`` [n, c]. ``temperature`` (a number, or float32
+    [n, 1]) scales all sigmas."""
     x = noise.start
+    colder = torch.as_tensor(temperature, device=x.device).log()
     path = torch.zeros(len(x), device=x.device)
     for i in range(schedule.steps):
         said = head(x, schedule.times[i : i + 1].to(x.device), condition)
         mean, log_sigma = schedule.step(i, x, *(part.float() for part in said))
-        log_sigma = log_sigma + math.log(temperature)
+        log_sigma = log_sigma + colder
         if i < schedule.steps - 1:
             path = path + log_sigma.sum(-1)
         x = mean + log_sigma.exp() * noise.steps[:, i]

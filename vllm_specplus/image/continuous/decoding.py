@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_specplus.image.continuous.acceptance import Rule, log_ratio, residual
+from vllm_specplus.image.continuous.acceptance import Rule, judge
 from vllm_specplus.image.continuous.chain import (
     Chain,
     DiffusionHead,
@@ -74,39 +74,56 @@ class Guided:
     """A model with classifier-free guidance (MAR, arXiv 2406.11838, section 4.4): what the head
     predicts becomes ``any + scale (label - any)``; variances are those of the label.
 
-    A condition is the two of label and ``anything``, the label that stands for all, in a row.
+    A condition is the two of label and ``anything``, the label that stands for all, and the
+    scale, in a row.
     """
 
-    def __init__(self, model: CausalModel, anything: int, scale: float):
+    def __init__(self, model: CausalModel, anything: int, scale: float | torch.Tensor):
+        """``scale``: of all pictures, or float32 [B] of each."""
         self.model, self.anything, self.scale = model, anything, scale
+        self.head = GuidedHead(model.head)
 
     def begin(self, labels: torch.Tensor, length: int) -> GuidedSession:
         other = torch.full_like(labels, self.anything)
-        return GuidedSession(self.model.begin(torch.cat((labels, other)), length), len(labels))
+        scale = self.scale
+        if isinstance(scale, float | int):
+            scale = torch.full((len(labels),), float(scale), device=labels.device)
+        return GuidedSession(self.model.begin(torch.cat((labels, other)), length), scale)
 
-    def head(
+
+class GuidedHead:
+    def __init__(self, head: DiffusionHead):
+        self.head = head
+
+    def __call__(
         self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.cat(condition.chunk(2, -1))
+        both = torch.cat(condition[:, :-1].chunk(2, -1))
         times = times if len(times) == 1 else times.repeat(2)
-        said, fraction = self.model.head(x.repeat(2, 1), times, both)
+        said, fraction = self.head(x.repeat(2, 1), times, both)
         label, other = said.chunk(2)
-        return other + self.scale * (label - other), fraction[: len(x)]
+        return other + condition[:, -1:] * (label - other), fraction[: len(x)]
 
 
 class GuidedSession:
     """Pictures twice in one session."""
 
-    def __init__(self, session: Session, pictures: int):
-        self.session, self.pictures = session, pictures
+    def __init__(self, session: Session, scale: torch.Tensor):
+        """``scale`` float32 [B]: may change between calls."""
+        self.session, self.scale = session, scale
 
     def conditions(self, latents, pictures, first, count):
-        both = torch.cat((pictures, pictures + self.pictures))
+        both = torch.cat((pictures, pictures + len(self.scale)))
         out = self.session.conditions(latents.repeat(2, 1, 1), both, first.repeat(2), count)
-        return torch.cat(out.chunk(2), -1)
+        scale = self.scale[pictures][:, None, None].expand(-1, count, 1)
+        return torch.cat((*out.chunk(2), scale), -1)
 
     def keep(self, known):
         self.session.keep(known.repeat(2))
+
+    def restart(self, picture, label):
+        self.session.restart(picture, label)
+        self.session.restart(picture + len(self.scale), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +135,8 @@ class Settings:
     size: int
     """Channels of a latent, d."""
     schedule: Schedule
-    temperature: float = 1.0
+    temperature: float | torch.Tensor = 1.0
+    """Factor of all sigmas: of all pictures, or float32 [B] of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +197,7 @@ def decode(
     for i in range(settings.length):
         first = torch.full_like(pictures, i)
         condition = session.conditions(latents, pictures, first, 1)[:, 0]
-        latents[:, i] = _chain(model, condition, noise[:, i], settings).sample
+        latents[:, i] = chain_of(model, condition, noise[:, i], settings, pictures).sample
     return latents
 
 
@@ -201,65 +219,60 @@ def decode_speculative(
         # The target's own latent ends every pass, so one less than is missing is drafted.
         room = (length - done - 1).clamp(max=speculation.window)
         room = torch.where(done < speculation.prefill, 0, room)[active]
-        drafts = _draft(draft, looks[1], latents, active, done, room, draft_noise, settings)
-        window = int(room.max())
-        # [A, window + 1]: the drafted positions and the one behind them.
-        offset = torch.arange(window + 1)
-        position = (done[active, None] + offset).clamp(max=length - 1)
+        drafts = draft_chains(draft, looks[1], latents, active, done, room, draft_noise, settings)
+        # [A, window + 1]: the drafted places and the one behind them.
+        offset = torch.arange(int(room.max()) + 1)
         wanted = offset <= room[:, None]
-        conditions = looks[0].conditions(latents, active, done[active], window + 1)
-        which = active[:, None].expand_as(position)[wanted], position[wanted]
-        chains = _chain(target, conditions[wanted], noise[which], settings)
-        judged = offset < room[:, None]
-        mine = judged[wanted]
-        q, p = drafts[judged[:, :window]], chains[mine]
-        taken = torch.zeros(wanted.shape, dtype=torch.bool)
-        uniforms = noise.uniforms[which][mine]
-        taken[judged] = uniforms.log() < log_ratio(q, p, speculation.rule)
-        # Accepted before the first rejection; what follows it is replaced or the target's own.
-        accepted = taken.long().cumprod(1).sum(1)
-        place = done[active] + accepted
-        row = (room + 1).cumsum(0) - (room + 1) + accepted
-        latents[active, place] = chains.sample[row]
-        wrong = (accepted < room).nonzero()[:, 0]
-        if len(wrong):
-            who = active[wrong]
-            own = [
-                torch.Generator().manual_seed(hash((seeds[b], i)) % 2**63)
-                for b, i in zip(who.tolist(), place[wrong].tolist(), strict=True)
-            ]
-            pair = drafts[wrong, accepted[wrong]], chains[row[wrong]]
-            instead = residual(*pair, own, speculation.rule)
-            latents[who, place[wrong]] = instead.sample
-            counts.rejected[who] += 1
-            counts.proposals[who] += instead.proposals
-            counts.given_up[who] += instead.given_up.long()
+        conditions = looks[0].conditions(latents, active, done[active], len(offset))
+        which, place = (x[wanted] for x in torch.broadcast_tensors(
+            active[:, None], done[active, None] + offset))  # fmt: skip
+        own = noise[which, place]
+        chains = chain_of(target, conditions[wanted], own, settings, which)
+        verdict = judge(
+            drafts, chains, own.uniforms, room, [seeds[b] for b in active.tolist()],
+            done[active], speculation.rule,
+        )  # fmt: skip
+        latents[active, done[active] + verdict.accepted] = verdict.latent
         counts.target_passes[active] += 1
         counts.drafted[active] += room
-        counts.accepted[active] += accepted
-        done[active] = place + 1
+        counts.accepted[active] += verdict.accepted
+        counts.rejected[active] += verdict.rejected.long()
+        counts.proposals[active] += verdict.proposals
+        counts.given_up[active] += verdict.given_up.long()
+        done[active] += verdict.accepted + 1
         for look in looks:
             look.keep(done)
     return latents, counts
 
 
-def _draft(draft, session, latents, active, done, room, noise, settings) -> Chain:
-    """Draft into ``latents`` behind ``done`` [B], ``room`` [A] each for the ``active`` [A]
-    pictures: chains [A, max(room)]."""
-    shape = (len(active), int(room.max()))
-    vectors = [torch.zeros((*shape, settings.size)) for _ in range(3)]
-    out = Chain(*vectors, torch.zeros(shape))
-    for offset in range(shape[1]):
+def draft_chains(
+    draft: CausalModel, session: Session, latents: torch.Tensor, active: torch.Tensor,
+    done: torch.Tensor, room: torch.Tensor, noise: Noise, settings: Settings,
+) -> Chain:  # fmt: skip
+    """Draft into ``latents`` [B, length, d] behind ``done`` int64 [B], ``room`` int64 [A] each
+    for the ``active`` int64 [A] pictures: ``sum(room)`` chains, picture by picture."""
+    starts = room.cumsum(0) - room
+    total = (int(room.sum()), settings.size)
+    vectors = [torch.zeros(total, device=latents.device) for _ in range(3)]
+    out = Chain(*vectors, torch.zeros(total[:1], device=latents.device))
+    for offset in range(int(room.max())):
         rows = (offset < room).nonzero()[:, 0]
         pictures = active[rows]
-        positions = done[pictures] + offset
-        condition = session.conditions(latents, pictures, positions, 1)[:, 0]
-        chain = _chain(draft, condition, noise[pictures, positions], settings)
-        latents[pictures, positions] = chain.sample
+        places = done[pictures] + offset
+        condition = session.conditions(latents, pictures, places, 1)[:, 0]
+        chain = chain_of(draft, condition, noise[pictures, places], settings, pictures)
+        latents[pictures, places] = chain.sample
         for part in ("sample", "mean", "log_sigma", "path_log_sigma"):
-            getattr(out, part)[rows, offset] = getattr(chain, part)
+            getattr(out, part)[starts[rows] + offset] = getattr(chain, part)
     return out
 
 
-def _chain(model: CausalModel, condition, noise: Noise, settings: Settings) -> Chain:
-    return denoise(model.head, settings.schedule, condition, noise, settings.temperature)
+def chain_of(
+    model: CausalModel, condition: torch.Tensor, noise: Noise, settings: Settings,
+    pictures: torch.Tensor,
+) -> Chain:  # fmt: skip
+    """The chains of n latents of ``pictures`` int64 [n]."""
+    temperature = settings.temperature
+    if torch.is_tensor(temperature):
+        temperature = temperature[pictures, None]
+    return denoise(model.head, settings.schedule, condition, noise, temperature)
