@@ -7,6 +7,7 @@ here imports vLLM.
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable
@@ -168,6 +169,8 @@ class Target:
     tensor_parallel_size: int
     has_codebook: bool = False
     """Does it generate image codes?"""
+    latents: dict[str, Any] | None = None
+    """Its config, if it generates latents."""
 
 
 class MethodConfig(StrictModel):
@@ -179,6 +182,7 @@ class MethodConfig(StrictModel):
     """May it be a source of rasd?"""
     own_size: ClassVar[bool] = False
     """Has it, as a source of rasd, a ``num_speculative_tokens`` of its own?"""
+    drafts_latents: ClassVar[bool] = False
 
     method: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)]
@@ -246,6 +250,20 @@ class MethodConfig(StrictModel):
                 f"and the target is of type {target.family!r}"
             )
 
+    def check_kind(self, target: Target) -> None:
+        """Raise ValueError if what is drafted is not what the target model generates."""
+        if self.drafts_latents and target.latents is None:
+            raise ValueError(
+                f"method {self.method!r} drafts latents, and the target, of type "
+                f"{target.family!r}, generates tokens: use another method"
+            )
+        if target.latents is not None and not self.drafts_latents:
+            latents = ", ".join(name for name, each in METHODS.items() if each.drafts_latents)
+            raise ValueError(
+                f"method {self.method!r} drafts tokens, and the target generates latents: use "
+                f"{latents}"
+            )
+
     def check_target(self, target: Target) -> None:
         """Raise ValueError if the method does not fit the target model."""
 
@@ -304,6 +322,62 @@ class JacobiConfig(MethodConfig):
     @property
     def rule(self) -> str | None:
         return "without_replacement"
+
+
+class CspdConfig(MethodConfig):
+    """``{"method": "cspd", "model": "...", ...}``; see ``proposers/cspd.py``."""
+
+    fuses: ClassVar[bool] = False
+    drafts_latents: ClassVar[bool] = True
+
+    method: Literal["cspd"] = "cspd"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 4
+    """Latents drafted per step, at most."""
+    model: str
+    """Folder of the draft, a smaller causal model of the same latents."""
+    verification: Literal["exact", "paper", "reference"] = "exact"
+    """How a drafted latent is judged; see ``image/continuous/acceptance.py``."""
+    prefill: Annotated[int, Field(ge=0)] = 0
+    """First latents of a picture that are not drafted."""
+    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    """The draft's own keys and values; requests beyond it go undrafted."""
+
+    @property
+    def lossless(self) -> bool:
+        return self.verification == "exact"
+
+    @model_validator(mode="after")
+    def _loss_is_wanted(self):
+        if self.acceptance.rule != "lossless":
+            raise ValueError("'acceptance' is for tokens, and latents have 'verification': use it")
+        if self.lossless and self.allow_lossy:
+            raise ValueError("'allow_lossy' is for a 'verification' that is not exact: remove it")
+        if not self.lossless and not self.allow_lossy:
+            raise ValueError(
+                f"verification {self.verification!r} changes what is made: set 'allow_lossy' to "
+                f"true if that is wanted"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_is_there(self):
+        self._draft()
+        return self
+
+    def _draft(self) -> dict[str, Any]:
+        path = Path(self.model) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"'model' {self.model!r} is not a folder with a config.json")
+        return json.loads(path.read_text())
+
+    def check_target(self, target: Target) -> None:
+        draft = self._draft()
+        for key in ("model_type", "num_classes", "grid_size", "size", "steps", "end", "prediction"):
+            if draft.get(key) != target.latents.get(key):
+                raise ValueError(
+                    f"'model' {self.model!r} does not draft for this target: its {key!r} is "
+                    f"{draft.get(key)!r}, and the target's is {target.latents.get(key)!r}"
+                )
 
 
 class RestConfig(MethodConfig):
@@ -639,6 +713,7 @@ class RasdConfig(MethodConfig):
 
 #: method name -> its model.
 METHODS: dict[str, type[MethodConfig]] = {
+    "cspd": CspdConfig,
     "draft_tree": DraftTreeConfig,
     "early_exit": EarlyExitConfig,
     "easyspec": EasySpecConfig,

@@ -27,6 +27,7 @@ COUNTERS = {
     "nodes_drafted": "Draft nodes verified by the target model.",
     "nodes_accepted": "Draft nodes that became text.",
     "relaxed_tokens": "Of these, nodes that a lossy rule took in place of the draw.",
+    "residuals_given_up": "Rejected latents that the bound on proposals replaced by the target's.",
     "kv_slots_moved": "Cache slots copied to compact an accepted path.",
     "draft_seconds": "Seconds spent learning from the step and drafting.",
     "control_seconds": "Seconds spent deciding how much to draft.",

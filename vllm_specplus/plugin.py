@@ -58,13 +58,20 @@ def _register_models() -> None:
     """Make vLLM know our image models; they are imported when one is served."""
     from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.renderers.registry import RENDERER_REGISTRY
 
     from vllm_specplus.engine.models import MODELS
+    from vllm_specplus.engine.models.serving import RENDERER, RENDERER_MODE, ServeLatents
+    from vllm_specplus.image.continuous.causal import ARCHITECTURE, CausalLatentsConfig
     from vllm_specplus.image.llamagen import LlamaGenConfig
 
     for name, place in MODELS.items():
         ModelRegistry.register_model(name, place)
-    AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig, exist_ok=True)
+    for config in (LlamaGenConfig, CausalLatentsConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = ServeLatents
+    RENDERER_REGISTRY.register(RENDERER_MODE, *RENDERER)
 
 
 def _check_requests() -> None:
@@ -76,7 +83,8 @@ def _check_requests() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
-    from vllm_specplus.image.llamagen import MODEL_TYPE
+    from vllm_specplus.image.continuous.causal import MODEL_TYPE as LATENTS
+    from vllm_specplus.image.llamagen import MODEL_TYPE as CODES
 
     original = SamplingParams.verify
 
@@ -88,9 +96,12 @@ def _check_requests() -> None:
         try:
             if ours:
                 requests.parse(self.extra_args)
-            if ours or target.model_type == MODEL_TYPE:  # else the key is somebody else's
+            latents = target.model_type == LATENTS
+            if ours or latents or target.model_type == CODES:  # else the key is somebody else's
                 guided = getattr(target, "guidance_scale", None) is not None
-                requests.guidance(self.extra_args, possible=ours and guided)
+                requests.guidance(self.extra_args, possible=(ours or latents) and guided)
+            if latents:
+                requests.check_latents(self, target.size)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=requests.KEY) from None
 
@@ -124,6 +135,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     from vllm.tokenizers import cached_tokenizer_from_config
 
     from vllm_specplus import metrics
+    from vllm_specplus.image.continuous.causal import MODEL_TYPE as LATENTS
 
     missing = [hook for hook in compat.check() if hook.problem]
     if missing:
@@ -134,14 +146,18 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     config = parse(raw)
     for problem in conflicts(args, model_config, parallel_config, current_platform.device_type):
         raise ValueError(f"speculative method {config.method!r} {problem}")
+    generates = model_config.hf_text_config
+    latents = generates.to_dict() if generates.model_type == LATENTS else None
     target = Target(
         load_tokenizer=lambda: cached_tokenizer_from_config(model_config),
         vocab_size=model_config.get_vocab_size(),
-        family=model_config.hf_text_config.model_type,
+        family=generates.model_type,
         num_layers=model_config.get_total_num_hidden_layers(),
         tensor_parallel_size=parallel_config.tensor_parallel_size,
-        has_codebook=hasattr(model_config.hf_text_config, "codebook_size"),
+        has_codebook=latents is None and hasattr(generates, "codebook_size"),
+        latents=latents,
     )
+    config.check_kind(target)
     config.check_acceptance(target)
     config.check_target(target)
     args.speculative_config = {
@@ -156,7 +172,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     if not config.lossless:
         logger.warning(
             "acceptance rule %r is lossy: answers will differ from the model's own",
-            config.acceptance.rule,
+            config.acceptance.rule if config.acceptance.rule != "lossless" else config.verification,
         )
     metrics.publish(config.method)
 

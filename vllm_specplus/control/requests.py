@@ -77,3 +77,28 @@ def parse(extra_args: dict[str, Any] | None) -> RequestControls:
     except ValidationError as error:
         mistakes = "; ".join(sentence(e, RequestControls) for e in error.errors())
         raise ValueError(f"{KEY}: {mistakes}") from None
+
+
+#: What a request for latents leaves alone -> its default. They are for distributions over tokens.
+_OF_TOKENS: dict[str, Any] = {
+    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, "repetition_penalty": 1.0, "stop": [], "stop_token_ids": [],
+    "bad_words": [], "allowed_token_ids": None, "logit_bias": None, "structured_outputs": None,
+    "prompt_logprobs": None, "logprob_token_ids": None,
+}  # fmt: skip
+
+
+def check_latents(params: Any, size: int) -> None:
+    """ValueError with one sentence if ``params``, vLLM's ``SamplingParams``, asks a model of
+    latents of ``size`` channels for what it cannot do."""
+    for key, default in _OF_TOKENS.items():
+        value = getattr(params, key, default)
+        if value != default and value is not None:
+            raise ValueError(f"{key} is for tokens, and this model generates latents: remove it")
+    if params.temperature <= 0:
+        raise ValueError("temperature is 0: latents are drawn, set it above 0")
+    if params.logprobs != size:
+        raise ValueError(
+            f"logprobs is {params.logprobs}: latents come back in their place, one channel each: "
+            f"set it to {size}"
+        )

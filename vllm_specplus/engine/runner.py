@@ -32,7 +32,7 @@ from vllm_specplus.control.requests import RequestControls
 from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.kernels import native
-from vllm_specplus.proposers.base import Observation, Sampling, StepContext
+from vllm_specplus.proposers.base import LatentStep, Observation, Sampling, StepContext
 from vllm_specplus.samplers import lossless, relaxed
 from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.samplers.interchangeable import Relaxation, RelaxedRule, make_rule
@@ -168,9 +168,13 @@ class TreeRunnerMixin:
         self._synchronize()
         start = time.perf_counter()
         hidden, _ = self._dummy_run(rows)
-        self.model.compute_logits(hidden[:rows])
+        self._after_forward(hidden[:rows])
         self._synchronize()
         return time.perf_counter() - start
+
+    def _after_forward(self, hidden: torch.Tensor) -> None:
+        """What else the target computes for every verified row."""
+        self.model.compute_logits(hidden)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -574,9 +578,14 @@ class TreeRunnerMixin:
                 target_kv=self._read_kv,
                 row_starts=step.rows.starts,
                 laws=step.laws,
+                latents=self._latents(),
             )
         )
         return drafts.split()
+
+    def _latents(self) -> LatentStep | None:
+        """Of a model whose tokens are latents."""
+        return None
 
     def _wishes_of(self, request_id: str) -> Wishes:
         wishes = self._wishes.get(request_id)
@@ -672,7 +681,22 @@ def _chain(count: int) -> np.ndarray:
     return np.arange(-1, count - 1, dtype=np.int32)
 
 
-class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
+class DiscardedDrawsMixin:
+    """vLLM takes a discarded draw back by moving the generator's offset, which CPU generators do
+    not have: a seeded request whose prompt is read in chunks stops the stock engine. Ours has
+    not drawn for it: hide it."""
+
+    def _bookkeeping_sync(self, *args, **kwargs):
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        hidden = {i: generators.pop(i) for i in discarded.tolist() if i in generators}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+
+class TreeCPUModelRunner(TreeRunnerMixin, DiscardedDrawsMixin, CPUModelRunner):
     @property
     def _faster_than_stock(self) -> bool:
         """With several rows per request the stock kernel takes longer, and dividing a
@@ -695,19 +719,6 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
 
     def _draws(self, acceptance: Acceptance) -> np.ndarray:
         return np.where(self._discarded(), 0, acceptance.lengths)
-
-    def _bookkeeping_sync(self, *args, **kwargs):
-        """vLLM takes a discarded draw back by moving the generator's offset, which CPU
-        generators do not have: a seeded request whose prompt is read in chunks stops
-        the stock engine. Ours has not drawn for it (see ``_draws``): hide it."""
-        generators = self.input_batch.generators
-        hidden = {
-            i: generators.pop(i) for i in np.flatnonzero(self._discarded()) if i in generators
-        }
-        try:
-            return super()._bookkeeping_sync(*args, **kwargs)
-        finally:
-            generators.update(hidden)
 
 
 class TreeGPUModelRunner(TreeRunnerMixin, GPUModelRunner):

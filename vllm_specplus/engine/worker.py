@@ -12,16 +12,19 @@ from vllm.v1.worker.gpu_worker import Worker
 
 
 class TreeCPUWorker(CPUWorker):
+    def _runner_class(self) -> type:
+        from vllm_specplus.engine.runner import TreeCPUModelRunner
+
+        return TreeCPUModelRunner
+
     def init_device(self) -> None:
         import vllm.v1.worker.cpu_worker as module
-
-        from vllm_specplus.engine.runner import TreeCPUModelRunner
 
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_specplus.engine.attention.cpu.TreeCPUBackend"
         )
         # The stock method names its runner class; give it ours for the call.
-        stock, module.CPUModelRunner = module.CPUModelRunner, TreeCPUModelRunner
+        stock, module.CPUModelRunner = module.CPUModelRunner, self._runner_class()
         try:
             super().init_device()
         finally:
@@ -38,9 +41,12 @@ class TreeCPUWorker(CPUWorker):
 
 
 class TreeGPUWorker(Worker):
-    def _make_model_runner(self):
+    def _runner_class(self) -> type:
         from vllm_specplus.engine.runner import TreeGPUModelRunner
 
+        return TreeGPUModelRunner
+
+    def _make_model_runner(self):
         register_backend(
             AttentionBackendEnum.FLASH_ATTN,
             "vllm_specplus.engine.attention.cuda.TreeFlashAttentionBackend",
@@ -49,7 +55,7 @@ class TreeGPUWorker(Worker):
             AttentionBackendEnum.TRITON_ATTN,
             "vllm_specplus.engine.attention.cuda.TreeTritonBackend",
         )
-        return TreeGPUModelRunner(self.vllm_config, self.device)
+        return self._runner_class()(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()
@@ -59,3 +65,19 @@ class TreeGPUWorker(Worker):
     def shutdown(self) -> None:
         self.model_runner.close_drafter()
         super().shutdown()
+
+
+class LatentsCPUWorker(TreeCPUWorker):
+    def _runner_class(self) -> type:
+        from vllm_specplus.engine import latents
+
+        drafted = self.vllm_config.speculative_config is not None
+        return latents.CspdCPUModelRunner if drafted else latents.LatentsCPUModelRunner
+
+
+class LatentsGPUWorker(TreeGPUWorker):
+    def _runner_class(self) -> type:
+        from vllm_specplus.engine import latents
+
+        drafted = self.vllm_config.speculative_config is not None
+        return latents.CspdGPUModelRunner if drafted else latents.LatentsGPUModelRunner

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 #: method name -> "module:class"; imported on use, so an unused method costs nothing.
 REGISTRY: dict[str, str] = {
+    "cspd": "vllm_specplus.proposers.cspd:Cspd",
     "draft_tree": "vllm_specplus.proposers.draft_tree:DraftTree",
     "early_exit": "vllm_specplus.proposers.early_exit:EarlyExit",
     "easyspec": "vllm_specplus.proposers.easyspec:EasySpec",

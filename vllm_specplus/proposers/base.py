@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vllm_specplus.drafting.model import LayeredModel
     from vllm_specplus.drafting.self_speculation import ReadKV
+    from vllm_specplus.image.continuous.slots import LatentSlots
     from vllm_specplus.samplers.sampled import Rule
 
 
@@ -62,6 +63,15 @@ class Sampling:
 
 
 @dataclass(slots=True)
+class LatentStep:
+    """Where the pictures of the R requests of a step are, if their tokens are latents."""
+
+    slots: LatentSlots
+    index: np.ndarray
+    """int64 [R] slot of each request."""
+
+
+@dataclass(slots=True)
 class StepContext:
     """One decoding step of R requests, after verification."""
 
@@ -95,6 +105,8 @@ class StepContext:
     target_kv: ReadKV | None = None
     """Reads what the target computed for positions of the known texts, the newest token of
     each not yet included."""
+    latents: LatentStep | None = None
+    """None: tokens are tokens."""
 
 
 def bare_step(sources: Sequence[Source], texts: np.ndarray, max_nodes: int) -> StepContext:

@@ -1,5 +1,8 @@
 """Models that vLLM does not have, registered by the plugin: name -> "module:class"."""
 
 MODELS = {
+    "CausalLatentsForClassToImage": (
+        "vllm_specplus.engine.models.latents:CausalLatentsForClassToImage"
+    ),
     "LlamaGenForClassToImage": "vllm_specplus.engine.models.llamagen:LlamaGenForClassToImage",
 }

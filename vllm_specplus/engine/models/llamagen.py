@@ -188,26 +188,29 @@ class LlamaGenForClassToImage(nn.Module):
         tables = [given.pop(n) for n in ("tok_embeddings.weight", _LABELS)]
         given["embeddings.weight"] = torch.cat(tables)
         self.codebook.copy_(given.pop("codebook"))
-        parameters, loaded = dict(self.named_parameters()), set()
-        for name, tensor in given.items():
-            place, shard = _place(name)
-            parameter = parameters[place]
-            if hasattr(parameter, "weight_loader"):
-                parameter.weight_loader(parameter, tensor, *shard)
-            else:
-                parameter.data.copy_(tensor)
-            loaded.add(place)
-        return loaded
+        head = {name: given.pop(name) for name in list(given) if name.startswith("output.")}
+        return load_blocks(self, head | {f"model.{name}": t for name, t in given.items()})
 
 
 _LABELS = "cls_embedding.embedding_table.weight"
 
 
+def load_blocks(module: nn.Module, given: dict[str, torch.Tensor]) -> set[str]:
+    """Load a checkpoint's tensors into ``module``; the names of what was loaded."""
+    parameters, loaded = dict(module.named_parameters()), set()
+    for name, tensor in given.items():
+        place, shard = _place(name)
+        parameter = parameters[place]
+        if hasattr(parameter, "weight_loader"):
+            parameter.weight_loader(parameter, tensor, *shard)
+        else:
+            parameter.data.copy_(tensor)
+        loaded.add(place)
+    return loaded
+
+
 def _place(name: str) -> tuple[str, tuple[int, ...]]:
     """A checkpoint's parameter: its name here, and its shard of a merged one."""
-    if name.startswith("output."):
-        return name, ()
-    name = f"model.{name}"
     for i, part in enumerate(("w1", "w3")):
         if f".feed_forward.{part}." in name:
             return name.replace(f"feed_forward.{part}", "w13"), (i,)

@@ -147,7 +147,8 @@ class CachedSession:
         place = (start[:, None] + torch.minimum(offset, places[:, None] - 1)).clamp(
             max=self.length - 1
         )
-        x = self.model.z_proj(latents[pictures[:, None], (place - 1).clamp(min=0)])
+        picture = torch.arange(len(pictures), device=first.device)[:, None]
+        x = self.model.z_proj(latents[picture, (place - 1).clamp(min=0)])
         x = torch.where((place == 0)[..., None], self.labels[pictures][:, None], x)
         turn = self.model.turn[place.flatten()]
         sees = torch.arange(self.length, device=first.device) <= place[..., None]
@@ -155,8 +156,7 @@ class CachedSession:
             x = self._block(layer, x, turn, self.cache[:, i], pictures, place, sees)
         self.known[pictures] = (first + count).clamp(max=self.length)
         wanted = (first - start)[:, None] + torch.arange(count, device=first.device)
-        rows = torch.arange(len(pictures), device=first.device)[:, None]
-        return self.model.norm(x[rows, wanted])
+        return self.model.norm(x[picture, wanted])
 
     @staticmethod
     def _block(layer: Block, x, turn, cache, pictures, place, sees) -> torch.Tensor:

@@ -38,7 +38,7 @@ class Session(Protocol):
     ) -> torch.Tensor:
         """Of the places ``first`` int64 [P] and the ``count - 1`` behind it (clipped to the
         picture's last) of ``pictures`` int64 [P]: [P, count, c]. A place's condition is from the
-        label and the latents before it in ``latents`` float32 [B, length, d]."""
+        label and the latents before it in ``latents`` float32 [P, length, d]."""
         ...
 
     def keep(self, known: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ class Recompute:
         self.model, self.labels = model, labels
 
     def conditions(self, latents, pictures, first, count):
-        every = self.model.conditions(latents[pictures, :-1], self.labels[pictures])
+        every = self.model.conditions(latents[:, :-1], self.labels[pictures])
         places = first[:, None] + torch.arange(count, device=first.device)
         places = places.clamp(max=latents.shape[1] - 1)
         return every[torch.arange(len(pictures), device=first.device)[:, None], places]
@@ -223,7 +223,7 @@ def decode_speculative(
         # [A, window + 1]: the drafted places and the one behind them.
         offset = torch.arange(int(room.max()) + 1)
         wanted = offset <= room[:, None]
-        conditions = looks[0].conditions(latents, active, done[active], len(offset))
+        conditions = looks[0].conditions(latents[active], active, done[active], len(offset))
         which, place = (x[wanted] for x in torch.broadcast_tensors(
             active[:, None], done[active, None] + offset))  # fmt: skip
         own = noise[which, place]
@@ -259,7 +259,7 @@ def draft_chains(
         rows = (offset < room).nonzero()[:, 0]
         pictures = active[rows]
         places = done[pictures] + offset
-        condition = session.conditions(latents, pictures, places, 1)[:, 0]
+        condition = session.conditions(latents[pictures], pictures, places, 1)[:, 0]
         chain = chain_of(draft, condition, noise[pictures, places], settings, pictures)
         latents[pictures, places] = chain.sample
         for part in ("sample", "mean", "log_sigma", "path_log_sigma"):

@@ -1,0 +1,97 @@
+"""Continuous speculative decoding: a smaller model drafts latents (CSpD, arXiv 2411.11925).
+
+The target emits continuous latents by a diffusion head (``engine/models/latents.py``). A smaller
+causal model draws the next ones one by one, with the noise that the target will have at their
+places (trajectory alignment, section 4.2); the target then denoises all of them in one step,
+and accepts or replaces them from left to right (``image/continuous/acceptance.py``).
+
+Nodes are placeholder tokens, the latents go into the requests' slots. The draft keeps keys and
+values of its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_specplus.config import CspdConfig
+from vllm_specplus.control.acceptance import Source
+from vllm_specplus.image.continuous.causal import CausalLatents
+from vllm_specplus.image.continuous.decoding import CausalModel, Guided, draft_chains
+from vllm_specplus.image.continuous.slots import LatentSlots
+from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.tree import DraftBatch
+
+
+class Cspd(Proposer):
+    sources = (Source("window", "draft", 0.5),)
+
+    def __init__(self, config: CspdConfig, vocab_size: int, fingerprint: str):
+        super().__init__(config, vocab_size, fingerprint)
+        # Every place of the window is a pass of the draft: how many pay is decided before.
+        self.levels = (1,) * config.num_speculative_tokens
+        self._model: CausalModel
+        self._session = None
+        self._capacity = 0
+        self._pictures: dict[str, int] = {}
+
+    def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
+        # In float32 like the target's head: densities are compared.
+        self._draft = CausalLatents.load(self.config.model).to(device)
+
+    @torch.inference_mode()
+    def propose(self, step: StepContext) -> DraftBatch:
+        slots, index = step.latents.slots, step.latents.index
+        self._begin(slots)
+        here = index < self._capacity
+        known = step.num_tokens.astype(np.int64) - 1  # the prompt is a label
+        device = slots.labels.device
+        done = torch.full((self._capacity,), slots.settings.length, device=device)
+        done[torch.from_numpy(index[here]).to(device)] = torch.from_numpy(known[here]).to(device)
+        # Every step, drafting or not: what was drafted and rejected is forgotten.
+        self._session.keep(done)
+        counts = np.where(here & (known >= self.config.prefill), step.max_nodes, 0).astype(np.int64)
+        drafting = np.flatnonzero(counts)
+        if not len(drafting):
+            return DraftBatch.empty(len(counts))
+        for r in drafting.tolist():
+            self._enter(step.request_ids[r], int(index[r]), slots)
+        active = torch.from_numpy(index[drafting]).to(device)
+        room = torch.from_numpy(counts[drafting]).to(device)
+        chains = draft_chains(
+            self._model, self._session, slots.latents, active, done, room, slots.noise,
+            slots.settings,
+        )  # fmt: skip
+        slots.set_drafts(index[drafting], known[drafting], counts[drafting], chains)
+        total = int(counts.sum())
+        ends = np.cumsum(counts)
+        parents = np.arange(total) - np.repeat(ends - counts, counts) - 1
+        return DraftBatch(
+            np.zeros(total, np.int32), parents.astype(np.int32), counts.astype(np.int32),
+            np.zeros(total, np.int32),
+        )  # fmt: skip
+
+    def _begin(self, slots: LatentSlots) -> None:
+        """A session for as many slots as there are, and as the memory allows."""
+        config, length = self._draft.config, slots.settings.length
+        branches = 2 if slots.guided else 1
+        kv = config.num_key_value_heads * config.head_dim
+        picture = 2 * 4 * config.num_hidden_layers * length * kv * branches
+        capacity = min(len(slots), (self.config.kv_memory_mb << 20) // picture)
+        if self._session is not None and capacity == self._capacity:
+            return
+        # What it has read before is read again: keys and values are only remembered.
+        self._capacity, self._pictures = capacity, {}
+        model = self._draft
+        if slots.guided:
+            model = Guided(model, config.num_classes, slots.guidance[:capacity])
+        self._model = model
+        self._session = model.begin(slots.labels[:capacity], length)
+
+    def _enter(self, request_id: str, slot: int, slots: LatentSlots) -> None:
+        if request_id not in self._pictures:
+            self._session.restart(slot, int(slots.labels[slot]))
+            self._pictures[request_id] = slot
+
+    def forget(self, request_id: str) -> None:
+        self._pictures.pop(request_id, None)
