@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -131,23 +132,25 @@ class Schedule:
         if least[-1] == 0:
             least[-1] = least[-2] if steps > 1 else beta[-1]
         self._signal, self._before, self._beta = signal.float(), before.float(), beta.float()
-        self._log_least, self._log_most = least.log().float(), beta.log().float()
+        # Clean data is linear in the state and in what the head says; so is then the mean.
+        by_state, by_head = signal.sqrt(), -(1 - signal).sqrt()
+        if prediction == "noise":
+            by_state, by_head = 1 / signal.sqrt(), -(1 / signal - 1).sqrt()
+        clean, state = before.sqrt() * beta, (1 - beta).sqrt() * (1 - before)
+        self._by_state = ((clean * by_state + state) / (1 - signal)).float()
+        self._by_head = (clean * by_head / (1 - signal)).float()
+        # Log sigma at fraction 0, and how far it goes either way.
+        self._log_middle = ((least.log() + beta.log()) / 4).float()
+        self._log_reach = ((beta.log() - least.log()) / 4).float()
+        self._log_true = (least.log() / 2).float()
 
     def step(
         self, i: int | torch.Tensor, x: torch.Tensor, said: torch.Tensor, fraction: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log sigma, [n, d], of step ``i`` (0 is the noisiest; or int64 [n]) from the
         two things that the head says about ``x``."""
-        share = (fraction + 1) / 2
-        most, least = self._at(self._log_most, i), self._at(self._log_least, i)
-        mean = self._posterior_mean(i, x, self._clean(i, x, said))
-        return mean, 0.5 * (share * most + (1 - share) * least)
-
-    def _clean(self, i, x: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-        signal = self._at(self._signal, i)
-        if self.prediction == "velocity":
-            return signal.sqrt() * x - (1 - signal).sqrt() * said
-        return (x - (1 - signal).sqrt() * said) / signal.sqrt()
+        mean = self._at(self._by_state, i) * x + self._at(self._by_head, i) * said
+        return mean, self._at(self._log_middle, i) + self._at(self._log_reach, i) * fraction
 
     def noised(self, i: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """What step ``i`` int64 [n] starts from, [n, d], if a chain is to end at ``clean``."""
@@ -168,7 +171,7 @@ class Schedule:
         """Nats per channel, [n, d], by which step ``i`` int64 [n] misses the true posterior of
         ``x`` given ``clean``: KL divergence of two Gaussians."""
         mean, log_sigma = self.step(i, x, said, fraction)
-        true, true_log = self._posterior_mean(i, x, clean), 0.5 * self._at(self._log_least, i)
+        true, true_log = self._posterior_mean(i, x, clean), self._at(self._log_true, i)
         spread = torch.exp(2 * (true_log - log_sigma)) - 1
         apart = ((true - mean) * torch.exp(-log_sigma)).square()
         return log_sigma - true_log + 0.5 * (spread + apart)
@@ -211,11 +214,17 @@ def denoise(
     x = noise.start
     colder = torch.as_tensor(temperature, device=x.device).log()
     path = torch.zeros(len(x), device=x.device)
-    for i in range(schedule.steps):
-        said = head(x, schedule.times[i : i + 1].to(x.device), condition)
-        mean, log_sigma = schedule.step(i, x, *(part.float() for part in said))
+    for i, say in enumerate(along(head, schedule.times.to(x.device), condition)):
+        mean, log_sigma = schedule.step(i, x, *(part.float() for part in say(x)))
         log_sigma = log_sigma + colder
         if i < schedule.steps - 1:
             path = path + log_sigma.sum(-1)
         x = mean + log_sigma.exp() * noise.steps[:, i]
     return Chain(x, mean, log_sigma, path)
+
+
+def along(head: DiffusionHead, times: torch.Tensor, condition: torch.Tensor):
+    """Functions of ``x`` for each of ``times``; a head may have a faster way than to be called."""
+    if hasattr(head, "along"):
+        return head.along(times, condition)
+    return (partial(head, times=time, condition=condition) for time in times[:, None])

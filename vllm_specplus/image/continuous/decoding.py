@@ -14,6 +14,7 @@ whole pictures at every pass; models bring faster ones (``causal.py``'s keeps ke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,6 +25,7 @@ from vllm_specplus.image.continuous.chain import (
     DiffusionHead,
     Noise,
     Schedule,
+    along,
     denoise,
     picture_noise,
     stack,
@@ -92,17 +94,31 @@ class Guided:
 
 
 class GuidedHead:
+    """Of conditions as :class:`Guided` has them."""
+
     def __init__(self, head: DiffusionHead):
         self.head = head
 
     def __call__(
         self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.cat(condition[:, :-1].chunk(2, -1))
         times = times if len(times) == 1 else times.repeat(2)
-        said, fraction = self.head(x.repeat(2, 1), times, both)
+        say = partial(self.head, times=times, condition=self._both(condition))
+        return self._mix(say, condition[:, -1:], x)
+
+    def along(self, times: torch.Tensor, condition: torch.Tensor):
+        for say in along(self.head, times, self._both(condition)):
+            yield partial(self._mix, say, condition[:, -1:])
+
+    @staticmethod
+    def _both(condition: torch.Tensor) -> torch.Tensor:
+        return torch.cat(condition[:, :-1].chunk(2, -1))
+
+    @staticmethod
+    def _mix(say, scale: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        said, fraction = say(x.repeat(2, 1))
         label, other = said.chunk(2)
-        return other + condition[:, -1:] * (label - other), fraction[: len(x)]
+        return other + scale * (label - other), fraction[: len(x)]
 
 
 class GuidedSession:

@@ -4,6 +4,8 @@ condition. Parameters carry the names of the public checkpoints (``diffloss.net.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from torch.nn import functional as F
 #: Sine and cosine features of a time.
 FREQUENCIES = 128
 EPS = 1e-6
+#: Numbers of modulations that are computed ahead, at most: 64 MB.
+AHEAD = 1 << 24
 
 
 class TimeEmbedding(nn.Module):
@@ -42,9 +46,15 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(_square(width), nn.SiLU(), _square(width))
         self.adaLN_modulation = _modulation(width, 3)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def modulations(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Shift, scale and gate, all of the shape of ``y``."""
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, -1)
-        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+        return shift, 1 + scale, gate
+
+    def forward(
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), scale)))
 
 
 class FinalLayer(nn.Module):
@@ -53,9 +63,13 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = _modulation(width, 2)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def modulations(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         shift, scale = self.adaLN_modulation(y).chunk(2, -1)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift)
+        return shift, 1 + scale
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        x = F.layer_norm(x, x.shape[-1:], eps=EPS)
+        return self.linear(torch.addcmul(shift, x, scale))
 
 
 class MLPHead(nn.Module):
@@ -79,8 +93,25 @@ class MLPHead(nn.Module):
         self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         y = self.time_embed(times) + self.cond_embed(condition)
-        x = self.input_proj(x.to(y.dtype))
-        for block in self.res_blocks:
-            x = block(x, y)
-        noise, fraction = self.final_layer(x, y).chunk(2, -1)
+        return self._said(self._modulations(y), x)
+
+    def along(self, times: torch.Tensor, condition: torch.Tensor) -> Iterator[Callable]:
+        """:meth:`forward` at each of ``times`` int64 [T] in turn, as functions of ``x``. What
+        does not depend on it, half of the work, is done for many times at once."""
+        time, condition = self.time_embed(times)[:, None], self.cond_embed(condition)
+        parts = 3 * len(self.res_blocks) + 2
+        ahead = max(AHEAD // (parts * condition.numel()), 1)
+        for some in time.split(ahead):
+            modulations = self._modulations(some + condition)
+            for i in range(len(some)):
+                yield partial(self._said, [[part[i] for part in each] for each in modulations])
+
+    def _modulations(self, y: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        return [layer.modulations(y) for layer in (*self.res_blocks, self.final_layer)]
+
+    def _said(self, modulations, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.input_proj(x.to(modulations[0][0].dtype))
+        for layer, each in zip((*self.res_blocks, self.final_layer), modulations, strict=True):
+            x = layer(x, *each)
+        noise, fraction = x.chunk(2, -1)
         return noise, fraction
