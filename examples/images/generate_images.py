@@ -1,9 +1,11 @@
-"""Pictures from an image model in vLLM, drafted by Jacobi iteration, as PNG files.
+"""Pictures from an image model in vLLM as PNG files.
 
     python examples/images/generate_images.py --out pictures --labels 3,1,4,1,5
 
-makes them with the embedded model of digits. ``--acceptance '{"rule": "gsd"}'`` is faster and
-lossy; ``--guidance`` is classifier-free guidance, per request.
+makes them with the embedded model of digits, drafted by Jacobi iteration.
+``--spec '{"method": "jacobi", "acceptance": {"rule": "gsd"}}'`` is faster and lossy; ``--guidance``
+is classifier-free guidance, per request. With ``--latents`` the model is the one whose tokens are
+continuous, drafted by CSpD.
 """
 
 from __future__ import annotations
@@ -21,40 +23,36 @@ def main(
     labels: Annotated[str, typer.Option(help="Classes, separated by commas.")] = "0,1,2,3,4",
     model: Annotated[Path | None, typer.Option(help="Folder; by default the digits.")] = None,
     guidance: Annotated[float | None, typer.Option(help="By default the model's own.")] = None,
-    acceptance: Annotated[str, typer.Option(help="JSON of an acceptance rule.")] = "{}",
+    latents: Annotated[bool, typer.Option(help="The model of latents instead.")] = False,
+    spec: Annotated[str | None, typer.Option(help="JSON, as for --speculative-config.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     # Progress of one engine; nothing else should be between the user and the pictures.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    from vllm_specplus.cli.model import IMAGE_MODEL
-    from vllm_specplus.image.pictures import Pictures
+    from vllm_specplus.cli.model import IMAGE_MODEL, LATENTS_MODEL
+    from vllm_specplus.image.pictures import pictures_of
 
-    folder = str(model or IMAGE_MODEL)
-    speculative = {"method": "jacobi"}
-    if rule := json.loads(acceptance):
-        speculative["acceptance"] = rule
+    folder = str(model or (LATENTS_MODEL if latents else IMAGE_MODEL))
+    own = {"method": "cspd", "model": f"{folder}/draft"} if latents else {"method": "jacobi"}
     llm = LLM(
         model=folder, skip_tokenizer_init=True, max_num_seqs=64, kv_cache_memory_bytes=1 << 28,
-        speculative_config=speculative,
+        speculative_config=json.loads(spec) if spec else own,
     )  # fmt: skip
-    pictures = Pictures(llm.llm_engine.model_config.hf_config, folder)
+    pictures = pictures_of(llm.llm_engine.model_config.hf_config, folder)
     names = labels.split(",")
     extra = None if guidance is None else {"guidance_scale": guidance}
     done = llm.generate(
         [TokensPrompt(prompt_token_ids=[pictures.token(name)]) for name in names],
         [
-            SamplingParams(
-                temperature=1.0, max_tokens=pictures.codes, ignore_eos=True, detokenize=False,
-                seed=seed + i, extra_args=extra,
-            )
+            SamplingParams(seed=seed + i, extra_args=extra, **pictures.sampling)
             for i in range(len(names))
         ],
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for i, (name, each) in enumerate(zip(names, done, strict=True)):
-        (out / f"{i:03}-{name}.png").write_bytes(pictures.png(list(each.outputs[0].token_ids)))
+        (out / f"{i:03}-{name}.png").write_bytes(pictures.png(each.outputs[0]))
     typer.echo(f"{len(names)} pictures in {out}")
 
 

@@ -22,10 +22,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from vllm import SamplingParams, TokensPrompt
+from vllm.sampling_params import RequestOutputKind
 
 from vllm_specplus.control.requests import GUIDANCE
-from vllm_specplus.image.llamagen import MODEL_TYPE
-from vllm_specplus.image.pictures import Pictures
+from vllm_specplus.image.pictures import Pictures, pictures_of
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -67,9 +67,8 @@ class ImagesEndpoint:
         if engine_client is None:
             return
         model = engine_client.model_config
-        if model.hf_config.model_type == MODEL_TYPE:
-            self._engine = engine_client
-            self._pictures = Pictures(model.hf_config, model.model)
+        self._engine = engine_client
+        self._pictures = pictures_of(model.hf_config, model.model)
 
     async def _generations(self, body: ImageRequest, raw: Request) -> JSONResponse:
         if self._pictures is None:
@@ -84,27 +83,27 @@ class ImagesEndpoint:
             extra = dict(body.vllm_xargs)
             if body.guidance_scale is not None:
                 extra[GUIDANCE] = body.guidance_scale
-            codes = await asyncio.gather(
-                *(self._codes(prompt, body, extra, i) for i in range(body.n))
+            made = await asyncio.gather(
+                *(self._output(prompt, body, extra, i) for i in range(body.n))
             )
         except ValueError as error:
             return _refuse(str(error), 400)
         data = [
             {"b64_json": base64.b64encode(await asyncio.to_thread(pictures.png, each)).decode()}
-            for each in codes
+            for each in made
         ]
         return JSONResponse({"created": int(time.time()), "data": data})
 
-    async def _codes(self, prompt, body: ImageRequest, extra: dict, number: int) -> list[int]:
+    async def _output(self, prompt, body: ImageRequest, extra: dict, number: int):
         params = SamplingParams(
-            temperature=body.temperature, top_k=body.top_k, max_tokens=self._pictures.codes,
-            seed=None if body.seed is None else body.seed + number, ignore_eos=True,
-            detokenize=False, extra_args=extra or None,
+            temperature=body.temperature, top_k=body.top_k,
+            seed=None if body.seed is None else body.seed + number,
+            output_kind=RequestOutputKind.FINAL_ONLY, extra_args=extra or None,
+            **self._pictures.sampling,
         )  # fmt: skip
-        codes: list[int] = []
         async for output in self._engine.generate(prompt, params, f"img-{uuid.uuid4().hex}"):
-            codes = list(output.outputs[0].token_ids)
-        return codes
+            last = output
+        return last.outputs[0]
 
 
 def _refuse(message: str, status: int) -> JSONResponse:

@@ -1,23 +1,45 @@
-"""From words to a class's token, and from codes to PNG."""
+"""From words to a class's token, and from what a request generated to PNG."""
 
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
+from vllm_specplus.image.continuous.causal import CausalLatentsConfig
+from vllm_specplus.image.continuous.vae import LatentVAE
 from vllm_specplus.image.llamagen import LlamaGenConfig
 from vllm_specplus.image.vq import VQModel, to_bytes
 
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
 
-class Pictures:
-    """One model's: what a prompt means, and codes to PNG."""
 
-    def __init__(self, config: LlamaGenConfig, folder: str):
+def latents_of(output: CompletionOutput) -> torch.Tensor:
+    """float32 [n, d]: what a model of latents has generated. They travel as logprobs, channel i
+    as that of token id i + 1."""
+    places = output.logprobs or []
+    return torch.tensor(
+        [[place[i].logprob for i in range(1, len(place))] for place in places]
+    )  # fmt: skip
+
+
+class Pictures(ABC):
+    """One model's: what a prompt means, and what its output is as a picture."""
+
+    sampling: dict[str, Any]
+    """Parameters that every request needs, beside those that are asked for."""
+
+    def __init__(self, config: LlamaGenConfig, halvings: int):
+        """``halvings``: of the picture's side on its way to the grid."""
         self.config = config
-        self.vq = VQModel.load(folder)
+        self.side = config.grid_size * 2**halvings
+        """Pixels of a picture's side."""
         self._labels = {name: int(i) for i, name in config.id2label.items()}
+        self.sampling = {"max_tokens": config.grid_size**2, "detokenize": False}
 
     def token(self, prompt: str) -> int:
         """The token of the class that ``prompt`` names; ValueError if there is none."""
@@ -27,20 +49,41 @@ class Pictures:
             raise ValueError(f"prompt {prompt!r} names no class of this model (it has {some})")
         return self.config.label_token(label)
 
-    @property
-    def codes(self) -> int:
-        """Of a picture."""
-        return self.config.grid_size**2
-
-    @property
-    def side(self) -> int:
-        """Pixels of a picture's side."""
-        return self.config.grid_size * 2 ** (len(self.vq.config.multipliers) - 1)
-
-    @torch.inference_mode()
-    def png(self, codes: list[int]) -> bytes:
-        grid = torch.tensor(codes).view(1, self.config.grid_size, self.config.grid_size)
-        pixels = to_bytes(self.vq.decode(grid))[0].squeeze(-1).numpy()
+    def png(self, output: CompletionOutput) -> bytes:
+        with torch.inference_mode():
+            pixels = to_bytes(self._decode(output))[0].squeeze(-1).numpy()
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "PNG")
         return out.getvalue()
+
+    @abstractmethod
+    def _decode(self, output: CompletionOutput) -> torch.Tensor:
+        """float32 [1, channels, height, width] in about [-1, 1]."""
+
+
+class CodePictures(Pictures):
+    def __init__(self, config: LlamaGenConfig, folder: str):
+        self.vq = VQModel.load(folder)
+        super().__init__(config, len(self.vq.config.multipliers) - 1)
+        self.sampling["ignore_eos"] = True
+
+    def _decode(self, output: CompletionOutput) -> torch.Tensor:
+        size = self.config.grid_size
+        return self.vq.decode(torch.tensor(list(output.token_ids)).view(1, size, size))
+
+
+class LatentPictures(Pictures):
+    def __init__(self, config: CausalLatentsConfig, folder: str):
+        self.vae = LatentVAE.load(folder)
+        super().__init__(config, len(self.vae.config.multipliers) - 1)
+        self.sampling["logprobs"] = config.size
+
+    def _decode(self, output: CompletionOutput) -> torch.Tensor:
+        return self.vae.decode(latents_of(output)[None])
+
+
+def pictures_of(config: Any, folder: str) -> Pictures | None:
+    """For the model in ``folder``, if it makes pictures."""
+    if isinstance(config, CausalLatentsConfig):  # which is a LlamaGen's, too
+        return LatentPictures(config, folder)
+    return CodePictures(config, folder) if isinstance(config, LlamaGenConfig) else None
