@@ -103,6 +103,18 @@ def load_plugin() -> None:
     register()
 
 
+def abort(llm, requests, params, steps: int) -> None:
+    """Start the requests, and abort all of them after so many steps."""
+    from vllm import TokensPrompt
+
+    names = [f"aborted-{i}" for i in range(len(requests))]
+    for name, (prompt, fields) in zip(names, requests, strict=True):
+        llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params(fields))
+    for _ in range(steps):
+        llm.llm_engine.step()
+    llm.llm_engine.abort_request(names)
+
+
 def main(job_path: str, out_path: str) -> None:
     with open(job_path) as f:
         job = json.load(f)
@@ -136,6 +148,9 @@ def main(job_path: str, out_path: str) -> None:
         if "kill_owner_after" in batch:
             kill = (owners[-1][0], signal.SIGKILL)
             threading.Timer(batch["kill_owner_after"], os.kill, kill).start()
+        if "abort_after" in batch:
+            abort(llm, batch["requests"], params, batch["abort_after"])
+            continue
         if batch.get("truncate"):
             os.truncate(batch["truncate"], 8)
         if batch.get("repeat"):
@@ -163,6 +178,7 @@ def main(job_path: str, out_path: str) -> None:
             ]
         )
     runners = llm.collective_rpc(_counters)
+    slots = llm.collective_rpc(_slots)[0]
     preemptions = (
         next((m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), None)
         if not job["engine"].get("disable_log_stats", True)
@@ -176,6 +192,7 @@ def main(job_path: str, out_path: str) -> None:
                 "counters": runners[0],
                 "ranks": runners,
                 "owners": owners,
+                "slots": slots,
                 "preemptions": preemptions,
             },
             f,
@@ -184,6 +201,21 @@ def main(job_path: str, out_path: str) -> None:
 
 def _owners(worker):
     return worker.model_runner.drafter.proposer._placement.pids()
+
+
+def _slots(worker):
+    """Of a model of latents: hashes of its buffers, how many there are and how many are free."""
+    import hashlib
+
+    slots = getattr(worker.model_runner, "slots", None)
+    if slots is None:
+        return None
+    bare = [tensor.cpu().numpy().tobytes() for tensor in slots.tensors()]
+    bare += [slots.drafted.tobytes(), repr(slots.seeds).encode()]
+    return {
+        "hashes": [hashlib.sha256(each).hexdigest() for each in bare],
+        "slots": len(slots), "free": sorted(slots._free),
+    }  # fmt: skip
 
 
 def _counters(worker):

@@ -31,8 +31,8 @@ def run(
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
     other (before one with "truncate", that file is cut short; one with "pause" waits so many
     seconds; in one with "kill_owner_after" a process of a layer-parallel draft is killed after
-    so many seconds, in one with "end_process" that one, after "end_after" seconds); ``env``: more
-    environment.
+    so many seconds, in one with "end_process" that one, after "end_after" seconds; one with
+    "abort_after" is aborted after so many steps and returns nothing); ``env``: more environment.
     Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}, "owners": [[pid, ...]]}.
     """
     number = len(list(tmp_path.glob("job*.json")))
