@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -25,7 +26,9 @@ def test_defaults():
 
 @pytest.mark.parametrize("raw", [{"method": "medusa"}, {}, {"method": None}])
 def test_an_unknown_method_is_told_what_there_is(raw):
-    with pytest.raises(ValueError, match=r"unknown method .*; vllm-specplus has draft_tree, "):
+    with pytest.raises(
+        ValueError, match=r"unknown method .*; vllm-specplus has cspd, draft_tree, "
+    ):
         parse(raw)
 
 
@@ -262,3 +265,88 @@ def test_the_front_end_does_not_load_numba_or_vllm():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def latents_config(parallel=None, **changes):
+    parallel = {"worker_cls": "auto", "world_size": 1} | (parallel or {})
+    fields = {
+        "parallel_config": SimpleNamespace(**parallel),
+        "scheduler_config": SimpleNamespace(async_scheduling=None), "speculative_config": None,
+        "use_v2_model_runner": False, "lora_config": None, "kv_transfer_config": None,
+    }  # fmt: skip
+    return SimpleNamespace(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"parallel": {"worker_cls": "my.Worker"}}, "leave worker_cls at 'auto'"),
+        ({"parallel": {"world_size": 2}}, "leave tensor_parallel_size"),
+        ({"use_v2_model_runner": True}, "unset VLLM_USE_V2_MODEL_RUNNER"),
+        ({"scheduler_config": SimpleNamespace(async_scheduling=True)}, "--async-scheduling"),
+        ({"lora_config": {}}, "remove enable_lora"),
+        ({"kv_transfer_config": {}}, "KV connector"),
+        (
+            {"speculative_config": SimpleNamespace(model=None, method="ngram")},
+            "cannot be drafted by 'ngram', which drafts tokens: use method 'cspd'",
+        ),
+    ],
+)
+def test_what_a_model_of_latents_cannot_work_with_is_named(case, words):
+    from vllm_specplus.engine.models.serving import WORKERS, conflicts
+
+    ours = SimpleNamespace(model=plugin.DRAFTER, method="custom_class")
+    for worker in ("auto", WORKERS["cpu"], plugin.WORKERS["cpu"]):
+        fine = latents_config(parallel={"worker_cls": worker}, speculative_config=ours)
+        assert list(conflicts(fine, "cpu")) == []
+    (sentence,) = conflicts(latents_config(**case), "cpu")
+    assert words in sentence
+    assert "\n" not in sentence
+
+
+@pytest.fixture
+def latents_draft(tmp_path):
+    def write(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(LATENTS | changes))
+        return {"method": "cspd", "model": str(tmp_path)}
+
+    return write
+
+
+LATENTS = {
+    "model_type": "causal_latents", "num_classes": 10, "grid_size": 8, "size": 4, "steps": 6,
+    "end": 250, "prediction": "velocity",
+}  # fmt: skip
+
+
+def test_latents_are_drafted_by_a_model_of_the_same_latents(latents_draft):
+    drafted = target(family="causal_latents", latents=LATENTS)
+    config = parse(latents_draft())
+    config.check_kind(drafted)
+    config.check_target(drafted)
+    with pytest.raises(ValueError, match="its 'steps' is 8, and the target's is 6"):
+        parse(latents_draft(steps=8)).check_target(drafted)
+    with pytest.raises(
+        ValueError, match="drafts tokens, and the target generates latents: use cspd"
+    ):
+        parse({"method": "token_recycling"}).check_kind(drafted)
+    with pytest.raises(ValueError, match="drafts latents, and the target, of type"):
+        config.check_kind(target())
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"verification": "reference"}, "set 'allow_lossy' to true"),
+        ({"verification": "paper"}, "verification 'paper' changes what is made"),
+        ({"allow_lossy": True}, "for a 'verification' that is not exact: remove it"),
+        ({"acceptance": {"rule": "typical"}, "allow_lossy": True}, "have 'verification': use it"),
+        ({"model": "/nowhere"}, "'model' '/nowhere' is not a folder with a config.json"),
+        ({"prefill": -1}, "'prefill' is -1"),
+        ({"window": 4}, "unknown key 'window'"),
+    ],
+)
+def test_mistakes_about_latents(latents_draft, keys, words):
+    with pytest.raises(ValueError, match=words):
+        parse(latents_draft() | keys)
+    assert not parse(latents_draft() | {"verification": "paper", "allow_lossy": True}).lossless

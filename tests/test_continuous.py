@@ -9,11 +9,13 @@ import pytest
 import torch
 from scipy import stats
 
+from vllm_specplus.image.continuous import head
 from vllm_specplus.image.continuous.acceptance import log_ratio, log_weight, residual
 from vllm_specplus.image.continuous.causal import CausalLatents, CausalLatentsConfig
 from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, picture_noise
 from vllm_specplus.image.continuous.decoding import (
     Guided,
+    GuidedHead,
     Recompute,
     Settings,
     Speculation,
@@ -260,11 +262,11 @@ def test_noise_is_of_the_seed():
     assert not torch.equal(one.start, picture_noise(6, 4, 3, 2).start)
 
 
-def small_model(layers: int = 2, seed: int = 0) -> CausalLatents:
+def small_model(layers: int = 2, seed: int = 0, **keys) -> CausalLatents:
     torch.manual_seed(seed)
     config = CausalLatentsConfig(
         num_classes=3, grid_size=3, hidden_size=32, intermediate_size=64, size=4, head_width=32,
-        head_depth=2, num_hidden_layers=layers, num_attention_heads=2,
+        head_depth=2, num_hidden_layers=layers, num_attention_heads=2, **keys,
     )  # fmt: skip
     return CausalLatents(config)
 
@@ -346,6 +348,22 @@ def test_cached_keys_change_nothing(window):
     assert 0.05 < counts.acceptance < 0.99  # rejections and full windows
     torch.testing.assert_close(fast, slow, atol=1e-3, rtol=0)
     assert torch.equal(counts.target_passes, counted.target_passes)
+
+
+@pytest.mark.parametrize("ahead", [1, 1 << 24])
+def test_a_head_says_the_same_along_a_chain(monkeypatch, ahead):
+    """Whatever is computed ahead of it."""
+    monkeypatch.setattr(head, "AHEAD", ahead)
+    mlp, times = shaken(small_model()).head, torch.tensor([900, 600, 300, 20])
+    x, both, scale = torch.randn(5, 4), torch.randn(5, 64), torch.rand(5, 1)
+    for each, condition in (
+        (mlp, both[:, :32]),
+        (GuidedHead(mlp), torch.cat((both, scale), 1)),
+    ):
+        for time, say in zip(times[:, None], each.along(times, condition), strict=True):
+            torch.testing.assert_close(say(x), each(x, time, condition), atol=1e-5, rtol=0)
+            everyone = time.expand(len(x))
+            torch.testing.assert_close(say(x), each(x, everyone, condition), atol=1e-5, rtol=0)
 
 
 def test_guidance_mixes_what_the_head_says():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vllm_specplus.control.requests import guidance, parse
+from vllm_specplus.control.requests import check_latents, guidance, parse
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,26 @@ def test_guidance_is_a_number(value):
 def test_guidance_needs_a_model_that_has_it():
     with pytest.raises(ValueError, match="guidance_scale is for image models with guidance"):
         guidance({"guidance_scale": 3.0}, possible=False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"temperature": 0.0}, "temperature is 0: latents are drawn"),
+        ({"logprobs": None}, "logprobs is None: latents come back in their place"),
+        ({"logprobs": 3}, "set it to 4"),
+        ({"top_k": 5}, "top_k is for tokens"),
+        ({"top_p": 0.9}, "top_p is for tokens"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty is for tokens"),
+        ({"stop_token_ids": [0]}, "stop_token_ids is for tokens"),
+        ({"allowed_token_ids": [0]}, "allowed_token_ids is for tokens"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs is for tokens"),
+        ({"min_tokens": 4}, "min_tokens is for tokens"),
+    ],
+)
+def test_requests_for_latents(keys, words):
+    from vllm import SamplingParams
+
+    check_latents(SamplingParams(logprobs=4, seed=3, temperature=0.7, top_k=-1, n=2), 4)
+    with pytest.raises(ValueError, match=words):
+        check_latents(SamplingParams(**{"logprobs": 4} | keys), 4)

@@ -91,6 +91,17 @@ HOOKS = (
         ("num_heads", "head_size", "scale", "num_kv_heads", "cache_config", "prefix"),
     ),
     Hook("vllm.compilation.decorators:support_torch_compile", "compiles image models"),
+    Hook(
+        "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
+        "how models of latents are to be served",
+    ),
+    Hook(
+        "vllm.renderers.registry:RENDERER_REGISTRY.register",
+        "prompts of models of latents are one label",
+        ("renderer_mode", "module", "class_name"),
+    ),
+    Hook("vllm.renderers.base:BaseRenderer.validate_token_ids", "the same", ("token_ids",)),
+    Hook("vllm.v1.outputs:LogprobsTensors", "brings latents back"),
     Hook("vllm.distributed:get_tp_group", "one decision for all ranks"),
     Hook(_RUNNER + "_dummy_run", "profiles what a step costs", ("num_tokens",)),
     Hook(_RUNNER + "_sample", "verification", ("logits", "spec_decode_metadata")),

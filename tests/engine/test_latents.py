@@ -245,3 +245,24 @@ def test_the_embedded_model_by_default(tmp_path):
     labels = torch.arange(60) % 10
     seen = quality.features(folder.classifier, made)
     assert quality.accuracy(folder.classifier, seen, labels.numpy()) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("keys", "request_", "words"),
+    [
+        ({}, [[1, 0], {"logprobs": 3}], "is the token of one label (1 to 5, or 6 for any), not"),
+        ({}, [[2], {"logprobs": 2}], "set it to 3"),
+        (
+            {"speculative_config": {"method": "token_recycling"}}, [[2], {}],
+            "drafts tokens, and the target generates latents: use cspd",
+        ),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, [[2], {}],
+            "cannot be drafted by 'ngram', which drafts tokens: use method 'cspd'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(tmp_path, models, keys, request_, words):
+    with pytest.raises(RuntimeError) as error:
+        harness.run(tmp_path, engine(models[0][0], **keys), [{"requests": [request_]}])
+    assert words in str(error.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -17,18 +18,25 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplus.cli.model import IMAGE_MODEL
+from vllm_specplus.cli.model import IMAGE_MODEL, LATENTS_MODEL
 
 pytestmark = pytest.mark.engine
 
-#: Always the same window: under the controller it depends on time, and with it what is drawn.
-SPEC = """{"method": "jacobi", "num_speculative_tokens": 7, "control": {"policy": "fixed"},
-           "acceptance": {"rule": "gsd", "group": 5}}"""
+#: Model -> its draft. Always the same window: under the controller it depends on time, and with
+#: it what is drawn.
+SPECS = {
+    IMAGE_MODEL: {"method": "jacobi", "num_speculative_tokens": 7,
+                  "acceptance": {"rule": "gsd", "group": 5}},
+    LATENTS_MODEL: {"method": "cspd", "num_speculative_tokens": 3,
+                    "model": f"{LATENTS_MODEL}/draft"},
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
+@pytest.fixture(scope="module", params=SPECS, ids=lambda model: model.name)
+def client(request, tmp_path_factory):
     import openai
+
+    model, spec = request.param, SPECS[request.param] | {"control": {"policy": "fixed"}}
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -37,10 +45,10 @@ def client(tmp_path_factory):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "specplus,specplus_images",
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(IMAGE_MODEL),
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model),
         "--served-model-name", "digits", "--skip-tokenizer-init", "--enforce-eager",
         "--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "16",
-        "--kv-cache-memory-bytes", str(1 << 28), "--speculative-config", SPEC,
+        "--kv-cache-memory-bytes", str(1 << 28), "--speculative-config", json.dumps(spec),
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("serve") / "log"
     with log.open("w") as stream:
@@ -76,7 +84,7 @@ def test_pictures_show_what_was_asked_for(client):
     def make(digit: int):
         return client.images.generate(
             model="digits", prompt=str(digit), n=4, size="32x32",
-            extra_body={"guidance_scale": 2.0, "seed": digit},
+            extra_body={"temperature": 0.9, "seed": digit},
         )  # fmt: skip
 
     with ThreadPoolExecutor(8) as pool:

@@ -79,21 +79,20 @@ def parse(extra_args: dict[str, Any] | None) -> RequestControls:
         raise ValueError(f"{KEY}: {mistakes}") from None
 
 
-#: What a request for latents leaves alone -> its default. They are for distributions over tokens.
-_OF_TOKENS: dict[str, Any] = {
-    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0, "presence_penalty": 0.0,
-    "frequency_penalty": 0.0, "repetition_penalty": 1.0, "stop": [], "stop_token_ids": [],
-    "bad_words": [], "allowed_token_ids": None, "logit_bias": None, "structured_outputs": None,
-    "prompt_logprobs": None, "logprob_token_ids": None,
+#: What a request for latents leaves alone, being for distributions over tokens -> what does.
+_OF_TOKENS: dict[str, tuple] = {
+    "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "min_tokens": (0,),
+    "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "repetition_penalty": (1.0,),
+    "stop": ([],), "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": (),
+    "logit_bias": (), "structured_outputs": (), "prompt_logprobs": (), "logprob_token_ids": (),
 }  # fmt: skip
 
 
 def check_latents(params: Any, size: int) -> None:
     """ValueError with one sentence if ``params``, vLLM's ``SamplingParams``, asks a model of
     latents of ``size`` channels for what it cannot do."""
-    for key, default in _OF_TOKENS.items():
-        value = getattr(params, key, default)
-        if value != default and value is not None:
+    for key, harmless in _OF_TOKENS.items():
+        if getattr(params, key, None) not in (None, *harmless):
             raise ValueError(f"{key} is for tokens, and this model generates latents: remove it")
     if params.temperature <= 0:
         raise ValueError("temperature is 0: latents are drawn, set it above 0")

@@ -38,7 +38,7 @@ class ServeLatents(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        for problem in _conflicts(vllm_config):
+        for problem in conflicts(vllm_config, current_platform.device_type):
             raise ValueError(f"a model of latents {problem}")
         vllm_config.parallel_config.worker_cls = WORKERS[current_platform.device_type]
         vllm_config.scheduler_config.async_scheduling = False
@@ -47,14 +47,21 @@ class ServeLatents(VerifyAndUpdateConfig):
             vllm_config.cache_config.enable_prefix_caching = False
 
 
-def _conflicts(vllm_config: VllmConfig):
+def conflicts(vllm_config: VllmConfig, device_type: str):
+    """Yield what in an engine's config a model of latents cannot work with, and what to do."""
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    if current_platform.device_type not in WORKERS:
-        yield f"runs on CPU and CUDA, not on {current_platform.device_type!r}"
+    if device_type not in WORKERS:
+        yield f"runs on CPU and CUDA, not on {device_type!r}"
     if parallel.worker_cls not in ("auto", *plugin.WORKERS.values(), *WORKERS.values()):
         yield f"brings its own worker: leave worker_cls at 'auto', not {parallel.worker_cls!r}"
     if parallel.world_size > 1:
         yield "runs on one device: leave tensor_parallel_size and pipeline_parallel_size at 1"
+    if vllm_config.use_v2_model_runner:
+        yield "needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER"
+    if vllm_config.scheduler_config.async_scheduling:
+        yield "cannot use async scheduling: remove --async-scheduling"
+    if vllm_config.lora_config is not None:
+        yield "does not support LoRA adapters: remove enable_lora"
     if vllm_config.kv_transfer_config is not None:
         yield "has latents beside its cache, which no KV connector carries: remove it"
     if speculative is not None and speculative.model != plugin.DRAFTER:
