@@ -1,5 +1,7 @@
 """``vllm-specplus bench --task image``: speed of image generation against quality.
 
+Of models whose tokens are codes, and of those whose tokens are latents.
+
 Every method makes the same classes in an engine of its own, one engine after the other, and is
 measured after a round to warm up. Steps are the target's, counted once per request; plain
 decoding takes one for each code. Quality is the share of pictures that show their class and the
@@ -39,7 +41,7 @@ class ImageJob(BaseModel):
     temperature: float
     seed: int
     out: str
-    """File for the codes, int64 [N, codes], and what was counted."""
+    """File for the tokens, [N, ...], and what was counted."""
 
 
 class ImageRun(BaseModel):
@@ -60,8 +62,8 @@ class ImageRun(BaseModel):
     """Bootstrap."""
     distance_to_plain: float | None
     distance_to_plain_error: float | None
-    codes: int
-    """Different codes in use, a sign of collapse."""
+    codes: int | None
+    """Different codes in use, a sign of collapse; None: the tokens are latents."""
 
     @property
     def pictures_per_second(self) -> float:
@@ -79,32 +81,34 @@ def measure(job: ImageJob) -> None:
     """In a process of its own."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
+    from vllm_specplus.image.pictures import pictures_of
+
     llm = LLM(**job.engine)
-    config = llm.llm_engine.model_config.hf_config
+    model = llm.llm_engine.model_config
+    pictures = pictures_of(model.hf_config, model.model)
 
     def counters() -> dict[str, float]:
         (values,) = llm.collective_rpc(_counters)
         return values
 
-    def generate(labels: list[int], seed: int) -> list[list[int]]:
-        prompts = [TokensPrompt(prompt_token_ids=[config.label_token(i)]) for i in labels]
-        params = [
-            SamplingParams(
-                temperature=job.temperature, max_tokens=config.grid_size**2, ignore_eos=True,
-                detokenize=False, seed=seed + i,
-            )
-            for i in range(len(labels))
+    def generate(labels: list[int], seed: int):
+        prompts = [
+            TokensPrompt(prompt_token_ids=[model.hf_config.label_token(i)]) for i in labels
         ]  # fmt: skip
-        done = llm.generate(prompts, params, use_tqdm=False)
-        return [list(each.outputs[0].token_ids) for each in done]
+        params = [
+            SamplingParams(temperature=job.temperature, seed=seed + i, **pictures.sampling)
+            for i in range(len(labels))
+        ]
+        return llm.generate(prompts, params, use_tqdm=False)
 
     generate(job.labels[: 2 * job.in_flight], job.seed + 10**6)
     before, start = counters(), time.perf_counter()
-    codes = generate(job.labels, job.seed)
+    done = generate(job.labels, job.seed)
     seconds = time.perf_counter() - start
+    tokens = np.stack([pictures.tokens(each.outputs[0]).numpy() for each in done])
     after = counters()
     counted = {name: value - before[name] for name, value in after.items()}
-    np.savez(job.out, codes=np.array(codes), seconds=seconds, counted=json.dumps(counted))
+    np.savez(job.out, tokens=tokens, seconds=seconds, counted=json.dumps(counted))
 
 
 def _counters(worker) -> dict[str, float]:
@@ -119,8 +123,8 @@ class ImageBench:
         self, model: str, methods: list[MethodSpec], pictures: int, in_flight: int,
         temperature: float, seed: int, engine_args: dict[str, Any], notify: Callable[[str], None],
     ):  # fmt: skip
+        from vllm_specplus.image.pictures import load_pictures
         from vllm_specplus.image.quality import DigitClassifier, Gaussian
-        from vllm_specplus.image.vq import VQModel
 
         folder = Path(model)
         if not (folder / "classifier").is_dir():
@@ -128,8 +132,10 @@ class ImageBench:
                 f"--model: {model} has no classifier to judge pictures with: use the folder that "
                 f"`vllm-specplus prepare-model --image` prints"
             )
-        self.config = json.loads((folder / "config.json").read_text())
-        self.vq, self.classifier = VQModel.load(folder), DigitClassifier.load(folder)
+        self.reads = load_pictures(folder)
+        if self.reads is None:
+            raise InputError(f"--model: {model} is no model that --task image knows")
+        self.classifier = DigitClassifier.load(folder)
         self.reference = Gaussian.load(folder)
         self.model, self.methods, self.notify = model, methods, notify
         self.in_flight, self.temperature, self.seed = in_flight, temperature, seed
@@ -143,9 +149,8 @@ class ImageBench:
                 )
         if pictures < 2:
             raise InputError("--limit: a distance needs at least 2 pictures")
-        classes = self.config["num_classes"]
-        self.labels = [i % classes for i in range(pictures)]
-        self.codes: dict[str, np.ndarray] = {}
+        self.labels = [i % self.reads.config.num_classes for i in range(pictures)]
+        self.tokens: dict[str, np.ndarray] = {}
         self.runs: list[ImageRun] = []
         self.failures: dict[str, str] = {}
 
@@ -159,18 +164,20 @@ class ImageBench:
             except subprocess.CalledProcessError as error:
                 self.failures[method.label] = error.stderr.strip().splitlines()[-1]
                 continue
-            self.codes[method.label] = found["codes"]
+            self.tokens[method.label] = found["tokens"]
             run, plain = self._judge(method, found, plain)
             self.runs.append(run)
 
     def _measure(self, method: MethodSpec) -> dict[str, Any]:
         engine = {
             "model": self.model, "skip_tokenizer_init": True, "max_num_seqs": self.in_flight,
-            "max_model_len": 1 + self.config["grid_size"] ** 2, "disable_log_stats": True,
+            "max_model_len": 1 + self.reads.config.grid_size**2, "disable_log_stats": True,
             "kv_cache_memory_bytes": 1 << 28, "seed": self.seed,
         } | self.engine_args  # fmt: skip
         if method.speculative_config is not None:
-            engine["speculative_config"] = method.speculative_config
+            engine["speculative_config"] = dict(method.speculative_config)
+            if method.name == "cspd":
+                engine["speculative_config"].setdefault("model", f"{self.model}/draft")
         with tempfile.TemporaryDirectory() as folder:
             out = f"{folder}/result.npz"
             job = ImageJob(
@@ -186,19 +193,19 @@ class ImageBench:
             )  # fmt: skip
             with np.load(out, allow_pickle=False) as found:
                 return {
-                    "codes": found["codes"], "seconds": float(found["seconds"]),
+                    "tokens": found["tokens"], "seconds": float(found["seconds"]),
                     "counted": json.loads(str(found["counted"])),
                 }  # fmt: skip
 
     def _judge(self, method: MethodSpec, found: dict[str, Any], plain):
         from vllm_specplus.image import quality
 
-        codes, counted = found["codes"], found["counted"]
-        seen = quality.features(self.classifier, self.pictures(codes))
+        tokens, counted = found["tokens"], found["counted"]
+        seen = quality.features(self.classifier, self.pictures(tokens))
         mine = quality.Gaussian.of(seen)
-        pictures = len(codes)
+        pictures = len(tokens)
         # Plain decoding counts nothing; its first code comes with the prompt.
-        steps = counted.get("request_steps", pictures * (codes.shape[1] - 1.0))
+        steps = counted.get("request_steps", pictures * (tokens.shape[1] - 1.0))
         run = ImageRun(
             label=method.label,
             lossy=method.lossy,
@@ -212,25 +219,23 @@ class ImageBench:
             distance_error=quality.distance_error(seen, self.reference),
             distance_to_plain=None if plain is None else mine.distance(plain),
             distance_to_plain_error=None if plain is None else quality.distance_error(seen, plain),
-            codes=len(np.unique(codes)),
+            codes=len(np.unique(tokens)) if tokens.ndim == 2 else None,
         )
         return run, mine if method.name == BASELINE else plain
 
-    def pictures(self, codes: np.ndarray):
-        """float32 [N, channels, height, width] in about [-1, 1] of int64 [N, codes]."""
+    def pictures(self, tokens: np.ndarray):
+        """float32 [N, channels, height, width] in about [-1, 1] of the tokens of N requests."""
         import torch
 
-        side = self.config["grid_size"]
-        grid = torch.from_numpy(codes).view(-1, side, side)
-        with torch.inference_mode():
-            return torch.cat([self.vq.decode(part) for part in grid.split(128)])
+        return torch.cat([self.reads.decode(part) for part in torch.from_numpy(tokens).split(128)])
 
 
 def sheet_of(bench: ImageBench) -> dict[str, np.ndarray]:
     """Two pictures of each class by every method, for :func:`save_sheet`."""
-    shown = 2 * bench.config["num_classes"]
+    shown = 2 * bench.reads.config.num_classes
     return {
-        label: bench.pictures(codes[:shown])[:, 0].numpy() for label, codes in bench.codes.items()
+        label: bench.pictures(tokens[:shown])[:, 0].numpy()
+        for label, tokens in bench.tokens.items()
     }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,15 +52,18 @@ class Pictures(ABC):
         return self.config.label_token(label)
 
     def png(self, output: CompletionOutput) -> bytes:
-        with torch.inference_mode():
-            pixels = to_bytes(self._decode(output))[0].squeeze(-1).numpy()
+        pixels = to_bytes(self.decode(self.tokens(output)[None]))[0].squeeze(-1).numpy()
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "PNG")
         return out.getvalue()
 
     @abstractmethod
-    def _decode(self, output: CompletionOutput) -> torch.Tensor:
-        """float32 [1, channels, height, width] in about [-1, 1]."""
+    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+        """What a request has generated: [n] codes, or [n, d] latents."""
+
+    @abstractmethod
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 [B, channels, height, width] in about [-1, 1] of :meth:`tokens` of B requests."""
 
 
 class CodePictures(Pictures):
@@ -67,9 +72,12 @@ class CodePictures(Pictures):
         super().__init__(config, len(self.vq.config.multipliers) - 1)
         self.sampling["ignore_eos"] = True
 
-    def _decode(self, output: CompletionOutput) -> torch.Tensor:
-        size = self.config.grid_size
-        return self.vq.decode(torch.tensor(list(output.token_ids)).view(1, size, size))
+    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+        return torch.tensor(list(output.token_ids))
+
+    @torch.inference_mode()
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.vq.decode(tokens.unflatten(1, (-1, self.config.grid_size)))
 
 
 class LatentPictures(Pictures):
@@ -78,8 +86,12 @@ class LatentPictures(Pictures):
         super().__init__(config, len(self.vae.config.multipliers) - 1)
         self.sampling["logprobs"] = config.size
 
-    def _decode(self, output: CompletionOutput) -> torch.Tensor:
-        return self.vae.decode(latents_of(output)[None])
+    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+        return latents_of(output)
+
+    @torch.inference_mode()
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(tokens)
 
 
 def pictures_of(config: Any, folder: str) -> Pictures | None:
@@ -87,3 +99,12 @@ def pictures_of(config: Any, folder: str) -> Pictures | None:
     if isinstance(config, CausalLatentsConfig):  # which is a LlamaGen's, too
         return LatentPictures(config, folder)
     return CodePictures(config, folder) if isinstance(config, LlamaGenConfig) else None
+
+
+def load_pictures(folder: str | Path) -> Pictures | None:
+    """The same, by the folder alone."""
+    said = json.loads((Path(folder) / "config.json").read_text())
+    for kind in (CausalLatentsConfig, LlamaGenConfig):
+        if said.get("model_type") == kind.model_type:
+            return pictures_of(kind(**said), str(folder))
+    return None
