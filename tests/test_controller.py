@@ -345,6 +345,17 @@ def test_planned_levels_come_back_after_a_drop():
     assert world.run(600, 0.9)[-50:].mean() > 0.7 * high
 
 
+def test_a_batch_is_probed_rarely_however_often_some_request_is_lucky():
+    """A pass costs half a step of eight requests, and what it drafts is right now and then."""
+    step = float(CURVE(8))
+    world = LevelWorld(requests=8, pass_seconds=0.5 * step)
+    world.run(100, 0.4)
+    probes, clock, tokens = world.counters["probe_steps"], world.clock, world.tokens
+    world.run(1000, 0.4)
+    assert 2 <= world.counters["probe_steps"] - probes < 20
+    assert (world.tokens - tokens) / (world.clock - clock) > 0.97 * 8 / step
+
+
 def test_planned_levels_go_to_the_requests_that_follow_them():
     world = LevelWorld(requests=2, pass_seconds=0.001)
     nodes = world.run(300, [0.95, 0.05])[-100:].mean(0)

@@ -109,6 +109,7 @@ class Controller:
         self._most = max_nodes  # nodes the luckiest request got in the last step
         self._idle_steps = 0  # since the last verified draft, while off
         self._interval = PROBE_INTERVALS[0]
+        self._break_even = 0.0  # tokens with which the levels drafted last have paid
         self._draft_seconds = 0.0  # per drafted request (and level + 1), moving average
         self._expected = self._gained = 0.0  # tokens of recent steps, decayed
         self._explore_credit = 0.0
@@ -171,8 +172,8 @@ class Controller:
         self._gained = CALIBRATION_MEMORY * self._gained + gained[here & (trees.expected > 0)].sum()
         if self._levels is not None:
             trees = self._as_chains(trees, rows, gained, step)
-            if not self.speculating and gained.any():
-                # Only probes teach while off: one that came true calls for the next.
+            if not self.speculating and gained[here].sum() > self._break_even:
+                # Only probes teach while off: one that has paid calls for the next.
                 self._interval = 1
         labelled = self.acceptance.learn(
             trees.tokens, trees.parents, trees.sources, trees.starts, trees.drafted_at,
@@ -292,6 +293,8 @@ class Controller:
         seconds = seconds + self._draft_seconds * np.where(passes > 0, passes + 1, 0)
         best, gain = best_goodput(survival.reshape(-1)[order], requests, seconds)
         best = self._switched(best, gain)
+        if best < len(seconds):
+            self._break_even = requests * float(seconds[best] / seconds[0] - 1)
         return np.bincount(order[:best] // len(self._levels), minlength=requests)
 
     # -- after drafting -------------------------------------------------------------
