@@ -81,8 +81,12 @@ def test_measures_prints_and_writes(folder, tmp_path, model, methods, passes):
 @pytest.mark.parametrize(
     ("model", "methods", "message"),
     [
-        (".", "jacobi", "measures none, cspd of this model, not jacobi"),
-        ("masked", "jacobi", "none, cspd, plain:iterations=N of this model"),
+        (
+            ".",
+            "jacobi",
+            "measures none, cspd and, of masked models, plain:iterations=N, not jacobi",
+        ),
+        (".", "plain:iterations=4", "iterations is for masked models: remove it"),
         (".", "cspd:window=0", "window=0"),
         (".", "cspd:windows=2", "windows"),
         (".", 'cspd:rule="best"', "rule"),
@@ -97,15 +101,25 @@ def test_bad_input_is_one_sentence(folder, model, methods, message):
     refused(bench("--model", str(folder / model), "--methods", methods), message)
 
 
-@pytest.mark.parametrize(
-    ("model", "option", "message"),
-    [
-        (".", ("--temperature", "0"), "it must be above 0, not 0.0"),
-        ("masked", ("--guidance-scale", "2"), "--guidance-scale is for causal models so far"),
-    ],
-)
-def test_options_that_would_do_nothing_are_refused(folder, model, option, message):
-    refused(bench("--model", str(folder / model), *option), message)
+def test_a_temperature_of_nothing_is_refused(folder):
+    message = "it must be above 0, not 0.0"
+    refused(bench("--model", str(folder), "--temperature", "0"), message)
+
+
+@pytest.mark.parametrize("model", [".", "masked"])
+def test_guidance_changes_the_pictures(folder, tmp_path, model):
+    made = []
+    for scale in ("1", "3"):
+        out = tmp_path / f"{scale}.json"
+        result = bench(
+            "--model", str(folder / model), "--methods", "none", "--limit", "16", "--concurrency",
+            "16", "--guidance-scale", scale, "--json", str(out),
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        report = ContinuousReport.model_validate_json(out.read_text())
+        assert report.settings["guidance"] == float(scale)
+        made.append(report.runs[0].distance)
+    assert made[0] != made[1]
 
 
 def refused(result, message: str) -> None:

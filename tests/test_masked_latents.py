@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from tests.test_continuous import SCHEDULE, ToyHead, p_value, settings
-from vllm_specplus.image.continuous.chain import Schedule
+from vllm_specplus.image.continuous.chain import Schedule, denoise
+from vllm_specplus.image.continuous.decoding import noise_of
 from vllm_specplus.image.continuous.masked import (
+    Guidance,
     MaskedConfig,
     MaskedLatents,
     MaskedSpeculation,
@@ -92,6 +94,45 @@ def speculative_law(contexts: str, window: int):
 
 def test_own_contexts_keep_the_targets_law():
     assert p_value(speculative_law("own", 2), plain_law(3)) > 1e-3
+
+
+def test_guidance_grows_with_what_is_known():
+    """MAR's linear schedule, by the share known after the iteration."""
+    assert [Guidance(3.0).at(share) for share in (0.25, 0.5, 1.0)] == [1.5, 2.0, 3.0]
+    assert Guidance(3.0, "constant").at(0.25) == 3.0
+
+
+def test_guided_pictures_are_those_of_mixed_heads():
+    """Against the formula; and a draft that is the target is kept."""
+    model, labels, seeds = small(), torch.tensor([0, 1, 2, 0]), [1, 2, 3, 4]
+    how = settings(9, 4, Schedule(3, end=250, prediction="velocity"))
+    guidance = Guidance(2.5)
+    known, latents = known_latents(9, 3), torch.zeros(4, 9, 4)
+    order, noise = orders(seeds, 9), noise_of(seeds, how)
+    for i in range(3):
+        seen = order.argsort(1) < known[i]
+        says = [model.conditions(latents, seen, each) for each in (labels, torch.full((4,), -1))]
+        scale = 1 + 1.5 * known[i + 1] / 9
+
+        def mixed(x, times, condition, scale=scale):
+            label, other = condition.chunk(2, -1)
+            said, fraction = model.head(x, times, label)
+            without, _ = model.head(x, times, other)
+            return without + scale * (said - without), fraction
+
+        for b in range(4):
+            for n in order[b, known[i] : known[i + 1]].tolist():
+                both = torch.cat([each[b, n] for each in says])[None]
+                own = noise[torch.tensor([b]), torch.tensor([n])]
+                latents[b, n] = denoise(mixed, how.schedule, both, own).sample[0]
+    made = decode_masked(model, labels, seeds, how, 3, guidance)
+    torch.testing.assert_close(made, latents, atol=1e-4, rtol=0)
+    assert not torch.allclose(made, decode_masked(model, labels, seeds, how, 3), atol=1e-2)
+    same, counts = decode_masked_speculative(
+        model, model, labels, seeds, how, 3, MaskedSpeculation(2), guidance
+    )
+    torch.testing.assert_close(same, made, atol=1e-4, rtol=0)
+    assert int(counts.rejected.sum()) == 0
 
 
 def test_shared_contexts_have_the_law_of_fewer_iterations():

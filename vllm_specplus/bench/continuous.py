@@ -5,7 +5,7 @@ classes by the same seeds, in batches of that size, methods in turn; the classif
 distances are those of ``--task image``. Methods:
 
 * ``none``: the target alone;
-* ``cspd``, with the keys of :class:`Cspd`;
+* ``cspd``, with the keys of :class:`~vllm_specplus.image.continuous.generation.Cspd`;
 * ``plain:iterations=N``, for masked models: the target alone in so many iterations.
 
 A pass of the target is one call of its backbone per picture.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,43 +28,9 @@ from vllm_specplus.bench import InputError
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.report import ReportHead
 from vllm_specplus.image import quality
-from vllm_specplus.image.continuous.acceptance import Rule
-from vllm_specplus.image.continuous.decoding import (
-    Counts,
-    Guided,
-    Settings,
-    Speculation,
-    decode,
-    decode_speculative,
-)
+from vllm_specplus.image.continuous.decoding import Counts
 from vllm_specplus.image.continuous.folder import LatentsFolder
-from vllm_specplus.image.continuous.masked import (
-    MaskedSpeculation,
-    decode_masked,
-    decode_masked_speculative,
-    known_latents,
-)
-from vllm_specplus.strict import StrictModel
-
-#: Of a masked model, if nothing else is said.
-ITERATIONS = 16
-
-
-class Cspd(StrictModel):
-    """How CSpD drafts and judges."""
-
-    window: int = 8
-    """Latents (of a masked model: iterations) drafted per pass."""
-    rule: Rule = "exact"
-    prefill: int = 0
-    aligned: bool = True
-    """Of causal models."""
-    contexts: Literal["own", "shared"] = "own"
-    """Of masked models."""
-
-
-class Plain(StrictModel):
-    iterations: int
+from vllm_specplus.image.continuous.generation import Recipe, Way
 
 
 class ContinuousRun(BaseModel):
@@ -113,8 +79,6 @@ class ContinuousBench:
             raise InputError(
                 f"--temperature: latents are drawn, it must be above 0, not {temperature}"
             )
-        if self.folder.masked and guidance != 1:
-            raise InputError("--guidance-scale is for causal models so far: remove it")
         self.model, self.batches, self.notify = model, batches, notify
         self.temperature, self.guidance, self.seed = temperature, guidance, seed
         self.ways = {method.label: self._way(method) for method in methods}
@@ -122,67 +86,25 @@ class ContinuousBench:
         self.latents: dict[str, torch.Tensor] = {}
         self.runs: list[ContinuousRun] = []
 
-    def _way(self, method: MethodSpec):
-        """A function of labels and seeds that returns latents, and counts or passes."""
+    def _way(self, method: MethodSpec) -> Way:
         keys = dict(method.speculative_config or {})
         keys.pop("method", None)
-        folder = self.folder
-        settings = Settings(
-            folder.length, folder.size, folder.schedule, temperature=self.temperature
-        )
+        if method.name == "cspd":
+            keys = {"cspd": keys}
+        elif method.name not in (BASELINE, "plain"):
+            raise InputError(
+                f"--methods: --task image-continuous measures {BASELINE}, cspd and, of masked "
+                f"models, plain:iterations=N, not {method.name}"
+            )
         try:
-            if method.name == "plain" and folder.masked:
-                iterations = Plain(**keys).iterations
-                return self._masked_plain(settings, iterations)
-            if method.name == BASELINE:
-                if folder.masked:
-                    return self._masked_plain(settings, ITERATIONS)
-                target = self._guided(folder.target)
-                return lambda labels, seeds: (
-                    decode(target, labels, seeds, settings), float(folder.length)
-                )  # fmt: skip
-            if method.name == "cspd":
-                return self._cspd(Cspd(**keys), set(keys), settings)
+            recipe = Recipe(temperature=self.temperature, guidance_scale=self.guidance, **keys)
+            return recipe.way(self.folder)
         except ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
+            where = ".".join(str(part) for part in problem["loc"] if part != "cspd")
             raise InputError(f"--methods: {method.label}: {where}: {problem['msg']}") from None
         except ValueError as error:
             raise InputError(f"--methods: {method.label}: {error}") from None
-        allowed = f"{BASELINE}, cspd" + (", plain:iterations=N" if folder.masked else "")
-        raise InputError(
-            f"--methods: --task image-continuous measures {allowed} of this model, "
-            f"not {method.name}"
-        )
-
-    def _masked_plain(self, settings: Settings, iterations: int):
-        known_latents(settings.length, iterations)  # refuses what cannot be
-        target = self.folder.target
-        return lambda labels, seeds: (
-            decode_masked(target, labels, seeds, settings, iterations), float(iterations)
-        )  # fmt: skip
-
-    def _cspd(self, how: Cspd, given: set[str], settings: Settings):
-        folder = self.folder
-        if folder.masked:
-            if "aligned" in given:
-                raise ValueError("aligned is for causal models: remove it")
-            masked = MaskedSpeculation(how.window, how.contexts, how.rule, how.prefill)
-            return lambda labels, seeds: decode_masked_speculative(
-                folder.target, folder.draft, labels, seeds, settings, ITERATIONS, masked
-            )
-        if "contexts" in given:
-            raise ValueError("contexts is for masked models: remove it")
-        speculation = Speculation(how.window, how.rule, how.prefill, how.aligned)
-        target, draft = self._guided(folder.target), self._guided(folder.draft)
-        return lambda labels, seeds: decode_speculative(
-            target, draft, labels, seeds, settings, speculation
-        )
-
-    def _guided(self, model):
-        if self.guidance == 1:
-            return model
-        return Guided(model, self.folder.num_classes, self.guidance)
 
     def run(self) -> None:
         for batch in self.batches:

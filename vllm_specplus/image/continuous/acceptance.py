@@ -22,6 +22,7 @@ A latent needs one proposal on average, rejections included, and no network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -55,7 +56,7 @@ def log_ratio(draft: Chain, target: Chain, rule: Rule = "exact") -> torch.Tensor
 
 
 def _flattened(chain: Chain) -> Chain:
-    wide = chain.log_sigma + torch.log(torch.tensor(FLATTENING))
+    wide = chain.log_sigma + math.log(FLATTENING)
     return Chain(chain.sample, chain.mean, wide, chain.path_log_sigma)
 
 

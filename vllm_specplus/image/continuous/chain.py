@@ -60,10 +60,14 @@ def picture_noise(seed: int, length: int, steps: int, size: int) -> Noise:
     return Noise(normal[:, 0], normal[:, 1:], torch.rand(length, generator=generator))
 
 
-def stack(noises: list[Noise]) -> Noise:
+def stack(noises: list[Noise], device: torch.device | str = "cpu") -> Noise:
     """Of several pictures: [B, length, ...]."""
-    parts = ("start", "steps", "uniforms")
-    return Noise(*(torch.stack([getattr(noise, part) for noise in noises]) for part in parts))
+    return Noise(
+        *(
+            torch.stack([getattr(noise, part) for noise in noises]).to(device)
+            for part in ("start", "steps", "uniforms")
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)

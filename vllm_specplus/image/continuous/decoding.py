@@ -188,6 +188,11 @@ class Counts:
     given_up: torch.Tensor
     """Residuals that ended at the bound of proposals."""
 
+    @classmethod
+    def of(cls, labels: torch.Tensor) -> Counts:
+        """Zeros, for pictures of ``labels`` int64 [B]."""
+        return cls(*(torch.zeros_like(labels) for _ in range(6)))
+
     @property
     def acceptance(self) -> float:
         """Share of the judged drafts that was accepted."""
@@ -195,21 +200,23 @@ class Counts:
         return float(accepted / (accepted + self.rejected.sum()).clamp(min=1))
 
 
-def noise_of(seeds: list[int], settings: Settings) -> Noise:
+def noise_of(
+    seeds: list[int], settings: Settings, device: torch.device | str = "cpu"
+) -> Noise:  # fmt: skip
     """[B, length, ...]"""
     shape = (settings.length, settings.schedule.steps, settings.size)
-    return stack([picture_noise(seed, *shape) for seed in seeds])
+    return stack([picture_noise(seed, *shape) for seed in seeds], device)
 
 
 @torch.inference_mode()
 def decode(
     model: CausalModel, labels: torch.Tensor, seeds: list[int], settings: Settings
 ) -> torch.Tensor:
-    """Latents float32 [B, length, d] of the classes ``labels`` int64 [B]."""
-    noise = noise_of(seeds, settings)
+    """Latents float32 [B, length, d] of the classes ``labels`` int64 [B], on their device."""
+    noise = noise_of(seeds, settings, labels.device)
     session = model.begin(labels, settings.length)
-    pictures = torch.arange(len(labels))
-    latents = torch.zeros((len(labels), settings.length, settings.size))
+    pictures = torch.arange(len(labels), device=labels.device)
+    latents = torch.zeros_like(noise.start)
     for i in range(settings.length):
         first = torch.full_like(pictures, i)
         condition = session.conditions(latents, pictures, first, 1)[:, 0]
@@ -223,21 +230,20 @@ def decode_speculative(
     settings: Settings, speculation: Speculation,
 ) -> tuple[torch.Tensor, Counts]:  # fmt: skip
     """Latents as of :func:`decode`, and what it took."""
-    noise = draft_noise = noise_of(seeds, settings)
+    noise = draft_noise = noise_of(seeds, settings, labels.device)
     if not speculation.aligned:
-        draft_noise = noise_of([hash((seed, -1)) for seed in seeds], settings)
-    pictures, length = len(labels), settings.length
+        draft_noise = noise_of([hash((seed, -1)) for seed in seeds], settings, labels.device)
+    length = settings.length
     looks = target.begin(labels, length), draft.begin(labels, length)
-    latents = torch.zeros((pictures, length, settings.size))
-    done = torch.zeros(pictures, dtype=torch.long)
-    counts = Counts(*(torch.zeros(pictures, dtype=torch.long) for _ in range(6)))
+    latents = torch.zeros_like(noise.start)
+    done, counts = torch.zeros_like(labels), Counts.of(labels)
     while (active := (done < length).nonzero()[:, 0]).numel():
         # The target's own latent ends every pass, so one less than is missing is drafted.
         room = (length - done - 1).clamp(max=speculation.window)
         room = torch.where(done < speculation.prefill, 0, room)[active]
         drafts = draft_chains(draft, looks[1], latents, active, done, room, draft_noise, settings)
         # [A, window + 1]: the drafted places and the one behind them.
-        offset = torch.arange(int(room.max()) + 1)
+        offset = torch.arange(int(room.max()) + 1, device=labels.device)
         wanted = offset <= room[:, None]
         conditions = looks[0].conditions(latents[active], active, done[active], len(offset))
         which, place = (x[wanted] for x in torch.broadcast_tensors(

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from vllm_specplus.image import weights
 from vllm_specplus.image.continuous.acceptance import Rule, log_ratio, residual
 from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, head_loss
-from vllm_specplus.image.continuous.decoding import Counts, Settings, noise_of
+from vllm_specplus.image.continuous.decoding import Counts, GuidedHead, Settings, noise_of
 from vllm_specplus.image.continuous.head import MLPHead
 from vllm_specplus.strict import StrictModel
 
@@ -202,6 +202,19 @@ def orders(seeds: list[int], length: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance (MAR, section 4.4), as :class:`~.decoding.Guided` does it."""
+
+    scale: float
+    schedule: Literal["linear", "constant"] = "linear"
+    """``linear``, MAR's: from 1 up to the scale, with the share of latents that are known after
+    the iteration."""
+
+    def at(self, share: float) -> float:
+        return 1 + (self.scale - 1) * (share if self.schedule == "linear" else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
 class MaskedSpeculation:
     window: int
     """Iterations drafted per verification, at most."""
@@ -218,12 +231,16 @@ class MaskedSpeculation:
 class Run:
     """One batch of pictures, iteration by iteration."""
 
-    def __init__(self, labels, seeds: list[int], settings: Settings, iterations: int):
+    def __init__(
+        self, labels, seeds: list[int], settings: Settings, iterations: int,
+        guidance: Guidance | None,
+    ):  # fmt: skip
         self.labels, self.seeds, self.settings = labels, seeds, settings
-        self.order = orders(seeds, settings.length)
+        self.guidance = guidance
+        self.order = orders(seeds, settings.length).to(labels.device)
         self.rank = self.order.argsort(1)
         self.counts = known_latents(settings.length, iterations)
-        self.noise = noise_of(seeds, settings)
+        self.noise = noise_of(seeds, settings, labels.device)
 
     def places(self, iteration: int) -> torch.Tensor:
         """int64 [B, n] that become known in it."""
@@ -235,24 +252,32 @@ class Run:
     ) -> Chain:  # fmt: skip
         """Chains, flat [len(pictures) * n], at ``places`` [len(pictures), n] of ``pictures``
         int64, whose first ``known`` latents in order are seen."""
-        seen = self.rank[pictures] < known
-        conditions = model.conditions(latents[pictures], seen, self.labels[pictures])
-        rows = torch.arange(len(pictures))[:, None]
+        seen, labels = self.rank[pictures] < known, self.labels[pictures]
+        latents, head = latents[pictures], model.head
+        if self.guidance is None:
+            conditions = model.conditions(latents, seen, labels)
+        else:
+            twice = torch.cat((labels, torch.full_like(labels, -1)))
+            both = model.conditions(latents.repeat(2, 1, 1), seen.repeat(2, 1), twice).chunk(2)
+            share = (known + places.shape[1]) / self.settings.length
+            scale = torch.full_like(both[0][..., :1], self.guidance.at(share))
+            conditions, head = torch.cat((*both, scale), -1), GuidedHead(head)
+        rows = torch.arange(len(pictures), device=pictures.device)[:, None]
         noise = self.noise[pictures[:, None], places]
         flat = Noise(*(getattr(noise, name).flatten(0, 1) for name in Noise.__slots__))
         own = conditions[rows, places].flatten(0, 1)
-        return denoise(model.head, self.settings.schedule, own, flat, self.settings.temperature)
+        return denoise(head, self.settings.schedule, own, flat, self.settings.temperature)
 
 
 @torch.inference_mode()
 def decode_masked(
     model: MaskedLatents, labels: torch.Tensor, seeds: list[int], settings: Settings,
-    iterations: int,
+    iterations: int, guidance: Guidance | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Latents float32 [B, length, size]."""
-    run = Run(labels, seeds, settings, iterations)
-    everyone = torch.arange(len(labels))
-    latents = torch.zeros((len(labels), settings.length, settings.size))
+    """Latents float32 [B, length, size] of the classes ``labels`` int64 [B], on their device."""
+    run = Run(labels, seeds, settings, iterations, guidance)
+    everyone = torch.arange(len(labels), device=labels.device)
+    latents = torch.zeros_like(run.noise.start)
     for i in range(iterations):
         places = run.places(i)
         chain = run.draw(model, latents, everyone, run.counts[i], places)
@@ -264,13 +289,13 @@ def decode_masked(
 def decode_masked_speculative(
     target: MaskedLatents, draft: MaskedLatents, labels: torch.Tensor, seeds: list[int],
     settings: Settings, iterations: int, speculation: MaskedSpeculation,
+    guidance: Guidance | None = None,
 ) -> tuple[torch.Tensor, Counts]:  # fmt: skip
     """Latents as of :func:`decode_masked`, and what it took; see the module's docstring.
     Pictures wait for each other in ``shared``, and go at their own pace in ``own``."""
-    run = Run(labels, seeds, settings, iterations)
-    latents = torch.zeros((len(labels), settings.length, settings.size))
-    counts = Counts(*(torch.zeros(len(labels), dtype=torch.long) for _ in range(6)))
-    done = torch.zeros(len(labels), dtype=torch.long)
+    run = Run(labels, seeds, settings, iterations, guidance)
+    latents = torch.zeros_like(run.noise.start)
+    done, counts = torch.zeros_like(labels), Counts.of(labels)
     while (done < iterations).any():
         # Pictures at the same iteration see as many latents: one pass for all of them.
         start = int(done.min())

@@ -1,0 +1,96 @@
+"""Pictures by a recipe, on one device and on many."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_specplus.cli.model import LATENTS_MODEL
+from vllm_specplus.image import quality
+from vllm_specplus.image.continuous import ray_generation
+from vllm_specplus.image.continuous.folder import LatentsFolder
+from vllm_specplus.image.continuous.generation import Cspd, PictureMaker, Recipe
+from vllm_specplus.image.continuous.ray_generation import make_pictures
+
+FAST = Recipe(iterations=4, cspd=Cspd(window=2))
+MASKED = LATENTS_MODEL / "masked"
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        (MASKED, Recipe(iterations=8)),
+        (MASKED, Recipe(iterations=8, cspd=Cspd(window=4), guidance_scale=1.5)),
+        (LATENTS_MODEL, Recipe(cspd=Cspd(window=4))),
+    ],
+)
+def test_pictures_show_their_label_and_depend_on_the_seed_alone(model, recipe):
+    make = PictureMaker(model, recipe)
+    labels, seeds = [i % 10 for i in range(40)], list(range(40))
+    made = make(labels, seeds)
+    assert made.shape == (40, 32, 32, 1)
+    assert made.dtype == np.uint8
+    classifier = LatentsFolder.load(model).classifier
+    seen = torch.from_numpy(made).float().movedim(-1, 1) / 127.5 - 1
+    found = quality.accuracy(classifier, quality.features(classifier, seen), np.array(labels))
+    assert found > 0.6
+    some = make(labels[10:13], seeds[10:13])
+    # Sums in batches of another shape differ by rounding.
+    assert np.abs(some.astype(int) - made[10:13]).max() <= 2
+
+
+def test_mistakes_are_one_sentence():
+    with pytest.raises(ValueError, match="iterations is for masked models: remove it"):
+        PictureMaker(LATENTS_MODEL, Recipe(iterations=3))
+    with pytest.raises(ValueError, match="temperature"):
+        Recipe(temperature=0.0)
+    make = PictureMaker(MASKED, FAST)
+    with pytest.raises(ValueError, match="label 10: the model's are 0 to 9"):
+        make([3, 10], [0, 1])
+    with pytest.raises(ValueError, match="2 labels and 1 seeds"):
+        make([3, 1], [0])
+    with pytest.raises(ValueError, match="workers=0, batch=64: at least 1"):
+        make_pictures(MASKED, FAST, [1], [1], workers=0)
+    with pytest.raises(ValueError, match="iterations is for masked models"):
+        make_pictures(LATENTS_MODEL, FAST, [1], [1], workers=1)
+
+
+class Mortal(ray_generation.Worker):
+    """Dies with its process at the first batch that anybody makes."""
+
+    def make(self, labels, seeds):
+        marker = Path(os.environ["MORTAL_MARKER"])
+        if not marker.exists():
+            marker.touch()
+            os._exit(1)
+        return super().make(labels, seeds)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A cluster of this test's own, gone with it."""
+    ray = pytest.importorskip("ray")
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {
+            "MORTAL_MARKER": str(tmp_path / "died"), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def test_many_devices_make_what_one_makes_even_if_one_is_lost(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_generation, "Worker", Mortal)
+    labels, seeds = [i % 10 for i in range(21)], list(range(100, 121))
+    made = make_pictures(MASKED, FAST, labels, seeds, workers=2, batch=5)
+    assert (tmp_path / "died").exists()
+    alone = PictureMaker(MASKED, FAST)(labels, seeds)
+    assert made.shape == alone.shape
+    assert np.abs(made.astype(int) - alone).max() <= 2
