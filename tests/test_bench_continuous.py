@@ -15,7 +15,7 @@ from vllm_specplus.bench.continuous import ContinuousReport
 from vllm_specplus.cli.main import app
 from vllm_specplus.cli.model import LATENTS_MODEL
 from vllm_specplus.image.continuous.folder import LatentsFolder
-from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig
+from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig, load_vae
 from vllm_specplus.training.latents import END, STEPS, causal, masked
 
 DIGITS = Path(vllm_specplus.__file__).parent / "data" / "digits"
@@ -153,7 +153,7 @@ def test_prepare_model_prints_the_folder():
 
 
 def test_a_vae_reads_what_it_wrote(folder):
-    vae = LatentVAE.load(folder)
+    vae = load_vae(folder)
     pictures = torch.rand(3, 1, 32, 32) * 2 - 1
     clean = vae.encode(pictures)
     assert clean.shape == (3, 64, 4)

@@ -73,6 +73,8 @@ class ContinuousBench:
             self.folder = LatentsFolder.load(model)
         except FileNotFoundError as error:
             raise InputError(f"--model: {error}") from None
+        if self.folder.classifier is None:
+            raise InputError(f"--model: {model} has no classifier/ to judge pictures with")
         if pictures < 2:
             raise InputError("--limit: a distance needs at least 2 pictures")
         if temperature <= 0:

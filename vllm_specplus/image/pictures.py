@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vllm_specplus.image.continuous.causal import CausalLatentsConfig
-from vllm_specplus.image.continuous.vae import LatentVAE
+from vllm_specplus.image.continuous.vae import load_vae
 from vllm_specplus.image.llamagen import LlamaGenConfig
 from vllm_specplus.image.vq import VQModel, to_bytes
 
@@ -82,7 +82,7 @@ class CodePictures(Pictures):
 
 class LatentPictures(Pictures):
     def __init__(self, config: CausalLatentsConfig, folder: str):
-        self.vae = LatentVAE.load(folder)
+        self.vae = load_vae(folder)
         super().__init__(config, len(self.vae.config.multipliers) - 1)
         self.sampling["logprobs"] = config.size
 

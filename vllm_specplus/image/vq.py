@@ -128,7 +128,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQConfig, attention: bool = True):
+        """``attention``: at the coarsest resolution, too, and not in the middle alone?"""
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
         last = len(widths) - 1
@@ -136,7 +137,8 @@ class Decoder(nn.Module):
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            block = Resolution(widths[max(i - 1, 0)], width, config.blocks + 1, i == 0)
+            attends = attention and i == 0
+            block = Resolution(widths[max(i - 1, 0)], width, config.blocks + 1, attends)
             if i < last:
                 block.upsample = Up(width)
             self.conv_blocks.append(block)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from vllm_specplus.image.continuous.causal import CausalLatents, CausalLatentsConfig
 from vllm_specplus.image.continuous.chain import Schedule
 from vllm_specplus.image.continuous.masked import MaskedConfig, MaskedLatents
-from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig
+from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig, load_vae
 from vllm_specplus.training.digits import HELD_OUT, LABEL_DROP, SHIFTS, read
 from vllm_specplus.training.loop import train
 
@@ -135,7 +135,7 @@ def main(
         raise typer.BadParameter(f"--only {only}: the models are {', '.join(MODELS)}")
     else:
         logs = json.loads((out / "log.json").read_text())
-    vae = LatentVAE.load(out)  # as others will see it
+    vae = load_vae(out)  # as others will see it
     with torch.no_grad():
         clean = torch.cat([
             vae.encode(part) for shift in SHIFTS for part in shown.roll(shift, (2, 3)).split(256)

@@ -1,7 +1,8 @@
 """A folder with a model of latents, its draft, and what reads its latents.
 
 ``config.json`` and ``model.safetensors`` are the target, causal or masked, ``draft/`` a smaller
-model of the same kind. ``vae/`` and ``classifier/`` are here or in the folder above.
+model of the same kind. ``vae/`` and, for those that are to be judged, ``classifier/`` are here or
+in the folder above.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from vllm_specplus.image.continuous.causal import MODEL_TYPE, CausalLatents
 from vllm_specplus.image.continuous.chain import Schedule
 from vllm_specplus.image.continuous.masked import MaskedLatents
-from vllm_specplus.image.continuous.vae import LatentVAE
+from vllm_specplus.image.continuous.vae import KLDecoder, LatentVAE, load_vae
 from vllm_specplus.image.quality import DigitClassifier, Gaussian
 
 
@@ -21,9 +22,9 @@ from vllm_specplus.image.quality import DigitClassifier, Gaussian
 class LatentsFolder:
     target: CausalLatents | MaskedLatents
     draft: CausalLatents | MaskedLatents
-    vae: LatentVAE
-    classifier: DigitClassifier
-    reference: Gaussian
+    vae: LatentVAE | KLDecoder
+    classifier: DigitClassifier | None
+    reference: Gaussian | None
 
     @property
     def schedule(self) -> Schedule:
@@ -59,13 +60,14 @@ class LatentsFolder:
                     f"`vllm-specplus prepare-model --latents` prints"
                 )
         shared = folder if (folder / "vae").is_dir() else folder.parent
-        for needed in ("vae", "classifier"):
-            if not (shared / needed).is_dir():
-                raise FileNotFoundError(f"{folder} has no {needed}/, nor has the folder above it")
+        if not (shared / "vae").is_dir():
+            raise FileNotFoundError(f"{folder} has no vae/, nor has the folder above it")
+        judged = (shared / "classifier").is_dir()
         said = json.loads((folder / "config.json").read_text())
         kind = CausalLatents if said.get("model_type") == MODEL_TYPE else MaskedLatents
         target, draft = kind.load(folder), kind.load(folder / "draft")
         return cls(
-            target=target, draft=draft, vae=LatentVAE.load(shared),
-            classifier=DigitClassifier.load(shared), reference=Gaussian.load(shared),
+            target=target, draft=draft, vae=load_vae(shared),
+            classifier=DigitClassifier.load(shared) if judged else None,
+            reference=Gaussian.load(shared) if judged else None,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from vllm_specplus.image import weights
@@ -54,17 +55,63 @@ class LatentVAE(nn.Module):
 
     def decode(self, noisy: torch.Tensor) -> torch.Tensor:
         """Pictures in about [-1, 1] of latents float32 [B, n, size], n a square."""
-        side = int(noisy.shape[1] ** 0.5)
-        return self.decoder(self.from_latent(noisy.transpose(1, 2).unflatten(2, (side, side))))
-
-    @classmethod
-    def load(cls, folder: str | Path) -> LatentVAE:
-        """Of ``vae/config.json`` and ``vae/model.safetensors`` in a model's folder."""
-        folder = Path(folder) / "vae"
-        config = VAEConfig.model_validate_json((folder / "config.json").read_text())
-        return weights.load(cls(config), folder / "model.safetensors")
+        return self.decoder(self.from_latent(_grid(noisy)))
 
     def save(self, folder: Path) -> None:
-        """In half precision."""
-        weights.save(self, folder / "vae" / "model.safetensors")
-        (folder / "vae" / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+        """As ``vae/`` of a model's folder, in half precision."""
+        _save(self, folder)
+
+
+class KLConfig(StrictModel):
+    """The defaults are those of MAR's autoencoder, "KL-16"."""
+
+    size: int = 16
+    factor: float = 0.2325
+    """What latents were multiplied with, to have variance 1."""
+    image_channels: int = 3
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+
+    @property
+    def latent_channels(self) -> int:
+        return self.size
+
+
+class KLDecoder(nn.Module):
+    """The half of latent diffusion's autoencoder (arXiv 2112.10752) that MAR's pictures need: its
+    latents have no noise of their own to be read with."""
+
+    def __init__(self, config: KLConfig):
+        super().__init__()
+        self.config = config
+        self.post_quant_conv = nn.Conv2d(config.size, config.size, 1)
+        self.decoder = Decoder(config, attention=False)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """As :meth:`LatentVAE.decode`."""
+        grid = _grid(latents) / self.config.factor
+        return self.decoder(self.post_quant_conv(grid))
+
+    def save(self, folder: Path) -> None:
+        _save(self, folder)
+
+
+def _grid(latents: torch.Tensor) -> torch.Tensor:
+    """[B, size, rows, columns] of [B, n, size], n a square."""
+    side = int(latents.shape[1] ** 0.5)
+    return latents.transpose(1, 2).unflatten(2, (side, side))
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    weights.save(model, folder / "vae" / "model.safetensors")
+    (folder / "vae" / "config.json").write_text(model.config.model_dump_json(indent=2) + "\n")
+
+
+def load_vae(folder: str | Path) -> LatentVAE | KLDecoder:
+    """Of ``vae/config.json`` and ``vae/model.safetensors`` in a model's folder."""
+    folder = Path(folder) / "vae"
+    configs = TypeAdapter(VAEConfig | KLConfig)
+    config = configs.validate_json((folder / "config.json").read_text())
+    kind = LatentVAE if isinstance(config, VAEConfig) else KLDecoder
+    return weights.load(kind(config), folder / "model.safetensors")
