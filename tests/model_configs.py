@@ -8,7 +8,10 @@ def target(tokenizer=None, vocab_size: int = 9, **fields) -> Target:
     return Target(
         load_tokenizer=lambda: tokenizer,
         vocab_size=vocab_size,
-        **({"family": "llama", "num_layers": 4, "tensor_parallel_size": 1} | fields),
+        **(
+            {"family": "llama", "num_layers": 4, "tensor_parallel_size": 1, "hidden_size": 8}
+            | fields
+        ),
     )
 
 

@@ -324,8 +324,11 @@ def test_latents_are_drafted_by_a_model_of_the_same_latents(latents_draft):
     config = parse(latents_draft())
     config.check_kind(drafted)
     config.check_target(drafted)
-    with pytest.raises(ValueError, match="its 'steps' is 8, and the target's is 6"):
-        parse(latents_draft(steps=8)).check_target(drafted)
+    with pytest.raises(ValueError, match="its 'end' is 100, and the target's is 250"):
+        parse(latents_draft(end=100)).check_target(drafted)
+    parse(latents_draft(steps=2) | {"steps": 3}).check_target(drafted)
+    with pytest.raises(ValueError, match="'steps' is 7, and the target takes 6: lower it"):
+        parse(latents_draft() | {"steps": 7}).check_target(drafted)
     with pytest.raises(
         ValueError, match="drafts tokens, and the target generates latents: use cspd"
     ):

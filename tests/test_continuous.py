@@ -192,8 +192,9 @@ def test_prefilling_everything_is_plain_decoding():
     assert counts.target_passes.tolist() == [5] * 3
 
 
-def law(rule: str | None, seed: int, aligned: bool = True, steps: int = 4):
-    """Latents [n, 3] of many pictures, and the acceptance. The draft's sigmas are others."""
+def law(rule: str | None, seed: int, aligned: bool = True, steps: int = 4, drafted=None):
+    """Latents [n, 3] of many pictures, and the acceptance. The draft's sigmas are others, and its
+    steps ``drafted``, if that is a number."""
     count = 6000
     target, draft = ToyModel(0.0, 0.5), ToyModel(0.5, -0.9)
     labels, seeds = torch.zeros(count, dtype=torch.long), [seed + i for i in range(count)]
@@ -201,8 +202,9 @@ def law(rule: str | None, seed: int, aligned: bool = True, steps: int = 4):
     if rule is None:
         return decode(target, labels, seeds, how)[..., 0], None
     out, counts = decode_speculative(
-        target, draft, labels, seeds, how, Speculation(window=2, rule=rule, aligned=aligned)
-    )
+        target, draft, labels, seeds, how,
+        Speculation(window=2, rule=rule, aligned=aligned, steps=drafted),
+    )  # fmt: skip
     return out[..., 0], counts
 
 
@@ -218,9 +220,12 @@ def plain():
     return law(None, 10**6)[0]
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_exact_keeps_the_law_over_many_steps(plain, aligned):
-    out, counts = law("exact", 0, aligned)
+@pytest.mark.parametrize(
+    ("aligned", "drafted"), [(True, None), (False, None), (True, 2), (True, 1)]
+)
+def test_exact_keeps_the_law_over_many_steps(plain, aligned, drafted):
+    """Of draft chains as long as the target's, and of shorter ones."""
+    out, counts = law("exact", 0, aligned, drafted=drafted)
     assert 0.1 < counts.acceptance < 0.95  # both paths were taken
     assert counts.given_up.sum() == 0
     assert p_value(out, plain) > 1e-3
@@ -249,10 +254,22 @@ def test_alignment_lifts_acceptance():
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="1 to 700 of the 1000"):
         Schedule(701, end=300)
+    with pytest.raises(ValueError, match="steps=5: a draft has at most the target's 4"):
+        settings().drafting(5)
     with pytest.raises(ValueError, match="window=0"):
         Speculation(window=0)
     with pytest.raises(ValueError, match="prefill=-1"):
         Speculation(window=1, prefill=-1)
+
+
+def test_shorter_chains_end_with_the_same_noise():
+    noise = picture_noise(5, 4, 6, 2)
+    for steps, places in ((6, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 5]), (1, [5])):
+        thin = noise.thinned(steps)
+        assert torch.equal(thin.steps, noise.steps[:, places])
+        assert torch.equal(thin.start, noise.start)
+    shorter = Schedule(6, end=250, prediction="velocity").shortened(3)
+    assert (shorter.steps, shorter.end, shorter.prediction) == (3, 250, "velocity")
 
 
 def test_noise_is_of_the_seed():

@@ -299,8 +299,8 @@ def test_what_does_not_go_together_is_one_sentence(keys, message):
 
 
 def test_image_rules_want_an_image_model_and_no_further_word():
-    text = Target(lambda: None, 100, "llama", 4, 1)
-    picture = Target(lambda: None, 100, "llamagen", 4, 1, has_codebook=True)
+    text = Target(lambda: None, 100, "llama", 4, 1, 8)
+    picture = Target(lambda: None, 100, "llamagen", 4, 1, 8, has_codebook=True)
     for rule in ("lantern", "lantern++", "gsd"):
         for method in ("jacobi", "token_recycling"):
             config = parse({"method": method, "acceptance": {"rule": rule}})

@@ -208,7 +208,7 @@ def test_the_configs_of_the_embedded_models_fit():
     from vllm_specplus.config import Target
 
     config = json.loads((LATENTS_MODEL / "config.json").read_text())
-    target = Target(lambda: None, config["vocab_size"], "causal_latents", 4, 1, latents=config)
+    target = Target(lambda: None, config["vocab_size"], "causal_latents", 4, 1, 192, latents=config)
     draft = parse({"method": "cspd", "model": str(LATENTS_MODEL / "draft")})
     draft.check_kind(target)
     draft.check_target(target)

@@ -111,6 +111,11 @@ HOOKS = (
         ("scheduler_output", "sampled_token_ids", "hidden_states"),
     ),
     Hook(_RUNNER + "sample_tokens", "end of a step", ("grammar_output",)),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
+        "hidden states, for a judge",
+        ("sample_hidden_states",),
+    ),
     Hook(_RUNNER + "_input_fits_in_drafter", "no fixed-width drafts near max_model_len"),
     Hook(_RUNNER + "_on_request_state_removed", "forgets finished requests"),
     Hook(_RUNNER + "_bookkeeping_sync", "seeded requests under chunked prefill on the CPU"),

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.retrieval import datastore
+from vllm_specplus.samplers import judge
 from vllm_specplus.strict import StrictModel
 
 
@@ -96,6 +97,21 @@ class TopKMarginAcceptance(AcceptanceRule):
     """Nats below the most probable token."""
 
 
+class JudgeAcceptance(AcceptanceRule):
+    """Also nodes that a trained head calls valid (Judge Decoding)."""
+
+    rule: Literal["judge"]
+    head: str
+    """File of the head, written by ``python -m vllm_specplus.training.judge``."""
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Score above which a node is accepted; 1 accepts none."""
+
+    @model_validator(mode="after")
+    def _head_opens(self):
+        judge.head_size(self.head)
+        return self
+
+
 class LanternAcceptance(ImageAcceptance):
     """Image codes may borrow the probability of their neighbours (LANTERN)."""
 
@@ -147,6 +163,7 @@ AcceptanceConfig = (
     LosslessAcceptance
     | TypicalAcceptance
     | TopKMarginAcceptance
+    | JudgeAcceptance
     | LanternAcceptance
     | LanternPlusAcceptance
     | GsdAcceptance
@@ -167,6 +184,7 @@ class Target:
     """``model_type`` of its config."""
     num_layers: int
     tensor_parallel_size: int
+    hidden_size: int
     has_codebook: bool = False
     """Does it generate image codes?"""
     latents: dict[str, Any] | None = None
@@ -249,6 +267,13 @@ class MethodConfig(StrictModel):
                 f"acceptance rule {self.acceptance.rule!r} goes by the codebook of an image model, "
                 f"and the target is of type {target.family!r}"
             )
+        if self.acceptance.rule == "judge":
+            size = judge.head_size(self.acceptance.head)
+            if size != target.hidden_size:
+                raise ValueError(
+                    f"'head' {self.acceptance.head!r} reads {size} hidden units, and the target "
+                    f"has {target.hidden_size}: train it on this target"
+                )
 
     def check_kind(self, target: Target) -> None:
         """Raise ValueError if what is drafted is not what the target model generates."""
@@ -339,6 +364,8 @@ class CspdConfig(MethodConfig):
     """How a drafted latent is judged; see ``image/continuous/acceptance.py``."""
     prefill: Annotated[int, Field(ge=0)] = 0
     """First latents of a picture that are not drafted."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Denoising steps of a drafted latent; by default the target's."""
     kv_memory_mb: Annotated[int, Field(ge=1)] = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
@@ -372,7 +399,11 @@ class CspdConfig(MethodConfig):
 
     def check_target(self, target: Target) -> None:
         draft = self._draft()
-        for key in ("model_type", "num_classes", "grid_size", "size", "steps", "end", "prediction"):
+        if self.steps is not None and self.steps > target.latents["steps"]:
+            raise ValueError(
+                f"'steps' is {self.steps}, and the target takes {target.latents['steps']}: lower it"
+            )
+        for key in ("model_type", "num_classes", "grid_size", "size", "end", "prediction"):
             if draft.get(key) != target.latents.get(key):
                 raise ValueError(
                     f"'model' {self.model!r} does not draft for this target: its {key!r} is "

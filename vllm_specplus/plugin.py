@@ -154,6 +154,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         family=generates.model_type,
         num_layers=model_config.get_total_num_hidden_layers(),
         tensor_parallel_size=parallel_config.tensor_parallel_size,
+        hidden_size=model_config.get_hidden_size(),
         has_codebook=latents is None and hasattr(generates, "codebook_size"),
         latents=latents,
     )

@@ -50,3 +50,40 @@ def test_what_is_accepted_is_what_the_rule_allows(
     # Only what was relaxed is not the most probable token (some is cut off at max_tokens).
     relaxed = result["counters"]["relaxed_tokens"]
     assert 0.7 * relaxed < (ranks > 0).sum() <= relaxed
+
+
+def test_a_judge_reads_the_states_of_the_nodes(tmp_path, tiny_engine, tiny_model, mixed_requests):
+    """With a head that likes some tokens, by a direction of their hidden states: every token that
+    is not the model's own choice has a score above the threshold, by a plain forward pass."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    weight, bias = torch.randn(128), torch.zeros(1)
+    save_file({"weight": weight, "bias": bias}, tmp_path / "head")
+    config = {
+        "method": "token_recycling", "num_speculative_tokens": 24, "allow_lossy": True,
+        "acceptance": {"rule": "judge", "head": str(tmp_path / "head"), "threshold": 0.9},
+        "control": {"policy": "fixed"},
+    }  # fmt: skip
+    requests = [
+        [prompt, {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True}]
+        for prompt, _ in mixed_requests
+    ]
+    engine = tiny_engine | {"speculative_config": config}
+    result = harness.run(tmp_path, engine, [{"requests": requests}])
+    assert result["counters"]["relaxed_tokens"] > 50
+    llama = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    others = 0
+    for request in result["batches"][0]:
+        prompt, tokens = request["prompt"], request["ids"][0]
+        with torch.inference_mode():
+            out = llama(torch.tensor([prompt + tokens]), output_hidden_states=True)
+        rows = out.logits[0, len(prompt) - 1 : -1]
+        scores = torch.sigmoid(out.hidden_states[-1][0, len(prompt) :] @ weight + bias)
+        own = rows.argmax(-1) == torch.tensor(tokens)
+        others += int((~own).sum())
+        assert (scores[~own] > 0.9 - 1e-3).all()
+    relaxed = result["counters"]["relaxed_tokens"]
+    assert 0.7 * relaxed < others <= relaxed

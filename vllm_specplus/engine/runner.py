@@ -36,6 +36,7 @@ from vllm_specplus.proposers.base import LatentStep, Observation, Sampling, Step
 from vllm_specplus.samplers import lossless, relaxed
 from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.samplers.interchangeable import Relaxation, RelaxedRule, make_rule
+from vllm_specplus.samplers.judge import JudgeHead
 from vllm_specplus.tree import ancestor_mask, row_depths
 
 #: Prompt rows per call of the target's output layer while a proposer reads a
@@ -114,6 +115,9 @@ class TreeRunnerMixin:
     _verified_rows: np.ndarray
     _move_slots = _read_slots = None
     _rule_sampler: verify.RuleSampler | None = None
+    _judge_head: JudgeHead | None = None
+    _hidden: torch.Tensor | None = None
+    """[L, hidden] of the step's verified rows, for a judge."""
     _faster_than_stock = False
     """Does our attention serve chains and single rows better than the stock one?"""
 
@@ -250,7 +254,10 @@ class TreeRunnerMixin:
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
         codebook = getattr(self.get_model(), "codebook", None)
-        self._relaxed_rule = make_rule(self.drafter.config.acceptance, codebook)
+        acceptance = self.drafter.config.acceptance
+        self._relaxed_rule = make_rule(acceptance, codebook)
+        if acceptance.rule == "judge":
+            self._judge_head = JudgeHead(acceptance.head, self.device)
 
     def _set_guidance(self, num_scheduled: np.ndarray) -> None:
         """Tell an image model what guidance the rows of the step are to have."""
@@ -403,8 +410,11 @@ class TreeRunnerMixin:
         rule = self.drafter.config.acceptance.rule
         if rule in relaxed.RULES and (step.rows.parents >= 0).any():
             temperature = self.input_batch.temperature_cpu[: self.input_batch.num_reqs]
+            scores = None
+            if self._judge_head is not None:
+                scores = self._judge_head.scores(self._hidden)
             # Now: the sampler changes the logits in place.
-            seen = relaxed.look(logits, step.rows, temperature)
+            seen = relaxed.look(logits, step.rows, temperature, scores)
         if verify.is_plain_greedy(metadata):
             sampled = self._relax(step, np.ascontiguousarray(top_ids[:, 0]), seen)
             step.acceptance = acceptance = lossless.accept(step.rows, sampled)
@@ -648,10 +658,12 @@ class TreeRunnerMixin:
         self.drafter.observe_prompt(text[begin : begin + size], previous, top_ids)
 
     def sample_tokens(self, grammar_output):
+        if self._judge_head is not None and self.execute_model_state is not None:
+            self._hidden = self.execute_model_state.sample_hidden_states
         try:
             return super().sample_tokens(grammar_output)
         finally:
-            self._step = None
+            self._step = self._hidden = None
 
     def _on_request_state_removed(self, req_id, req_state) -> None:
         super()._on_request_state_removed(req_id, req_state)

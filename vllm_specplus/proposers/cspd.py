@@ -58,9 +58,10 @@ class Cspd(Proposer):
             self._enter(step.request_ids[r], int(index[r]), slots)
         active = torch.from_numpy(index[drafting]).to(device)
         room = torch.from_numpy(counts[drafting]).to(device)
+        settings = slots.settings.drafting(self.config.steps)
         chains = draft_chains(
-            self._model, self._session, slots.latents, active, done, room, slots.noise,
-            slots.settings,
+            self._model, self._session, slots.latents, active, done, room,
+            slots.noise.thinned(settings.schedule.steps), settings,
         )  # fmt: skip
         slots.set_drafts(index[drafting], known[drafting], counts[drafting], chains)
         total = int(counts.sum())

@@ -5,7 +5,9 @@ target drew, it is followed; where none does, the most probable node that the ru
 taken instead of the draw:
 
 * ``typical`` (Medusa, arXiv 2401.10774, section 2.3.1): ``p(x) > min(epsilon, delta exp(-H(p)))``;
-* ``top_k_margin``: among the k most probable, and ``log p(x) >= log max p - margin``.
+* ``top_k_margin``: among the k most probable, and ``log p(x) >= log max p - margin``;
+* ``judge`` (Judge Decoding, arXiv 2501.19309): a head on the target's hidden state at the node
+  scores it above a threshold (``judge.py``).
 
 ``p`` is the target's distribution at the request's temperature (1 for greedy requests), and
 nothing is accepted that the request's own top-k or top-p cut off. A stop token is never
@@ -24,7 +26,7 @@ import torch
 from vllm_specplus.samplers.base import Rows
 
 if TYPE_CHECKING:
-    from vllm_specplus.config import TopKMarginAcceptance, TypicalAcceptance
+    from vllm_specplus.config import JudgeAcceptance, TopKMarginAcceptance, TypicalAcceptance
 
 #: Nodes whose ranks are counted at a time: bounds the copies of distributions.
 CHUNK = 64
@@ -46,12 +48,17 @@ class Candidates:
     """float32 [N] max p."""
     entropy: np.ndarray
     """float32 [N] H(p), nats."""
+    score: np.ndarray | None = None
+    """float32 [N] a judge's, of the node's own row."""
 
 
-def look(logits: torch.Tensor, rows: Rows, temperature: np.ndarray) -> Candidates:
+def look(
+    logits: torch.Tensor, rows: Rows, temperature: np.ndarray, scores: torch.Tensor | None = None
+) -> Candidates:
     """What the rules need to know, in one copy from the device.
 
-    ``logits`` [L, V]; ``temperature`` float32 [R], 0 for greedy requests.
+    ``logits`` [L, V]; ``temperature`` float32 [R], 0 for greedy requests; ``scores`` float32 [L]:
+    a judge's.
     """
     nodes = np.flatnonzero(rows.parents >= 0)
     request = np.searchsorted(rows.starts, nodes, side="right") - 1
@@ -76,11 +83,13 @@ def look(logits: torch.Tensor, rows: Rows, temperature: np.ndarray) -> Candidate
         more = law > probability[here, None]
         rank.append(more.sum(-1).float())
         mass.append((law * more).sum(-1))
-    table = torch.stack(
-        (probability, torch.cat(rank), torch.cat(mass), p.max(-1).values[parent], entropy[parent])
-    )
-    probability, rank, mass, best, entropy = table.cpu().numpy()
-    return Candidates(nodes, probability, rank.astype(np.int64), mass, best, entropy)
+    columns = [
+        probability, torch.cat(rank), torch.cat(mass), p.max(-1).values[parent], entropy[parent]
+    ]  # fmt: skip
+    if scores is not None:
+        columns.append(scores[put(nodes)])
+    probability, rank, mass, best, entropy, *score = torch.stack(columns).cpu().numpy()
+    return Candidates(nodes, probability, rank.astype(np.int64), mass, best, entropy, *score)
 
 
 def typical(rule: TypicalAcceptance, seen: Candidates) -> np.ndarray:
@@ -94,7 +103,12 @@ def top_k_margin(rule: TopKMarginAcceptance, seen: Candidates) -> np.ndarray:
     return (seen.rank < rule.top_k) & (seen.probability >= seen.best * np.exp(-rule.margin))
 
 
-RULES = {"typical": typical, "top_k_margin": top_k_margin}
+def judge(rule: JudgeAcceptance, seen: Candidates) -> np.ndarray:
+    """bool [N]"""
+    return seen.score > rule.threshold
+
+
+RULES = {"judge": judge, "typical": typical, "top_k_margin": top_k_margin}
 
 
 def follow(

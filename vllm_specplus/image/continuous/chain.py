@@ -50,6 +50,11 @@ class Noise:
     def __getitem__(self, index) -> Noise:
         return Noise(self.start[index], self.steps[index], self.uniforms[index])
 
+    def thinned(self, steps: int) -> Noise:
+        """For chains of fewer steps: the last step's noise, and of the others some, evenly."""
+        places = torch.linspace(self.steps.shape[-2] - 1, 0, steps).round().long().flip(0)
+        return Noise(self.start, self.steps[..., places, :], self.uniforms)
+
 
 def picture_noise(seed: int, length: int, steps: int, size: int) -> Noise:
     """Of all ``length`` latents of a picture: by its seed alone, whatever else is in the batch
@@ -117,7 +122,7 @@ class Schedule:
             raise ValueError(
                 f"steps={steps}: a chain has 1 to {trained - end} of the {trained} trained steps"
             )
-        self.steps, self.prediction = steps, prediction
+        self.steps, self.trained, self.end, self.prediction = steps, trained, end, prediction
         grid = torch.arange(trained + 1, dtype=torch.float64) / trained
         curve = torch.cos((grid + 0.008) / 1.008 * math.pi / 2).square()
         betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
@@ -147,6 +152,12 @@ class Schedule:
         self._log_middle = ((least.log() + beta.log()) / 4).float()
         self._log_reach = ((beta.log() - least.log()) / 4).float()
         self._log_true = (least.log() / 2).float()
+
+    def shortened(self, steps: int) -> Schedule:
+        """To the same end in fewer steps; ValueError for more."""
+        if steps > self.steps:
+            raise ValueError(f"steps={steps}: a draft has at most the target's {self.steps}")
+        return Schedule(steps, self.trained, self.end, self.prediction)
 
     def step(
         self, i: int | torch.Tensor, x: torch.Tensor, said: torch.Tensor, fraction: torch.Tensor

@@ -13,7 +13,7 @@ whole pictures at every pass; models bring faster ones (``causal.py``'s keeps ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -154,6 +154,10 @@ class Settings:
     temperature: float | torch.Tensor = 1.0
     """Factor of all sigmas: of all pictures, or float32 [B] of each."""
 
+    def drafting(self, steps: int | None) -> Settings:
+        """The same with chains of so many steps."""
+        return self if steps is None else replace(self, schedule=self.schedule.shortened(steps))
+
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
@@ -166,6 +170,9 @@ class Speculation:
     """First latents of a picture that are not drafted."""
     aligned: bool = True
     """Draft with the target's noise. Without, ``exact`` stays exact and accepts less."""
+    steps: int | None = None
+    """Of the draft's chains; None: the target's. With fewer ``exact`` stays exact, too: given the
+    noise either model's latent is a Gaussian, whatever way led there."""
 
     def __post_init__(self):
         if self.window < 1:
@@ -233,6 +240,8 @@ def decode_speculative(
     noise = draft_noise = noise_of(seeds, settings, labels.device)
     if not speculation.aligned:
         draft_noise = noise_of([hash((seed, -1)) for seed in seeds], settings, labels.device)
+    draft_settings = settings.drafting(speculation.steps)
+    draft_noise = draft_noise.thinned(draft_settings.schedule.steps)
     length = settings.length
     looks = target.begin(labels, length), draft.begin(labels, length)
     latents = torch.zeros_like(noise.start)
@@ -241,7 +250,9 @@ def decode_speculative(
         # The target's own latent ends every pass, so one less than is missing is drafted.
         room = (length - done - 1).clamp(max=speculation.window)
         room = torch.where(done < speculation.prefill, 0, room)[active]
-        drafts = draft_chains(draft, looks[1], latents, active, done, room, draft_noise, settings)
+        drafts = draft_chains(
+            draft, looks[1], latents, active, done, room, draft_noise, draft_settings
+        )  # fmt: skip
         # [A, window + 1]: the drafted places and the one behind them.
         offset = torch.arange(int(room.max()) + 1, device=labels.device)
         wanted = offset <= room[:, None]

@@ -50,6 +50,8 @@ class Cspd(StrictModel):
     """Latents (of a masked model: iterations) drafted per pass."""
     rule: Rule = "exact"
     prefill: int = 0
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Of the draft's chains; None: the target's."""
     aligned: bool | None = None
     """Of causal models; by default they are."""
     contexts: Literal["own", "shared"] | None = None
@@ -83,7 +85,9 @@ class Recipe(StrictModel):
         if self.cspd.contexts is not None:
             raise ValueError("contexts is for masked models: remove it")
         how = self.cspd
-        speculation = Speculation(how.window, how.rule, how.prefill, how.aligned is not False)
+        aligned = how.aligned is not False
+        speculation = Speculation(how.window, how.rule, how.prefill, aligned, how.steps)
+        settings.drafting(how.steps)  # refuses what cannot be
         return lambda labels, seeds: decode_speculative(
             target, draft, labels, seeds, settings, speculation
         )
@@ -106,7 +110,9 @@ class Recipe(StrictModel):
         if self.cspd.aligned is not None:
             raise ValueError("aligned is for causal models: remove it")
         how = self.cspd
-        speculation = MaskedSpeculation(how.window, how.contexts or "own", how.rule, how.prefill)
+        contexts = how.contexts or "own"
+        speculation = MaskedSpeculation(how.window, contexts, how.rule, how.prefill, how.steps)
+        settings.drafting(how.steps)  # refuses what cannot be
         return lambda labels, seeds: decode_masked_speculative(
             target, draft, labels, seeds, settings, iterations, speculation, guidance
         )

@@ -222,6 +222,8 @@ class MaskedSpeculation:
     rule: Rule = "exact"
     prefill: int = 0
     """First iterations that are not drafted."""
+    steps: int | None = None
+    """Of the draft's chains; None: the target's."""
 
     def __post_init__(self):
         if self.window < 1:
@@ -248,10 +250,11 @@ class Run:
 
     def draw(
         self, model: MaskedLatents, latents: torch.Tensor, pictures: torch.Tensor, known: int,
-        places: torch.Tensor,
+        places: torch.Tensor, steps: int | None = None,
     ) -> Chain:  # fmt: skip
         """Chains, flat [len(pictures) * n], at ``places`` [len(pictures), n] of ``pictures``
-        int64, whose first ``known`` latents in order are seen."""
+        int64, whose first ``known`` latents in order are seen; of ``steps`` steps, or all."""
+        settings = self.settings.drafting(steps)
         seen, labels = self.rank[pictures] < known, self.labels[pictures]
         latents, head = latents[pictures], model.head
         if self.guidance is None:
@@ -263,10 +266,10 @@ class Run:
             scale = torch.full_like(both[0][..., :1], self.guidance.at(share))
             conditions, head = torch.cat((*both, scale), -1), GuidedHead(head)
         rows = torch.arange(len(pictures), device=pictures.device)[:, None]
-        noise = self.noise[pictures[:, None], places]
+        noise = self.noise[pictures[:, None], places].thinned(settings.schedule.steps)
         flat = Noise(*(getattr(noise, name).flatten(0, 1) for name in Noise.__slots__))
         own = conditions[rows, places].flatten(0, 1)
-        return denoise(head, self.settings.schedule, own, flat, self.settings.temperature)
+        return denoise(head, settings.schedule, own, flat, settings.temperature)
 
 
 @torch.inference_mode()
@@ -305,7 +308,7 @@ def decode_masked_speculative(
         q = {}
         for i in drafted:
             places = run.places(i)[pictures]
-            q[i] = run.draw(draft, latents, pictures, run.counts[i], places)
+            q[i] = run.draw(draft, latents, pictures, run.counts[i], places, speculation.steps)
             latents[pictures[:, None], places] = q[i].sample.unflatten(0, places.shape)
         counts.drafted[pictures] += sum(run.places(i).shape[1] for i in drafted)
         if speculation.contexts == "shared" and drafted:

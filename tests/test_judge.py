@@ -1,0 +1,118 @@
+"""The acceptance rule ``judge``: its head, and how one is trained."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.model_configs import target
+from tests.test_relaxed import make_rows
+from vllm_specplus.config import JudgeAcceptance, parse
+from vllm_specplus.samplers import relaxed
+from vllm_specplus.samplers.judge import JudgeHead, head_size
+from vllm_specplus.training import judge as training
+
+
+@pytest.fixture
+def head(tmp_path):
+    """Token 3's hidden state, one-hot, is wrong; all others are right."""
+    weight = torch.full((8,), 4.0)
+    weight[3] = -4.0
+    path = tmp_path / "head.safetensors"
+    save_file({"weight": weight, "bias": torch.zeros(1)}, path)
+    return str(path)
+
+
+def test_a_node_is_judged_at_its_own_row(head):
+    """Hidden states that say which token was read: exactly one token is refused, wherever it is."""
+    rows = make_rows([1, 3, 5, 3, 6, 2, 4], [-1, 0, 1, 0, 3, -1, 0], [0, 5, 7])
+    hidden = torch.eye(8)[torch.from_numpy(rows.tokens).long()]
+    scores = JudgeHead(head, torch.device("cpu")).scores(hidden)
+    logits = torch.randn(7, 12)
+    seen = relaxed.look(logits, rows, np.zeros(2, np.float32), scores)
+    assert seen.rows.tolist() == [1, 2, 3, 4, 6]
+    rule = JudgeAcceptance(rule="judge", head=head)
+    assert relaxed.judge(rule, seen).tolist() == [False, True, False, True, True]
+    none = JudgeAcceptance(rule="judge", head=head, threshold=1.0)
+    everything = JudgeAcceptance(rule="judge", head=head, threshold=0.0)
+    assert not relaxed.judge(none, seen).any()
+    assert relaxed.judge(everything, seen).all()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"weight": torch.zeros(8)}, "a judge is 'weight' \\[hidden\\] and 'bias' \\[1\\]"),
+        ({"weight": torch.zeros(1, 8), "bias": torch.zeros(1)}, "holds"),
+        ({"weight": torch.zeros(8), "bias": torch.zeros(2)}, "holds"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_is_no_head_is_refused(tmp_path, tensors, words):
+    path = tmp_path / "file"
+    if tensors is None:
+        path.write_bytes(b"nothing of the kind")
+    else:
+        save_file(tensors, path)
+    with pytest.raises(ValueError, match=words):
+        parse(config(str(path)))
+    with pytest.raises(ValueError, match="cannot be read"):
+        parse(config(str(tmp_path / "nowhere")))
+
+
+def config(head: str, **keys) -> dict:
+    acceptance = {"rule": "judge", "head": head} | keys
+    return {"method": "token_recycling", "allow_lossy": True, "acceptance": acceptance}
+
+
+def test_the_head_has_to_fit_the_target(head):
+    assert head_size(head) == 8
+    parse(config(head)).check_acceptance(target(hidden_size=8))
+    with pytest.raises(ValueError, match="reads 8 hidden units, and the target has 576"):
+        parse(config(head)).check_acceptance(target(hidden_size=576))
+    assert not parse(config(head)).lossless
+    with pytest.raises(ValueError, match="changes what is answered"):
+        parse(config(head) | {"allow_lossy": False})
+
+
+def test_labels_follow_the_characters():
+    offsets = [(0, 3), (3, 7), (7, 12), (12, 15)]
+    assert training.labels(offsets, None) == [1, 1, 1, 1]
+    assert training.labels(offsets, (7, 12)) == [1, 1, 0, -1]
+    assert training.labels(offsets, (5, 8)) == [1, 0, 0, -1]
+    assert training.labels(offsets, (0, 1)) == [0, -1, -1, -1]
+
+
+def test_a_head_learns_what_the_states_show(tmp_path):
+    torch.manual_seed(0)
+    known = (torch.rand(600) < 0.9).long()
+    features = torch.randn(600, 16)
+    features[:, 5] += 4.0 * known
+    head = training.fit(features[:400], known[:400])
+    found = training.recall(head, features[400:], known[400:])
+    assert min(found.values()) > 0.85  # the rare class as well
+    save_file(head, tmp_path / "head")
+    assert head_size(tmp_path / "head") == 16
+    with pytest.raises(ValueError, match="only one of valid and wrong"):
+        training.fit(features, torch.ones(600).long())
+
+
+def test_answers_are_read_or_their_line_is_named(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    rows = [{"prompt": "a", "answer": "bcd", "error": [1, 2]},
+            {"prompt": "a", "answer": "b", "error": None}]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    first, second = training.read_answers(path)
+    assert first.error == (1, 2)
+    assert second.error is None
+    for row, words in (
+        ({"prompt": "a", "answer": "bcd", "error": [1, 5]}, "line 1: error"),
+        ({"prompt": "a", "answer": "bcd"}, "line 1: "),
+    ):
+        path.write_text(json.dumps(row))
+        with pytest.raises(ValueError, match=words):
+            training.read_answers(path)
