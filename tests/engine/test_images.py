@@ -88,6 +88,18 @@ def test_guided_pictures_equal_the_plain_model(tmp_path, pictures, config):
     assert result["counters"]["nodes_accepted"] > 50
 
 
+def test_aborted_pictures_leave_the_others_alone(tmp_path, pictures):
+    """All of them are aborted in the middle, in few blocks, and asked for again."""
+    folder, requests, expected = pictures
+    keys = {"num_gpu_blocks_override": 40, "speculative_config": JACOBI}
+    aborted = {"requests": requests, "abort_after": 9}
+    batches = [aborted, {"requests": requests[:32]}, aborted, {"requests": requests[32:]}]
+    result = harness.run(tmp_path, engine(folder, **keys), batches)
+    assert harness.ids(result, 0) == expected[:32]
+    assert harness.ids(result, 1) == expected[32:]
+    assert result["counters"]["draft_failures"] == 0
+
+
 def test_without_a_method_the_models_own_guidance_holds(tmp_path, pictures):
     folder, requests, expected = pictures
     own = [i for i, (_, params) in enumerate(requests) if "extra_args" not in params]

@@ -58,10 +58,9 @@ class Cspd(Proposer):
             self._enter(step.request_ids[r], int(index[r]), slots)
         active = torch.from_numpy(index[drafting]).to(device)
         room = torch.from_numpy(counts[drafting]).to(device)
-        settings = slots.settings.drafting(self.config.steps)
         chains = draft_chains(
-            self._model, self._session, slots.latents, active, done, room,
-            slots.noise.thinned(settings.schedule.steps), settings,
+            self._model, self._session, slots.latents, active, done, room, slots.noise,
+            self._settings,
         )  # fmt: skip
         slots.set_drafts(index[drafting], known[drafting], counts[drafting], chains)
         total = int(counts.sum())
@@ -86,7 +85,7 @@ class Cspd(Proposer):
         model = self._draft
         if slots.guided:
             model = Guided(model, config.num_classes, slots.guidance[:capacity])
-        self._model = model
+        self._model, self._settings = model, slots.settings.drafting(self.config.steps)
         self._session = model.begin(slots.labels[:capacity], length)
 
     def _enter(self, request_id: str, slot: int, slots: LatentSlots) -> None:

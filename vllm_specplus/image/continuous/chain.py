@@ -52,6 +52,8 @@ class Noise:
 
     def thinned(self, steps: int) -> Noise:
         """For chains of fewer steps: the last step's noise, and of the others some, evenly."""
+        if steps == self.steps.shape[-2]:
+            return self
         places = torch.linspace(self.steps.shape[-2] - 1, 0, steps).round().long().flip(0)
         return Noise(self.start, self.steps[..., places, :], self.uniforms)
 
@@ -225,8 +227,8 @@ def denoise(
     temperature: float | torch.Tensor = 1.0,
 ) -> Chain:  # fmt: skip
     """The chains of n latents under ``condition`` [n, c]. ``temperature`` (a number, or float32
-    [n, 1]) scales all sigmas."""
-    x = noise.start
+    [n, 1]) scales all sigmas. ``noise`` may be of more steps than the schedule's."""
+    x, noise = noise.start, noise.thinned(schedule.steps)
     colder = torch.as_tensor(temperature, device=x.device).log()
     path = torch.zeros(len(x), device=x.device)
     for i, say in enumerate(along(head, schedule.times.to(x.device), condition)):

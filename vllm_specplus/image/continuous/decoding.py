@@ -241,7 +241,6 @@ def decode_speculative(
     if not speculation.aligned:
         draft_noise = noise_of([hash((seed, -1)) for seed in seeds], settings, labels.device)
     draft_settings = settings.drafting(speculation.steps)
-    draft_noise = draft_noise.thinned(draft_settings.schedule.steps)
     length = settings.length
     looks = target.begin(labels, length), draft.begin(labels, length)
     latents = torch.zeros_like(noise.start)

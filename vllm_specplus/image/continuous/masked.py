@@ -266,7 +266,7 @@ class Run:
             scale = torch.full_like(both[0][..., :1], self.guidance.at(share))
             conditions, head = torch.cat((*both, scale), -1), GuidedHead(head)
         rows = torch.arange(len(pictures), device=pictures.device)[:, None]
-        noise = self.noise[pictures[:, None], places].thinned(settings.schedule.steps)
+        noise = self.noise[pictures[:, None], places]
         flat = Noise(*(getattr(noise, name).flatten(0, 1) for name in Noise.__slots__))
         own = conditions[rows, places].flatten(0, 1)
         return denoise(head, settings.schedule, own, flat, settings.temperature)
