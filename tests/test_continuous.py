@@ -439,6 +439,16 @@ def test_the_bound_is_zero_for_the_true_posterior_alone(prediction):
     assert (schedule.bound(step, x, clean, aim, most)[shown] > 1e-4).all()
 
 
+def test_times_are_exact_in_a_model_of_half_precision():
+    exact = small_model().head.time_embed.frequencies
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model
+    try:
+        built = small_model().head.float().time_embed.frequencies
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(built, exact)
+
+
 def test_the_head_has_the_names_of_the_public_checkpoints():
     names = {name.rsplit(".", 1)[0] for name in small_model().head.state_dict()}
     assert {

@@ -22,7 +22,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), _square(width))
-        powers = -math.log(10_000) * torch.arange(FREQUENCIES) / FREQUENCIES
+        # In float32 whatever the dtype of the day: angles are hundreds of radians.
+        powers = -math.log(10_000) / FREQUENCIES * torch.arange(FREQUENCIES, dtype=torch.float32)
         self.register_buffer("frequencies", powers.exp(), persistent=False)
 
     def forward(self, times: torch.Tensor) -> torch.Tensor:
