@@ -159,13 +159,15 @@ def test_sizes_of_the_public_models_are_found(name):
 
 def test_what_is_no_mar_is_refused(files, tmp_path):
     paths, _ = files
+
+    def said(files, *more) -> str:
+        result = run(files, tmp_path / "out", *more)
+        assert result.exit_code == 2
+        return " ".join(result.output.replace("│", " ").split())
+
     swapped = {**paths, "target": paths["vae"]}
-    result = run(swapped, tmp_path / "out", "--heads", "2")
-    assert result.exit_code == 2
-    assert "not a MAR: it has no class_emb.weight" in result.output
+    assert "not a MAR: it has no class_emb.weight" in said(swapped, "--heads", "2")
     swapped = {**paths, "vae": paths["draft"]}
-    assert "is no autoencoder" in " ".join(
-        run(swapped, tmp_path / "out", "--heads", "2").output.split()
-    )
-    assert "is no public one" in " ".join(run(paths, tmp_path / "out").output.split())
+    assert "is no autoencoder" in said(swapped, "--heads", "2")
+    assert "is no public one" in said(paths)
     assert not (tmp_path / "out").exists()

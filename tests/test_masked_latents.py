@@ -105,7 +105,7 @@ def test_guidance_grows_with_what_is_known():
 
 def test_guided_pictures_are_those_of_mixed_heads():
     """Against the formula; and a draft that is the target is kept."""
-    model, labels, seeds = small(), torch.tensor([0, 1, 2, 0]), [1, 2, 3, 4]
+    model, labels, seeds = small(spread=0.3), torch.tensor([0, 1, 2, 0]), [1, 2, 3, 4]
     how = settings(9, 4, Schedule(3, end=250, prediction="velocity"))
     guidance = Guidance(2.5)
     known, latents = known_latents(9, 3), torch.zeros(4, 9, 4)
@@ -127,12 +127,12 @@ def test_guided_pictures_are_those_of_mixed_heads():
                 own = noise[torch.tensor([b]), torch.tensor([n])]
                 latents[b, n] = denoise(mixed, how.schedule, both, own).sample[0]
     made = decode_masked(model, labels, seeds, how, 3, guidance)
-    torch.testing.assert_close(made, latents, atol=1e-4, rtol=0)
+    torch.testing.assert_close(made, latents, atol=1e-3, rtol=1e-4)
     assert not torch.allclose(made, decode_masked(model, labels, seeds, how, 3), atol=1e-2)
     same, counts = decode_masked_speculative(
         model, model, labels, seeds, how, 3, MaskedSpeculation(2), guidance
     )
-    torch.testing.assert_close(same, made, atol=1e-4, rtol=0)
+    torch.testing.assert_close(same, made, atol=1e-3, rtol=1e-4)
     assert int(counts.rejected.sum()) == 0
 
 
@@ -142,7 +142,7 @@ def test_shared_contexts_have_the_law_of_fewer_iterations():
     assert p_value(out, plain_law(3)) < 1e-6
 
 
-def small(seed: int = 0, depth: int = 1) -> MaskedLatents:
+def small(seed: int = 0, depth: int = 1, spread: float = 0.15) -> MaskedLatents:
     torch.manual_seed(seed)
     model = MaskedLatents(
         MaskedConfig(
@@ -152,7 +152,7 @@ def small(seed: int = 0, depth: int = 1) -> MaskedLatents:
         )
     )  # fmt: skip
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
+        torch.nn.init.normal_(parameter, std=spread)
     return model.eval()
 
 

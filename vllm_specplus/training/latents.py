@@ -6,6 +6,9 @@
    noisy version (``image/continuous/vae.py``).
 2. *Causal* target and draft: latents in raster order behind a label.
 3. *Masked* (MAR's) target and draft: latents in any order.
+4. *Alignment.* The causal draft, which has learnt the data, then learns the target: with the same
+   noise its chains are to end in the Gaussian that the target's end in. This is what acceptance
+   depends on, and what sharing noise is for; ``--only-align`` does it alone.
 
 The classifier that judges pictures is that of the other embedded image model, so that their
 distances can be compared. All four models denoise by the same schedule, which draft and target
@@ -28,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vllm_specplus.image.continuous.causal import CausalLatents, CausalLatentsConfig
-from vllm_specplus.image.continuous.chain import Schedule
+from vllm_specplus.image.continuous.chain import Noise, Schedule, gap, trace
 from vllm_specplus.image.continuous.masked import MaskedConfig, MaskedLatents
 from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig, load_vae
 from vllm_specplus.training.digits import HELD_OUT, LABEL_DROP, SHIFTS, read
@@ -80,6 +83,38 @@ def train_latents(
     return train(name, model, loss, steps, 2e-3, 0.02, held_out)
 
 
+def align(
+    draft: CausalLatents, target: CausalLatents, vae: LatentVAE, clean: torch.Tensor,
+    labels: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor], steps: int, batch: int = 32,
+) -> list:  # fmt: skip
+    """Through all steps of the draft's chains, from the target's conditions on the data."""
+    schedule = target.config.schedule()
+
+    def distance(clean: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        before = vae.noisy(clean)[:, :-1]
+        rows = clean.shape[0] * clean.shape[1]
+        noise = Noise(
+            torch.randn(rows, SIZE), torch.randn(rows, schedule.steps, SIZE), torch.empty(rows)
+        )
+        with torch.no_grad():
+            theirs = target.conditions(before, label).flatten(0, 1)
+            goal = trace(target.head, schedule, theirs, noise)
+        mine = trace(draft.head, schedule, draft.conditions(before, label).flatten(0, 1), noise)
+        return gap(mine, goal).mean()
+
+    def loss() -> torch.Tensor:
+        chosen = torch.randint(len(clean), (batch,))
+        label = torch.where(torch.rand(batch) < LABEL_DROP, 10, labels[chosen])
+        return distance(clean[chosen], label)
+
+    def held_out() -> dict[str, float]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return {"held_out_gap": distance(held[0][:128], held[1][:128]).item()}
+
+    return train("draft, aligned", draft, loss, steps, 1e-3, 0.0, held_out)
+
+
 def causal(hidden: int, layers: int, head_width: int, head_depth: int) -> CausalLatents:
     config = CausalLatentsConfig(
         size=SIZE, head_width=head_width, head_depth=head_depth, steps=STEPS, end=END,
@@ -119,6 +154,8 @@ def main(
     only: Annotated[
         str | None, typer.Option(help="Train this one of the models alone, for the VAE in --out.")
     ] = None,
+    align_steps: Annotated[int, typer.Option("--align", help="Steps of alignment.")] = 1500,
+    only_align: Annotated[bool, typer.Option("--only-align", help="Nothing else.")] = False,
 ) -> None:
     torch.manual_seed(seed)
     pictures, labels = read(data)
@@ -127,11 +164,11 @@ def main(
     pictures, labels = pictures[order], labels[order]
     held, shown = pictures[:apart], pictures[apart:]
     logs = {}
-    if only is None:
+    if only is None and not only_align:
         shutil.copytree(CLASSIFIER, out / "classifier", dirs_exist_ok=True)
         vae, logs["vae"] = train_vae(shown, vae_epochs)
         vae.save(out)
-    elif only not in MODELS:
+    elif only is not None and only not in MODELS:
         raise typer.BadParameter(f"--only {only}: the models are {', '.join(MODELS)}")
     else:
         logs = json.loads((out / "log.json").read_text())
@@ -145,7 +182,7 @@ def main(
     print("vae", {"held_out_error": error}, flush=True)
     labels, held_labels = labels[apart:].repeat(len(SHIFTS)), labels[:apart]
     for place, (make, epochs) in MODELS.items():
-        if only not in (None, place):
+        if only not in (None, place) or only_align:
             continue
         model = make()
         anything = 10 if isinstance(model, CausalLatents) else -1
@@ -153,6 +190,13 @@ def main(
             place, model, vae, clean, labels, (held_clean, held_labels), epochs * scale, anything
         )
         model.save(out / place)
+    if only in (None, "draft"):
+        draft, target = CausalLatents.load(out / "draft"), CausalLatents.load(out)
+        held_pair = held_clean, held_labels
+        logs["draft, aligned"] = align(
+            draft, target, vae, clean, labels, held_pair, max(int(align_steps * scale), 1)
+        )
+        draft.save(out / "draft")
     settings = {"vae_epochs": vae_epochs, "scale": scale, "seed": seed}
     (out / "log.json").write_text(
         json.dumps(logs | {"settings": settings, "held_out_error": error}, indent=1) + "\n"

@@ -221,8 +221,7 @@ def head_loss(
     return F.mse_loss(said, schedule.aim(step, clean, noise)) + 0.001 * bound.mean()
 
 
-@torch.inference_mode()
-def denoise(
+def trace(
     head: DiffusionHead, schedule: Schedule, condition: torch.Tensor, noise: Noise,
     temperature: float | torch.Tensor = 1.0,
 ) -> Chain:  # fmt: skip
@@ -238,6 +237,23 @@ def denoise(
             path = path + log_sigma.sum(-1)
         x = mean + log_sigma.exp() * noise.steps[:, i]
     return Chain(x, mean, log_sigma, path)
+
+
+@torch.inference_mode()
+def denoise(
+    head: DiffusionHead, schedule: Schedule, condition: torch.Tensor, noise: Noise,
+    temperature: float | torch.Tensor = 1.0,
+) -> Chain:  # fmt: skip
+    """:func:`trace`, for use and not for training."""
+    return trace(head, schedule, condition, noise, temperature)
+
+
+def gap(draft: Chain, target: Chain) -> torch.Tensor:
+    """KL divergence, nats [n], of the draft's last Gaussian from the target's: what a draft that
+    is to be accepted makes small."""
+    spread = 2 * (target.log_sigma - draft.log_sigma)
+    apart = ((target.mean - draft.mean) * torch.exp(-draft.log_sigma)).square()
+    return 0.5 * (spread.exp() + apart - 1 - spread).sum(-1)
 
 
 def along(head: DiffusionHead, times: torch.Tensor, condition: torch.Tensor):
