@@ -7,8 +7,7 @@
 2. *Causal* target and draft: latents in raster order behind a label.
 3. *Masked* (MAR's) target and draft: latents in any order.
 4. *Alignment.* The causal draft, which has learnt the data, then learns the target: with the same
-   noise its chains are to end in the Gaussian that the target's end in. This is what acceptance
-   depends on, and what sharing noise is for; ``--only-align`` does it alone.
+   noise its chains are to end where the target's do.
 
 The classifier that judges pictures is that of the other embedded image model, so that their
 distances can be compared. All four models denoise by the same schedule, which draft and target
@@ -31,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vllm_specplus.image.continuous.causal import CausalLatents, CausalLatentsConfig
-from vllm_specplus.image.continuous.chain import Noise, Schedule, gap, trace
+from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, acceptance, gap, trace
 from vllm_specplus.image.continuous.masked import MaskedConfig, MaskedLatents
 from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig, load_vae
 from vllm_specplus.training.digits import HELD_OUT, LABEL_DROP, SHIFTS, read
@@ -43,6 +42,8 @@ SIZE, GRID = 4, 8
 CLASSIFIER = Path(__file__).parent.parent / "data" / "digits" / "classifier"
 #: Random steps of the schedule per latent and look at it.
 REPEATS = 2
+#: Of alignment: by KL divergence, then by acceptance.
+ALIGN_STEPS = (1200, 700)
 
 
 def train_vae(pictures: torch.Tensor, epochs: int, batch: int = 64) -> tuple[LatentVAE, list]:
@@ -85,12 +86,14 @@ def train_latents(
 
 def align(
     draft: CausalLatents, target: CausalLatents, vae: LatentVAE, clean: torch.Tensor,
-    labels: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor], steps: int, batch: int = 32,
-) -> list:  # fmt: skip
-    """Through all steps of the draft's chains, from the target's conditions on the data."""
+    labels: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor], steps: tuple[int, int],
+    batch: int = 32,
+) -> dict[str, list]:  # fmt: skip
+    """Through all steps of the draft's chains, from the target's conditions on the data; ``steps``
+    of the optimiser for either loss."""
     schedule = target.config.schedule()
 
-    def distance(clean: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    def chains(clean: torch.Tensor, label: torch.Tensor) -> tuple[Chain, Chain]:
         before = vae.noisy(clean)[:, :-1]
         rows = clean.shape[0] * clean.shape[1]
         noise = Noise(
@@ -99,20 +102,31 @@ def align(
         with torch.no_grad():
             theirs = target.conditions(before, label).flatten(0, 1)
             goal = trace(target.head, schedule, theirs, noise)
-        mine = trace(draft.head, schedule, draft.conditions(before, label).flatten(0, 1), noise)
-        return gap(mine, goal).mean()
+        mine = draft.conditions(before, label).flatten(0, 1)
+        return trace(draft.head, schedule, mine, noise), goal
 
-    def loss() -> torch.Tensor:
+    def random() -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(len(clean), (batch,))
-        label = torch.where(torch.rand(batch) < LABEL_DROP, 10, labels[chosen])
-        return distance(clean[chosen], label)
+        return clean[chosen], torch.where(torch.rand(batch) < LABEL_DROP, 10, labels[chosen])
 
     def held_out() -> dict[str, float]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return {"held_out_gap": distance(held[0][:128], held[1][:128]).item()}
+            pair = chains(held[0][:128], held[1][:128])
+            return {
+                "held_out_gap": gap(*pair).mean().item(),
+                "held_out_acceptance": acceptance(*pair).mean().item(),
+            }
 
-    return train("draft, aligned", draft, loss, steps, 1e-3, 0.0, held_out)
+    # Where the two are far apart acceptance is 0 and says nothing: first nearer, then hit.
+    losses = {
+        "gap": lambda: gap(*chains(*random())).mean(),
+        "rejected": lambda: 1 - acceptance(*chains(*random())).mean(),
+    }
+    return {
+        name: train(f"draft, {name}", draft, losses[name], count, 1e-3, 0.0, held_out)
+        for name, count in zip(losses, steps, strict=True)
+    }
 
 
 def causal(hidden: int, layers: int, head_width: int, head_depth: int) -> CausalLatents:
@@ -154,8 +168,9 @@ def main(
     only: Annotated[
         str | None, typer.Option(help="Train this one of the models alone, for the VAE in --out.")
     ] = None,
-    align_steps: Annotated[int, typer.Option("--align", help="Steps of alignment.")] = 1500,
-    only_align: Annotated[bool, typer.Option("--only-align", help="Nothing else.")] = False,
+    only_align: Annotated[
+        bool, typer.Option("--only-align", help="Align the draft in --out with its target alone.")
+    ] = False,
 ) -> None:
     torch.manual_seed(seed)
     pictures, labels = read(data)
@@ -193,9 +208,8 @@ def main(
     if only in (None, "draft"):
         draft, target = CausalLatents.load(out / "draft"), CausalLatents.load(out)
         held_pair = held_clean, held_labels
-        logs["draft, aligned"] = align(
-            draft, target, vae, clean, labels, held_pair, max(int(align_steps * scale), 1)
-        )
+        steps = tuple(max(int(each * scale), 1) for each in ALIGN_STEPS)
+        logs["draft, aligned"] = align(draft, target, vae, clean, labels, held_pair, steps)
         draft.save(out / "draft")
     settings = {"vae_epochs": vae_epochs, "scale": scale, "seed": seed}
     (out / "log.json").write_text(

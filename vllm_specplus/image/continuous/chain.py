@@ -249,11 +249,17 @@ def denoise(
 
 
 def gap(draft: Chain, target: Chain) -> torch.Tensor:
-    """KL divergence, nats [n], of the draft's last Gaussian from the target's: what a draft that
-    is to be accepted makes small."""
+    """KL divergence, nats [n], of the draft's last Gaussian from the target's."""
     spread = 2 * (target.log_sigma - draft.log_sigma)
     apart = ((target.mean - draft.mean) * torch.exp(-draft.log_sigma)).square()
     return 0.5 * (spread.exp() + apart - 1 - spread).sum(-1)
+
+
+def acceptance(draft: Chain, target: Chain) -> torch.Tensor:
+    """Probability [n] with which each drafted sample is accepted under the exact rule: in the mean
+    1 - TV of the two last Gaussians, differentiable through the samples."""
+    ratio = target.log_density(draft.sample) - draft.log_density(draft.sample)
+    return ratio.clamp(max=0).exp()
 
 
 def along(head: DiffusionHead, times: torch.Tensor, condition: torch.Tensor):
