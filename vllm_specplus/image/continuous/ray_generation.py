@@ -7,6 +7,7 @@ the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def make_pictures(
         raise ValueError(f"workers={workers}, batch={batch}: at least 1 of each is needed")
     PictureMaker(folder, recipe)  # mistakes are told here, not by an actor
     if not ray.is_initialized():
+        # Without an address Ray would first look for a cluster that somebody else runs here.
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
         ray.init(address, include_dashboard=False, log_to_driver=False)
     # Lost actors come back, and what they had to do is done again.
     actor = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=-1)
