@@ -45,13 +45,21 @@ def sabotage(kind: str) -> None:
 
         GuardedScheduler._trim_drafts = lambda self: None
     elif kind == "fixed_prices":
-        # Decisions that do not depend on the machine's mood: 3 % of a step per row.
+        # Decisions that do not depend on the machine's mood: 3 % of a step per row, and 5 % per
+        # pass of a draft.
+        from vllm_specplus.control.controller import Controller
         from vllm_specplus.control.cost import StepCost
 
         StepCost.observe = lambda self, shape, seconds: self.predict_step(shape)
         StepCost.predict = lambda self, rows, requests, context, prompt_rows=0: (
             0.01 + 0.0003 * np.asarray(rows)
         )
+
+        def drafting_took(self, max_nodes, seconds):
+            if self._levels is not None:
+                self._draft_seconds = 0.0005
+
+        Controller.drafting_took = drafting_took
     elif kind == "q_not_renormalised":
         # The rule for draws with replacement on draws without.
         from vllm_specplus.samplers import sampled

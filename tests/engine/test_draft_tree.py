@@ -60,10 +60,8 @@ def test_greedy_text_is_the_same(tmp_path, tiny_engine, mixed_requests, plain, n
     assert harness.ids(result, 1) == harness.ids(plain, 1)
     counters = result["counters"]
     assert counters["draft_failures"] == 0
-    if "control" in keys:  # with 32 requests on one core there is little to gain: it may only probe
-        assert counters["nodes_drafted"] > 0
-    else:
-        assert counters["nodes_accepted"] > 300
+    # The controller finds little to gain with 32 requests on one core.
+    assert counters["nodes_accepted"] > (20 if "control" in keys else 300)
 
 
 @pytest.mark.parametrize(("shape", "control"), [("topk", FIXED), ("rsd_s", GOODPUT)])
