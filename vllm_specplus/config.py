@@ -227,6 +227,11 @@ class MethodConfig(StrictModel):
         return None
 
     @property
+    def accepts_by(self) -> str:
+        """Name of the rule that accepts nodes."""
+        return self.acceptance.rule
+
+    @property
     def lossless(self) -> bool:
         return self.acceptance.rule == "lossless"
 
@@ -368,6 +373,10 @@ class CspdConfig(MethodConfig):
     """Denoising steps of a drafted latent; by default the target's."""
     kv_memory_mb: Annotated[int, Field(ge=1)] = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
+
+    @property
+    def accepts_by(self) -> str:
+        return self.verification
 
     @property
     def lossless(self) -> bool:

@@ -173,7 +173,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     if not config.lossless:
         logger.warning(
             "acceptance rule %r is lossy: answers will differ from the model's own",
-            config.acceptance.rule if config.acceptance.rule != "lossless" else config.verification,
+            config.accepts_by,
         )
     metrics.publish(config.method)
 

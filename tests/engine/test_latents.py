@@ -23,6 +23,10 @@ pytestmark = pytest.mark.engine
 
 SCALES = (None, 1.0, 3.0, 0.0)
 FIXED = {"policy": "fixed"}
+#: So few blocks that requests are preempted, and read again in chunks.
+CROWDED = {
+    "num_gpu_blocks_override": 40, "disable_log_stats": False, "long_prefill_token_threshold": 20,
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -121,11 +125,7 @@ def test_pictures_equal_the_plain_loop(tmp_path, models):
     are preempted and read again in chunks; then some of them one by one."""
     (folder, model), _ = models
     requests = requests_for(64)
-    keys = {
-        "num_gpu_blocks_override": 40, "disable_log_stats": False,
-        "long_prefill_token_threshold": 20,
-    }  # fmt: skip
-    result = harness.run(tmp_path, engine(folder, **keys), [{"requests": requests}])
+    result = harness.run(tmp_path, engine(folder, **CROWDED), [{"requests": requests}])
     assert result["preemptions"] > 5
     expected = expect(model, requests, 1.5)
     close(latents(result), expected)
@@ -157,11 +157,7 @@ def test_a_draft_that_is_the_target_changes_nothing(tmp_path, models):
     """All of it is accepted, whatever is preempted in between."""
     (folder, model), _ = models
     requests = requests_for(64)
-    keys = {
-        "num_gpu_blocks_override": 40, "disable_log_stats": False,
-        "long_prefill_token_threshold": 20,
-    }  # fmt: skip
-    result = harness.run(tmp_path, engine(folder, folder, window=7, **keys),
+    result = harness.run(tmp_path, engine(folder, folder, window=7, **CROWDED),
                          [{"requests": requests}])  # fmt: skip
     assert result["preemptions"] > 5
     close(latents(result), expect(model, requests, 1.5))

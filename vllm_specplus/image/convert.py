@@ -7,6 +7,7 @@ The files are read as tensors only: nothing in them is executed.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,11 @@ HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2560: 40, 3200: 32}
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """The model in a checkpoint, whichever key it is under."""
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "module", "state_dict"):
+    """The model in a checkpoint, whichever key it is under; averaged over training if it is."""
+    # Training may leave its command line beside the tensors.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("model_ema", "model", "module", "state_dict"):
         if key in found and isinstance(found[key], dict):
             return found[key]
     return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -101,7 +101,9 @@ def fit(features: torch.Tensor, known: torch.Tensor) -> dict[str, torch.Tensor]:
     return {WEIGHT: weight.detach(), BIAS: bias.detach()}
 
 
-def recall(head: dict[str, torch.Tensor], features: torch.Tensor, known: torch.Tensor) -> Any:
+def recall(
+    head: dict[str, torch.Tensor], features: torch.Tensor, known: torch.Tensor
+) -> dict[str, float]:
     """Shares of the valid and of the wrong tokens that a threshold of 0.5 tells right."""
     valid = features @ head[WEIGHT] + head[BIAS] > 0
     return {

@@ -16,14 +16,12 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.sequence import IntermediateTensors
 
-from vllm_specplus.engine.models.llamagen import Block, load_blocks
+from vllm_specplus.engine.models.llamagen import Backbone, load_blocks
 from vllm_specplus.image.continuous.causal import CausalLatentsConfig
 from vllm_specplus.image.continuous.decoding import GuidedHead
 from vllm_specplus.image.continuous.head import MLPHead
-from vllm_specplus.image.llamagen import rotary_2d
 
 
 @support_torch_compile(
@@ -34,19 +32,12 @@ from vllm_specplus.image.llamagen import rotary_2d
         "inputs_embeds": {0: "b"},
     }
 )
-class CausalLatentsModel(nn.Module):
+class CausalLatentsModel(Backbone):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        super().__init__()
-        config: CausalLatentsConfig = vllm_config.model_config.hf_config
-        self.config = config
+        super().__init__(vllm_config, prefix)
+        config: CausalLatentsConfig = self.config
         self.labels = nn.Embedding(config.vocab_size, config.hidden_size)
         self.z_proj = nn.Linear(config.size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, vllm_config, i, f"{prefix}.layers.{i}")
-            for i in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.register_buffer("turn", rotary_2d(config), persistent=False)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.labels(input_ids)
@@ -59,19 +50,10 @@ class CausalLatentsModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         labels = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        first = positions[:, None] == 0
         drawn = self.z_proj(latents.to(self.z_proj.weight.dtype))
-        x = torch.where(first, labels, drawn)
-        turn = self.turn[positions]
+        x = torch.where(positions[:, None] == 0, labels, drawn)
         guided = self.config.guidance_scale is not None
-        if guided:
-            anything = self.labels.weight[-1]
-            x = torch.cat((x, torch.where(first, anything, drawn)))
-            turn = torch.cat((turn, turn))
-        for layer in self.layers:
-            x = layer(x, turn)
-        x = self.norm(x)
-        return torch.cat(x.chunk(2), -1) if guided else x
+        return torch.cat(self.states(x, positions, self.labels.weight[-1] if guided else None), -1)
 
 
 class CausalLatentsForClassToImage(nn.Module):

@@ -97,6 +97,35 @@ class Block(nn.Module):
         return x + self.w2(self.silu_and_mul(inner))[0]
 
 
+class Backbone(nn.Module):
+    """What this model and that of latents have in common."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        config: LlamaGenConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.layers = nn.ModuleList(
+            Block(config, vllm_config, i, f"{prefix}.layers.{i}")
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("turn", rotary_2d(config), persistent=False)
+
+    def states(
+        self, x: torch.Tensor, positions: torch.Tensor, anything: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Normalised states [n, hidden] of inputs ``x`` [n, hidden] at ``positions`` int64 [n];
+        with ``anything`` [hidden], what the label "any" is read as, of both branches."""
+        turn = self.turn[positions]
+        if anything is not None:
+            x = torch.cat((x, torch.where(positions[:, None] == 0, anything, x)))
+            turn = torch.cat((turn, turn))
+        for layer in self.layers:
+            x = layer(x, turn)
+        x = self.norm(x)
+        return (x,) if anything is None else x.chunk(2)
+
+
 @support_torch_compile(
     dynamic_arg_dims={
         "input_ids": {0: "b"},
@@ -105,18 +134,10 @@ class Block(nn.Module):
         "inputs_embeds": {0: "b"},
     }
 )
-class LlamaGenModel(nn.Module):
+class LlamaGenModel(Backbone):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        super().__init__()
-        config: LlamaGenConfig = vllm_config.model_config.hf_config
-        self.config = config
-        self.embeddings = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, vllm_config, i, f"{prefix}.layers.{i}")
-            for i in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.register_buffer("turn", rotary_2d(config), persistent=False)
+        super().__init__(vllm_config, prefix)
+        self.embeddings = VocabParallelEmbedding(self.config.vocab_size, self.config.hidden_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embeddings(input_ids)
@@ -129,20 +150,11 @@ class LlamaGenModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        turn = self.turn[positions]
-        guided = self.config.guidance_scale is not None
-        if guided:
-            nothing = torch.full_like(positions, self.config.vocab_size - 1)
-            anything = self.embed_input_ids(nothing)
-            x = torch.cat((x, torch.where(positions[:, None] == 0, anything, x)))
-            turn = torch.cat((turn, turn))
-        for layer in self.layers:
-            x = layer(x, turn)
-        x = self.norm(x)
-        if guided:
-            label, other = x.chunk(2)
-            x = other + guidance.to(x.dtype) * (label - other)
-        return x
+        if self.config.guidance_scale is None:
+            return self.states(x, positions, None)[0]
+        last = torch.full_like(positions[:1], self.config.vocab_size - 1)
+        label, other = self.states(x, positions, self.embed_input_ids(last))
+        return other + guidance.to(label.dtype) * (label - other)
 
 
 class LlamaGenForClassToImage(nn.Module):

@@ -107,6 +107,12 @@ def residual(
     return Residual(sample, looked, given_up)
 
 
+def generators_of(seeds: Sequence[int], places: Sequence[int]) -> list[torch.Generator]:
+    """For :func:`residual`: of pictures' seeds and places alone."""
+    pairs = zip(seeds, places, strict=True)
+    return [torch.Generator().manual_seed(hash(pair) % 2**63) for pair in pairs]
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """On the windows of P pictures."""
@@ -148,11 +154,9 @@ def judge(
     proposals, rejected = torch.zeros_like(room), accepted < room
     given_up = torch.zeros_like(rejected)
     if len(wrong := rejected.nonzero()[:, 0]):
-        at = (places + accepted)[wrong].tolist()
-        generators = [
-            torch.Generator().manual_seed(hash((seeds[p], place)) % 2**63)
-            for p, place in zip(wrong.tolist(), at, strict=True)
-        ]
+        generators = generators_of(
+            [seeds[p] for p in wrong.tolist()], (places + accepted)[wrong].tolist()
+        )
         draft_row = (room.cumsum(0) - room + accepted)[wrong]
         instead = residual(drafts[draft_row], chains[row[wrong]], generators, rule)
         latent[wrong] = instead.sample

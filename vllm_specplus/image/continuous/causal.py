@@ -126,10 +126,8 @@ class CachedSession:
         self.labels = model.cls_embedding.embedding_table(labels)
         self.known = torch.zeros_like(labels)
 
-    def restart(self, picture: int, label: int | None) -> None:
-        """Another picture takes the place of one; label None: of the same class."""
-        if label is not None:
-            self.labels[picture] = self.model.cls_embedding.embedding_table.weight[label]
+    def restart(self, picture: int, label: int) -> None:
+        self.labels[picture] = self.model.cls_embedding.embedding_table.weight[label]
         self.known[picture] = 0
 
     def keep(self, known: torch.Tensor) -> None:

@@ -9,7 +9,6 @@ them is executed.
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 from typing import Annotated
@@ -19,20 +18,10 @@ import typer
 
 from vllm_specplus.image.continuous.masked import MaskedConfig, MaskedLatents
 from vllm_specplus.image.continuous.vae import KLConfig, KLDecoder
+from vllm_specplus.image.convert import read
 
 #: Attention heads of MAR-B, -L and -H, by width.
 HEADS = {768: 12, 1024: 16, 1280: 16}
-
-
-def read(path: Path) -> dict[str, torch.Tensor]:
-    """The model in a checkpoint, averaged over training if it holds that too."""
-    # Training leaves its command line beside the tensors.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model_ema", "model"):
-        if key in found and isinstance(found[key], dict):
-            return found[key]
-    return found
 
 
 def mar_config(tensors: dict[str, torch.Tensor], heads: int | None = None) -> MaskedConfig:

@@ -47,6 +47,10 @@ class Session(Protocol):
         """Only the first ``known`` int64 [B] latents of each picture stay as they are."""
         ...
 
+    def restart(self, picture: int, label: int) -> None:
+        """Another picture, of class ``label``, takes the place of one."""
+        ...
+
 
 class CausalModel(Protocol):
     head: DiffusionHead
@@ -71,6 +75,9 @@ class Recompute:
     def keep(self, known):
         pass
 
+    def restart(self, picture, label):
+        self.labels[picture] = label
+
 
 class Guided:
     """A model with classifier-free guidance (MAR, arXiv 2406.11838, section 4.4): what the head
@@ -90,7 +97,8 @@ class Guided:
         scale = self.scale
         if isinstance(scale, float | int):
             scale = torch.full((len(labels),), float(scale), device=labels.device)
-        return GuidedSession(self.model.begin(torch.cat((labels, other)), length), scale)
+        session = self.model.begin(torch.cat((labels, other)), length)
+        return GuidedSession(session, self.anything, scale)
 
 
 class GuidedHead:
@@ -124,9 +132,9 @@ class GuidedHead:
 class GuidedSession:
     """Pictures twice in one session."""
 
-    def __init__(self, session: Session, scale: torch.Tensor):
+    def __init__(self, session: Session, anything: int, scale: torch.Tensor):
         """``scale`` float32 [B]: may change between calls."""
-        self.session, self.scale = session, scale
+        self.session, self.anything, self.scale = session, anything, scale
 
     def conditions(self, latents, pictures, first, count):
         both = torch.cat((pictures, pictures + len(self.scale)))
@@ -139,7 +147,7 @@ class GuidedSession:
 
     def restart(self, picture, label):
         self.session.restart(picture, label)
-        self.session.restart(picture + len(self.scale), None)
+        self.session.restart(picture + len(self.scale), self.anything)
 
 
 @dataclass(frozen=True, slots=True)

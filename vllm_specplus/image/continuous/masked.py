@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vllm_specplus.image import weights
-from vllm_specplus.image.continuous.acceptance import Rule, log_ratio, residual
+from vllm_specplus.image.continuous.acceptance import Rule, generators_of, log_ratio, residual
 from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, head_loss
 from vllm_specplus.image.continuous.decoding import Counts, GuidedHead, Settings, noise_of
 from vllm_specplus.image.continuous.head import MLPHead
@@ -351,10 +351,8 @@ def _judge(run: Run, latents, pictures, places, q: Chain, p: Chain, rule: Rule, 
     counts.accepted += torch.bincount(picture[taken], minlength=len(latents))
     counts.rejected += torch.bincount(picture[wrong], minlength=len(latents))
     if len(wrong):
-        generators = [
-            torch.Generator().manual_seed(hash((run.seeds[b], n)) % 2**63)
-            for b, n in zip(picture[wrong].tolist(), place[wrong].tolist(), strict=True)
-        ]
+        seeds = [run.seeds[b] for b in picture[wrong].tolist()]
+        generators = generators_of(seeds, place[wrong].tolist())
         instead = residual(q[wrong], p[wrong], generators, rule)
         latents[picture[wrong], place[wrong]] = instead.sample
         counts.proposals.index_add_(0, picture[wrong], instead.proposals)
