@@ -248,7 +248,7 @@ class TreeRunnerMixin:
             self.positions.index_add_(0, index, shift)
             if self.uses_mrope:
                 self.mrope_positions.gpu.index_add_(1, index, shift)
-        self._set_guidance(num_scheduled_tokens)
+        self._tell_image_model(num_scheduled_tokens)
         return out
 
     def load_model(self, *args, **kwargs) -> None:
@@ -259,16 +259,29 @@ class TreeRunnerMixin:
         if acceptance.rule == "judge":
             self._judge_head = JudgeHead(acceptance.head, self.device)
 
-    def _set_guidance(self, num_scheduled: np.ndarray) -> None:
-        """Tell an image model what guidance the rows of the step are to have."""
-        rows = getattr(self.get_model(), "guidance", None)
-        if rows is None:
-            return
-        own = self.get_model().config.guidance_scale or 1.0
-        wishes = (self._wishes_of(name).guidance for name in self.input_batch.req_ids)
-        scales = np.array([own if wish is None else wish for wish in wishes], np.float32)
-        scales = np.repeat(scales, num_scheduled)
-        rows[: len(scales), 0] = self._to_device(scales)
+    def _tell_image_model(self, num_scheduled: np.ndarray) -> None:
+        """What an image model has to know about the rows of the step, beside their tokens: the
+        guidance they are to have, and where the picture of their request begins."""
+        model = self.get_model()
+        guidance = getattr(model, "guidance", None)
+        if guidance is not None:
+            own = model.config.guidance_scale or 1.0
+            wishes = (self._wishes_of(name).guidance for name in self.input_batch.req_ids)
+            scales = np.array([own if wish is None else wish for wish in wishes], np.float32)
+            scales = np.repeat(scales, num_scheduled)
+            guidance[: len(scales), 0] = self._to_device(scales)
+        starts = getattr(model, "picture_starts", None)
+        if starts is not None:
+            batch = self.input_batch
+            begins = np.array(
+                [
+                    model.picture_start(batch.token_ids_cpu[i, : batch.num_tokens_no_spec[i]],
+                                        int(batch.num_prompt_tokens[i]))
+                    for i in range(len(num_scheduled))
+                ], np.int64,
+            )  # fmt: skip
+            begins = np.repeat(begins, num_scheduled)
+            starts[: len(begins)] = self._to_device(begins)
 
     def _describe(self, scheduler_output, num_scheduled: np.ndarray) -> Step:
         batch = self.input_batch
