@@ -121,8 +121,17 @@ def test_one_pause_is_not_a_price():
     cost, shape = StepCost(CURVE), StepShape(1, 8, 100)
     for _ in range(200):
         cost.observe(shape, 0.012)
-    cost.observe(shape, 30.0)
+    cost.observe(shape, 0.2)
     assert cost.predict_step(shape) == pytest.approx(0.012, rel=0.1)
+
+
+def test_a_stopped_process_teaches_nothing():
+    cost, shape = StepCost(CURVE), StepShape(1, 8, 100)
+    for _ in range(200):
+        cost.observe(shape, 0.012)
+    before = cost.predict_step(shape)
+    assert cost.observe(shape, 30.0) is None
+    assert cost.predict_step(shape) == before
 
 
 def test_more_rows_are_never_predicted_to_be_faster():

@@ -17,8 +17,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_specplus.bench import InputError, runner
+from vllm_specplus.bench import engine as engine_module
 from vllm_specplus.bench.dataset import Question, load_dataset, pick, split_rounds
-from vllm_specplus.bench.engine import other_cpu_seconds, run_closed_loop
+from vllm_specplus.bench.engine import Clock, other_cpu_seconds, run_closed_loop
 from vllm_specplus.bench.methods import (
     MethodSpec,
     parse_concurrencies,
@@ -29,7 +30,9 @@ from vllm_specplus.bench.protocol import (
     DraftCounters,
     MachineInfo,
     MarginResult,
+    Paused,
     RequestResult,
+    RoundRequest,
     RoundResult,
     ScoreResult,
 )
@@ -231,14 +234,14 @@ class FakeEngine:
         self.chunks = chunks
         self.running: dict[str, list[list[int]]] = {}
         self.most_running = 0
-        self.now = 100.0
+        self.seconds = 100.0
 
     def add_request(self, request_id, prompt, params):
         self.running[request_id] = list(self.chunks[request_id])
         self.most_running = max(self.most_running, len(self.running))
 
     def step(self):
-        self.now += 1.0
+        self.seconds += 1.0
         outputs = []
         for request_id in list(self.running):
             tokens = self.running[request_id].pop(0)
@@ -253,16 +256,18 @@ class FakeEngine:
             )
         return outputs
 
-    def clock(self):
-        return self.now
+    # As a `Clock`:
+    def now(self):
+        return self.seconds
+
+    def between_steps(self):
+        pass
 
 
 def test_closed_loop_times_and_counts_steps():
     engine = FakeEngine({"a": [[1], [2, 3], [], [4]], "b": [[9]], "c": [[5], [6, 7, 8]]})
     jobs = [(name, None, None) for name in "abc"]
-    results = {
-        result.question_id: result for result in run_closed_loop(engine, jobs, 2, engine.clock)
-    }
+    results = {result.question_id: result for result in run_closed_loop(engine, jobs, 2, engine)}
     assert engine.most_running == 2
     a, b, c = results["a"], results["b"], results["c"]
     assert (a.token_ids, a.first_tokens, a.steps) == ([1, 2, 3, 4], 1, 2)
@@ -283,7 +288,7 @@ def test_closed_loop_refuses_aborted_answers():
 
     engine.step = aborted
     with pytest.raises(RuntimeError, match="question a ended with abort"):
-        run_closed_loop(engine, [("a", None, None)], 1, engine.clock)
+        run_closed_loop(engine, [("a", None, None)], 1, engine)
 
 
 def request(question_id: str, tokens: list[int], steps: int, ttft_s=0.1, tpot_s=0.01):
@@ -324,10 +329,12 @@ class FakeProcess:
     events: list
     fails: dict[str, str]
     awake: set
+    pauses: bool
 
     @classmethod
-    def make(cls, fails: dict[str, str] | None = None) -> type:
-        return type("Process", (cls,), {"events": [], "fails": fails or {}, "awake": set()})
+    def make(cls, fails: dict[str, str] | None = None, pauses: bool = False) -> type:
+        own = {"events": [], "fails": fails or {}, "awake": set(), "pauses": pauses}
+        return type("Process", (cls,), own)
 
     def __init__(self, log, *arguments):
         self.log = log
@@ -348,12 +355,17 @@ class FakeProcess:
             seen = {question.id for question in message.measured}
             assert seen.isdisjoint(question.id for question in message.warmup)
 
-    def receive(self, reply):
+    def receive(self, reply, *others):
         assert self.awake == {self}, "exactly the engine that is asked must run"
         if self.fails.get(self.name) == reply.__name__:
             raise EngineError("out of luck", self.log)
         if reply is RoundResult:
-            ids = self.message.question_ids
+            if isinstance(self.message, RoundRequest):
+                self.round = self.message
+                if self.pauses and self.round.slice_s:
+                    self.events.append(("pause", self.name))
+                    return Paused()
+            ids = self.round.question_ids
             self.events.append(("round", self.name, tuple(ids)))
             answer = [1, 2, 3] if self.name != "suffix" else [1, 2, 4]
             return measured_round(1.0, *(request(name, answer, 2) for name in ids))
@@ -378,8 +390,8 @@ class FakeProcess:
         self.events.append(("kill", self.name))
 
 
-def run_plan(monkeypatch, tmp_path, *, fails=None, device="cpu", **changes) -> tuple:
-    process = FakeProcess.make(fails)
+def run_plan(monkeypatch, tmp_path, *, fails=None, pauses=False, device="cpu", **changes) -> tuple:
+    process = FakeProcess.make(fails, pauses)
     monkeypatch.setattr(runner, "EngineProcess", process)
     pool = questions(a=8)
     plan = Plan(
@@ -421,6 +433,37 @@ def test_methods_take_turns_on_cpu(monkeypatch, tmp_path):
     suffix = benchmark.sessions[2]
     assert suffix.margins == dict.fromkeys(first + second, 0.25)
     assert benchmark.engine_args["gpu_memory_utilization"] <= 0.8 / 3 + 1e-3
+
+
+def test_engines_take_turns_within_a_round(monkeypatch, tmp_path):
+    benchmark, events, settled = run_plan(monkeypatch, tmp_path, pauses=True, rounds=1)
+    names, everything = ("none", "ngram", "suffix"), ("a0", "a1", "a2", "a3", "a4", "a5")
+    assert events[3:9] == [
+        *[("pause", name) for name in names],
+        *[("round", name, everything) for name in names],
+    ]
+    assert [len(session.rounds) for session in benchmark.sessions] == [1, 1, 1]
+    assert settled == 3 * 6
+
+
+def test_a_single_engine_is_not_interrupted(monkeypatch, tmp_path):
+    _, events, _ = run_plan(monkeypatch, tmp_path, pauses=True, methods=parse_methods("none"))
+    assert all(event[0] != "pause" for event in events)
+
+
+def test_pauses_do_not_count(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def give_way():
+        now[0] += 100.0
+
+    clock = Clock(3.0, give_way)
+    for passes, seen in ((2.0, 2.0), (2.0, 4.0), (2.0, 6.0), (1.5, 7.5)):
+        now[0] += passes
+        clock.between_steps()
+        assert clock.now() == pytest.approx(seen)
+    assert now[0] == 50.0 + 7.5 + 2 * 100.0
 
 
 def test_one_engine_at_a_time_on_gpu_in_rotating_order(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from vllm_specplus.bench.dataset import Question
 from vllm_specplus.bench.protocol import (
     REQUEST,
+    Continue,
     DraftCounters,
     EngineReady,
     EngineSetup,
@@ -29,6 +30,7 @@ from vllm_specplus.bench.protocol import (
     MachineInfo,
     MarginRequest,
     MarginResult,
+    Paused,
     Prefix,
     RequestResult,
     RoundRequest,
@@ -58,7 +60,7 @@ THREAD_VARIABLES = (
 
 @dataclass
 class Trace:
-    """What is observed of one request while it is answered; times are `perf_counter` seconds."""
+    """What is observed of one request while it is answered; times are those of a `Clock`."""
 
     submitted: float
     token_ids: list[int]
@@ -91,11 +93,42 @@ class Trace:
         )
 
 
+class Clock:
+    """Seconds, and what other processes did in them, without the pauses of a round in slices."""
+
+    def __init__(
+        self, slice_s: float | None = None, give_way: Callable[[], None] | None = None
+    ) -> None:
+        """`give_way` returns when it is this engine's turn again."""
+        self._slice_s, self._give_way = slice_s, give_way
+        self._started = self._turn = time.perf_counter()
+        self._other_cpu_s = other_cpu_seconds()
+
+    def now(self) -> float:
+        """Seconds."""
+        return time.perf_counter() - self._started
+
+    def other_cpu_s(self) -> float:
+        """CPU seconds of the machine that were not this engine's."""
+        return other_cpu_seconds() - self._other_cpu_s
+
+    def between_steps(self) -> None:
+        """Pause if the slice is over."""
+        paused = time.perf_counter()
+        if self._slice_s is None or paused - self._turn < self._slice_s:
+            return
+        other = other_cpu_seconds()
+        self._give_way()
+        self._turn = time.perf_counter()
+        self._started += self._turn - paused
+        self._other_cpu_s += other_cpu_seconds() - other
+
+
 def run_closed_loop(
     engine: "LLMEngine",
     jobs: Iterable[tuple[str, Any, "SamplingParams"]],
     concurrency: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock,
 ) -> list[RequestResult]:
     """Answer the jobs (question id, prompt, sampling parameters), `concurrency` at a time.
 
@@ -108,10 +141,10 @@ def run_closed_loop(
     while waiting or traces:
         while waiting and len(traces) < concurrency:
             question_id, prompt, params = waiting.popleft()
-            traces[question_id] = Trace(submitted=clock(), token_ids=[])
+            traces[question_id] = Trace(submitted=clock.now(), token_ids=[])
             engine.add_request(question_id, prompt, params)
         outputs = engine.step()
-        now = clock()
+        now = clock.now()
         for output in outputs:
             completion = output.outputs[0]
             traces[output.request_id].observe(completion.token_ids, now)
@@ -121,6 +154,7 @@ def run_closed_loop(
                         f"question {output.request_id} ended with {completion.finish_reason}"
                     )
                 finished.append(traces.pop(output.request_id).result(output.request_id))
+        clock.between_steps()
     return finished
 
 
@@ -170,7 +204,9 @@ class Engine:
             )
         return token_ids
 
-    def _answer(self, question_ids: Sequence[str], max_tokens: int) -> list[RequestResult]:
+    def _answer(
+        self, question_ids: Sequence[str], max_tokens: int, clock: Clock
+    ) -> list[RequestResult]:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -193,26 +229,25 @@ class Engine:
             )
             for question_id, prompt in zip(question_ids, prompts, strict=True)
         ]
-        return run_closed_loop(self.llm.llm_engine, jobs, self.setup.concurrency)
+        return run_closed_loop(self.llm.llm_engine, jobs, self.setup.concurrency, clock)
 
     def warm_up(self) -> None:
         """Run every code path once on questions that are not measured."""
         self._answer(
             [question.id for question in self.setup.warmup],
             min(WARMUP_TOKENS, self.setup.max_tokens),
+            Clock(),
         )
 
-    def measure(self, request: RoundRequest) -> RoundResult:
+    def measure(self, request: RoundRequest, give_way: Callable[[], None]) -> RoundResult:
         """Answer one round's questions and time it."""
         before = read_draft_counters(self.llm)
-        cpu_before = other_cpu_seconds()
-        started = time.perf_counter()
-        requests = self._answer(request.question_ids, self.setup.max_tokens)
-        wall_s = time.perf_counter() - started
-        other_cpu_s = other_cpu_seconds() - cpu_before
+        clock = Clock(request.slice_s, give_way)
+        requests = self._answer(request.question_ids, self.setup.max_tokens, clock)
+        wall_s = clock.now()
         return RoundResult(
             wall_s=wall_s,
-            other_cpu_share=max(0.0, other_cpu_s / (wall_s * psutil.cpu_count())),
+            other_cpu_share=max(0.0, clock.other_cpu_s() / (wall_s * psutil.cpu_count())),
             requests=requests,
             drafts=subtract(read_draft_counters(self.llm), before),
             peak_rss_bytes=peak_rss_bytes(),
@@ -400,6 +435,11 @@ def serve(requests: TextIO, send: Callable[[BaseModel], None]) -> None:
     engine = Engine(setup)
     engine.warm_up()
     send(EngineReady(startup_s=engine.startup_s))
+
+    def give_way() -> None:
+        send(Paused())
+        Continue.model_validate_json(requests.readline())
+
     for line in requests:
         request = REQUEST.validate_json(line)
         if isinstance(request, MarginRequest):
@@ -407,7 +447,7 @@ def serve(requests: TextIO, send: Callable[[BaseModel], None]) -> None:
         elif isinstance(request, ScoreRequest):
             send(engine.scores(request.answers))
         else:
-            send(engine.measure(request))
+            send(engine.measure(request, give_way))
     engine.close()
 
 

@@ -1,7 +1,8 @@
 """The messages between the benchmark and its engine processes: one JSON object per line.
 
 The parent writes one `EngineSetup`, reads `EngineReady`, and then writes requests, each of which
-is answered before the next. Instead of any answer a `Failed` may come, and the process ends.
+is answered before the next. A round in slices is answered by `Paused` after each of them, and goes
+on with `Continue`. Instead of any answer a `Failed` may come, and the process ends.
 """
 
 from typing import Annotated, Any, Literal
@@ -45,10 +46,26 @@ class EngineReady(BaseModel):
 
 
 class RoundRequest(BaseModel):
-    """Answer these questions, with the set-up's concurrency, and measure."""
+    """Answer these questions, with the set-up's concurrency, and measure.
+
+    `slice_s`: seconds after which to pause, between two engine steps; None: not at all.
+    """
 
     kind: Literal["round"] = "round"
     question_ids: list[str]
+    slice_s: float | None = None
+
+
+class Paused(BaseModel):
+    """A slice of a round is over; the engine does nothing until it is told to `Continue`."""
+
+    kind: Literal["paused"] = "paused"
+
+
+class Continue(BaseModel):
+    """The next slice of the round. What passed since `Paused` is not counted."""
+
+    kind: Literal["continue"] = "continue"
 
 
 class RequestResult(BaseModel):
@@ -136,8 +153,8 @@ class Failed(BaseModel):
     error: str
 
 
-AnyRequest = RoundRequest | MarginRequest | ScoreRequest
-AnyReply = MachineInfo | EngineReady | RoundResult | MarginResult | ScoreResult | Failed
+AnyRequest = RoundRequest | Continue | MarginRequest | ScoreRequest
+AnyReply = MachineInfo | EngineReady | Paused | RoundResult | MarginResult | ScoreResult | Failed
 
 REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
 REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])

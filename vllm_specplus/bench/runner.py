@@ -5,10 +5,11 @@ once; otherwise drafters that remember (suffix trees, token recycling) would ans
 
 The questions are split into rounds, and the methods take turns:
 
-* On the CPU platform the engines of all methods are alive together. Each round is measured with
-  every method before the next round, in an order that rotates, so that a machine that becomes
-  slower hits all methods alike. Engines that are not measured are stopped with SIGSTOP: an idle
-  one would still burn CPU time, because OpenMP threads and vLLM's processes wait by spinning.
+* On the CPU platform the engines of all methods are alive together, and take turns within a
+  round, every few seconds and between two steps, in an order that rotates from round to round. A
+  machine that becomes slower so hits all methods alike. What passes between an engine's turns
+  does not count. Engines whose turn it is not are stopped with SIGSTOP: an idle one would still
+  burn CPU time, because OpenMP threads and vLLM's processes wait by spinning.
 * On other devices, and with `sequential`, one engine is alive at a time, because each wants the
   device's memory for itself. It measures all its rounds, and the order rotates over the repeats.
 """
@@ -19,6 +20,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -33,12 +35,14 @@ from vllm_specplus.bench.dataset import Question, split_rounds
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.protocol import (
     REPLY,
+    Continue,
     EngineReady,
     EngineSetup,
     Failed,
     MachineInfo,
     MarginRequest,
     MarginResult,
+    Paused,
     Prefix,
     RoundRequest,
     RoundResult,
@@ -50,6 +54,8 @@ ENGINE_MODULE = "vllm_specplus.bench.engine"
 
 # Seconds that an engine gets to end by itself.
 SHUTDOWN_S = 30.0
+# Seconds of a turn: many steps, and short against the minutes in which a machine's speed drifts.
+SLICE_S = 3.0
 # Seconds between two looks at whether a silent engine process is still alive.
 POLL_S = 1.0
 LONGEST_ERROR = 400
@@ -161,8 +167,8 @@ class EngineProcess:
         except BrokenPipeError as exc:
             raise self._died() from exc
 
-    def receive(self, reply: type[R]) -> R:
-        """Wait for the answer, however long it takes, as long as the process lives."""
+    def receive(self, *replies: type[R]) -> R:
+        """Wait for one of these answers, however long it takes, as long as the process lives."""
         stdout = self._process.stdout
         while not select.select([stdout], [], [], POLL_S)[0]:
             # No end of file to wait for: a forked descendant may hold the pipe open.
@@ -174,7 +180,7 @@ class EngineProcess:
         message = REPLY.validate_json(line)
         if isinstance(message, Failed):
             raise EngineError(error_line(message.error, self.log), self.log)
-        if not isinstance(message, reply):
+        if not isinstance(message, replies):
             raise EngineError(f"unexpected answer of kind {message.kind}", self.log)
         return message
 
@@ -383,9 +389,12 @@ class Benchmark:
     def _take_turns(self, live: list[Live], rounds: Sequence[Sequence[Question]]) -> list[Live]:
         """Measure every round with every engine; return the ones that lasted."""
         lasting = list(live)
+        slice_s = SLICE_S if len(live) > 1 else None
         for number, questions in enumerate(rounds):
-            request = RoundRequest(question_ids=[question.id for question in questions])
-            for item in rotated(lasting, number) if lasting else []:
+            start = RoundRequest(question_ids=[each.id for each in questions], slice_s=slice_s)
+            turns = deque((item, start) for item in rotated(lasting, number) if lasting)
+            while turns:
+                item, request = turns.popleft()
                 session, engine = item.session, item.engine
                 self._notify(
                     f"{session.method.label}: concurrency {session.concurrency}, "
@@ -395,14 +404,18 @@ class Benchmark:
                 try:
                     engine.resume()
                     engine.send(request)
-                    session.rounds.append(engine.receive(RoundResult))
+                    reply = engine.receive(RoundResult, Paused)
                     engine.suspend()
                 except EngineError as exc:
                     engine.kill()
                     lasting.remove(item)
                     left = sum(len(later) for later in rounds[number:])
                     self._fail(session.method, session.concurrency, "measure", exc, left)
+                    continue
+                if isinstance(reply, Paused):
+                    turns.append((item, Continue()))
                 else:
+                    session.rounds.append(reply)
                     self._notify(None, len(questions))
         return lasting
 

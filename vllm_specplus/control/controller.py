@@ -121,7 +121,7 @@ class Controller:
         if self.cost is None:
             return
         predicted = self.cost.observe(shape, seconds)
-        if not shape.prompt_rows:
+        if predicted is not None and not shape.prompt_rows:
             self.counters.add("timed_steps")
             self.counters.add("predicted_step_seconds", predicted)
             self.counters.add("measured_step_seconds", seconds)

@@ -125,6 +125,8 @@ class StepCost:
     WINDOW = 64
     #: Standard deviation of a single step's time, relative.
     NOISE = 0.1
+    #: A step that took so many times what was predicted was no step: the process was stopped.
+    PAUSE = 20
     #: Rows, requests, context and prompts never make a step shorter.
     FLOOR = np.array([0.1, -np.inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     #: Once the windows have filled, the fit follows every so many steps.
@@ -179,10 +181,13 @@ class StepCost:
         """Seconds of a step of this shape."""
         return float(self.predict(shape.rows, shape.requests, shape.context, shape.prompt_rows))
 
-    def observe(self, shape: StepShape, seconds: float) -> float:
-        """A step of this shape took ``seconds``; returns what was predicted."""
+    def observe(self, shape: StepShape, seconds: float) -> float | None:
+        """A step of this shape took ``seconds``; returns what was predicted, or None if it was
+        a pause, from which nothing is learnt."""
         predicted = self.predict_step(shape)
-        # A pause of the machine is not a price: one step moves the model at most so far.
+        if seconds > self.PAUSE * predicted:
+            return None
+        # A disturbance is not a price: one step moves the model at most so far.
         seconds = min(max(seconds, predicted / 2), 2 * predicted)
         nodes = shape.rows - shape.requests
         x = np.array(
