@@ -93,14 +93,16 @@ HOOKS = (
     Hook("vllm.compilation.decorators:support_torch_compile", "compiles image models"),
     Hook(
         "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
-        "how models of latents are to be served",
+        "how models of latents and of captions are to be served",
     ),
     Hook(
         "vllm.renderers.registry:RENDERER_REGISTRY.register",
-        "prompts of models of latents are one label",
+        "prompts of models of latents are one label, of models of text captions",
         ("renderer_mode", "module", "class_name"),
     ),
     Hook("vllm.renderers.base:BaseRenderer.validate_token_ids", "the same", ("token_ids",)),
+    Hook("vllm.renderers.base:BaseRenderer._tokenize_prompt", "the same", ("prompt", "params")),
+    Hook("vllm.renderers.base:BaseRenderer._process_embeds", "the same", ("prompt",)),
     Hook("vllm.v1.outputs:LogprobsTensors", "brings latents back"),
     Hook("vllm.distributed:get_tp_group", "one decision for all ranks"),
     Hook(_RUNNER + "_dummy_run", "profiles what a step costs", ("num_tokens",)),
