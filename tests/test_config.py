@@ -304,6 +304,31 @@ def test_what_a_model_of_latents_cannot_work_with_is_named(case, words):
     assert "\n" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"parallel": {"worker_cls": "my.Worker"}}, "leave worker_cls at 'auto'"),
+        ({"use_v2_model_runner": True}, "unset VLLM_USE_V2_MODEL_RUNNER"),
+        ({"scheduler_config": SimpleNamespace(async_scheduling=True)}, "--async-scheduling"),
+        (
+            {"speculative_config": SimpleNamespace(model=None, method="ngram")},
+            "cannot be drafted by 'ngram': use a method of vllm-specplus",
+        ),
+    ],
+)
+def test_what_a_model_of_captions_cannot_work_with_is_named(case, words):
+    from vllm_specplus.engine.models.serving import CAPTION_WORKERS, caption_conflicts
+
+    ours = SimpleNamespace(model=plugin.DRAFTER, method="custom_class")
+    for worker in ("auto", CAPTION_WORKERS["cpu"], plugin.WORKERS["cpu"]):
+        parallel = {"worker_cls": worker, "world_size": 2}
+        fine = latents_config(parallel=parallel, speculative_config=ours)
+        assert list(caption_conflicts(fine, "cpu")) == []
+    (sentence,) = caption_conflicts(latents_config(**case), "cpu")
+    assert words in sentence
+    assert "\n" not in sentence
+
+
 @pytest.fixture
 def latents_draft(tmp_path):
     def write(**changes):

@@ -62,16 +62,18 @@ def _register_models() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
 
     from vllm_specplus.engine.models import MODELS
-    from vllm_specplus.engine.models.serving import RENDERER, RENDERER_MODE, ServeLatents
+    from vllm_specplus.engine.models.serving import RENDERERS, ServeCaptions, ServeLatents
     from vllm_specplus.image.continuous.causal import ARCHITECTURE, CausalLatentsConfig
-    from vllm_specplus.image.llamagen import LlamaGenConfig
+    from vllm_specplus.image.llamagen import TEXT_ARCHITECTURE, LlamaGenConfig
 
     for name, place in MODELS.items():
         ModelRegistry.register_model(name, place)
     for config in (LlamaGenConfig, CausalLatentsConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = ServeLatents
-    RENDERER_REGISTRY.register(RENDERER_MODE, *RENDERER)
+    MODELS_CONFIG_MAP[TEXT_ARCHITECTURE] = ServeCaptions
+    for mode, place in RENDERERS.items():
+        RENDERER_REGISTRY.register(mode, *place)
 
 
 def _check_requests() -> None:
@@ -97,9 +99,11 @@ def _check_requests() -> None:
             if ours:
                 requests.parse(self.extra_args)
             latents = target.model_type == LATENTS
+            # Models that are served by a worker of ours in any case.
+            told = latents or getattr(target, "caption_size", None) is not None
             if ours or latents or target.model_type == CODES:  # else the key is somebody else's
                 guided = getattr(target, "guidance_scale", None) is not None
-                requests.guidance(self.extra_args, possible=(ours or latents) and guided)
+                requests.guidance(self.extra_args, possible=(ours or told) and guided)
             if latents:
                 requests.check_latents(self, target.size)
         except ValueError as error:

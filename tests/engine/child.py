@@ -111,13 +111,25 @@ def load_plugin() -> None:
     register()
 
 
+def prompt_of(given):
+    """Text, token ids, or prompt embeddings as lists of floats."""
+    from vllm import TokensPrompt
+    from vllm.inputs import EmbedsPrompt
+
+    if isinstance(given, str):
+        return given
+    if given and isinstance(given[0], list):
+        import torch
+
+        return EmbedsPrompt(prompt_embeds=torch.tensor(given))
+    return TokensPrompt(prompt_token_ids=given)
+
+
 def abort(llm, requests, params, steps: int) -> None:
     """Start the requests, and abort all of them after so many steps."""
-    from vllm import TokensPrompt
-
     names = [f"aborted-{i}" for i in range(len(requests))]
     for name, (prompt, fields) in zip(names, requests, strict=True):
-        llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params(fields))
+        llm.llm_engine.add_request(name, prompt_of(prompt), params(fields))
     for _ in range(steps):
         llm.llm_engine.step()
     llm.llm_engine.abort_request(names)
@@ -127,7 +139,7 @@ def main(job_path: str, out_path: str) -> None:
     with open(job_path) as f:
         job = json.load(f)
     load_plugin()
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
     def params(fields):
@@ -165,9 +177,7 @@ def main(job_path: str, out_path: str) -> None:
             requests = [(batch["prompt"], batch["params"])] * batch["repeat"]
         else:
             requests = batch["requests"]
-        prompts = [
-            p if isinstance(p, str) else TokensPrompt(prompt_token_ids=p) for p, _ in requests
-        ]
+        prompts = [prompt_of(prompt) for prompt, _ in requests]
         outputs = llm.generate(prompts, [params(s) for _, s in requests], use_tqdm=False)
         result.append(
             [

@@ -12,7 +12,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,11 +35,10 @@ SPECS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=SPECS, ids=lambda model: model.name)
-def client(request, tmp_path_factory):
+@contextmanager
+def serving(model: Path, spec: dict, log: Path, *options: str) -> Iterator:
+    """A client of a server of ``model``, there under the name "pictures"."""
     import openai
-
-    model, spec = request.param, SPECS[request.param] | {"control": {"policy": "fixed"}}
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,11 +48,10 @@ def client(request, tmp_path_factory):
     }  # fmt: skip
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model),
-        "--served-model-name", "digits", "--skip-tokenizer-init", "--enforce-eager",
+        "--served-model-name", "pictures", "--skip-tokenizer-init", "--enforce-eager",
         "--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "16",
-        "--kv-cache-memory-bytes", str(1 << 28), "--speculative-config", json.dumps(spec),
+        "--kv-cache-memory-bytes", str(1 << 28), "--speculative-config", json.dumps(spec), *options,
     ]  # fmt: skip
-    log = tmp_path_factory.mktemp("serve") / "log"
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, env=env, stdout=stream, stderr=stream, start_new_session=True
@@ -71,6 +72,13 @@ def client(request, tmp_path_factory):
         process.wait(60)
 
 
+@pytest.fixture(scope="module", params=SPECS, ids=lambda model: model.name)
+def client(request, tmp_path_factory):
+    spec = SPECS[request.param] | {"control": {"policy": "fixed"}}
+    with serving(request.param, spec, tmp_path_factory.mktemp("serve") / "log") as client:
+        yield client
+
+
 def opened(data) -> np.ndarray:
     from PIL import Image
 
@@ -83,7 +91,7 @@ def test_pictures_show_what_was_asked_for(client):
 
     def make(digit: int):
         return client.images.generate(
-            model="digits", prompt=str(digit), n=4, size="32x32",
+            model="pictures", prompt=str(digit), n=4, size="32x32",
             extra_body={"temperature": 0.9, "seed": digit},
         )  # fmt: skip
 
@@ -101,7 +109,7 @@ def test_pictures_show_what_was_asked_for(client):
 
 def test_a_seed_gives_the_same_picture_again(client):
     def make():
-        answer = client.images.generate(model="digits", prompt="7", extra_body={"seed": 3})
+        answer = client.images.generate(model="pictures", prompt="7", extra_body={"seed": 3})
         return answer.data[0].b64_json
 
     assert make() == make()
@@ -126,5 +134,5 @@ def test_mistakes_are_one_sentence(client, keys, message):
     import openai
 
     with pytest.raises(openai.BadRequestError) as error:
-        client.images.generate(model="digits", **keys)
+        client.images.generate(model="pictures", **keys)
     assert message in str(error.value)

@@ -4,9 +4,9 @@ A ``vllm.endpoint_plugins`` entry point, which vLLM loads only if it is named::
 
     VLLM_PLUGINS=specplus,specplus_images vllm serve FOLDER --skip-tokenizer-init ...
 
-The body is OpenAI's. ``prompt`` names a class of the model; beside OpenAI's own keys it may
-hold ``guidance_scale``, ``seed``, ``temperature``, ``top_k`` and ``vllm_xargs`` (see
-``control/requests.py``). Pictures come back as PNG in ``b64_json``.
+The body is OpenAI's. ``prompt`` names a class of the model, or is a caption if it reads text;
+beside OpenAI's own keys it may hold ``guidance_scale``, ``seed``, ``temperature``, ``top_k`` and
+``vllm_xargs`` (see ``control/requests.py``). Pictures come back as PNG in ``b64_json``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from vllm import SamplingParams, TokensPrompt
+from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_specplus.control.requests import GUIDANCE
@@ -79,7 +79,7 @@ class ImagesEndpoint:
                 raise ValueError(
                     f"size {body.size!r}: this model makes {pictures.side}x{pictures.side}"
                 )
-            prompt = TokensPrompt(prompt_token_ids=[pictures.token(body.prompt)])
+            prompt = await asyncio.to_thread(pictures.prompt, body.prompt)
             extra = dict(body.vllm_xargs)
             if body.guidance_scale is not None:
                 extra[GUIDANCE] = body.guidance_scale

@@ -27,6 +27,7 @@ from vllm_specplus.engine.runner import (
     DiscardedDrawsMixin,
     TreeCPUModelRunner,
     TreeGPUModelRunner,
+    UndraftedMixin,
 )
 from vllm_specplus.image.continuous.chain import Noise, denoise
 from vllm_specplus.image.continuous.decoding import Settings
@@ -125,21 +126,11 @@ class LatentsMixin:
         self.slots.free(req_id)
 
 
-class PlainMixin(LatentsMixin):
-    """Over a stock runner, which drafts nothing."""
-
-    def profile_step_cost(self) -> None:
-        """Nothing would be decided by it."""
-
-    def close_drafter(self) -> None:
-        """There is none."""
-
-
-class LatentsCPUModelRunner(PlainMixin, DiscardedDrawsMixin, CPUModelRunner):
+class LatentsCPUModelRunner(LatentsMixin, UndraftedMixin, DiscardedDrawsMixin, CPUModelRunner):
     pass
 
 
-class LatentsGPUModelRunner(PlainMixin, GPUModelRunner):
+class LatentsGPUModelRunner(LatentsMixin, UndraftedMixin, GPUModelRunner):
     pass
 
 

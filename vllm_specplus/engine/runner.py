@@ -77,8 +77,6 @@ class Wishes:
     seed: int | None
     relaxed_stops: frozenset[int] | None
     """Its stop tokens; None: it must be verified losslessly."""
-    guidance: float | None
-    """Of an image model; None: the model's own."""
 
 
 @dataclass(slots=True)
@@ -102,7 +100,55 @@ def _previous_tokens(tokens, parents, starts, before_root):
     return previous
 
 
-class TreeRunnerMixin:
+class ImageRowsMixin:
+    """What an image model has to know about the rows of a step, beside their tokens: the guidance
+    they are to have, and where the picture of their request begins."""
+
+    def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
+        out = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self._tell_image_model(num_scheduled_tokens)
+        return out
+
+    def _tell_image_model(self, num_scheduled: np.ndarray) -> None:
+        model, batch = self.get_model(), self.input_batch
+        guidance = getattr(model, "guidance", None)
+        if guidance is not None:
+            own = model.config.guidance_scale or 1.0
+            wishes = (self._guidance_of(name) for name in batch.req_ids)
+            scales = np.array([own if wish is None else wish for wish in wishes], np.float32)
+            self._put_rows(guidance[:, 0], scales, num_scheduled)
+        starts = getattr(model, "picture_starts", None)
+        if starts is not None:
+            begins = [
+                model.picture_start(
+                    batch.token_ids_cpu[i, : batch.num_tokens_no_spec[i]],
+                    int(batch.num_prompt_tokens[i]),
+                )
+                for i in range(len(num_scheduled))
+            ]
+            self._put_rows(starts, np.array(begins, np.int64), num_scheduled)
+
+    def _guidance_of(self, request_id: str) -> float | None:
+        """None: the model's own."""
+        params = self.requests[request_id].sampling_params
+        extra_args = None if params is None else params.extra_args
+        return request_controls.guidance(extra_args, possible=True)
+
+    def _put_rows(
+        self, buffer: torch.Tensor, values: np.ndarray, num_scheduled: np.ndarray
+    ) -> None:
+        """Each request's value, for all of its rows."""
+        rows = np.repeat(values, num_scheduled)
+        buffer[: len(rows)] = self._to_device(rows)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+class TreeRunnerMixin(ImageRowsMixin):
     """Overrides of ``GPUModelRunner``; see the module's docstring for the order."""
 
     def __init__(self, *args, **kwargs):
@@ -228,12 +274,6 @@ class TreeRunnerMixin:
             logits_indices=self._to_device(rows),
         )
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
     def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
         out = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self._step = step = self._describe(scheduler_output, num_scheduled_tokens)
@@ -248,7 +288,6 @@ class TreeRunnerMixin:
             self.positions.index_add_(0, index, shift)
             if self.uses_mrope:
                 self.mrope_positions.gpu.index_add_(1, index, shift)
-        self._tell_image_model(num_scheduled_tokens)
         return out
 
     def load_model(self, *args, **kwargs) -> None:
@@ -258,30 +297,6 @@ class TreeRunnerMixin:
         self._relaxed_rule = make_rule(acceptance, codebook)
         if acceptance.rule == "judge":
             self._judge_head = JudgeHead(acceptance.head, self.device)
-
-    def _tell_image_model(self, num_scheduled: np.ndarray) -> None:
-        """What an image model has to know about the rows of the step, beside their tokens: the
-        guidance they are to have, and where the picture of their request begins."""
-        model = self.get_model()
-        guidance = getattr(model, "guidance", None)
-        if guidance is not None:
-            own = model.config.guidance_scale or 1.0
-            wishes = (self._wishes_of(name).guidance for name in self.input_batch.req_ids)
-            scales = np.array([own if wish is None else wish for wish in wishes], np.float32)
-            scales = np.repeat(scales, num_scheduled)
-            guidance[: len(scales), 0] = self._to_device(scales)
-        starts = getattr(model, "picture_starts", None)
-        if starts is not None:
-            batch = self.input_batch
-            begins = np.array(
-                [
-                    model.picture_start(batch.token_ids_cpu[i, : batch.num_tokens_no_spec[i]],
-                                        int(batch.num_prompt_tokens[i]))
-                    for i in range(len(num_scheduled))
-                ], np.int64,
-            )  # fmt: skip
-            begins = np.repeat(begins, num_scheduled)
-            starts[: len(begins)] = self._to_device(begins)
 
     def _describe(self, scheduler_output, num_scheduled: np.ndarray) -> Step:
         batch = self.input_batch
@@ -624,9 +639,6 @@ class TreeRunnerMixin:
                 cache_salt=controls.cache_salt,
                 seed=None if params is None else params.seed,
                 relaxed_stops=_relaxed_stops(params, controls),
-                guidance=request_controls.guidance(
-                    None if params is None else params.extra_args, possible=True
-                ),
             )
         return wishes
 
@@ -719,6 +731,24 @@ class DiscardedDrawsMixin:
             return super()._bookkeeping_sync(*args, **kwargs)
         finally:
             generators.update(hidden)
+
+
+class UndraftedMixin:
+    """A stock runner under a worker of ours."""
+
+    def profile_step_cost(self) -> None:
+        """Nothing would be decided by it."""
+
+    def close_drafter(self) -> None:
+        """There is none."""
+
+
+class ImageCPUModelRunner(UndraftedMixin, ImageRowsMixin, DiscardedDrawsMixin, CPUModelRunner):
+    pass
+
+
+class ImageGPUModelRunner(UndraftedMixin, ImageRowsMixin, GPUModelRunner):
+    pass
 
 
 class TreeCPUModelRunner(TreeRunnerMixin, DiscardedDrawsMixin, CPUModelRunner):

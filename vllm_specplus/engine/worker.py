@@ -67,6 +67,24 @@ class TreeGPUWorker(Worker):
         super().shutdown()
 
 
+class ImageCPUWorker(TreeCPUWorker):
+    """With or without drafts."""
+
+    def _runner_class(self) -> type:
+        from vllm_specplus.engine import runner
+
+        drafted = self.vllm_config.speculative_config is not None
+        return runner.TreeCPUModelRunner if drafted else runner.ImageCPUModelRunner
+
+
+class ImageGPUWorker(TreeGPUWorker):
+    def _runner_class(self) -> type:
+        from vllm_specplus.engine import runner
+
+        drafted = self.vllm_config.speculative_config is not None
+        return runner.TreeGPUModelRunner if drafted else runner.ImageGPUModelRunner
+
+
 class LatentsCPUWorker(TreeCPUWorker):
     def _runner_class(self) -> type:
         from vllm_specplus.engine import latents

@@ -1,6 +1,8 @@
-"""The public LlamaGen checkpoints (class-conditional) as a folder that vLLM serves.
+"""The public LlamaGen checkpoints as a folder that vLLM serves.
 
     python -m vllm_specplus.image.convert --ar c2i_B_256.pt --vq vq_ds16_c2i.pt --out DIR
+    python -m vllm_specplus.image.convert --ar t2i_XL_stage1_256.pt --vq vq_ds16_t2i.pt \
+        --text-encoder flan-t5-xl --out DIR
 
 The files are read as tensors only: nothing in them is executed.
 """
@@ -14,11 +16,11 @@ from typing import Annotated
 import torch
 import typer
 
-from vllm_specplus.image import llamagen
+from vllm_specplus.image import captions, llamagen
 from vllm_specplus.image.vq import VQConfig, VQModel
 
 #: Attention heads of the public models, by hidden size.
-HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2560: 40, 3200: 32}
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
@@ -61,14 +63,27 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     grid_size: Annotated[int, typer.Option(help="Codes of a side: 16 at 256 pixels.")] = 16,
     heads: Annotated[int | None, typer.Option(help="If the size is no public one.")] = None,
+    text_encoder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the T5 that reads captions, to copy its encoder from."),
+    ] = None,
 ) -> None:
     weights = read(ar)
-    if "cls_embedding.embedding_table.weight" not in weights:
-        raise typer.BadParameter("not a class-conditional LlamaGen (those of text are not served)")
+    if not weights.keys() & {llamagen.LABELS, llamagen.UNCONDITIONAL}:
+        raise typer.BadParameter(f"{ar} is no LlamaGen: it embeds neither classes nor captions")
     hidden = weights["tok_embeddings.weight"].shape[1]
     if heads is None and hidden not in HEADS:
         raise typer.BadParameter(f"a model of hidden size {hidden} is no public one: give --heads")
     config = llamagen.config_of(weights, heads or HEADS[hidden], grid_size)
+    if text_encoder is not None:
+        if config.caption_size is None:
+            raise typer.BadParameter("--text-encoder is for models of text, and this has classes")
+        try:
+            found = captions.load(text_encoder, config.caption_size)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"--text-encoder: {error}") from None
+        for part in found:
+            part.save_pretrained(out / captions.FOLDER)
     tensors = read(vq)
     model = VQModel(vq_config(tensors))
     # A record of which codes training used; nothing to decode with.

@@ -1,13 +1,19 @@
-"""LlamaGen (arXiv 2406.06525): a class label, then a picture's codes in raster order.
+"""LlamaGen (arXiv 2406.06525): a condition, then a picture's codes in raster order.
 
 This is the plain model: what is trained, and what the engine's
 (``engine/models/llamagen.py``) has to equal. Parameters carry the names of the public
-class-conditional checkpoints.
+checkpoints.
 
 A Llama with a rotary embedding of two dimensions, half of each head's pairs turned by the
-code's row and half by its column. The label's position is not turned but zeroed: its query
-and key are 0, so that every position looks at its value with the same weight. Classifier-free
-guidance compares with a label of its own, ``num_classes``, for "any".
+code's row and half by its column. The condition is a class label, one position, or a caption,
+one position for each state of its text encoder. These positions are not turned but zeroed:
+query and key are 0, so that they average the values before them, and every later position
+looks at their values with the same weight.
+
+Classifier-free guidance compares with the condition "any": a label of its own,
+``num_classes``, or learnt states. Captions are padded on the left in the original, up to
+``caption_tokens``, and the padding is masked. Since nothing in a caption depends on its
+position, a caption without padding is the same, beside the *last* of the states for "any".
 """
 
 from __future__ import annotations
@@ -22,11 +28,17 @@ from transformers import PretrainedConfig
 
 MODEL_TYPE = "llamagen"
 ARCHITECTURE = "LlamaGenForClassToImage"
+TEXT_ARCHITECTURE = "LlamaGenForTextToImage"
+
+#: Parameters of the conditions in a checkpoint: of labels, of captions, and what projects these.
+LABELS = "cls_embedding.embedding_table.weight"
+UNCONDITIONAL = "cls_embedding.uncond_embedding"
+PROJECTION = ("cls_embedding.cap_proj.fc1.weight", "cls_embedding.cap_proj.fc2.weight")
 
 
 class LlamaGenConfig(PretrainedConfig):
     """As Hugging Face's tools and vLLM read it. Token ids: codes, then class labels, then
-    the label for "any"."""
+    the label for "any", which stands for every position of a caption in models of text."""
 
     model_type = MODEL_TYPE
 
@@ -44,10 +56,13 @@ class LlamaGenConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         rope_base: float = 10000.0,
         guidance_scale: float | None = 4.0,
+        caption_size: int | None = None,
+        caption_tokens: int = 120,
         **kwargs,
     ):
         """``guidance_scale``: of requests that name none; None: the model is served without
-        guidance, at half the cost."""
+        guidance, at half the cost. ``caption_size``: width of the text encoder's states, None
+        for a model of classes; ``caption_tokens``: most of them."""
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.num_classes = num_classes
@@ -60,9 +75,13 @@ class LlamaGenConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_base = rope_base
         self.guidance_scale = guidance_scale
-        self.max_position_embeddings = 1 + grid_size**2
+        self.caption_size = caption_size
+        self.caption_tokens = caption_tokens
+        of_text = caption_size is not None
+        self.max_position_embeddings = (caption_tokens if of_text else 1) + grid_size**2
         self.vocab_size = codebook_size + num_classes + 1
-        kwargs = {"architectures": [ARCHITECTURE], "tie_word_embeddings": False} | kwargs
+        architecture = TEXT_ARCHITECTURE if of_text else ARCHITECTURE
+        kwargs = {"architectures": [architecture], "tie_word_embeddings": False} | kwargs
         super().__init__(**{k: v for k, v in kwargs.items() if k not in self._derived})
 
     _derived = ("max_position_embeddings", "vocab_size")
@@ -77,7 +96,8 @@ class LlamaGenConfig(PretrainedConfig):
 
 
 def rotary_2d(config: LlamaGenConfig) -> torch.Tensor:
-    """float32 [1 + codes, head_dim / 2, 2]: cosine and sine by position, 0 for the label."""
+    """float32 [1 + codes, head_dim / 2, 2]: cosine and sine by place in the picture, behind
+    0 for its condition."""
     half = config.head_dim // 2
     frequency = config.rope_base ** -(torch.arange(0, half, 2).float() / half)
     angle = torch.outer(torch.arange(config.grid_size).float(), frequency)
@@ -157,44 +177,93 @@ class LabelEmbedding(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
 
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        """int64 [B] -> [B, 1, hidden]."""
+        return self.embedding_table(labels)[:, None]
+
+    def anything(self, labels: torch.Tensor) -> torch.Tensor:
+        """What guidance compares ``labels`` with."""
+        return torch.full_like(labels, self.embedding_table.num_embeddings - 1)
+
+
+def project(states: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """States of a caption, [..., caption_size], as embeddings [..., hidden], by the weights of
+    ``PROJECTION``."""
+    return F.linear(F.gelu(F.linear(states, first), approximate="tanh"), second)
+
+
+class CaptionProjection(nn.Module):
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_size, config.hidden_size, bias=False)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return project(states, self.fc1.weight, self.fc2.weight)
+
+
+class CaptionEmbedding(nn.Module):
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.cap_proj = CaptionProjection(config)
+        self.uncond_embedding = nn.Parameter(
+            torch.randn(config.caption_tokens, config.caption_size) / config.caption_size**0.5
+        )
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., n, caption_size] -> [..., n, hidden]."""
+        return self.cap_proj(states)
+
+    def anything(self, states: torch.Tensor) -> torch.Tensor:
+        """What guidance compares ``states`` with."""
+        return self.uncond_embedding[-states.shape[-2] :].expand_as(states)
+
 
 class LlamaGen(nn.Module):
     def __init__(self, config: LlamaGenConfig, dropout: float = 0.0):
         super().__init__()
         self.config, self.dropout = config, dropout
-        self.cls_embedding = LabelEmbedding(config)
+        kind = LabelEmbedding if config.caption_size is None else CaptionEmbedding
+        self.cls_embedding = kind(config)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
         self.register_buffer("turn", rotary_2d(config), persistent=False)
 
-    def forward(self, codes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits [B, n + 1, codebook] of the code after the label and after each of ``codes``
-        int64 [B, n]; ``labels`` int64 [B]."""
-        label = self.cls_embedding.embedding_table(labels)[:, None]
-        x = torch.cat((label, self.tok_embeddings(codes)), 1)
+    def forward(self, codes: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+        """Logits [B, n + 1, codebook] of the code after the condition and after each of ``codes``
+        int64 [B, n]; ``conditions``: labels int64 [B], or captions float [B, m, caption_size]."""
+        before = self.cls_embedding(conditions)
+        x = torch.cat((before, self.tok_embeddings(codes)), 1)
         x = F.dropout(x, self.dropout, self.training)
-        turn = self.turn[: x.shape[1]]
+        place = torch.arange(x.shape[1], device=x.device) - (before.shape[1] - 1)
+        turn = self.turn[place.clamp(min=0)]
         for layer in self.layers:
             x = layer(x, turn, self.dropout)
-        return self.output(self.norm(x)).float()
+        return self.output(self.norm(x[:, before.shape[1] - 1 :])).float()
 
-    def guided(self, codes: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
-        """Logits with classifier-free guidance: any + scale (label - any)."""
-        anything = torch.full_like(labels, self.config.num_classes)
-        both = self(torch.cat((codes, codes)), torch.cat((labels, anything)))
-        label, other = both.chunk(2)
-        return other + scale * (label - other)
+    def guided(self, codes: torch.Tensor, conditions: torch.Tensor, scale: float) -> torch.Tensor:
+        """Logits with classifier-free guidance: any + scale (condition - any)."""
+        anything = self.cls_embedding.anything(conditions)
+        both = self(torch.cat((codes, codes)), torch.cat((conditions, anything)))
+        given, other = both.chunk(2)
+        return other + scale * (given - other)
 
 
 def config_of(weights: dict[str, torch.Tensor], heads: int, grid_size: int) -> LlamaGenConfig:
-    """Of a class-conditional checkpoint; ``heads`` cannot be read off its tensors."""
+    """Of a checkpoint; ``heads`` cannot be read off its tensors. Guidance is what the reference
+    code draws with."""
     codes, hidden = weights["tok_embeddings.weight"].shape
     rows = weights["layers.0.attention.wqkv.weight"].shape[0] // (hidden // heads)
+    if UNCONDITIONAL in weights:
+        tokens, size = weights[UNCONDITIONAL].shape
+        given = {"caption_tokens": tokens, "caption_size": size, "guidance_scale": 7.5}
+    else:
+        given = {"num_classes": len(weights[LABELS]) - 1}
     return LlamaGenConfig(
+        **({"num_classes": 0} | given),
         codebook_size=codes,
-        num_classes=len(weights["cls_embedding.embedding_table.weight"]) - 1,
         grid_size=grid_size,
         hidden_size=hidden,
         intermediate_size=len(weights["layers.0.feed_forward.w1.weight"]),

@@ -1,4 +1,4 @@
-"""From words to a class's token, and from what a request generated to PNG."""
+"""From words to a prompt, and from what a request generated to PNG."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from vllm_specplus.image.captions import CaptionEncoder
 from vllm_specplus.image.continuous.causal import CausalLatentsConfig
 from vllm_specplus.image.continuous.vae import load_vae
 from vllm_specplus.image.llamagen import LlamaGenConfig
 from vllm_specplus.image.vq import VQModel, to_bytes
 
 if TYPE_CHECKING:
+    from vllm.inputs import EmbedsPrompt, TokensPrompt
     from vllm.outputs import CompletionOutput
 
 
@@ -51,6 +53,11 @@ class Pictures(ABC):
             raise ValueError(f"prompt {prompt!r} names no class of this model (it has {some})")
         return self.config.label_token(label)
 
+    def prompt(self, text: str) -> TokensPrompt | EmbedsPrompt:
+        """What vLLM is asked for pictures of ``text``; ValueError if this model cannot make them.
+        Takes its time where a text encoder reads it."""
+        return {"prompt_token_ids": [self.token(text)]}
+
     def png(self, output: CompletionOutput) -> bytes:
         pixels = to_bytes(self.decode(self.tokens(output)[None]))[0].squeeze(-1).numpy()
         out = io.BytesIO()
@@ -80,6 +87,15 @@ class CodePictures(Pictures):
         return self.vq.decode(tokens.unflatten(1, (-1, self.config.grid_size)))
 
 
+class CaptionPictures(CodePictures):
+    def __init__(self, config: LlamaGenConfig, folder: str):
+        super().__init__(config, folder)
+        self._encoder = CaptionEncoder(folder, config.caption_tokens, config.caption_size)
+
+    def prompt(self, text: str) -> EmbedsPrompt:
+        return {"prompt_embeds": self._encoder.states(text)}
+
+
 class LatentPictures(Pictures):
     def __init__(self, config: CausalLatentsConfig, folder: str):
         self.vae = load_vae(folder)
@@ -98,7 +114,9 @@ def pictures_of(config: Any, folder: str) -> Pictures | None:
     """For the model in ``folder``, if it makes pictures."""
     if isinstance(config, CausalLatentsConfig):  # which is a LlamaGen's, too
         return LatentPictures(config, folder)
-    return CodePictures(config, folder) if isinstance(config, LlamaGenConfig) else None
+    if isinstance(config, LlamaGenConfig):
+        return (CodePictures if config.caption_size is None else CaptionPictures)(config, folder)
+    return None
 
 
 def load_pictures(folder: str | Path) -> Pictures | None:

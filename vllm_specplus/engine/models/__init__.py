@@ -5,4 +5,5 @@ MODELS = {
         "vllm_specplus.engine.models.latents:CausalLatentsForClassToImage"
     ),
     "LlamaGenForClassToImage": "vllm_specplus.engine.models.llamagen:LlamaGenForClassToImage",
+    "LlamaGenForTextToImage": "vllm_specplus.engine.models.llamagen:LlamaGenForTextToImage",
 }

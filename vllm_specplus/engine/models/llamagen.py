@@ -1,22 +1,26 @@
 """LlamaGen in vLLM, with classifier-free guidance inside the model.
 
-A request is its label's token; what is generated are codes. With guidance every position is
-computed twice, once behind the label and once behind "any", by two sets of attention layers:
-each keeps its own keys and values, in the *same* blocks and slots of the request, because
-only the label's position differs. One request therefore stays one request for vLLM. The two
-branches are scheduled, preempted, resumed, cached by prefix and freed together, and drafts
-are verified on what both say.
+A request is its label's token, or the embeddings of its caption; what is generated are codes.
+With guidance every position is computed twice, once behind the condition and once behind "any",
+by two sets of attention layers: each keeps its own keys and values, in the *same* blocks and
+slots of the request, because only the condition's positions differ. One request therefore stays
+one request for vLLM. The two branches are scheduled, preempted, resumed, cached by prefix and
+freed together, and drafts are verified on what both say.
 
-Guidance mixes logits, ``any + scale (label - any)``. The output layer is linear, so what is
+Guidance mixes logits, ``any + scale (condition - any)``. The output layer is linear, so what is
 mixed here are the normalised states below it, and it runs once. ``guidance`` holds the
-scale of every row of the batch; our model runner writes it, and under any other it keeps
+scale of every row of the batch; our model runners write it, and under any other it keeps
 the model's own scale.
+
+A caption is read without padding, so that every request's picture begins elsewhere.
+``picture_starts`` holds that position for every row; our model runners write it, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -38,7 +42,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.sequence import IntermediateTensors
 
-from vllm_specplus.image.llamagen import LlamaGenConfig, rotary_2d, rotate
+from vllm_specplus.image.llamagen import (
+    LABELS,
+    PROJECTION,
+    UNCONDITIONAL,
+    LlamaGenConfig,
+    project,
+    rotary_2d,
+    rotate,
+)
 
 
 class GuidedAttention(nn.Module):
@@ -112,18 +124,28 @@ class Backbone(nn.Module):
         self.register_buffer("turn", rotary_2d(config), persistent=False)
 
     def states(
-        self, x: torch.Tensor, positions: torch.Tensor, anything: torch.Tensor | None
+        self, x: torch.Tensor, places: torch.Tensor, anything: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """Normalised states [n, hidden] of inputs ``x`` [n, hidden] at ``positions`` int64 [n];
-        with ``anything`` [hidden], what the label "any" is read as, of both branches."""
-        turn = self.turn[positions]
+        """Normalised states [n, hidden] of inputs ``x`` [n, hidden] at ``places`` int64 [n] of
+        the picture, 0 for its condition; with ``anything`` [hidden] or [n, hidden], what the
+        condition "any" is read as, of both branches."""
+        turn = self.turn[places]
         if anything is not None:
-            x = torch.cat((x, torch.where(positions[:, None] == 0, anything, x)))
+            x = torch.cat((x, torch.where(places[:, None] == 0, anything, x)))
             turn = torch.cat((turn, turn))
         for layer in self.layers:
             x = layer(x, turn)
         x = self.norm(x)
         return (x,) if anything is None else x.chunk(2)
+
+
+class CodeBackbone(Backbone):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config, prefix)
+        self.embeddings = VocabParallelEmbedding(self.config.vocab_size, self.config.hidden_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embeddings(input_ids)
 
 
 @support_torch_compile(
@@ -134,14 +156,7 @@ class Backbone(nn.Module):
         "inputs_embeds": {0: "b"},
     }
 )
-class LlamaGenModel(Backbone):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        super().__init__(vllm_config, prefix)
-        self.embeddings = VocabParallelEmbedding(self.config.vocab_size, self.config.hidden_size)
-
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.embeddings(input_ids)
-
+class LlamaGenModel(CodeBackbone):
     def forward(
         self,
         input_ids: torch.Tensor | None,
@@ -157,12 +172,50 @@ class LlamaGenModel(Backbone):
         return other + guidance.to(label.dtype) * (label - other)
 
 
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": {0: "b"},
+        "positions": {0: "b"},
+        "guidance": {0: "b"},
+        "picture_starts": {0: "b"},
+        "inputs_embeds": {0: "b"},
+    }
+)
+class CaptionedLlamaGenModel(CodeBackbone):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = self.config
+        self.register_buffer(
+            "anything", torch.zeros(config.caption_tokens, config.hidden_size), persistent=False
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        guidance: torch.Tensor,
+        picture_starts: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        behind = positions - picture_starts
+        places = (behind + 1).clamp(0, len(self.turn) - 1)
+        if self.config.guidance_scale is None:
+            return self.states(x, places, None)[0]
+        last = len(self.anything) - 1
+        anything = self.anything[(behind + 1 + last).clamp(0, last)]
+        caption, other = self.states(x, places, anything)
+        return other + guidance.to(caption.dtype) * (caption - other)
+
+
 class LlamaGenForClassToImage(nn.Module):
+    backbone = LlamaGenModel
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: LlamaGenConfig = vllm_config.model_config.hf_config
         self.config = config
-        self.model = LlamaGenModel(vllm_config=vllm_config, prefix=prefix)
+        self.model = self.backbone(vllm_config=vllm_config, prefix=prefix)
         self.output = ParallelLMHead(config.codebook_size, config.hidden_size)
         self.logits_processor = LogitsProcessor(config.codebook_size)
         self.register_buffer(
@@ -197,14 +250,46 @@ class LlamaGenForClassToImage(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         given = dict(weights)
-        tables = [given.pop(n) for n in ("tok_embeddings.weight", _LABELS)]
-        given["embeddings.weight"] = torch.cat(tables)
+        given["embeddings.weight"] = self.table(given)
         self.codebook.copy_(given.pop("codebook"))
         head = {name: given.pop(name) for name in list(given) if name.startswith("output.")}
         return load_blocks(self, head | {f"model.{name}": t for name, t in given.items()})
 
+    def table(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[vocab, hidden] what tokens are read as; takes what it needs out of ``given``."""
+        return torch.cat([given.pop(name) for name in ("tok_embeddings.weight", LABELS)])
 
-_LABELS = "cls_embedding.embedding_table.weight"
+
+class LlamaGenForTextToImage(LlamaGenForClassToImage):
+    backbone = CaptionedLlamaGenModel
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        starts = torch.zeros(len(self.guidance), dtype=torch.int64)
+        self.register_buffer("picture_starts", starts, persistent=False)
+
+    def picture_start(self, tokens: np.ndarray, num_prompt: int) -> int:
+        """Where a request's picture begins: behind its caption."""
+        return num_prompt
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = positions.shape[0]
+        guidance, starts = self.guidance[:rows], self.picture_starts[:rows]
+        return self.model(input_ids, positions, guidance, starts, inputs_embeds)
+
+    def table(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        # Captions come projected, by the renderer.
+        parts = [given.pop(name).float() for name in (UNCONDITIONAL, *PROJECTION)]
+        self.model.anything.copy_(project(*parts))
+        codes = given.pop("tok_embeddings.weight")
+        # The token that stands for a caption's positions is never read.
+        return F.pad(codes, (0, 0, 0, self.config.vocab_size - len(codes)))
 
 
 def load_blocks(module: nn.Module, given: dict[str, torch.Tensor]) -> set[str]:

@@ -1,13 +1,20 @@
-"""How a model of latents is to be served, by vLLM's own hook for a model's needs.
+"""How image models are to be served, by vLLM's own hook for a model's needs.
 
 vLLM knows tokens; latents are beside them. Hence: our worker, with or without speculation; no
 prefix cache, since equal tokens are different latents; and prompts of one label.
+
+Captions are prompt embeddings, which vLLM has to be told to take; and where a picture begins is
+told to the model by our worker, with or without speculation.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from safetensors import safe_open
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -15,25 +22,34 @@ from vllm.platforms import current_platform
 from vllm.renderers.base import BaseRenderer
 
 from vllm_specplus import plugin
+from vllm_specplus.image.llamagen import PROJECTION, project
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.inputs import EmbedsInput, EmbedsPrompt
 
 logger = init_logger(__name__)
 
-#: What reads our prompts: vLLM's name for it, and where it is.
-RENDERER_MODE = "specplus_labels"
-RENDERER = ("vllm_specplus.engine.models.serving", "LabelRenderer")
+#: What reads our prompts: vLLM's names for it, and where it is.
+LABELS_MODE, CAPTIONS_MODE = "specplus_labels", "specplus_captions"
+RENDERERS = {
+    LABELS_MODE: ("vllm_specplus.engine.models.serving", "LabelRenderer"),
+    CAPTIONS_MODE: ("vllm_specplus.engine.models.serving", "CaptionRenderer"),
+}
 WORKERS = {
     "cpu": "vllm_specplus.engine.worker.LatentsCPUWorker",
     "cuda": "vllm_specplus.engine.worker.LatentsGPUWorker",
+}
+CAPTION_WORKERS = {
+    "cpu": "vllm_specplus.engine.worker.ImageCPUWorker",
+    "cuda": "vllm_specplus.engine.worker.ImageGPUWorker",
 }
 
 
 class ServeLatents(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        model_config.tokenizer_mode = RENDERER_MODE
+        model_config.tokenizer_mode = LABELS_MODE
         model_config.skip_tokenizer_init = True
 
     @staticmethod
@@ -47,19 +63,51 @@ class ServeLatents(VerifyAndUpdateConfig):
             vllm_config.cache_config.enable_prefix_caching = False
 
 
-def conflicts(vllm_config: VllmConfig, device_type: str):
-    """Yield what in an engine's config a model of latents cannot work with, and what to do."""
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    if device_type not in WORKERS:
+class ServeCaptions(VerifyAndUpdateConfig):
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        model_config.tokenizer_mode = CAPTIONS_MODE
+        model_config.skip_tokenizer_init = True
+        model_config.enable_prompt_embeds = True
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        for problem in caption_conflicts(vllm_config, current_platform.device_type):
+            raise ValueError(f"a model of captions {problem}")
+        vllm_config.parallel_config.worker_cls = CAPTION_WORKERS[current_platform.device_type]
+        vllm_config.scheduler_config.async_scheduling = False
+
+
+def worker_conflicts(vllm_config: VllmConfig, device_type: str, workers: dict[str, str]):
+    """Yield what in an engine's config does not go with one of our ``workers``, and what to do."""
+    parallel = vllm_config.parallel_config
+    if device_type not in workers:
         yield f"runs on CPU and CUDA, not on {device_type!r}"
-    if parallel.worker_cls not in ("auto", *plugin.WORKERS.values(), *WORKERS.values()):
+    if parallel.worker_cls not in ("auto", *plugin.WORKERS.values(), *workers.values()):
         yield f"brings its own worker: leave worker_cls at 'auto', not {parallel.worker_cls!r}"
-    if parallel.world_size > 1:
-        yield "runs on one device: leave tensor_parallel_size and pipeline_parallel_size at 1"
     if vllm_config.use_v2_model_runner:
         yield "needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER"
     if vllm_config.scheduler_config.async_scheduling:
         yield "cannot use async scheduling: remove --async-scheduling"
+
+
+def caption_conflicts(vllm_config: VllmConfig, device_type: str):
+    """The same for a model of captions."""
+    yield from worker_conflicts(vllm_config, device_type, CAPTION_WORKERS)
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.model != plugin.DRAFTER:
+        yield (
+            f"cannot be drafted by {speculative.method!r}: use a method of vllm-specplus, such as "
+            f"'jacobi'"
+        )
+
+
+def conflicts(vllm_config: VllmConfig, device_type: str):
+    """The same for a model of latents."""
+    yield from worker_conflicts(vllm_config, device_type, WORKERS)
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    if parallel.world_size > 1:
+        yield "runs on one device: leave tensor_parallel_size and pipeline_parallel_size at 1"
     if vllm_config.lora_config is not None:
         yield "does not support LoRA adapters: remove enable_lora"
     if vllm_config.kv_transfer_config is not None:
@@ -68,7 +116,15 @@ def conflicts(vllm_config: VllmConfig, device_type: str):
         yield f"cannot be drafted by {speculative.method!r}, which drafts tokens: use method 'cspd'"
 
 
-class LabelRenderer(BaseRenderer):
+class ImageRenderer(BaseRenderer):
+    def warmup(self, chat_params) -> None:
+        """No chat, no template."""
+
+    def render_messages(self, messages, params):
+        raise VLLMValidationError("this model makes pictures: it cannot chat")
+
+
+class LabelRenderer(ImageRenderer):
     """Prompts of one label's token, and nothing else."""
 
     def validate_token_ids(self, token_ids, *, parameter=None) -> None:
@@ -81,8 +137,44 @@ class LabelRenderer(BaseRenderer):
                 parameter=parameter,
             )
 
-    def warmup(self, chat_params) -> None:
-        """No chat, no template."""
 
-    def render_messages(self, messages, params):
-        raise VLLMValidationError("this model makes pictures of labels: it cannot chat")
+class CaptionRenderer(ImageRenderer):
+    """Prompts of a caption's states, which become the embeddings that the model reads."""
+
+    def validate_token_ids(self, token_ids, *, parameter=None) -> None:
+        raise VLLMValidationError(self._allowed, parameter=parameter)
+
+    def _tokenize_prompt(self, prompt, params):
+        raise VLLMValidationError(self._allowed, parameter="prompt")
+
+    @property
+    def _allowed(self) -> str:
+        config = self.model_config.hf_config
+        return (
+            f"a prompt of this model is what its text encoder says of a caption, prompt_embeds of "
+            f"shape (1 to {config.caption_tokens}, {config.caption_size}): take "
+            f"image.pictures.pictures_of(...).prompt(caption), or send the caption to "
+            f"/v1/images/generations"
+        )
+
+    def _process_embeds(self, prompt: EmbedsPrompt) -> EmbedsInput:
+        states, config = prompt["prompt_embeds"], self.model_config.hf_config
+        fits = states.ndim == 2 and states.shape[1] == config.caption_size
+        fits = fits and states.is_floating_point() and 1 <= len(states) <= config.caption_tokens
+        if not fits or "prompt_token_ids" in prompt:
+            raise VLLMValidationError(self._allowed, parameter="prompt_embeds")
+        count = len(states)
+        embeds = project(states.cpu().float(), *self._projection).to(self.model_config.dtype)
+        # What guidance compares with depends on a caption's length, from its first position on:
+        # no caption may continue the cached beginning of one of another length.
+        salt = f"{count} {prompt.get('cache_salt', '')}"
+        own = {"cache_salt": salt, "prompt_embeds": embeds}
+        # A token of its own, so that no method takes a caption's positions for codes.
+        own["prompt_token_ids"] = [config.label_token(0)] * count
+        own["prompt_is_token_ids"] = [False] * count
+        return super()._process_embeds(prompt | own)
+
+    @cached_property
+    def _projection(self) -> list[torch.Tensor]:
+        with safe_open(Path(self.model_config.model) / "model.safetensors", "pt") as file:
+            return [file.get_tensor(name).float() for name in PROJECTION]
