@@ -147,6 +147,7 @@ def engine_args(**changes):
         "speculative_config": None, "spec_method": None, "spec_tokens": None,
         "async_scheduling": None, "kv_cache_dtype": "auto", "kv_transfer_config": None,
         "reasoning_config": None, "enable_lora": False, "scheduler_cls": None,
+        "enable_prompt_embeds": False,
     }  # fmt: skip
     return SimpleNamespace(**fields | changes)
 
@@ -193,6 +194,7 @@ def test_ordinary_engines_have_no_conflict():
         ({"args": engine_args(kv_transfer_config={})}, "KV connector"),
         ({"args": engine_args(scheduler_cls="my.Scheduler")}, "scheduler_cls='my.Scheduler'"),
         ({"args": engine_args(enable_lora=True)}, "LoRA"),
+        ({"args": engine_args(enable_prompt_embeds=True)}, "remove enable_prompt_embeds"),
         ({"model": model_config(is_hybrid=True)}, "recurrent layers"),
         ({"args": engine_args(reasoning_config={})}, "remove reasoning_config"),
         ({"model": model_config(is_attention_free=True)}, "recurrent layers"),
@@ -327,6 +329,17 @@ def test_what_a_model_of_captions_cannot_work_with_is_named(case, words):
     (sentence,) = caption_conflicts(latents_config(**case), "cpu")
     assert words in sentence
     assert "\n" not in sentence
+
+
+def test_a_model_of_captions_is_a_local_folder(tmp_path):
+    from vllm_specplus.engine.models.serving import CAPTIONS_MODE, ServeCaptions
+
+    model = SimpleNamespace(model=str(tmp_path), enable_prompt_embeds=False)
+    with pytest.raises(ValueError, match=r"a folder with model\.safetensors"):
+        ServeCaptions.verify_and_update_model_config(model)
+    (tmp_path / "model.safetensors").touch()
+    ServeCaptions.verify_and_update_model_config(model)
+    assert (model.tokenizer_mode, model.enable_prompt_embeds) == (CAPTIONS_MODE, True)
 
 
 @pytest.fixture

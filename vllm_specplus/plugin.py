@@ -217,6 +217,8 @@ def conflicts(args: Any, model_config: Any, parallel_config: Any, device_type: s
         yield f"cannot use kv_cache_dtype={args.kv_cache_dtype!r}: use 'auto'"
     if args.kv_transfer_config is not None:
         yield "does not work with a KV connector: remove kv_transfer_config"
+    if args.enable_prompt_embeds:  # models of captions switch it on themselves
+        yield "drafts from token ids, which prompt embeddings have not: remove enable_prompt_embeds"
     if args.enable_lora:
         yield "does not support LoRA adapters yet: remove enable_lora"
     if getattr(args, "reasoning_config", None) is not None:

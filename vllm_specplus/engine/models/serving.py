@@ -45,6 +45,9 @@ CAPTION_WORKERS = {
     "cuda": "vllm_specplus.engine.worker.ImageGPUWorker",
 }
 
+#: Where the front end finds how captions are projected.
+WEIGHTS = "model.safetensors"
+
 
 class ServeLatents(VerifyAndUpdateConfig):
     @staticmethod
@@ -66,6 +69,11 @@ class ServeLatents(VerifyAndUpdateConfig):
 class ServeCaptions(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        if not (Path(model_config.model) / WEIGHTS).is_file():
+            raise ValueError(
+                f"a model of captions is a folder with {WEIGHTS}, as vllm_specplus.image.convert "
+                f"writes it; {model_config.model!r} is none"
+            )
         model_config.tokenizer_mode = CAPTIONS_MODE
         model_config.skip_tokenizer_init = True
         model_config.enable_prompt_embeds = True
@@ -176,5 +184,5 @@ class CaptionRenderer(ImageRenderer):
 
     @cached_property
     def _projection(self) -> list[torch.Tensor]:
-        with safe_open(Path(self.model_config.model) / "model.safetensors", "pt") as file:
+        with safe_open(Path(self.model_config.model) / WEIGHTS, "pt") as file:
             return [file.get_tensor(name).float() for name in PROJECTION]
