@@ -62,7 +62,13 @@ def _register_models() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
 
     from vllm_specplus.engine.models import MODELS
-    from vllm_specplus.engine.models.serving import RENDERER, RENDERER_MODE, ServeLatents
+    from vllm_specplus.engine.models.serving import (
+        RENDERER,
+        RENDERER_MODE,
+        ServeLatents,
+        ServeTextWithPictures,
+    )
+    from vllm_specplus.image import chameleon
     from vllm_specplus.image.continuous.causal import ARCHITECTURE, CausalLatentsConfig
     from vllm_specplus.image.llamagen import LlamaGenConfig
 
@@ -71,6 +77,8 @@ def _register_models() -> None:
     for config in (LlamaGenConfig, CausalLatentsConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = ServeLatents
+    for name in (chameleon.CHAMELEON, chameleon.LUMINA):
+        MODELS_CONFIG_MAP[name] = ServeTextWithPictures
     RENDERER_REGISTRY.register(RENDERER_MODE, *RENDERER)
 
 

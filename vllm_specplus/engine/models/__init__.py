@@ -4,5 +4,11 @@ MODELS = {
     "CausalLatentsForClassToImage": (
         "vllm_specplus.engine.models.latents:CausalLatentsForClassToImage"
     ),
+    "ChameleonForConditionalGeneration": (
+        "vllm_specplus.engine.models.chameleon:ChameleonForConditionalGeneration"
+    ),
+    "ChameleonXLLMXForConditionalGeneration": (
+        "vllm_specplus.engine.models.chameleon:ChameleonForConditionalGeneration"
+    ),
     "LlamaGenForClassToImage": "vllm_specplus.engine.models.llamagen:LlamaGenForClassToImage",
 }
