@@ -42,12 +42,13 @@ def main(
     )  # fmt: skip
     pictures = pictures_of(llm.llm_engine.model_config.hf_config, folder)
     names = labels.split(",")
+    requests = [pictures.request(name, None) for name in names]
     extra = None if guidance is None else {"guidance_scale": guidance}
     done = llm.generate(
-        [TokensPrompt(prompt_token_ids=[pictures.token(name)]) for name in names],
+        [TokensPrompt(prompt_token_ids=ids) for ids, _ in requests],
         [
-            SamplingParams(seed=seed + i, extra_args=extra, **pictures.sampling)
-            for i in range(len(names))
+            SamplingParams(seed=seed + i, extra_args=extra, **pictures.defaults | sampling)
+            for i, (_, sampling) in enumerate(requests)
         ],
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)

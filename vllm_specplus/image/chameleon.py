@@ -32,9 +32,9 @@ CHAMELEON, LUMINA = "ChameleonForConditionalGeneration", "ChameleonXLLMXForCondi
 #: picture, or its height or width.
 TEXT, CODE, LINE, END, SIZE = range(5)
 
-#: A height or width of Lumina-mGPT counts in pairs of codes; the largest is that of its widest
-#: pictures, of 2048 pixels.
-PAIR, LARGEST = 2, 64
+#: A height or width of Lumina-mGPT counts in pairs of codes, of 32 pixels. The usual one is 768
+#: pixels, the largest the 2048 of its widest pictures.
+PAIR, USUAL, LARGEST = 2, 24, 64
 #: Deeper than any draft.
 _FAR = 1 << 20
 
@@ -112,6 +112,14 @@ class Layout:
             out[SIZE, self.size + 1 : self.size + LARGEST + 1] = False
         return out
 
+    def by_token(self, vectors: torch.Tensor) -> torch.Tensor:
+        """A codebook float [codes, d] by token, float32 [last code's token + 1, d]: what is no code
+        is far from all others, since nothing is interchangeable with it."""
+        apart = 1e6 * (1.0 + torch.arange(int(self.codes.max()) + 1))
+        out = apart[:, None].repeat(1, vectors.shape[1])
+        out[torch.from_numpy(self.codes)] = vectors.float().cpu()
+        return out
+
     def begins(self, text: np.ndarray) -> np.ndarray:
         """int64 [n] of a text int32 [n]: where the picture begins that each token is in, -1 if it
         is in none. Its begin token is in it, its end token is not."""
@@ -146,8 +154,8 @@ class Layout:
             return 0, 0
         return PAIR * int(sizes[0]), PAIR * int(sizes[1])
 
-    def _length(self, rows: int, columns: int) -> int:
-        """Tokens of a picture's rows."""
+    def length(self, rows: int, columns: int) -> int:
+        """Tokens of the rows of a picture of so many codes."""
         return rows * (columns + (self.line is not None))
 
     def _follows(self, places: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -157,7 +165,7 @@ class Layout:
         follows = np.full(len(places), CODE, np.int64)
         if self.line is not None:
             follows[index % (columns + 1) == columns] = LINE
-        follows[index >= self._length(rows, columns)] = END
+        follows[index >= self.length(rows, columns)] = END
         follows[index < 0] = SIZE
         return follows
 
@@ -175,7 +183,7 @@ class Layout:
         index = len(text) - 1 - begin - self.header
         if index < 0:
             return 0
-        return max(self._length(*self._shape(text[begin:])) - index, 0)
+        return max(self.length(*self._shape(text[begin:])) - index, 0)
 
     def grid(self, tokens: np.ndarray) -> np.ndarray:
         """Codes int64 [rows, columns] of a picture, from the tokens of its rows."""

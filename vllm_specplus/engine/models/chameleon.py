@@ -232,7 +232,6 @@ class ChameleonForConditionalGeneration(nn.Module):
             ("guidance", torch.full((rows, 1), config.guidance_scale or 1.0).float()),
             ("picture_follows", torch.full((rows,), TEXT)),
             ("forbidden", torch.from_numpy(layout.forbidden())),
-            # By token, as the rules that go by it name them.
             ("codebook", torch.zeros(codes, size).float()),
         ):
             self.register_buffer(name, buffer, persistent=False)
@@ -262,7 +261,7 @@ class ChameleonForConditionalGeneration(nn.Module):
         parameters, loaded = dict(self.named_parameters()), set()
         for name, tensor in weights:
             if name == _CODEBOOK:
-                self._load_codebook(tensor)
+                self.codebook.copy_(self.picture_layout.by_token(tensor))
             # Pictures are decoded elsewhere, and rotary tables made anew.
             if name.startswith("model.vqmodel.") or name.endswith(".inv_freq"):
                 continue
@@ -276,13 +275,6 @@ class ChameleonForConditionalGeneration(nn.Module):
         if not self.codebook.any():
             raise ValueError(f"the checkpoint has no {_CODEBOOK}, the codes of its pictures")
         return loaded
-
-    def _load_codebook(self, vectors: torch.Tensor) -> None:
-        # Far from every code, and from each other: nothing is interchangeable with them.
-        apart = 1e6 * (1 + torch.arange(len(self.codebook), dtype=torch.float32))
-        self.codebook.copy_(apart[:, None])
-        tokens = torch.from_numpy(self.picture_layout.codes).to(self.codebook.device)
-        self.codebook[tokens] = vectors.to(self.codebook)
 
 
 _CODEBOOK = "model.vqmodel.quantize.embedding.weight"

@@ -81,9 +81,8 @@ class ServeTextWithPictures(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         if getattr(vllm_config.speculative_config, "model", None) != plugin.DRAFTER:
             raise ValueError(
-                "a model of texts with pictures needs the model runner of vllm-specplus, which comes "
-                "with its methods: add for example --speculative-config '{\"method\": \"jacobi\"}' "
-                "(\"num_speculative_tokens\": 1 is the least it drafts)"
+                "a model of texts with pictures needs the model runner of vllm-specplus, which its "
+                'methods bring: add --speculative-config \'{"method": "jacobi"}\', or another'
             )
         if vllm_config.quant_config is not None:
             raise ValueError("a model of texts with pictures is not quantized: remove quantization")
