@@ -15,7 +15,6 @@ import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,16 +31,14 @@ from vllm_specplus.control.cost import PROFILE_ROUNDS, PROFILE_ROWS, CostCurve, 
 from vllm_specplus.control.requests import RequestControls
 from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
+from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.kernels import native
 from vllm_specplus.proposers.base import LatentStep, Observation, Sampling, StepContext
 from vllm_specplus.samplers import lossless, relaxed
 from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.samplers.interchangeable import Relaxation, RelaxedRule, make_rule
 from vllm_specplus.samplers.judge import JudgeHead
-from vllm_specplus.tree import DraftTokens, ancestor_mask, row_depths
-
-if TYPE_CHECKING:
-    from vllm_specplus.image.chameleon import Layout
+from vllm_specplus.tree import ancestor_mask, row_depths
 
 #: Prompt rows per call of the target's output layer while a proposer reads a
 #: prompt: bounds the logits to this times the vocabulary.
@@ -83,18 +80,6 @@ class Wishes:
     """Its stop tokens; None: it must be verified losslessly."""
     guidance: float | None
     """Of an image model; None: the model's own."""
-
-
-@dataclass(slots=True)
-class PictureRows:
-    """Where the T token rows of a step are, of a model whose pictures are part of a text."""
-
-    request: np.ndarray
-    """int64 [T]"""
-    places: np.ndarray
-    """int64 [T] of their keys and values, in the request's cache."""
-    begins: np.ndarray
-    """int64 [T] where the picture begins that they are in, -1 in no picture."""
 
 
 @dataclass(slots=True)
@@ -275,6 +260,9 @@ class TreeRunnerMixin:
         self._relaxed_rule = make_rule(acceptance, codebook)
         if acceptance.rule == "judge":
             self._judge_head = JudgeHead(acceptance.head, self.device)
+        layout = getattr(self.get_model(), "picture_layout", None)
+        if layout is not None:
+            self._pictures = PictureRows(layout, self._to_device)
 
     def _tell_image_model(self, num_scheduled: np.ndarray) -> None:
         """What an image model has to know about the rows of the step, beside their tokens: the
@@ -300,28 +288,9 @@ class TreeRunnerMixin:
             )  # fmt: skip
             begins = np.repeat(begins, num_scheduled)
             starts[: len(begins)] = self._to_device(begins)
-        if self._layout_of_pictures() is not None:
-            self._pictures, follows = self._read_pictures(num_scheduled)
-            model.picture_follows[: len(follows)] = self._to_device(follows)
-
-    def _layout_of_pictures(self) -> Layout | None:
-        """Of a model whose pictures are part of a text."""
-        return getattr(self.get_model(), "picture_layout", None)
-
-    def _read_pictures(self, num_scheduled: np.ndarray) -> tuple[PictureRows, np.ndarray]:
-        """The step's rows, and what may follow each, int64 [T]."""
-        layout, batch, rows = self._layout_of_pictures(), self.input_batch, self._step.rows
-        computed = batch.num_computed_tokens_cpu[: len(num_scheduled)].astype(np.int64)
-        read = []
-        for i, (first, count) in enumerate(zip(computed, num_scheduled, strict=True)):
-            depths = rows.depths[rows.starts[i] + 1 : rows.starts[i + 1]]
-            text = batch.token_ids_cpu[i, : first + count - len(depths)]
-            read.append(layout.read(text, int(first), depths))
-        begins, follows = (np.concatenate(each) for each in zip(*read, strict=True))
-        request = np.repeat(np.arange(len(computed)), num_scheduled)
-        ends = np.cumsum(num_scheduled)
-        places = np.arange(len(begins)) + (computed - (ends - num_scheduled))[request]
-        return PictureRows(request, places, begins), follows
+        if self._pictures is not None:
+            follows = self._pictures.read(self.input_batch, num_scheduled, self._step.rows)
+            model.picture_follows[: len(follows)] = follows
 
     def _describe(self, scheduler_output, num_scheduled: np.ndarray) -> Step:
         batch = self.input_batch
@@ -389,56 +358,14 @@ class TreeRunnerMixin:
             # One tree object serves every layer of the group.
             layer = metadata[group.layer_names[0]]
             if not getattr(group.backend, "sees_prompt", True):
-                setattr(layer, TREE_ATTRIBUTE, self._picture_metadata(step, common))
+                pictures = self._pictures.attention(
+                    self.input_batch, common, step.num_scheduled, step.rows, step.batch_rows,
+                    self.device.type,
+                )  # fmt: skip
+                setattr(layer, TREE_ATTRIBUTE, pictures)
             elif step.tree_attention.any():
                 setattr(layer, TREE_ATTRIBUTE, self._tree_metadata(step, common, group))
         return metadata, common
-
-    def _picture_metadata(self, step: Step, common) -> TreeAttentionMetadata:
-        """For layers that do not see the prompt: see ``PictureAttention``."""
-        pictures, table = self._pictures, self.input_batch.block_table[0]
-        inside = np.flatnonzero(pictures.begins >= 0)
-        request, begins = pictures.request[inside], pictures.begins[inside]
-        new = np.ones(len(inside), bool)
-        new[1:] = (request[1:] != request[:-1]) | (begins[1:] != begins[:-1])
-        heads = np.flatnonzero(new)
-        starts = np.append(heads, len(inside)).astype(np.int32)
-        counts = np.diff(starts)
-        # A chain, unless the rows are those of a tree.
-        parents = np.zeros(len(pictures.begins), np.int32)
-        parents[inside] = np.arange(len(inside)) - np.repeat(heads, counts) - 1
-        verified = np.diff(step.rows.starts)
-        bare = np.repeat(step.num_scheduled == verified, verified)
-        parents[step.batch_rows[bare]] = step.rows.parents[bare]
-        parents = parents[inside]
-        contexts = pictures.places[inside[heads]]
-        first = begins[heads] - self._layout_of_pictures().bare_begins_before
-        first = np.maximum(first, 0)
-        # Whole blocks that are not seen are left out.
-        skipped = first // table.block_size
-        blocks = -(-(contexts + counts) // table.block_size) - skipped
-        columns = skipped[:, None] + np.arange(blocks.max(initial=0))
-        columns = np.minimum(columns, common.block_table_tensor.shape[1] - 1)
-        index = (self._to_device(each) for each in (request[heads][:, None], columns))
-        contexts = (contexts - skipped * table.block_size).astype(np.int32)
-        max_rows = int(counts.max(initial=0))
-        mask = None
-        if self.device.type != "cpu":
-            mask = self._to_device(ancestor_mask(parents, starts, max_rows))
-        outside = np.flatnonzero(pictures.begins < 0)
-        return TreeAttentionMetadata(
-            rows=self._to_device(inside),
-            query_start_loc=self._to_device(starts),
-            context_lens=self._to_device(contexts),
-            block_table=common.block_table_tensor[*index].contiguous(),
-            parents=self._to_device(parents),
-            ancestors=mask,
-            max_rows=max_rows,
-            max_context_len=int(contexts.max(initial=0)),
-            other_rows=self._to_device(outside) if len(outside) else None,
-            other=None,
-            first=self._to_device((first % table.block_size).astype(np.int32)),
-        )
 
     def _tree_metadata(self, step: Step, common, group) -> TreeAttentionMetadata:
         trees = np.flatnonzero(step.tree_attention)
@@ -594,8 +521,8 @@ class TreeRunnerMixin:
         greedy = batch.temperature_cpu[: batch.num_reqs] == 0
         stops = [self._wishes_of(name).relaxed_stops for name in batch.req_ids]
         if self._pictures is not None:  # words are not interchangeable
-            step = self._step
-            greedy |= self._pictures.begins[step.batch_rows[step.rows.starts[:-1]]] < 0
+            roots = self._step.batch_rows[self._step.rows.starts[:-1]]
+            greedy |= self._pictures.outside(roots)
         return [None if cold else each for cold, each in zip(greedy, stops, strict=True)]
 
     def _discarded(self) -> np.ndarray:
@@ -696,23 +623,8 @@ class TreeRunnerMixin:
                 latents=self._latents(),
             )
         )
-        return self._within_pictures(drafts.split())
-
-    def _within_pictures(self, drafts: list[DraftTokens]) -> list[DraftTokens]:
-        """None begins a picture or leaves one: what may follow a drafted token is then known."""
-        layout, batch = self._layout_of_pictures(), self.input_batch
-        if layout is None:
-            return drafts
-        out = []
-        for i, draft in enumerate(drafts):
-            if draft:
-                parents = _chain(len(draft)) if draft.parents is None else draft.parents
-                rows = np.concatenate((_chain(1), parents + 1))
-                depths = row_depths(rows, np.array((0, len(rows)), np.int32))[1:]
-                text = batch.token_ids_cpu[i, : batch.num_tokens_no_spec[i]]
-                draft = draft[: layout.kept(text, np.array(draft), depths)]
-            out.append(draft)
-        return out
+        split = drafts.split()
+        return split if self._pictures is None else self._pictures.cut(split, batch)
 
     def _latents(self) -> LatentStep | None:
         """Of a model whose tokens are latents."""
