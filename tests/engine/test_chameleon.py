@@ -209,13 +209,15 @@ def test_codes_may_be_relaxed_and_words_not(tmp_path, sampled):
 
 
 def test_sampled_texts_keep_to_the_grammar(tmp_path, family):
+    """In half precision, as such models are served."""
     folder, requests, _ = family
     lumina = LUMINA in (folder / "config.json").read_text()
     params = {
         "temperature": 2.0, "max_tokens": 60, "ignore_eos": True, "detokenize": False, "seed": 3,
     }  # fmt: skip
     batch = {"requests": [[prompt, params] for prompt, _ in requests]}
-    result = harness.run(tmp_path, engine(folder, speculative_config=JACOBI), [batch])
+    keys = {"speculative_config": JACOBI, "dtype": "bfloat16"}
+    result = harness.run(tmp_path, engine(folder, **keys), [batch])
     ended = 0
     for (prompt, _), answer in zip(requests, result["batches"][0], strict=True):
         text = list(prompt)

@@ -115,7 +115,7 @@ class Layout:
     def by_token(self, vectors: torch.Tensor) -> torch.Tensor:
         """A codebook float [codes, d] by token, float32 [last code's token + 1, d]: what is no code
         is far from all others, since nothing is interchangeable with it."""
-        apart = 1e6 * (1.0 + torch.arange(int(self.codes.max()) + 1))
+        apart = 1e6 * torch.arange(1, int(self.codes.max()) + 2, dtype=torch.float32)
         out = apart[:, None].repeat(1, vectors.shape[1])
         out[torch.from_numpy(self.codes)] = vectors.float().cpu()
         return out
