@@ -117,6 +117,34 @@ def test_tree_attention_at_page_borders(layout, dtype, contexts):
     attention_equals_reference(layout, dtype, 3, 1, 64, 128, contexts)
 
 
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+def test_tree_attention_from_a_first_token_on(layout, dtype):
+    attention_equals_reference(layout, dtype, 6, 2, 64, 32, (0, 33, 300), (0, 33, 170))
+
+
+def test_the_reference_does_not_see_what_is_before_the_first_token():
+    """It is the same without those tokens, here a page of them."""
+    torch.manual_seed(0)
+    kv = torch.randn(4, 1, 32, 128)
+    query, table = torch.randn(3, 2, 64), torch.tensor([[2, 1, 3]], dtype=torch.int32)
+    fields = {
+        "rows": torch.arange(3), "query_start_loc": torch.tensor([0, 3]), "scale": 0.1,
+        "layout": "vec", "ancestors": torch.ones(3, 3).tril().bool(),
+    }  # fmt: skip
+
+    def attend(table, context, first):
+        output = torch.empty_like(query)
+        packed_tree_attention_reference(
+            query, kv, output, block_table=table, context_lens=torch.tensor([context]),
+            first=first, **fields,
+        )  # fmt: skip
+        return output
+
+    short = attend(table[:, 1:], 40, None)
+    assert torch.allclose(attend(table, 72, torch.tensor([32])), short, atol=1e-6)
+    assert not torch.allclose(attend(table, 72, None), short, atol=0.01)
+
+
 def test_sizes_the_kernel_cannot_serve_have_a_reason():
     def reason(layout, dtype, block, head):
         page = torch.empty(1, 1, block, 2 * head, dtype=dtype)
@@ -131,7 +159,7 @@ def test_sizes_the_kernel_cannot_serve_have_a_reason():
 
 
 def attention_equals_reference(
-    layout, dtype, query_heads, kv_heads, head, block, contexts=(0, 33, 300)
+    layout, dtype, query_heads, kv_heads, head, block, contexts=(0, 33, 300), first=None
 ):
     rng = np.random.default_rng(query_heads)
     torch.manual_seed(query_heads)
@@ -150,6 +178,8 @@ def attention_equals_reference(
         "context_lens": torch.tensor(list(contexts), dtype=torch.int32),
         "block_table": table,
     }
+    if first is not None:
+        fields["first"] = torch.tensor(first, dtype=torch.int32)
     expected = torch.full_like(query, 7)
     mask = torch.from_numpy(ancestor_mask(parents, starts, max(sizes)))
     scale = head**-0.5
@@ -166,6 +196,7 @@ def attention_equals_reference(
     batch.context = fields["context_lens"].data_ptr()
     batch.block_table = table.data_ptr()
     batch.parents = parents.ctypes.data
+    batch.first = None if first is None else fields["first"].data_ptr()
     output = torch.full_like(query, 7)
     native.library().specplus_tree_attention(
         ctypes.byref(batch), query.data_ptr(), kv.data_ptr(), output.data_ptr()

@@ -88,12 +88,34 @@ HOOKS = (
     Hook(
         "vllm.model_executor.layers.attention:Attention.__init__",
         "two per layer of an image model, for guidance",
-        ("num_heads", "head_size", "scale", "num_kv_heads", "cache_config", "prefix"),
+        (
+            "num_heads",
+            "head_size",
+            "scale",
+            "num_kv_heads",
+            "cache_config",
+            "prefix",
+            "attn_backend",
+        ),
+    ),
+    Hook(
+        "vllm.model_executor.layers.attention:Attention.get_attn_backend",
+        "what serves the branch of an image model that does not see the prompt",
+    ),
+    Hook(
+        "vllm.v1.worker.utils:AttentionGroup",
+        "the same: its layers have metadata of their own",
+        ("backend", "layer_names"),
+    ),
+    Hook(
+        "vllm.model_executor.layers.rotary_embedding:get_rope",
+        "places in Chameleon's texts",
+        ("head_size", "max_position", "rope_parameters"),
     ),
     Hook("vllm.compilation.decorators:support_torch_compile", "compiles image models"),
     Hook(
         "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
-        "how models of latents and of captions are to be served",
+        "how models of latents, of captions, and of texts with pictures, are to be served",
     ),
     Hook(
         "vllm.renderers.registry:RENDERER_REGISTRY.register",

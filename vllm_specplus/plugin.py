@@ -62,7 +62,13 @@ def _register_models() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
 
     from vllm_specplus.engine.models import MODELS
-    from vllm_specplus.engine.models.serving import RENDERERS, ServeCaptions, ServeLatents
+    from vllm_specplus.engine.models.serving import (
+        RENDERERS,
+        ServeCaptions,
+        ServeLatents,
+        ServeTextWithPictures,
+    )
+    from vllm_specplus.image import chameleon
     from vllm_specplus.image.continuous.causal import ARCHITECTURE, CausalLatentsConfig
     from vllm_specplus.image.llamagen import TEXT_ARCHITECTURE, LlamaGenConfig
 
@@ -72,6 +78,8 @@ def _register_models() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = ServeLatents
     MODELS_CONFIG_MAP[TEXT_ARCHITECTURE] = ServeCaptions
+    for name in (chameleon.CHAMELEON, chameleon.LUMINA):
+        MODELS_CONFIG_MAP[name] = ServeTextWithPictures
     for mode, place in RENDERERS.items():
         RENDERER_REGISTRY.register(mode, *place)
 

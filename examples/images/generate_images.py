@@ -29,7 +29,7 @@ def main(
 ) -> None:
     # Progress of one engine; nothing else should be between the user and the pictures.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM, SamplingParams
 
     from vllm_specplus.cli.model import IMAGE_MODEL, LATENTS_MODEL
     from vllm_specplus.image.pictures import pictures_of
@@ -42,12 +42,13 @@ def main(
     )  # fmt: skip
     pictures = pictures_of(llm.llm_engine.model_config.hf_config, folder)
     names = labels.split(",")
+    requests = [pictures.request(name, None) for name in names]
     extra = None if guidance is None else {"guidance_scale": guidance}
     done = llm.generate(
-        [TokensPrompt(prompt_token_ids=[pictures.token(name)]) for name in names],
+        [prompt for prompt, _ in requests],
         [
-            SamplingParams(seed=seed + i, extra_args=extra, **pictures.sampling)
-            for i in range(len(names))
+            SamplingParams(seed=seed + i, extra_args=extra, **pictures.defaults | sampling)
+            for i, (_, sampling) in enumerate(requests)
         ],
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)

@@ -127,6 +127,31 @@ def test_every_request_has_a_tree(backend, batch, stock_calls):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_pictures_begin_at_their_first_token_and_other_rows_see_themselves(
+    backend, batch, stock_calls
+):
+    tree_query = batch.arguments[0]
+    rows = torch.tensor([*range(3, 8), *range(10, 19), *range(19, 25)], device=DEVICE)
+    other_rows = torch.tensor([0, 1, 2, 8, 9], device=DEVICE)
+    query = torch.randn(27, *tree_query.shape[1:]).to(tree_query)
+    query[rows] = tree_query
+    value = torch.randn(27, batch.num_kv_heads, batch.head_size).to(tree_query)
+    metadata = attach(batch, rows, other_rows)
+    first = torch.tensor([16, 0, 3], dtype=torch.int32, device=DEVICE)
+    getattr(metadata, TREE_ATTRIBUTE).first = first
+    output = torch.zeros_like(query)
+    implementation(backend.for_pictures(), batch).forward(
+        None, query, None, value, batch.kv_cache, metadata, output
+    )
+    assert not stock_calls
+    expected, _ = tree_attention_reference(*batch.arguments, first=first)
+    torch.testing.assert_close(output[rows].float(), expected, atol=1.6e-2, rtol=1.6e-2)
+    for head in range(query.shape[1]):
+        assert output[other_rows, head].equal(value[other_rows, head // batch.group])
+    assert not output[25:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("attn_metadata", [None, SimpleNamespace()])
 def test_without_trees_the_stock_forward_runs(backend, attn_metadata, batch, stock_calls):
     query = batch.arguments[0]

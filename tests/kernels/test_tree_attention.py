@@ -44,13 +44,14 @@ def batch(request) -> Batch:
     return request.param
 
 
-def run(batch: Batch, part: str, num_splits: int = 1):
+def run(batch: Batch, part: str, num_splits: int = 1, first: torch.Tensor | None = None):
     return tree_attention(
         *batch.arguments,
         part=part,
         max_rows=batch.max_rows,
         max_context_len=max(batch.contexts),
         num_splits=num_splits,
+        first=first,
     )
 
 
@@ -69,12 +70,19 @@ def merge(first, second):
     return output, lse
 
 
-def test_reference_is_softmax_over_visible_keys(batch):
+def middle(batch: Batch) -> torch.Tensor:
+    """Of every context."""
+    return torch.tensor([n // 2 for n in batch.contexts], dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_reference_is_softmax_over_visible_keys(batch, hidden):
     query, key_cache, value_cache, starts, _, block_table, _, scale = batch.arguments
-    output, lse = tree_attention_reference(*batch.arguments)
+    first = middle(batch) if hidden else torch.zeros_like(middle(batch))
+    output, lse = tree_attention_reference(*batch.arguments, first=first if hidden else None)
     for request, (parents, context) in enumerate(zip(batch.trees, batch.contexts, strict=True)):
         for row in range(len(parents)):
-            positions = list(range(context))
+            positions = list(range(int(first[request]), context))
             node = row
             while node >= 0:
                 positions.append(context + node)
@@ -112,6 +120,14 @@ def test_kernel_of_the_tree_part(batch):
 def test_kernel_of_context_and_tree(batch, num_splits):
     whole = tree_attention_reference(*batch.arguments)
     assert_close(run(batch, "all", num_splits), whole, batch.dtype)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_kernel_from_a_first_token_on(batch, num_splits):
+    """In a batch, of its middle and of all of its context."""
+    for first in (middle(batch), torch.tensor(batch.contexts, dtype=torch.int32, device=DEVICE)):
+        expected = tree_attention_reference(*batch.arguments, first=first)
+        assert_close(run(batch, "all", num_splits, first), expected, batch.dtype)
 
 
 @pytest.mark.parametrize("part", ["tree", "all"])
@@ -175,9 +191,9 @@ def compile(kernel, pointers, constants, num_warps=4):
 for dtype, size, group, head_size in (("bf16", 2, 4, 128), ("fp16", 2, 3, 80), ("fp32", 4, 1, 64)):
     m, n, d, num_warps = _tile_shape(group, 64, head_size, size)
     pointers = dict.fromkeys(["output", "query", "key_cache", "value_cache"], dtype)
-    pointers |= dict.fromkeys(["query_start_loc", "context_lens", "block_table"], "i32")
+    pointers |= dict.fromkeys(["query_start_loc", "context_lens", "first", "block_table"], "i32")
     pointers |= dict(lse="fp32", ancestors="i1")
-    constants = dict(CONTEXT=True, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=16)
+    constants = dict(CONTEXT=True, FIRST=True, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=16)
     constants |= dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d)
     kernel = compile(_tree_attention_kernel, pointers, constants, num_warps)
     assert kernel.metadata.shared <= 99 * 1024, (dtype, kernel.metadata.shared)

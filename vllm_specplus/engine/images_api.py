@@ -4,9 +4,10 @@ A ``vllm.endpoint_plugins`` entry point, which vLLM loads only if it is named::
 
     VLLM_PLUGINS=specplus,specplus_images vllm serve FOLDER --skip-tokenizer-init ...
 
-The body is OpenAI's. ``prompt`` names a class of the model, or is a caption if it reads text;
-beside OpenAI's own keys it may hold ``guidance_scale``, ``seed``, ``temperature``, ``top_k`` and
-``vllm_xargs`` (see ``control/requests.py``). Pictures come back as PNG in ``b64_json``.
+The body is OpenAI's. ``prompt`` names a class of the model, or is a text for one that reads text;
+beside OpenAI's own keys the body may hold ``guidance_scale``, ``seed``, ``temperature``, ``top_k``,
+``top_p`` and ``vllm_xargs`` (see ``control/requests.py``). Pictures come back as PNG in
+``b64_json``.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class ImageRequest(BaseModel):
     user: str | None = None
     guidance_scale: float | None = None
     seed: int | None = None
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     vllm_xargs: dict[str, Any] = {}
 
 
@@ -75,16 +77,25 @@ class ImagesEndpoint:
             return _refuse("the model that is served makes no pictures", 404)
         pictures = self._pictures
         try:
-            if body.size not in (None, "auto", f"{pictures.side}x{pictures.side}"):
+            size = None if body.size == "auto" else body.size
+            # In a thread: a text encoder takes its time.
+            prompt, sampling = await asyncio.to_thread(pictures.request, body.prompt, size)
+            read = prompt["prompt_embeds" if "prompt_embeds" in prompt else "prompt_token_ids"]
+            tokens = len(read) + sampling["max_tokens"]
+            most = self._engine.model_config.max_model_len
+            if tokens > most:
                 raise ValueError(
-                    f"size {body.size!r}: this model makes {pictures.side}x{pictures.side}"
+                    f"prompt and picture have {tokens} tokens, max_model_len is {most}"
                 )
-            prompt = await asyncio.to_thread(pictures.prompt, body.prompt)
+            for key in ("temperature", "top_k", "top_p"):
+                if getattr(body, key) is not None:
+                    sampling = sampling | {key: getattr(body, key)}
+            sampling = pictures.defaults | sampling
             extra = dict(body.vllm_xargs)
             if body.guidance_scale is not None:
                 extra[GUIDANCE] = body.guidance_scale
             made = await asyncio.gather(
-                *(self._output(prompt, body, extra, i) for i in range(body.n))
+                *(self._output(prompt, sampling, body.seed, extra, i) for i in range(body.n))
             )
         except ValueError as error:
             return _refuse(str(error), 400)
@@ -94,12 +105,10 @@ class ImagesEndpoint:
         ]
         return JSONResponse({"created": int(time.time()), "data": data})
 
-    async def _output(self, prompt, body: ImageRequest, extra: dict, number: int):
+    async def _output(self, prompt, sampling: dict, seed: int | None, extra: dict, number: int):
         params = SamplingParams(
-            temperature=body.temperature, top_k=body.top_k,
-            seed=None if body.seed is None else body.seed + number,
-            output_kind=RequestOutputKind.FINAL_ONLY, extra_args=extra or None,
-            **self._pictures.sampling,
+            seed=None if seed is None else seed + number,
+            output_kind=RequestOutputKind.FINAL_ONLY, extra_args=extra or None, **sampling,
         )  # fmt: skip
         async for output in self._engine.generate(prompt, params, f"img-{uuid.uuid4().hex}"):
             last = output

@@ -31,6 +31,7 @@ from vllm_specplus.control.cost import PROFILE_ROUNDS, PROFILE_ROWS, CostCurve, 
 from vllm_specplus.control.requests import RequestControls
 from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
+from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.kernels import native
 from vllm_specplus.proposers.base import LatentStep, Observation, Sampling, StepContext
 from vllm_specplus.samplers import lossless, relaxed
@@ -158,6 +159,7 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     _step: Step | None = None
     _clock: Clock | None = None
+    _pictures: PictureRows | None = None
     _verified_rows: np.ndarray
     _move_slots = _read_slots = None
     _rule_sampler: verify.RuleSampler | None = None
@@ -288,6 +290,9 @@ class TreeRunnerMixin(ImageRowsMixin):
             self.positions.index_add_(0, index, shift)
             if self.uses_mrope:
                 self.mrope_positions.gpu.index_add_(1, index, shift)
+        if self._pictures is not None:
+            follows = self._pictures.read(self.input_batch, num_scheduled_tokens, step.rows)
+            self.get_model().picture_follows[: len(follows)] = follows
         return out
 
     def load_model(self, *args, **kwargs) -> None:
@@ -297,6 +302,9 @@ class TreeRunnerMixin(ImageRowsMixin):
         self._relaxed_rule = make_rule(acceptance, codebook)
         if acceptance.rule == "judge":
             self._judge_head = JudgeHead(acceptance.head, self.device)
+        layout = getattr(self.get_model(), "picture_layout", None)
+        if layout is not None:
+            self._pictures = PictureRows(layout, self._to_device)
 
     def _describe(self, scheduler_output, num_scheduled: np.ndarray) -> Step:
         batch = self.input_batch
@@ -356,14 +364,21 @@ class TreeRunnerMixin(ImageRowsMixin):
     def _build_attention_metadata(self, *args, **kwargs):
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
         step = self._step
-        if step is None or not step.tree_attention.any():
+        if step is None or (self._pictures is None and not step.tree_attention.any()):
             return metadata, common
         if len(self.attn_groups) != 1:
             raise RuntimeError("vllm-specplus supports models with one KV cache group")
         for group in self.attn_groups[0]:
             # One tree object serves every layer of the group.
             layer = metadata[group.layer_names[0]]
-            setattr(layer, TREE_ATTRIBUTE, self._tree_metadata(step, common, group))
+            if not getattr(group.backend, "sees_prompt", True):
+                pictures = self._pictures.attention(
+                    self.input_batch, common, step.num_scheduled, step.rows, step.batch_rows,
+                    self.device.type,
+                )  # fmt: skip
+                setattr(layer, TREE_ATTRIBUTE, pictures)
+            elif step.tree_attention.any():
+                setattr(layer, TREE_ATTRIBUTE, self._tree_metadata(step, common, group))
         return metadata, common
 
     def _tree_metadata(self, step: Step, common, group) -> TreeAttentionMetadata:
@@ -519,6 +534,9 @@ class TreeRunnerMixin(ImageRowsMixin):
         batch = self.input_batch
         greedy = batch.temperature_cpu[: batch.num_reqs] == 0
         stops = [self._wishes_of(name).relaxed_stops for name in batch.req_ids]
+        if self._pictures is not None:  # words are not interchangeable
+            roots = self._step.batch_rows[self._step.rows.starts[:-1]]
+            greedy |= self._pictures.outside(roots)
         return [None if cold else each for cold, each in zip(greedy, stops, strict=True)]
 
     def _discarded(self) -> np.ndarray:
@@ -619,7 +637,8 @@ class TreeRunnerMixin(ImageRowsMixin):
                 latents=self._latents(),
             )
         )
-        return drafts.split()
+        split = drafts.split()
+        return split if self._pictures is None else self._pictures.cut(split, batch)
 
     def _latents(self) -> LatentStep | None:
         """Of a model whose tokens are latents."""
@@ -684,7 +703,9 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def sample_tokens(self, grammar_output):
         if self._judge_head is not None and self.execute_model_state is not None:
-            self._hidden = self.execute_model_state.sample_hidden_states
+            # Image models may have more than the hidden units in a row.
+            size = self.model_config.get_hidden_size()
+            self._hidden = self.execute_model_state.sample_hidden_states[:, :size]
         try:
             return super().sample_tokens(grammar_output)
         finally:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 
+from vllm_specplus.image import chameleon
 from vllm_specplus.image.captions import CaptionEncoder
 from vllm_specplus.image.continuous.causal import CausalLatentsConfig
 from vllm_specplus.image.continuous.vae import load_vae
@@ -18,6 +21,7 @@ from vllm_specplus.image.llamagen import LlamaGenConfig
 from vllm_specplus.image.vq import VQModel, to_bytes
 
 if TYPE_CHECKING:
+    from transformers import ChameleonConfig
     from vllm.inputs import EmbedsPrompt, TokensPrompt
     from vllm.outputs import CompletionOutput
 
@@ -34,8 +38,36 @@ def latents_of(output: CompletionOutput) -> torch.Tensor:
 class Pictures(ABC):
     """One model's: what a prompt means, and what its output is as a picture."""
 
-    sampling: dict[str, Any]
-    """Parameters that every request needs, beside those that are asked for."""
+    defaults: dict[str, Any]
+    """Sampling parameters of requests that name none."""
+
+    @abstractmethod
+    def request(
+        self, prompt: str, size: str | None
+    ) -> tuple[TokensPrompt | EmbedsPrompt, dict[str, Any]]:
+        """What vLLM is asked for a picture of ``size`` ("512x512"; None: the model's own), and the
+        sampling parameters that it needs beside those that are asked for. ValueError with one
+        sentence if there is no such picture. Takes its time where a text encoder reads."""
+
+    def png(self, output: CompletionOutput) -> bytes:
+        pixels = to_bytes(self.decode(self.tokens(output)[None]))[0].squeeze(-1).numpy()
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        return out.getvalue()
+
+    @abstractmethod
+    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+        """What a request has generated: codes, or [n, d] latents."""
+
+    @abstractmethod
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 [B, channels, height, width] in about [-1, 1] of :meth:`tokens` of B requests."""
+
+
+class OneSizePictures(Pictures):
+    """All pictures have one size; a prompt names a class."""
+
+    defaults = {"temperature": 1.0, "top_k": 0}  # noqa: RUF012
 
     def __init__(self, config: LlamaGenConfig, halvings: int):
         """``halvings``: of the picture's side on its way to the grid."""
@@ -54,26 +86,19 @@ class Pictures(ABC):
         return self.config.label_token(label)
 
     def prompt(self, text: str) -> TokensPrompt | EmbedsPrompt:
-        """What vLLM is asked for pictures of ``text``; ValueError if this model cannot make them.
-        Takes its time where a text encoder reads it."""
+        """What the model is asked; ValueError if it cannot make pictures of that."""
         return {"prompt_token_ids": [self.token(text)]}
 
-    def png(self, output: CompletionOutput) -> bytes:
-        pixels = to_bytes(self.decode(self.tokens(output)[None]))[0].squeeze(-1).numpy()
-        out = io.BytesIO()
-        Image.fromarray(pixels).save(out, "PNG")
-        return out.getvalue()
-
-    @abstractmethod
-    def tokens(self, output: CompletionOutput) -> torch.Tensor:
-        """What a request has generated: [n] codes, or [n, d] latents."""
-
-    @abstractmethod
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32 [B, channels, height, width] in about [-1, 1] of :meth:`tokens` of B requests."""
+    def request(
+        self, prompt: str, size: str | None
+    ) -> tuple[TokensPrompt | EmbedsPrompt, dict[str, Any]]:
+        own = f"{self.side}x{self.side}"
+        if size not in (None, own):
+            raise ValueError(f"size {size!r}: this model makes {own}")
+        return self.prompt(prompt), self.sampling
 
 
-class CodePictures(Pictures):
+class CodePictures(OneSizePictures):
     def __init__(self, config: LlamaGenConfig, folder: str):
         self.vq = VQModel.load(folder)
         super().__init__(config, len(self.vq.config.multipliers) - 1)
@@ -88,6 +113,8 @@ class CodePictures(Pictures):
 
 
 class CaptionPictures(CodePictures):
+    """A prompt is a caption."""
+
     def __init__(self, config: LlamaGenConfig, folder: str):
         super().__init__(config, folder)
         self._encoder = CaptionEncoder(folder, config.caption_tokens, config.caption_size)
@@ -96,7 +123,7 @@ class CaptionPictures(CodePictures):
         return {"prompt_embeds": self._encoder.states(text)}
 
 
-class LatentPictures(Pictures):
+class LatentPictures(OneSizePictures):
     def __init__(self, config: CausalLatentsConfig, folder: str):
         self.vae = load_vae(folder)
         super().__init__(config, len(self.vae.config.multipliers) - 1)
@@ -110,10 +137,71 @@ class LatentPictures(Pictures):
         return self.vae.decode(tokens)
 
 
+class TextPictures(Pictures):
+    """Of Chameleon, Anole and Lumina-mGPT: a prompt is a text. Pictures have one size, or any that
+    Lumina-mGPT has tokens for."""
+
+    def __init__(self, config: ChameleonConfig, folder: str):
+        from transformers import AutoTokenizer
+
+        self.layout = chameleon.Layout.of(config)
+        self.decoder = chameleon.load_decoder(config, folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        layout = self.layout
+        self._not_words = {layout.begin, layout.end, config.image_token_id, *layout.codes.tolist()}
+        # As the reference codes draw.
+        self.defaults = {"temperature": 0.7, "top_p": 0.9}
+        self._unit = chameleon.pixels_of_code(config)
+        self._own_size = f"{self.layout.side * self._unit}x{self.layout.side * self._unit}"
+        if self.layout.size is not None:
+            self.defaults = {"temperature": 1.0, "top_k": 2000}
+            self._unit *= chameleon.PAIR
+            self._own_size = f"{chameleon.USUAL * self._unit}x{chameleon.USUAL * self._unit}"
+
+    def request(self, prompt: str, size: str | None) -> tuple[TokensPrompt, dict[str, Any]]:
+        layout, size = self.layout, size or self._own_size
+        header, rows, columns = [], layout.side, layout.side
+        if layout.size is not None:
+            width, height = self._units(size)
+            header = [layout.size + height, layout.size + width]
+            rows, columns = height * chameleon.PAIR, width * chameleon.PAIR
+            prompt = f"Generate an image of {size} according to the following prompt:\n{prompt}"
+        elif size != self._own_size:
+            raise ValueError(f"size {size!r}: this model makes {self._own_size}")
+        text = self._tokenizer.encode(prompt, add_special_tokens=False)
+        if not self._not_words.isdisjoint(text):
+            raise ValueError("the prompt has tokens of pictures: only words can be given")
+        ids = [layout.opening, *text, layout.turn, layout.begin, *header]
+        most = layout.length(rows, columns)
+        sampling = {"max_tokens": most, "ignore_eos": True, "detokenize": False}
+        return {"prompt_token_ids": ids}, sampling
+
+    def _units(self, size: str) -> list[int]:
+        """Width and height, as their tokens count."""
+        sides = [int(side) for side in size.split("x")] if re.fullmatch(r"\d+x\d+", size) else []
+        most = chameleon.LARGEST * self._unit
+        if not sides or any(side % self._unit or not 0 < side <= most for side in sides):
+            raise ValueError(
+                f"size {size!r}: this model makes WIDTHxHEIGHT, multiples of {self._unit} up to "
+                f"{most}"
+            )
+        return [side // self._unit for side in sides]
+
+    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+        """int64 [rows, columns]."""
+        return torch.from_numpy(self.layout.grid(np.array(output.token_ids)))
+
+    @torch.inference_mode()
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.decoder.decode(tokens)
+
+
 def pictures_of(config: Any, folder: str) -> Pictures | None:
     """For the model in ``folder``, if it makes pictures."""
     if isinstance(config, CausalLatentsConfig):  # which is a LlamaGen's, too
         return LatentPictures(config, folder)
+    if getattr(config, "model_type", None) == chameleon.MODEL_TYPE:
+        return TextPictures(config, folder)
     if isinstance(config, LlamaGenConfig):
         return (CodePictures if config.caption_size is None else CaptionPictures)(config, folder)
     return None

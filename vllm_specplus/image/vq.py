@@ -5,6 +5,7 @@ Parameters carry the names of the public checkpoints (``vq_ds16_c2i`` and its li
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -202,3 +203,26 @@ class VQModel(nn.Module):
 def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
     """uint8 [B, height, width, channels] of pictures in [-1, 1]."""
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+
+
+def taming_tensors(tensors: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
+    """Of a checkpoint in the names of taming-transformers and latent diffusion, what decodes:
+    ``decoder.*`` in the names of :class:`Decoder`, of ``levels`` resolutions, and
+    ``post_quant_conv.*``."""
+    return {
+        _own_name(name, levels): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(("decoder.", "post_quant_conv."))
+    }
+
+
+def _own_name(name: str, levels: int) -> str:
+    """They count resolutions from the finest on, and name the middle's parts."""
+    for i, part in enumerate(("block_1", "attn_1", "block_2")):
+        name = name.replace(f".mid.{part}.", f".mid.{i}.")
+    found = re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.(.*)", name)
+    if found is None:
+        return name
+    level, part, rest = found.groups()
+    place = f"decoder.conv_blocks.{levels - 1 - int(level)}"
+    return f"{place}.{'res' if part == 'block' else part}.{rest}"

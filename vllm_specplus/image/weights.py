@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,3 +27,10 @@ def save(model: nn.Module, file: Path, dtype: torch.dtype = torch.float16) -> No
         for name, t in model.state_dict().items()
     }
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def beginning(file: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so; the others are not read."""
+    with safe_open(file, "pt") as tensors:
+        names = tensors.keys()
+        return {name: tensors.get_tensor(name) for name in names if name.startswith(prefix)}

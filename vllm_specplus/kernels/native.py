@@ -64,7 +64,7 @@ class TreeBatch(ctypes.Structure):
     ]
     _fields_ += [
         (name, ctypes.c_void_p)
-        for name in ["rows", "row_start", "context", "block_table", "parents"]
+        for name in ["rows", "row_start", "context", "block_table", "parents", "first"]
     ]
 
 

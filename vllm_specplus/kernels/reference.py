@@ -72,6 +72,7 @@ def packed_tree_attention_reference(
     ancestors: torch.Tensor,
     scale: float,
     layout: str,
+    first: torch.Tensor | None = None,
 ) -> None:
     """Writes the attention of all tree rows into ``output``, in float32 arithmetic.
 
@@ -92,6 +93,8 @@ def packed_tree_attention_reference(
         v = v.float().repeat_interleave(group, 0)
         visible = torch.ones(n, context + n, dtype=torch.bool)
         visible[:, context:] = ancestors[starts[r] : starts[r + 1], :n]
+        if first is not None:
+            visible[:, : int(first[r])] = False
         scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
         output[row] = (scores.softmax(-1) @ v).transpose(0, 1).to(output.dtype)
 

@@ -21,6 +21,8 @@ tree rows of all requests, ``N`` at least the largest number of rows of one requ
     May row ``i`` see row ``j`` of its request. True on the diagonal.
 ``scale``
     Factor of the scores ``query @ key``.
+``first`` int32 [R] or None
+    First token of the context that is visible, at most ``context_len``; by default all are.
 
 They return the output [T, H, D] and the natural logarithm of the sum of the exponentiated scores
 (LSE), float32 [H, T], the shapes that FlashAttention and vLLM's ``merge_attn_states`` use.
@@ -50,6 +52,7 @@ def tree_attention_reference(
     ancestors: torch.Tensor,
     scale: float,
     part: Part = "all",
+    first: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of tree attention, computed in float32; see the module for the arguments.
 
@@ -67,6 +70,8 @@ def tree_attention_reference(
         positions = torch.arange(context_len + num_rows, device=query.device)
         visible = ancestors.new_ones(num_rows, context_len + num_rows)
         visible[:, context_len:] = ancestors[rows, :num_rows]
+        if first is not None:
+            visible[:, : int(first[request])] = False
         if part == "context":
             visible[:, context_len:] = False
         elif part == "tree":
@@ -142,6 +147,7 @@ def _tree_attention_kernel(
     value_cache,
     query_start_loc,
     context_lens,
+    first,
     block_table,
     ancestors,
     scale_log2,
@@ -155,6 +161,7 @@ def _tree_attention_kernel(
     row_blocks,
     total_rows,
     CONTEXT: tl.constexpr,
+    FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -206,11 +213,12 @@ def _tree_attention_kernel(
     row_sum = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
 
     if CONTEXT:
+        begin = tl.load(first + request) if FIRST else 0
         span = tl.cdiv(tl.cdiv(context_len, BLOCK_N), num_splits) * BLOCK_N
         end = tl.minimum((split + 1) * span, context_len)
         for tile in range(split * span, end, BLOCK_N):
             positions = tile + tl.arange(0, BLOCK_N)
-            valid = positions < end
+            valid = (positions >= begin) & (positions < end)
             keys, values = _load_keys_and_values(
                 key_cache,
                 value_cache,
@@ -324,11 +332,12 @@ def tree_attention(
     max_rows: int,
     max_context_len: int = 0,
     num_splits: int | None = None,
+    first: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tree attention by Triton; see the module for the arguments and the result.
 
-    ``part="tree"`` leaves the context to another kernel, ``part="all"`` needs none. The output
-    has the data type of ``query``, the LSE is float32.
+    ``part="tree"`` leaves the context (and ``first``) to another kernel, ``part="all"`` needs none.
+    The output has the data type of ``query``, the LSE is float32.
 
     Nothing is read back from the device: ``max_rows`` (rows of the largest request) and
     ``max_context_len`` size the launch. ``num_splits`` programs share the context of a request;
@@ -367,6 +376,7 @@ def tree_attention(
         value_cache,
         query_start_loc,
         context_lens,
+        context_lens if first is None else first,
         block_table,
         ancestors,
         scale * math.log2(math.e),
@@ -380,6 +390,7 @@ def tree_attention(
         row_blocks,
         total_rows,
         CONTEXT=part == "all",
+        FIRST=first is not None,
         GROUP=group,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,

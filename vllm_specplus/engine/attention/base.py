@@ -53,6 +53,31 @@ class TreeAttentionMetadata:
     chains), or None when every request has a tree."""
     other: Any | None
     """Stock metadata of the other requests, in the order of ``other_rows``."""
+    first: torch.Tensor | None = None
+    """int32 [R] on the device: the first visible token of the cache, None: all are."""
+
+
+class PictureAttention:
+    """Mixin before an implementation with trees, of the branch that does not see the prompt.
+
+    The rows of a picture see the picture, and what its text without a prompt begins with; they are
+    the "tree rows" here, a "request" being one picture in one request. Any other row sees itself
+    alone: its output is its value.
+    """
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output,
+        output_scale=None, output_block_scale=None,
+    ):  # fmt: skip
+        pictures = tree_metadata(attn_metadata)
+        if pictures is None:  # the model is being warmed up
+            return output.zero_()
+        if pictures.other_rows is not None:
+            own = value[pictures.other_rows].repeat_interleave(self.num_queries_per_kv, 1)
+            output.index_copy_(0, pictures.other_rows, own)
+        if pictures.max_rows:
+            self._tree_forward(layer, query, kv_cache, pictures, output)
+        return output
 
 
 def tree_metadata(attn_metadata: Any) -> TreeAttentionMetadata | None:

@@ -15,7 +15,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
 )
 
-from vllm_specplus.engine.attention.base import TreeAttentionMetadata, tree_metadata
+from vllm_specplus.engine.attention.base import (
+    PictureAttention,
+    TreeAttentionMetadata,
+    tree_metadata,
+)
 from vllm_specplus.kernels import native
 from vllm_specplus.kernels.reference import packed_tree_attention_reference, page_offsets
 from vllm_specplus.tree import ancestor_mask
@@ -54,6 +58,11 @@ class TreeCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[TreeCPUImpl]:
         return TreeCPUImpl
+
+    @staticmethod
+    def for_pictures() -> type[PictureCPUBackend]:
+        """Of a layer that does not see the prompt."""
+        return PictureCPUBackend
 
 
 class TreeCPUImpl(CPUAttentionBackendImpl):
@@ -96,6 +105,7 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
         batch.context = tree.context_lens.data_ptr()
         batch.block_table = tree.block_table.data_ptr()
         batch.parents = tree.parents.data_ptr()
+        batch.first = None if tree.first is None else tree.first.data_ptr()
         native.library().specplus_tree_attention(
             ctypes.byref(batch), query.data_ptr(), kv_cache.data_ptr(), output.data_ptr()
         )
@@ -126,4 +136,19 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
             rows=tree.rows, query_start_loc=tree.query_start_loc,
             context_lens=tree.context_lens, block_table=tree.block_table,
             ancestors=torch.from_numpy(mask), scale=self.scale, layout=self.layout,
+            first=tree.first,
         )  # fmt: skip
+
+
+class PictureCPUBackend(TreeCPUBackend):
+    """CPU_ATTN of a branch that does not see the prompt."""
+
+    sees_prompt = False
+
+    @staticmethod
+    def get_impl_cls() -> type[PictureCPUImpl]:
+        return PictureCPUImpl
+
+
+class PictureCPUImpl(PictureAttention, TreeCPUImpl):
+    pass

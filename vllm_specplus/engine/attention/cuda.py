@@ -29,7 +29,11 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-from vllm_specplus.engine.attention.base import TreeAttentionMetadata, tree_metadata
+from vllm_specplus.engine.attention.base import (
+    PictureAttention,
+    TreeAttentionMetadata,
+    tree_metadata,
+)
 from vllm_specplus.kernels.tree_attention import tree_attention
 
 
@@ -143,11 +147,14 @@ class _TreeAttention:
             super().forward(layer, other_query, key, value, kv_cache, tree.other, other_output)
             output.index_copy_(0, tree.other_rows, other_output)
 
+        self._tree_forward(layer, query, kv_cache, tree, output)
+        return output
+
+    def _tree_forward(self, layer, query, kv_cache, tree: TreeAttentionMetadata, output) -> None:
         key_cache, value_cache = kv_views(kv_cache)
         tree_query = query.index_select(0, tree.rows)
         tree_output = self._attend_to_tree(tree_query, key_cache, value_cache, tree)
         output.index_copy_(0, tree.rows, tree_output)
-        return output
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """The tree path writes its output in the data type of the queries."""
@@ -205,8 +212,13 @@ class TreeTritonImpl(_TreeAttention, TritonAttentionImpl):
             part="all",
             max_rows=tree.max_rows,
             max_context_len=tree.max_context_len,
+            first=tree.first,
         )
         return output
+
+
+class PictureTritonImpl(PictureAttention, TreeTritonImpl):
+    pass
 
 
 class _NoFullGraphs:
@@ -237,6 +249,11 @@ class TreeFlashAttentionBackend(FlashAttentionBackend):
     def get_builder_cls() -> type[TreeFlashAttentionBuilder]:
         return TreeFlashAttentionBuilder
 
+    @staticmethod
+    def for_pictures() -> type[PictureTritonBackend]:
+        """Of a layer that does not see the prompt; the caches of both look alike."""
+        return PictureTritonBackend
+
 
 class TreeTritonBackend(TritonAttentionBackend):
     """``TRITON_ATTN`` with draft trees."""
@@ -248,6 +265,21 @@ class TreeTritonBackend(TritonAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[TreeTritonBuilder]:
         return TreeTritonBuilder
+
+    @staticmethod
+    def for_pictures() -> type[PictureTritonBackend]:
+        """Of a layer that does not see the prompt."""
+        return PictureTritonBackend
+
+
+class PictureTritonBackend(TreeTritonBackend):
+    """``TRITON_ATTN`` of a branch that does not see the prompt."""
+
+    sees_prompt = False
+
+    @staticmethod
+    def get_impl_cls() -> type[PictureTritonImpl]:
+        return PictureTritonImpl
 
 
 def kv_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

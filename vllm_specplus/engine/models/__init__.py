@@ -4,6 +4,12 @@ MODELS = {
     "CausalLatentsForClassToImage": (
         "vllm_specplus.engine.models.latents:CausalLatentsForClassToImage"
     ),
+    "ChameleonForConditionalGeneration": (
+        "vllm_specplus.engine.models.chameleon:ChameleonForConditionalGeneration"
+    ),
+    "ChameleonXLLMXForConditionalGeneration": (
+        "vllm_specplus.engine.models.chameleon:ChameleonForConditionalGeneration"
+    ),
     "LlamaGenForClassToImage": "vllm_specplus.engine.models.llamagen:LlamaGenForClassToImage",
     "LlamaGenForTextToImage": "vllm_specplus.engine.models.llamagen:LlamaGenForTextToImage",
 }

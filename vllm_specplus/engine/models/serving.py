@@ -1,10 +1,13 @@
-"""How image models are to be served, by vLLM's own hook for a model's needs.
+"""How some models are to be served, by vLLM's own hook for a model's needs.
 
-vLLM knows tokens; latents are beside them. Hence: our worker, with or without speculation; no
-prefix cache, since equal tokens are different latents; and prompts of one label.
+Models of latents: vLLM knows tokens, and latents are beside them. Hence our worker, with or without
+speculation; no prefix cache, since equal tokens are different latents; and prompts of one label.
 
-Captions are prompt embeddings, which vLLM has to be told to take; and where a picture begins is
-told to the model by our worker, with or without speculation.
+Models of captions: captions are prompt embeddings, which vLLM has to be told to take; and where a
+picture begins is told to the model by our worker, with or without speculation.
+
+Models of texts with pictures in them: what may follow a token and what it is compared with depends
+on where its picture begins, which only our model runner says. Hence a method of ours.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from vllm.platforms import current_platform
 from vllm.renderers.base import BaseRenderer
 
 from vllm_specplus import plugin
+from vllm_specplus.image import chameleon
 from vllm_specplus.image.llamagen import PROJECTION, project
 
 if TYPE_CHECKING:
@@ -44,7 +48,6 @@ CAPTION_WORKERS = {
     "cpu": "vllm_specplus.engine.worker.ImageCPUWorker",
     "cuda": "vllm_specplus.engine.worker.ImageGPUWorker",
 }
-
 #: Where the front end finds how captions are projected.
 WEIGHTS = "model.safetensors"
 
@@ -122,6 +125,22 @@ def conflicts(vllm_config: VllmConfig, device_type: str):
         yield "has latents beside its cache, which no KV connector carries: remove it"
     if speculative is not None and speculative.model != plugin.DRAFTER:
         yield f"cannot be drafted by {speculative.method!r}, which drafts tokens: use method 'cspd'"
+
+
+class ServeTextWithPictures(VerifyAndUpdateConfig):
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        chameleon.complete(model_config.hf_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        if getattr(vllm_config.speculative_config, "model", None) != plugin.DRAFTER:
+            raise ValueError(
+                "a model of texts with pictures needs the model runner of vllm-specplus, which its "
+                'methods bring: add --speculative-config \'{"method": "jacobi"}\', or another'
+            )
+        if vllm_config.quant_config is not None:
+            raise ValueError("a model of texts with pictures is not quantized: remove quantization")
 
 
 class ImageRenderer(BaseRenderer):

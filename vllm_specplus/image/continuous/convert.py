@@ -9,7 +9,6 @@ them is executed.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ import typer
 from vllm_specplus.image.continuous.masked import MaskedConfig, MaskedLatents
 from vllm_specplus.image.continuous.vae import KLConfig, KLDecoder
 from vllm_specplus.image.convert import read
+from vllm_specplus.image.vq import taming_tensors
 
 #: Attention heads of MAR-B, -L and -H, by width.
 HEADS = {768: 12, 1024: 16, 1280: 16}
@@ -75,22 +75,8 @@ def kl_decoder(path: Path) -> KLDecoder:
         blocks=max(int(n.split(".")[4]) for n in own if n.startswith("decoder.up.0.block.")),
     )  # fmt: skip
     model = KLDecoder(config)
-    given = {_renamed(name, levels): tensor for name, tensor in own.items()}
-    given |= {name: t for name, t in tensors.items() if name.startswith("post_quant_conv.")}
-    model.load_state_dict(given)
+    model.load_state_dict(taming_tensors(tensors, levels))
     return model.eval()
-
-
-def _renamed(name: str, levels: int) -> str:
-    """Latent diffusion counts resolutions from the finest on, and names the middle's parts."""
-    for i, part in enumerate(("block_1", "attn_1", "block_2")):
-        name = name.replace(f".mid.{part}.", f".mid.{i}.")
-    found = re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.(.*)", name)
-    if found is None:
-        return name
-    level, part, rest = found.groups()
-    place = f"decoder.conv_blocks.{levels - 1 - int(level)}"
-    return f"{place}.{'res' if part == 'block' else part}.{rest}"
 
 
 def main(

@@ -93,6 +93,7 @@ struct TreeBatch {
   const int32_t* context;    // [num_requests] cached tokens before the root
   const int32_t* block_table;
   const int32_t* parents;    // [T] within the request, -1 for the root
+  const int32_t* first;      // [num_requests] first visible cached token; null: all are
 };
 
 namespace {
@@ -111,11 +112,12 @@ struct Scratch {
   std::vector<char> query;      // [QUERIES][head_size]
 };
 
-// Hide the request's rows that are not ancestors of `row`, and the padding;
-// scores then are 0 probability. `scores` starts at token 0 of the context.
-inline void mask_tree(const int32_t* parents, int row, int context, int num_rows, int padded,
-                      float* scores) {
+// Hide the tokens before `first`, the request's rows that are not ancestors of `row`, and
+// the padding; scores then are 0 probability. `scores` starts at token 0 of the context.
+inline void mask_tree(const int32_t* parents, int row, int first, int context, int num_rows,
+                      int padded, float* scores) {
   constexpr float HIDDEN = -1e30f;
+  for (int j = 0; j < first; ++j) scores[j] = HIDDEN;
   int next = num_rows;  // rows above `next` are already decided
   for (int r = row; r >= 0; r = parents[r]) {
     for (int j = r + 1; j < next; ++j) scores[context + j] = HIDDEN;
@@ -253,6 +255,7 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache
   const int row0 = b.row_start[task.request];
   const int num_rows = b.row_start[task.request + 1] - row0;
   const int context = b.context[task.request], tokens = context + num_rows;
+  const int first = b.first ? b.first[task.request] : 0;
   const int padded = (tokens + Products::TOKENS - 1) / Products::TOKENS * Products::TOKENS;
   const int n_queries = std::min(QUERIES, num_rows * group - task.first);
   const int32_t* pages = b.block_table + int64_t(task.request) * b.max_blocks;
@@ -274,7 +277,7 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache
   float sums[QUERIES];
   for (int m = 0; m < n_queries; ++m) {
     float* line = s.scores.data() + int64_t(m) * padded;
-    mask_tree(parents, (task.first + m) / group, context, num_rows, padded, line);
+    mask_tree(parents, (task.first + m) / group, first, context, num_rows, padded, line);
     sums[m] = softmax_numerators(line, padded);
   }
   Products::values(b, cache, pages, task.kv_head, n_queries, tokens, padded, s);

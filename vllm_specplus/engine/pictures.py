@@ -1,0 +1,118 @@
+"""Pictures that are part of a text: where a step's rows are in them.
+
+For models with a ``picture_layout`` (``image/chameleon.py``). The model is told which kind of token
+may follow each row; the layers that do not see the prompt, where the picture of a row begins
+(``attention/base.py``, ``PictureAttention``); and no draft begins a picture or leaves one, so that
+both are known by a row's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_specplus.engine.attention.base import TreeAttentionMetadata
+from vllm_specplus.samplers.base import Rows
+from vllm_specplus.tree import DraftTokens, ancestor_mask, row_depths
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    from vllm_specplus.image.chameleon import Layout
+
+
+class PictureRows:
+    """The T token rows of the current step."""
+
+    def __init__(self, layout: Layout, to_device: Callable[[np.ndarray], torch.Tensor]):
+        self._layout, self._to_device = layout, to_device
+
+    def read(self, batch: InputBatch, num_scheduled: np.ndarray, rows: Rows) -> torch.Tensor:
+        """Begin a step of R requests, ``num_scheduled`` int32 [R] rows of each, of which ``rows``
+        are verified. Returns what may follow each, int64 [T] on the device."""
+        computed = batch.num_computed_tokens_cpu[: len(num_scheduled)].astype(np.int64)
+        read = []
+        for i, (first, count) in enumerate(zip(computed, num_scheduled, strict=True)):
+            depths = rows.depths[rows.starts[i] + 1 : rows.starts[i + 1]]
+            text = batch.token_ids_cpu[i, : first + count - len(depths)]
+            read.append(self._layout.read(text, int(first), depths))
+        # Where the picture begins that each row is in, -1 in no picture.
+        self._begins, follows = (np.concatenate(each) for each in zip(*read, strict=True))
+        self._request = np.repeat(np.arange(len(computed)), num_scheduled)
+        # Of the rows' keys and values, in the cache of their request.
+        ends = np.cumsum(num_scheduled)
+        self._places = np.arange(ends[-1]) + (computed - (ends - num_scheduled))[self._request]
+        return self._to_device(follows)
+
+    def outside(self, batch_rows: np.ndarray) -> np.ndarray:
+        """bool: which of these rows are in no picture."""
+        return self._begins[batch_rows] < 0
+
+    def attention(
+        self, batch: InputBatch, common: CommonAttentionMetadata, num_scheduled: np.ndarray,
+        rows: Rows, batch_rows: np.ndarray, device: str,
+    ) -> TreeAttentionMetadata:  # fmt: skip
+        """For layers that do not see the prompt; ``batch_rows`` int64 are the verified rows'."""
+        block_size = batch.block_table[0].block_size
+        inside = np.flatnonzero(self._begins >= 0)
+        request, begins = self._request[inside], self._begins[inside]
+        new = np.ones(len(inside), bool)
+        new[1:] = (request[1:] != request[:-1]) | (begins[1:] != begins[:-1])
+        heads = np.flatnonzero(new)
+        starts = np.append(heads, len(inside)).astype(np.int32)
+        counts = np.diff(starts)
+        # A chain, unless all rows of the request are verified: they may be a tree.
+        parents = np.zeros(len(self._begins), np.int32)
+        parents[inside] = np.arange(len(inside)) - np.repeat(heads, counts) - 1
+        verified = np.diff(rows.starts)
+        alone = np.repeat(num_scheduled == verified, verified)
+        parents[batch_rows[alone]] = rows.parents[alone]
+        parents = parents[inside]
+        contexts = self._places[inside[heads]]
+        first = np.maximum(begins[heads] - self._layout.bare_begins_before, 0)
+        # Whole blocks that are not seen are left out.
+        skipped = first // block_size
+        blocks = -(-(contexts + counts) // block_size) - skipped
+        columns = skipped[:, None] + np.arange(blocks.max(initial=0))
+        columns = np.minimum(columns, common.block_table_tensor.shape[1] - 1)
+        table = common.block_table_tensor[
+            self._to_device(request[heads][:, None]), self._to_device(columns)
+        ]
+        contexts = (contexts - skipped * block_size).astype(np.int32)
+        max_rows = int(counts.max(initial=0))
+        mask = None
+        if device != "cpu":
+            mask = self._to_device(ancestor_mask(parents, starts, max_rows))
+        outside = np.flatnonzero(self._begins < 0)
+        return TreeAttentionMetadata(
+            rows=self._to_device(inside),
+            query_start_loc=self._to_device(starts),
+            context_lens=self._to_device(contexts),
+            block_table=table,
+            parents=self._to_device(parents),
+            ancestors=mask,
+            max_rows=max_rows,
+            max_context_len=int(contexts.max(initial=0)),
+            other_rows=self._to_device(outside) if len(outside) else None,
+            other=None,
+            first=self._to_device((first % block_size).astype(np.int32)),
+        )
+
+    def cut(self, drafts: list[DraftTokens], batch: InputBatch) -> list[DraftTokens]:
+        """Each as far as none of its tokens begins a picture or leaves one."""
+        out = []
+        for i, draft in enumerate(drafts):
+            if draft:
+                parents = draft.parents
+                if parents is None:
+                    parents = np.arange(-1, len(draft) - 1, dtype=np.int32)
+                rows = np.append(np.int32(-1), parents + 1)
+                depths = row_depths(rows, np.array((0, len(rows)), np.int32))[1:]
+                text = batch.token_ids_cpu[i, : batch.num_tokens_no_spec[i]]
+                draft = draft[: self._layout.kept(text, np.array(draft), depths)]
+            out.append(draft)
+        return out
