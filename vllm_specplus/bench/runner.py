@@ -396,11 +396,12 @@ class Benchmark:
             while turns:
                 item, request = turns.popleft()
                 session, engine = item.session, item.engine
-                self._notify(
-                    f"{session.method.label}: concurrency {session.concurrency}, "
-                    f"round {number + 1} of {len(rounds)}",
-                    0,
-                )
+                if request is start:
+                    self._notify(
+                        f"{session.method.label}: concurrency {session.concurrency}, "
+                        f"round {number + 1} of {len(rounds)}",
+                        0,
+                    )
                 try:
                     engine.resume()
                     engine.send(request)
