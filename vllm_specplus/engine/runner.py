@@ -120,14 +120,8 @@ class ImageRowsMixin:
             self._put_rows(guidance[:, 0], scales, num_scheduled)
         starts = getattr(model, "picture_starts", None)
         if starts is not None:
-            begins = [
-                model.picture_start(
-                    batch.token_ids_cpu[i, : batch.num_tokens_no_spec[i]],
-                    int(batch.num_prompt_tokens[i]),
-                )
-                for i in range(len(num_scheduled))
-            ]
-            self._put_rows(starts, np.array(begins, np.int64), num_scheduled)
+            behind_prompt = batch.num_prompt_tokens[: len(num_scheduled)].astype(np.int64)
+            self._put_rows(starts, behind_prompt, num_scheduled)
 
     def _guidance_of(self, request_id: str) -> float | None:
         """None: the model's own."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -267,10 +266,6 @@ class LlamaGenForTextToImage(LlamaGenForClassToImage):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         starts = torch.zeros(len(self.guidance), dtype=torch.int64)
         self.register_buffer("picture_starts", starts, persistent=False)
-
-    def picture_start(self, tokens: np.ndarray, num_prompt: int) -> int:
-        """Where a request's picture begins: behind its caption."""
-        return num_prompt
 
     def forward(
         self,
