@@ -24,15 +24,15 @@ def engine(model, **keys) -> dict:
     and preemption."""
     return {
         "model": str(model), "skip_tokenizer_init": True, "dtype": "float32",
-        "enforce_eager": True, "max_num_seqs": 32, "max_num_batched_tokens": 512,
-        "long_prefill_token_threshold": 24, "block_size": 32, "num_gpu_blocks_override": 60,
+        "enforce_eager": True, "max_num_seqs": 96, "max_num_batched_tokens": 512,
+        "long_prefill_token_threshold": 24, "block_size": 32, "num_gpu_blocks_override": 120,
         "disable_log_stats": False, "max_model_len": 256, **keys,
     }  # fmt: skip
 
 
 def prompts(architecture: str) -> list[list[int]]:
-    """Pictures asked for, behind words and earlier pictures; begun pictures; words alone; some
-    with beginnings in common, which end near a picture's."""
+    """64 pictures asked for, behind words and earlier pictures, some of them begun; 16 texts of
+    words alone beside them; some with beginnings in common, which end near a picture's."""
     rng = np.random.default_rng(4)
     sized = architecture == LUMINA
 
@@ -53,9 +53,9 @@ def prompts(architecture: str) -> list[list[int]]:
             else [BEGIN]
         )
 
-    shared = [OPENING, *words(70)]
+    shared = [OPENING, *words(80)]
     out = []
-    for i in range(8):
+    for i in range(16):
         plain = [OPENING, *words(int(rng.integers(1, 90)))]
         out += [
             [*plain, TURN, *begun()],
