@@ -47,6 +47,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.sequence import IntermediateTensors
 
+from vllm_specplus.engine.models.loading import load_blocks
 from vllm_specplus.image.chameleon import CODE, TEXT, Layout
 
 
@@ -258,23 +259,19 @@ class ChameleonForConditionalGeneration(nn.Module):
         return logits.masked_fill(self.forbidden[follows], float("-inf"))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        parameters, loaded = dict(self.named_parameters()), set()
-        for name, tensor in weights:
-            if name == _CODEBOOK:
-                self.codebook.copy_(self.picture_layout.by_token(tensor))
-            # Pictures are decoded elsewhere, and rotary tables made anew.
-            if name.startswith("model.vqmodel.") or name.endswith(".inv_freq"):
-                continue
-            place, shard = _place(name)
-            parameter = parameters[place]
-            if hasattr(parameter, "weight_loader"):
-                parameter.weight_loader(parameter, tensor, *shard)
-            else:
-                parameter.data.copy_(tensor)
-            loaded.add(place)
+        loaded = load_blocks(self, self._of_text(weights), _place)
         if not self.codebook.any():
             raise ValueError(f"the checkpoint has no {_CODEBOOK}, the codes of its pictures")
         return loaded
+
+    def _of_text(self, weights: Iterable[tuple[str, torch.Tensor]]):
+        """The parameters that are here; keeps the codebook, which is the VQ model's. Pictures are
+        decoded elsewhere, and rotary tables made anew."""
+        for name, tensor in weights:
+            if name == _CODEBOOK:
+                self.codebook.copy_(self.picture_layout.by_token(tensor))
+            if not name.startswith("model.vqmodel.") and not name.endswith(".inv_freq"):
+                yield name, tensor
 
 
 _CODEBOOK = "model.vqmodel.quantize.embedding.weight"

@@ -18,7 +18,8 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 
-from vllm_specplus.engine.models.llamagen import Backbone, load_blocks
+from vllm_specplus.engine.models.llamagen import Backbone, place
+from vllm_specplus.engine.models.loading import load_blocks
 from vllm_specplus.image.continuous.causal import CausalLatentsConfig
 from vllm_specplus.image.continuous.decoding import GuidedHead
 from vllm_specplus.image.continuous.head import MLPHead
@@ -101,5 +102,6 @@ class CausalLatentsForClassToImage(nn.Module):
         self.diffusion.load_state_dict(
             {name.removeprefix("head."): tensor.float() for name, tensor in head.items()}
         )
-        loaded = load_blocks(self, {f"model.{name}": tensor for name, tensor in given.items()})
+        inner = ((f"model.{name}", tensor) for name, tensor in given.items())
+        loaded = load_blocks(self, inner, place)
         return loaded | {name for name, _ in self.named_parameters() if name.startswith("diff")}

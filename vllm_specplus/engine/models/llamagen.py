@@ -41,6 +41,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.sequence import IntermediateTensors
 
+from vllm_specplus.engine.models.loading import load_blocks
 from vllm_specplus.image.llamagen import (
     LABELS,
     PROJECTION,
@@ -252,7 +253,8 @@ class LlamaGenForClassToImage(nn.Module):
         given["embeddings.weight"] = self.table(given)
         self.codebook.copy_(given.pop("codebook"))
         head = {name: given.pop(name) for name in list(given) if name.startswith("output.")}
-        return load_blocks(self, head | {f"model.{name}": t for name, t in given.items()})
+        inner = {f"model.{name}": tensor for name, tensor in given.items()}
+        return load_blocks(self, (head | inner).items(), place)
 
     def table(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
         """[vocab, hidden] what tokens are read as; takes what it needs out of ``given``."""
@@ -287,21 +289,7 @@ class LlamaGenForTextToImage(LlamaGenForClassToImage):
         return F.pad(codes, (0, 0, 0, self.config.vocab_size - len(codes)))
 
 
-def load_blocks(module: nn.Module, given: dict[str, torch.Tensor]) -> set[str]:
-    """Load a checkpoint's tensors into ``module``; the names of what was loaded."""
-    parameters, loaded = dict(module.named_parameters()), set()
-    for name, tensor in given.items():
-        place, shard = _place(name)
-        parameter = parameters[place]
-        if hasattr(parameter, "weight_loader"):
-            parameter.weight_loader(parameter, tensor, *shard)
-        else:
-            parameter.data.copy_(tensor)
-        loaded.add(place)
-    return loaded
-
-
-def _place(name: str) -> tuple[str, tuple[int, ...]]:
+def place(name: str) -> tuple[str, tuple[int, ...]]:
     """A checkpoint's parameter: its name here, and its shard of a merged one."""
     for i, part in enumerate(("w1", "w3")):
         if f".feed_forward.{part}." in name:
