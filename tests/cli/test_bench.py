@@ -446,6 +446,14 @@ def test_engines_take_turns_within_a_round(monkeypatch, tmp_path):
     assert settled == 3 * 6
 
 
+def test_rounds_end_when_every_engine_has_died(monkeypatch, tmp_path):
+    fails = dict.fromkeys(("none", "ngram", "suffix"), "RoundResult")
+    benchmark, _, settled = run_plan(monkeypatch, tmp_path, fails=fails)
+    assert [failure.stage for failure in benchmark.failures] == ["measure"] * 3
+    assert benchmark.sessions == []
+    assert settled == 3 * 6
+
+
 def test_a_single_engine_is_not_interrupted(monkeypatch, tmp_path):
     _, events, _ = run_plan(monkeypatch, tmp_path, pauses=True, methods=parse_methods("none"))
     assert all(event[0] != "pause" for event in events)

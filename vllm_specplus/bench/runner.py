@@ -392,7 +392,7 @@ class Benchmark:
         slice_s = SLICE_S if len(live) > 1 else None
         for number, questions in enumerate(rounds):
             start = RoundRequest(question_ids=[each.id for each in questions], slice_s=slice_s)
-            turns = deque((item, start) for item in rotated(lasting, number) if lasting)
+            turns = deque((item, start) for item in (rotated(lasting, number) if lasting else []))
             while turns:
                 item, request = turns.popleft()
                 session, engine = item.session, item.engine
