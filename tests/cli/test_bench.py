@@ -414,7 +414,13 @@ def run_plan(monkeypatch, tmp_path, *, fails=None, pauses=False, device="cpu", *
     )
     settled = []
     machine = MACHINE.model_copy(update={"device_type": device})
-    benchmark = Benchmark(plan, machine, tmp_path, lambda what, count: settled.append(count))
+    benchmark = Benchmark(
+        plan,
+        machine,
+        tmp_path,
+        lambda what, count: settled.append(count),
+        lambda so_far: process.events.append(("save", len(so_far.sessions))),
+    )
     benchmark.run()
     return benchmark, process.events, sum(settled)
 
@@ -428,6 +434,7 @@ def test_methods_take_turns_on_cpu(monkeypatch, tmp_path):
         *[("round", name, second) for name in ("ngram", "suffix", "none")],
         ("margins", "none", 6),
         *[("close", name) for name in ("suffix", "ngram", "none")],
+        ("save", 3),
     ]
     assert settled == 3 * 6
     suffix = benchmark.sessions[2]
@@ -444,6 +451,13 @@ def test_engines_take_turns_within_a_round(monkeypatch, tmp_path):
     ]
     assert [len(session.rounds) for session in benchmark.sessions] == [1, 1, 1]
     assert settled == 3 * 6
+
+
+def test_every_concurrency_is_saved_when_it_is_done(monkeypatch, tmp_path):
+    _, events, _ = run_plan(
+        monkeypatch, tmp_path, concurrencies=[1, 2], fails={"suffix": "EngineReady"}
+    )
+    assert [event for event in events if event[0] == "save"] == [("save", 2), ("save", 4)]
 
 
 def test_rounds_end_when_every_engine_has_died(monkeypatch, tmp_path):

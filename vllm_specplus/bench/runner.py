@@ -296,10 +296,18 @@ class Benchmark:
     """Carries out a plan; `sessions` and `failures` fill as it goes.
 
     `notify(what, settled)` tells what is being done (None: still the same), and how many questions
-    were answered or given up since the last call.
+    were answered or given up since the last call. `save` is called whenever a concurrency is done,
+    so that a long run that is interrupted leaves what it has.
     """
 
-    def __init__(self, plan: Plan, machine: MachineInfo, logs: Path, notify: Notify) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        machine: MachineInfo,
+        logs: Path,
+        notify: Notify,
+        save: "Callable[[Benchmark], None]",
+    ) -> None:
         self.plan = plan
         self.sequential = plan.sequential or machine.device_type != "cpu"
         self.engine_args = effective_engine_args(plan, machine, self.sequential)
@@ -307,6 +315,7 @@ class Benchmark:
         self.failures: list[Failure] = []
         self._logs = logs
         self._notify = notify
+        self._save = save
         self._unstartable: set[str] = set()
         self._engines = 0
 
@@ -319,6 +328,10 @@ class Benchmark:
         for repeat in range(self.plan.repeat):
             for concurrency in self.plan.concurrencies:
                 self._run_group(concurrency, repeat)
+                self._drop_incomplete()
+                self._save(self)
+
+    def _drop_incomplete(self) -> None:
         incomplete = {
             (failure.method.label, failure.concurrency)
             for failure in self.failures

@@ -4,6 +4,7 @@ import importlib.util
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -212,11 +213,14 @@ def bench(
         errors.print(f"Error: vLLM cannot be used: {exc}", markup=False, soft_wrap=True)
         errors.print(f"  log: {exc.log}", markup=False, soft_wrap=True)
         raise typer.Exit(FAILED) from exc
-    benchmark = run(plan, machine, logs, errors)
-    report = build_report(plan, machine, benchmark, {"dataset": str(dataset), "log_dir": str(logs)})
 
-    if json_path:
-        report.save(json_path)
+    def save(benchmark: Benchmark) -> None:
+        if json_path:
+            build_report(plan, machine, benchmark, sources).save(json_path)
+
+    sources = {"dataset": str(dataset), "log_dir": str(logs)}
+    benchmark = run(plan, machine, logs, errors, save)
+    report = build_report(plan, machine, benchmark, sources)
     print_report(Console(), report)
     if plot and report.runs:
         save_plot(report, plot)
@@ -358,7 +362,13 @@ def check_raw_prompts(data: Dataset, chat_template: bool) -> None:
             )
 
 
-def run(plan: Plan, machine: MachineInfo, logs: Path, console: Console) -> Benchmark:
+def run(
+    plan: Plan,
+    machine: MachineInfo,
+    logs: Path,
+    console: Console,
+    save: Callable[[Benchmark], None],
+) -> Benchmark:
     """Measure with a progress bar."""
     # Drawn at events only: a redrawing thread would take CPU time from what is measured.
     progress = Progress(
@@ -379,7 +389,7 @@ def run(plan: Plan, machine: MachineInfo, logs: Path, console: Console) -> Bench
             if what and not console.is_terminal:
                 console.print(what, markup=False)
 
-        benchmark = Benchmark(plan, machine, logs, notify)
+        benchmark = Benchmark(plan, machine, logs, notify, save)
         benchmark.run()
     return benchmark
 
