@@ -7,10 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
+from vllm_specplus.control.cost import PROFILE_ROWS, CostCurve, StepCost, StepShape
 
 CURVE = CostCurve(np.array([1, 8, 16, 64]), np.array([0.010, 0.010, 0.012, 0.036]))
 KEY = {"model": "m", "dtype": "bfloat16", "tensor_parallel_size": 1}
+
+
+def test_profiled_counts_show_where_tiles_end():
+    """Tiles of 6 rows, as of a CPU without matrix instructions: a 7th row is dear, the others
+    free. Interpolated from 4 to 8, rows 5 and 6 would seem to cost what the 7th does."""
+    rows = np.array(PROFILE_ROWS)
+    curve = CostCurve.fit(rows, np.ceil(rows / 6)[None])
+    small = np.arange(1, 34)
+    assert curve(small) == pytest.approx(np.ceil(small / 6))
 
 
 def test_curve_is_linear_between_points_and_beyond():
