@@ -3,10 +3,11 @@
     python benchmarks/draft_trees.py --model DIR --draft DIR --dataset question.jsonl \\
         --out benchmarks/results/draft_trees.json
 
-Every shape drafts ``--nodes`` nodes per step (policy "fixed") for the same questions, at
-every temperature; the questions run in groups, whose tokens per step give the mean and a
-95 % confidence interval, and whose differences to the chain are paired. Then what drafting
-costs: seconds per step and per node. Each shape runs in an engine of its own.
+Every shape drafts ``--nodes`` nodes per step (policy "fixed"), ``--width`` in a level, for the
+same questions at every temperature; the questions run in groups, whose tokens per step give
+the mean and a 95 % confidence interval, and whose differences to the chain and to independent
+paths are paired. Then what drafting costs: seconds per step and per node. Each shape runs in
+an engine of its own.
 """
 
 from __future__ import annotations
@@ -28,15 +29,23 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 COUNTED = ("request_steps", "output_tokens", "nodes_drafted", "draft_seconds", "verify_seconds")
 
 
-def shapes(nodes: int) -> dict[str, dict]:
-    """Label -> keys of the speculative config; ``nodes`` is a multiple of 3."""
+#: Whose differences to the others are reported.
+BASES = {
+    "chain": "chain, token by token",
+    "paths": "i.i.d. paths, recursive",
+    "k_seq": "i.i.d. paths, k-SEQ",
+}
+
+
+def shapes(nodes: int, width: int) -> dict[str, dict]:
+    """Label -> keys of the speculative config; ``nodes`` is a multiple of ``width``."""
     return {
         "chain, token by token": {"shape": "chain", "verification": "recursive"},
         "chain, block": {"shape": "chain", "verification": "block"},
         "i.i.d. paths, recursive": {"shape": "spectr", "verification": "recursive"},
         "i.i.d. paths, k-SEQ": {"shape": "spectr", "verification": "k_seq"},
         "RSD-C, recursive": {
-            "shape": "rsd_c", "branching": [3] + [1] * (nodes // 3 - 1),
+            "shape": "rsd_c", "branching": [width] + [1] * (nodes // width - 1),
             "verification": "recursive",
         },
         "RSD-S, recursive": {"shape": "rsd_s", "verification": "recursive"},
@@ -49,7 +58,7 @@ def measure(args: argparse.Namespace, keys: dict) -> dict[str, list]:
     """temperature -> one list of COUNTED per group of questions."""
     from vllm import LLM, SamplingParams
 
-    width = {} if keys["shape"] in ("chain", "rsd_c") else {"width": 3}
+    width = {} if keys["shape"] in ("chain", "rsd_c") else {"width": args.width}
     llm = LLM(
         model=args.model,
         max_model_len=2048,
@@ -80,19 +89,20 @@ def measure(args: argparse.Namespace, keys: dict) -> dict[str, list]:
     return out
 
 
-def summary(groups: np.ndarray, chain: np.ndarray) -> dict[str, float]:
-    """``groups``, ``chain`` float [G, COUNTED]."""
+def summary(groups: np.ndarray, bases: dict[str, np.ndarray]) -> dict[str, float]:
+    """``groups`` and each base: float [G, COUNTED]."""
     steps, tokens, nodes, drafting, verifying = groups.sum(0)
-    each, other = groups[:, 1] / groups[:, 0], chain[:, 1] / chain[:, 0]
+    each = groups[:, 1] / groups[:, 0]
     half = 1.96 / np.sqrt(len(each))
-    return {
-        "tokens_per_step": tokens / steps,
-        "tokens_per_step_ci": half * each.std(ddof=1),
-        "over_chain": float((each - other).mean()),
-        "over_chain_ci": float(half * (each - other).std(ddof=1)),
-        "draft_ms_per_node": 1e3 * drafting / nodes,
+    found = {"tokens_per_step": tokens / steps, "tokens_per_step_ci": half * each.std(ddof=1)}
+    for name, base in bases.items():
+        gain = each - base[:, 1] / base[:, 0]
+        found |= {f"over_{name}": gain.mean(), f"over_{name}_ci": half * gain.std(ddof=1)}
+    found |= {
+        "draft_ms_per_node": 1e3 * drafting / nodes, "draft_ms_per_step": 1e3 * drafting / steps,
         "verify_ms_per_node": 1e3 * verifying / nodes,
-    }
+    }  # fmt: skip
+    return {name: float(value) for name, value in found.items()}
 
 
 def main() -> None:
@@ -101,6 +111,8 @@ def main() -> None:
     parser.add_argument("--draft", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--nodes", type=int, default=12)
+    parser.add_argument("--width", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", help="labels; by default all")
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -108,32 +120,35 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    every = shapes(args.nodes, args.width)
     if args.child:
         label, path = json.loads(args.child)
-        Path(path).write_text(json.dumps(measure(args, shapes(args.nodes)[label])))
+        Path(path).write_text(json.dumps(measure(args, every[label])))
         return
     raw = {}
     with tempfile.TemporaryDirectory() as folder:
-        for label in shapes(args.nodes):
+        for label in args.shapes or every:
             path = f"{folder}/result.json"
             command = [sys.executable, *sys.argv, "--child", json.dumps([label, path])]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             raw[label] = json.loads(Path(path).read_text())
             print(f"measured: {label}", flush=True)
-    chain = raw["chain, token by token"]
-    results = {
-        temperature: {
-            label: summary(np.array(of[temperature]), np.array(chain[temperature]))
-            for label, of in raw.items()
+    measured = {name: label for name, label in BASES.items() if label in raw}
+    results = {}
+    for temperature in map(str, args.temperatures):
+        bases = {name: np.array(raw[label][temperature]) for name, label in measured.items()}
+        results[temperature] = {
+            label: summary(np.array(of[temperature]), bases) for label, of in raw.items()
         }
-        for temperature in chain
-    }
     for temperature, rows in results.items():
-        print(f"\ntemperature {temperature}, {args.nodes} nodes: tokens per step, over the chain")
+        print(f"\ntemperature {temperature}, {args.nodes} nodes, {args.width} in a level")
         for label, row in rows.items():
+            gains = "".join(
+                f"   over {name} {row[f'over_{name}']:+.3f} ±{row[f'over_{name}_ci']:.3f}"
+                for name in measured
+            )
             print(
-                f"  {label:24} {row['tokens_per_step']:.3f} ±{row['tokens_per_step_ci']:.3f}"
-                f"   {row['over_chain']:+.3f} ±{row['over_chain_ci']:.3f}"
+                f"  {label:24} {row['tokens_per_step']:.3f} ±{row['tokens_per_step_ci']:.3f}{gains}"
                 f"   draft {row['draft_ms_per_node']:.2f} ms/node"
                 f"   verify {row['verify_ms_per_node']:.2f} ms/node"
             )
@@ -142,7 +157,8 @@ def main() -> None:
 
         setting = {
             "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
-            "nodes": args.nodes, "questions": args.questions, "groups": args.groups,
+            "nodes": args.nodes, "width": args.width,
+            "questions": args.questions, "groups": args.groups,
             "max_tokens": args.max_tokens, "counted": COUNTED,
         }  # fmt: skip
         document = {"setting": setting, "summary": results, "groups": raw}

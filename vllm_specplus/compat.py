@@ -133,8 +133,19 @@ HOOKS = (
     Hook(
         _RUNNER + "propose_draft_token_ids",
         "drafting",
-        ("scheduler_output", "sampled_token_ids", "hidden_states"),
+        ("scheduler_output", "sampled_token_ids", "hidden_states", "aux_hidden_states"),
     ),
+    Hook(
+        _RUNNER + "_get_eagle3_aux_layers_from_config", "which hidden states an EAGLE-3 head reads"
+    ),
+    Hook(
+        _RUNNER + "initialize_kv_cache",
+        "pages for an EAGLE head beside the target's",
+        ("kv_cache_config",),
+    ),
+    Hook(_RUNNER + "get_kv_cache_spec", "the same"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.determine_available_memory", "the same"),
+    Hook("vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory", "the same"),
     Hook(_RUNNER + "sample_tokens", "end of a step", ("grammar_output",)),
     Hook(
         "vllm.v1.worker.gpu_model_runner:ExecuteModelState",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from vllm_specplus.drafting import eagle_checkpoint
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.retrieval import datastore
 from vllm_specplus.samplers import judge
@@ -475,8 +476,6 @@ class ShapedDraftConfig(MethodConfig):
     """Children of every node, level by level, of rsd_c."""
     verification: Literal["recursive", "block", "traversal", "k_seq"] | None = None
     """How sampled nodes are accepted; by default the best rule for the shape."""
-    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
-    """The draft's own keys and values; requests beyond it go undrafted."""
 
     @model_validator(mode="after")
     def _shape_fits(self):
@@ -551,6 +550,8 @@ class DraftTreeConfig(ShapedDraftConfig):
     head_tokens: Annotated[int, Field(ge=2)] | None = None
     """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
     of frequency, and the output layer is most of a small draft (arXiv 2502.14856)."""
+    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    """The draft's own keys and values; requests beyond it go undrafted."""
 
     @model_validator(mode="after")
     def _model_runs(self):
@@ -586,8 +587,30 @@ class EasySpecConfig(DraftTreeConfig):
         return self
 
 
+class EagleTreeConfig(ShapedDraftConfig):
+    """``{"method": "eagle_tree", "model": "...", ...}``; see ``proposers/eagle_tree.py``."""
+
+    fuses: ClassVar[bool] = False
+
+    method: Literal["eagle_tree"] = "eagle_tree"
+    model: str
+    """Folder of an EAGLE or EAGLE-3 head that was trained for the target."""
+
+    @model_validator(mode="after")
+    def _head_runs(self):
+        eagle_checkpoint.read_config(self.model)
+        return self
+
+    def check_target(self, target: Target) -> None:
+        head = eagle_checkpoint.read_config(self.model)
+        eagle_checkpoint.check_target(head, self.model, target)
+
+
 class SelfSpeculationConfig(ShapedDraftConfig):
     """Keys of the methods that draft with the target's own layers."""
+
+    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    """The draft's own keys and values; requests beyond it go undrafted."""
 
     def check_target(self, target: Target) -> None:
         if target.family not in draft_model.FAMILIES:
@@ -755,6 +778,7 @@ class RasdConfig(MethodConfig):
 METHODS: dict[str, type[MethodConfig]] = {
     "cspd": CspdConfig,
     "draft_tree": DraftTreeConfig,
+    "eagle_tree": EagleTreeConfig,
     "early_exit": EarlyExitConfig,
     "easyspec": EasySpecConfig,
     "jacobi": JacobiConfig,

@@ -13,29 +13,104 @@ the first pass, and needs no bookkeeping of which node ended where; a layer-para
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 
-from vllm_specplus.drafting.cache import PAGE, PagedCache
+from vllm_specplus.drafting.cache import PAGE, PagedCache, PageStore
 from vllm_specplus.drafting.model import LayeredModel
 
 #: A text with more news than this, a prompt, is read by itself, so many tokens at a time.
 PROMPT_ROWS, PROMPT_CHUNK = 32, 256
 
 
-class DraftExecutor:
+class TreeExecutor(ABC):
+    """Grows the trees of a round behind texts whose keys and values are in ``cache``."""
+
+    def __init__(self, model: LayeredModel, cache: PageStore, page: int, max_nodes: int):
+        """``page``: slots per page of ``cache``; ``max_nodes``: of one request's tree."""
+        self.model = model
+        self.cache = cache
+        self.max_nodes = max_nodes
+        self._page = page
+
+    def _start_trees(
+        self, lengths: torch.Tensor, table: torch.Tensor, first_slots: torch.Tensor,
+        text: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Of R requests: ``lengths`` int64 [R] rows of their texts; ``table`` int64 [R, P]
+        their pages; ``first_slots`` int64 [R] where, in the slots of these, the nodes go;
+        ``text`` bool [R, slots] which of them hold text."""
+        self._length, self._table, self._first_slot, self._text = lengths, table, first_slots, text
+        device = self.model.device
+        size = (len(lengths), self.max_nodes, self.max_nodes)
+        self._ancestors = torch.zeros(size, dtype=torch.bool, device=device)
+        self._depth = torch.zeros(size[:2], dtype=torch.int64, device=device)
+        self._nodes = 0
+
+    @torch.inference_mode()
+    def grow(
+        self, active: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
+    ) -> torch.Tensor:
+        """Add a level of ``w`` nodes to some of the trees; float32 [A, w, V] logits.
+
+        ``active`` int64 [A] which requests of the round, always among the active ones of
+        the level before; ``tokens`` int64 [A, w]; ``parents`` int64 [A, w] nodes in the
+        order they were added, -1 for the text's last token.
+        """
+        count, width = tokens.shape
+        first, self._nodes = self._nodes, self._nodes + width
+        row = active[:, None]
+        top = parents.clamp(min=0)
+        below_root = parents < 0
+        ancestors = self._ancestors[row, top] & ~below_root[..., None]
+        own = torch.arange(first, first + width, device=tokens.device)
+        ancestors[:, torch.arange(width, device=tokens.device), own] = True
+        depth = torch.where(below_root, 0, self._depth[row, top] + 1)
+        self._ancestors[row, own] = ancestors
+        self._depth[row, own] = depth
+
+        table, first_slot = self._table[active], self._first_slot[active][:, None]
+        place = first_slot + own
+        slots = table.gather(1, place // self._page) * self._page + place % self._page
+        seen = torch.arange(table.shape[1] * self._page, device=tokens.device)
+        node = seen - first_slot  # [A, S]: which node a slot holds, if it holds one
+        is_node = (node >= 0) & (node < self._nodes)
+        index = node.clamp(0, self.max_nodes - 1)[:, None].expand(count, width, len(seen))
+        text = self._text[active][:, None]
+        mask = torch.where(is_node[:, None], ancestors.gather(2, index), text)
+        positions = self._length[active][:, None] + depth
+        return self.model.logits(
+            self._level(active, own, parents, tokens, positions, slots, table, mask)
+        )
+
+    @abstractmethod
+    def _level(
+        self, active: torch.Tensor, own: torch.Tensor, parents: torch.Tensor,
+        tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+        table: torch.Tensor, mask: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states [A, w, d] of the nodes ``own`` int64 [w]; see :meth:`grow` and
+        ``DraftExecutor._forward`` for the rest."""
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)
+
+
+class DraftExecutor(TreeExecutor):
     """Runs ``model`` for all requests of a step; holds their KV cache."""
+
+    cache: PagedCache
 
     def __init__(self, model: LayeredModel, max_slots: int, max_nodes: int):
         """``max_slots``: tokens and nodes the cache can hold, over all requests;
         ``max_nodes``: of one request's tree."""
-        self.model = model
-        self.max_nodes = max_nodes
         pages = 1 + -(-max_slots // PAGE)
-        self.cache = PagedCache(
+        cache = PagedCache(
             model.attention_layers, model.kv_heads, model.head_dim, pages, model.dtype, model.device
         )
-        self._requests: list[str] = []
+        super().__init__(model, cache, PAGE, max_nodes)
 
     def forget(self, request: str) -> None:
         self.cache.release(request)
@@ -66,7 +141,10 @@ class DraftExecutor:
         hidden = self._read(requests, news, known)
         for name, text in zip(requests, texts, strict=True):
             self.cache.remember(name, text)
-        self._start_trees(requests, texts)
+        lengths = torch.tensor([len(text) for text in texts], device=hidden.device)
+        table = self._to_device(self.cache.table(requests))
+        seen = torch.arange(table.shape[1] * PAGE, device=hidden.device)
+        self._start_trees(lengths, table, lengths, seen < lengths[:, None])
         last = torch.tensor([len(new) - 1 for new in news], device=hidden.device)
         return self.model.logits(hidden[torch.arange(len(news), device=hidden.device), last])
 
@@ -92,53 +170,10 @@ class DraftExecutor:
             self._to_device(tokens), positions, self._to_device(slots), table, mask, exact=True
         )
 
-    # -- tree -------------------------------------------------------------------------
-
-    def _start_trees(self, requests: list[str], texts: list[np.ndarray]) -> None:
-        self._requests = requests
-        device = self.model.device
-        self._length = torch.tensor([len(text) for text in texts], device=device)
-        self._table = self._to_device(self.cache.table(requests))
-        size = (len(requests), self.max_nodes, self.max_nodes)
-        self._ancestors = torch.zeros(size, dtype=torch.bool, device=device)
-        self._depth = torch.zeros(size[:2], dtype=torch.int64, device=device)
-        self._nodes = 0
-
-    @torch.inference_mode()
-    def grow(
-        self, active: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
-    ) -> torch.Tensor:
-        """Add a level of ``w`` nodes to some of the trees; float32 [A, w, V] logits.
-
-        ``active`` int64 [A] which requests of :meth:`begin`, always among the active ones of
-        the level before; ``tokens`` int64 [A, w]; ``parents`` int64 [A, w] nodes in the
-        order they were added, -1 for the text's last token.
-        """
-        count, width = tokens.shape
-        first, self._nodes = self._nodes, self._nodes + width
-        row = active[:, None]
-        top = parents.clamp(min=0)
-        below_root = parents < 0
-        ancestors = self._ancestors[row, top] & ~below_root[..., None]
-        own = torch.arange(first, first + width, device=tokens.device)
-        ancestors[:, torch.arange(width, device=tokens.device), own] = True
-        depth = torch.where(below_root, 0, self._depth[row, top] + 1)
-        self._ancestors[row, own] = ancestors
-        self._depth[row, own] = depth
-
-        length, table = self._length[active], self._table[active]
-        place = length[:, None] + own
-        slots = table.gather(1, place // PAGE) * PAGE + place % PAGE
-        seen = torch.arange(table.shape[1] * PAGE, device=tokens.device)
-        node = seen - length[:, None]  # [A, S]: which node a slot holds, negative: text
-        is_node = (node >= 0) & (node < self._nodes)
-        index = node.clamp(0, self.max_nodes - 1)[:, None].expand(count, width, len(seen))
-        mask = torch.where(is_node[:, None], ancestors.gather(2, index), (node < 0)[:, None])
-        positions = length[:, None] + depth
-        hidden = self._forward(tokens, positions, slots, table, mask, exact=False)
-        return self.model.logits(hidden)
-
     # -- layers -------------------------------------------------------------------------
+
+    def _level(self, active, own, parents, tokens, positions, slots, table, mask):
+        return self._forward(tokens, positions, slots, table, mask, exact=False)
 
     def _forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
@@ -157,6 +192,3 @@ class DraftExecutor:
             hidden = hidden + model.attention(layer, hidden, rotary, mask, self.cache)
             hidden = hidden + model.mlp(layer, hidden)
         return hidden
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)

@@ -74,6 +74,11 @@ class Drafter:
             self.proposer.load_draft(next(model.parameters()).device, self._dtype)
             self.proposer.warm_up()
 
+    def share_pages(self, pages: int, page: int, max_requests: int) -> None:
+        """See ``Proposer.share_pages``."""
+        if self._first_rank:
+            self.proposer.share_pages(pages, page, max_requests)
+
     def propose(self, *args, **kwargs):
         """vLLM's plain interface gives a drafter neither logits nor trees."""
         raise RuntimeError(

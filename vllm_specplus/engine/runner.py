@@ -33,7 +33,13 @@ from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.kernels import native
-from vllm_specplus.proposers.base import LatentStep, Observation, Sampling, StepContext
+from vllm_specplus.proposers.base import (
+    LatentStep,
+    Observation,
+    Sampling,
+    StepContext,
+    TargetRows,
+)
 from vllm_specplus.samplers import lossless, relaxed
 from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.samplers.interchangeable import Relaxation, RelaxedRule, make_rule
@@ -148,6 +154,8 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.drafter.proposer.hidden_layers is not None:
+            self.use_aux_hidden_state_outputs = True
         self._wishes: dict[str, Wishes] = {}
         self._relaxed_rule: RelaxedRule | None = None
 
@@ -299,6 +307,25 @@ class TreeRunnerMixin(ImageRowsMixin):
         layout = getattr(self.get_model(), "picture_layout", None)
         if layout is not None:
             self._pictures = PictureRows(layout, self._to_device)
+
+    def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
+        return self.drafter.proposer.hidden_layers or None
+
+    def kv_share(self) -> float:
+        """Which part of the memory for keys and values is the target's own."""
+        target = sum(
+            each.page_size_bytes / each.block_size for each in self.get_kv_cache_spec().values()
+        )
+        return target / (target + self.drafter.proposer.slot_bytes())
+
+    def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if not self.drafter.proposer.reads_hidden:
+            return
+        (group,) = kv_cache_config.kv_cache_groups
+        page = self.input_batch.block_table[0].block_size
+        pages = kv_cache_config.num_blocks * group.kv_cache_spec.block_size // page
+        self.drafter.share_pages(pages, page, self.max_num_reqs)
 
     def _describe(self, scheduler_output, num_scheduled: np.ndarray) -> Step:
         batch = self.input_batch
@@ -588,7 +615,7 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def propose_draft_token_ids(
         self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states,
-        *args, **kwargs,
+        sample_hidden_states, aux_hidden_states, *args, **kwargs,
     ):  # fmt: skip
         step, batch = self._step, self.input_batch
         num_reqs = batch.num_reqs
@@ -629,10 +656,38 @@ class TreeRunnerMixin(ImageRowsMixin):
                 row_starts=step.rows.starts,
                 laws=step.laws,
                 latents=self._latents(),
+                target_rows=self._target_rows(step, hidden_states, aux_hidden_states),
             )
         )
         split = drafts.split()
         return split if self._pictures is None else self._pictures.cut(split, batch)
+
+    def _target_rows(
+        self, step: Step, hidden: torch.Tensor, layers: list[torch.Tensor] | None
+    ) -> TargetRows | None:
+        """What was computed for the rows that are on the kept texts: of a prompt all, of a tree
+        the accepted path."""
+        if not self.drafter.proposer.reads_hidden:
+            return None
+        path, counts = step.acceptance.path, np.diff(step.rows.starts)
+        before = step.num_scheduled - counts  # rows of a prompt that are not verified
+        kept = before + step.acceptance.lengths
+        starts = np.zeros(len(kept) + 1, np.int64)
+        np.cumsum(kept, out=starts[1:])
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], kept)
+        rows = np.repeat(np.cumsum(step.num_scheduled) - step.num_scheduled, kept) + within
+        request, column = np.nonzero(path >= 0)
+        at = starts[request] + before[request] + column
+        rows[at] = step.batch_rows[step.rows.starts[request] + path[request, column]]
+        positions = within + np.repeat(self.input_batch.num_computed_tokens_cpu[: len(kept)], kept)
+        index = self._to_device(rows)
+        states = [hidden] if layers is None else layers
+        return TargetRows(
+            states=torch.cat([each[index] for each in states], -1),
+            positions=positions.astype(np.int64),
+            starts=starts,
+            pages=self.input_batch.block_table[0].block_table.np,
+        )
 
     def _latents(self) -> LatentStep | None:
         """Of a model whose tokens are latents."""
@@ -750,6 +805,10 @@ class DiscardedDrawsMixin:
 
 class UndraftedMixin:
     """A stock runner under a worker of ours."""
+
+    def kv_share(self) -> float:
+        """Nobody shares it."""
+        return 1.0
 
     def profile_step_cost(self) -> None:
         """Nothing would be decided by it."""

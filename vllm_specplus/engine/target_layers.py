@@ -95,5 +95,9 @@ class TargetLayers:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> float32 [..., vocab_size]."""
-        rows = self._inner.norm(hidden.flatten(0, -2))
-        return self._model.compute_logits(rows).float().view(*hidden.shape[:-1], -1)
+        return self.output(self._inner.norm(hidden.flatten(0, -2))).view(*hidden.shape[:-1], -1)
+
+    def output(self, normed: torch.Tensor) -> torch.Tensor:
+        """The output layer alone: [..., hidden] -> float32 [..., vocab_size]."""
+        rows = normed.flatten(0, -2)
+        return self._model.compute_logits(rows).float().view(*normed.shape[:-1], -1)

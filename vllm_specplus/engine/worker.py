@@ -30,6 +30,9 @@ class TreeCPUWorker(CPUWorker):
         finally:
             module.CPUModelRunner = stock
 
+    def determine_available_memory(self) -> int:
+        return int(super().determine_available_memory() * self.model_runner.kv_share())
+
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()
         self.model_runner.profile_step_cost()
@@ -56,6 +59,9 @@ class TreeGPUWorker(Worker):
             "vllm_specplus.engine.attention.cuda.TreeTritonBackend",
         )
         return self._runner_class()(self.vllm_config, self.device)
+
+    def determine_available_memory(self) -> int:
+        return int(super().determine_available_memory() * self.model_runner.kv_share())
 
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 REGISTRY: dict[str, str] = {
     "cspd": "vllm_specplus.proposers.cspd:Cspd",
     "draft_tree": "vllm_specplus.proposers.draft_tree:DraftTree",
+    "eagle_tree": "vllm_specplus.proposers.eagle_tree:EagleTree",
     "early_exit": "vllm_specplus.proposers.early_exit:EarlyExit",
     "easyspec": "vllm_specplus.proposers.easyspec:EasySpec",
     "jacobi": "vllm_specplus.proposers.jacobi:Jacobi",

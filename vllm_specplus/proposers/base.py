@@ -72,6 +72,22 @@ class LatentStep:
 
 
 @dataclass(slots=True)
+class TargetRows:
+    """What the target computed for the K rows of a step that are on the kept texts, prompts
+    among them; request by request, consecutive positions."""
+
+    states: torch.Tensor
+    """[K, n * hidden] on its device: hidden states behind its last norm, or entering each of
+    the layers a proposer asks for (``hidden_layers``)."""
+    positions: np.ndarray
+    """int64 [K] in the texts."""
+    starts: np.ndarray
+    """int64 [R + 1] first row of each request."""
+    pages: np.ndarray
+    """int32 [R, P] numbers of the target's KV pages that hold each text, a view."""
+
+
+@dataclass(slots=True)
 class StepContext:
     """One decoding step of R requests, after verification."""
 
@@ -107,6 +123,8 @@ class StepContext:
     each not yet included."""
     latents: LatentStep | None = None
     """None: tokens are tokens."""
+    target_rows: TargetRows | None = None
+    """For proposers that ask (``reads_hidden``)."""
 
 
 def bare_step(sources: Sequence[Source], texts: np.ndarray, max_nodes: int) -> StepContext:
@@ -150,6 +168,12 @@ class Proposer(ABC):
     """Does :meth:`observe_prompt` want the prompt's rows? They cost the target's
     output layer over the whole prompt."""
 
+    reads_hidden: bool = False
+    """Does it draft from the target's hidden states?"""
+    hidden_layers: tuple[int, ...] | None = None
+    """Those entering these layers, as vLLM counts for EAGLE-3; empty: its choice for the
+    target; None: those behind the target's last norm."""
+
     def __init__(self, config: Any, vocab_size: int, fingerprint: str):
         """``config``: the method's model from :mod:`vllm_specplus.config`;
         ``vocab_size``: the target's, padding included; ``fingerprint``: names the
@@ -182,6 +206,14 @@ class Proposer(ABC):
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Load the method's own model, if it has one, to the target's device and dtype."""
+
+    def slot_bytes(self) -> int:
+        """What it keeps for every slot of the target's KV cache, which is made smaller for it."""
+        return 0
+
+    def share_pages(self, pages: int, page: int, max_requests: int) -> None:  # noqa: B027
+        """The target has its KV cache: so many pages of ``page`` slots, for a batch of at most
+        ``max_requests``."""
 
     def warm_up(self) -> None:  # noqa: B027
         """Compile or load whatever else the first step should not wait for."""

@@ -1,0 +1,127 @@
+"""Trees from EAGLE heads in the real engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.eagle_heads import save_head
+from tests.engine import harness
+from tests.engine.conftest import VOCAB, build_model
+from tests.engine.test_sampling import TOKENS, chi_square, joint_probabilities
+
+pytestmark = pytest.mark.engine
+
+FIXED, GOODPUT = {"policy": "fixed"}, {"policy": "goodput"}
+
+
+def spec(head, **keys):
+    base = {"method": "eagle_tree", "num_speculative_tokens": 12, "control": FIXED}
+    return base | {"model": head, **keys}
+
+
+def single_layer(path: Path, vocab: int, spread: float) -> tuple[str, str]:
+    """A target of one layer, and an EAGLE head that is the same layer.
+
+    The target's embeddings have norm 1 per unit, so that its first normalisation, which EAGLE
+    heads leave out, does nothing; ``fc`` takes the embedding and leaves the hidden state. All
+    that the head lacks is the text's first token.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    target = build_model(path / "target", vocab, spread)
+    model = LlamaForCausalLM.from_pretrained(target, dtype=torch.float32)
+    model.config.num_hidden_layers = 1
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        embedding /= embedding.pow(2).mean(-1, keepdim=True).sqrt()
+    layers = model.model.layers
+    model.model.layers = layers[:1]
+    model.save_pretrained(target)
+    hidden = model.config.hidden_size
+    tensors = {
+        f"layers.0.{name}": weight.detach().clone()
+        for name, weight in layers[0].named_parameters()
+        if not name.startswith("input_layernorm")
+    }
+    tensors["fc.weight"] = torch.cat((torch.eye(hidden), torch.zeros(hidden, hidden)), 1)
+    head = path / "head"
+    head.mkdir()
+    save_file(tensors, head / "model.safetensors")
+    (head / "config.json").write_text((Path(target) / "config.json").read_text())
+    return target, str(head)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> tuple[str, str]:
+    return single_layer(tmp_path_factory.mktemp("single"), VOCAB, 0.25)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"shape": "topk"}, {"shape": "rsd_s"}, {"shape": "rsd_s", "control": GOODPUT}],
+    ids=["topk", "rsd_s", "goodput"],
+)
+def test_greedy_text_is_the_same(tmp_path, tiny_engine, mixed_requests, single, keys):
+    """Chunked prefill, prefix caching, preemption, penalties; and the head is nearly right."""
+    target, head = single
+    engine = tiny_engine | {"model": target}
+    batches = [{"requests": mixed_requests}] * 2
+    plain = harness.run(tmp_path, engine, batches)
+    assert plain["preemptions"] > 0
+    config = {"speculative_config": spec(head, **keys)}
+    result = harness.run(tmp_path, engine | config, batches, "fixed_prices")
+    assert harness.ids(result) == harness.ids(plain)
+    assert harness.ids(result, 1) == harness.ids(plain, 1)
+    counters = result["counters"]
+    assert counters["draft_failures"] == 0
+    if "control" not in keys:
+        assert counters["nodes_accepted"] > 2 * counters["request_steps"]
+
+
+@pytest.mark.parametrize("generation", [1, 3])
+def test_greedy_text_is_the_same_with_a_head_that_is_wrong(
+    tmp_path, tiny_engine, mixed_requests, plain, tiny_model, generation
+):
+    """A random one; of EAGLE-3 with states of three layers, and with few tokens of its own."""
+    own = {} if generation == 1 else {"own_tokens": 100}
+    head = save_wide_head(tmp_path / "head", tiny_model, generation, **own)
+    config = {"speculative_config": spec(head)}
+    result = harness.run(tmp_path, tiny_engine | config, [{"requests": mixed_requests}])
+    assert harness.ids(result) == harness.ids(plain)
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_drafted"] > 1000
+
+
+def save_wide_head(path: Path, target: str, generation: int, **keys) -> str:
+    """A random head for a target of other sizes than its own."""
+    config = json.loads((Path(target) / "config.json").read_text())
+    return save_head(path, generation, config["vocab_size"], hidden=config["hidden_size"], **keys)
+
+
+@pytest.mark.parametrize("keys", [{"shape": "rsd_s", "width": 3}, {"shape": "topk", "width": 3}])
+def test_sampled_text_has_the_targets_distribution(tmp_path, tmp_path_factory, keys):
+    target, head = single_layer(tmp_path_factory.mktemp("small"), 32, 0.12)
+    engine = {
+        "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
+        "max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096,
+        "speculative_config": spec(head, **keys),
+    }  # fmt: skip
+    prompt, samples = [5, 9, 17, 3, 21], 8_000
+    params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
+    batch = {"prompt": prompt, "params": params | {"detokenize": False}, "repeat": samples}
+    result = harness.run(tmp_path, engine, [batch])
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 0.5 * samples
+    texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
+    assert chi_square(joint_probabilities(target, prompt, 6), texts) > 1e-3
+
+
+def test_a_head_for_another_target_is_refused_before_the_start(tmp_path, tiny_engine):
+    config = {"speculative_config": spec(save_head(tmp_path / "head", 3, VOCAB))}
+    with pytest.raises(RuntimeError, match="of 64 hidden units, and this one has 128"):
+        harness.run(tmp_path, tiny_engine | config, [{"requests": []}])

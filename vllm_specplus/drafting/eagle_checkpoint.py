@@ -1,0 +1,196 @@
+"""What an EAGLE head's folder holds, and which targets it fits; see ``drafting/eagle.py``.
+
+Reads shapes, no weights, and imports no torch: for checking a user's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_specplus.drafting.model import FAMILIES, DraftModelError
+
+if TYPE_CHECKING:
+    from vllm_specplus.config import Target
+
+#: Keys of ``config.json`` that describe the layer, as transformers' ``LlamaConfig`` has them.
+_LAYER_KEYS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "attention_bias", "mlp_bias",
+)  # fmt: skip
+_LAYER = tuple(
+    f"layer.{name}.weight"
+    for name in (
+        *(f"self_attn.{part}_proj" for part in "qkvo"),
+        *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+        "post_attention_layernorm",
+    )
+)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What a head's folder says."""
+
+    generation: int
+    """1 (EAGLE, EAGLE-2) or 3."""
+    layer: dict[str, Any]
+    """Keys of ``LlamaConfig``."""
+    hidden_size: int
+    target_hidden_size: int
+    vocab_size: int
+    states: int
+    """How many of the target's hidden states it reads at every position."""
+    layer_ids: tuple[int, ...] | None
+    """Which, as vLLM counts them: ``n`` is what enters layer ``n``. None: the target's
+    default."""
+    tensors: frozenset[str]
+    """What the files hold, by the names of :func:`canonical`."""
+    norm_before_residual: bool
+    norm_output: bool
+
+
+def canonical(name: str) -> str:
+    """A tensor's name, the same for all writers of checkpoints."""
+    name = name.removeprefix("model.")
+    for prefix in ("midlayer.", "layers.0."):
+        if name.startswith(prefix):
+            return "layer." + name.removeprefix(prefix)
+    return name
+
+
+def read_config(folder: str) -> HeadConfig:
+    """Check a head's folder; DraftModelError if it cannot be run here."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise DraftModelError(
+            f"EAGLE head {folder!r} is not a Hugging Face folder (it has no config.json)"
+        )
+    try:
+        raw = json.loads((path / "config.json").read_text())
+        if raw.get("speculators_model_type") not in (None, "eagle3"):
+            raise DraftModelError(
+                f"EAGLE head {folder!r} is a speculator of type "
+                f"{raw['speculators_model_type']!r} (supported: eagle3)"
+            )
+        # `speculators` writes the layer's own config inside; some of vLLM's keys as well.
+        config = raw | raw.get("transformer_layer_config", {}) | raw.get("eagle_config", {})
+        shapes = _shapes(path)
+        generation = 3 if "layer.hidden_norm.weight" in shapes else 1
+        problem = _unrunnable(config, shapes, generation)
+        if problem:
+            raise DraftModelError(f"EAGLE head {folder!r} {problem}")
+        hidden, reads = shapes["fc.weight"]
+        target = int(config.get("target_hidden_size") or config["hidden_size"])
+        states = reads // target if generation == 3 else 1
+        layer_ids = config.get("eagle_aux_hidden_state_layer_ids")
+        if generation == 3 and (reads % target or len(layer_ids or range(states)) != states):
+            raise DraftModelError(
+                f"EAGLE head {folder!r} reads {reads} units, which are not the states of "
+                f"{len(layer_ids or range(3))} layers of {target} units"
+            )
+        return HeadConfig(
+            generation=generation,
+            layer={key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
+            hidden_size=hidden,
+            target_hidden_size=target,
+            vocab_size=int(config["vocab_size"]),
+            states=states,
+            layer_ids=tuple(layer_ids) if layer_ids else None,
+            tensors=frozenset(shapes),
+            norm_before_residual=bool(
+                config.get("norm_before_residual", "speculators_model_type" in raw)
+            ),
+            norm_output=bool(config.get("norm_output", False)),
+        )
+    except DraftModelError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DraftModelError(
+            f"EAGLE head {folder!r}: its config or weights are unreadable: {error!r}"
+        ) from None
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor in the folder's safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DraftModelError(
+            f"EAGLE head {str(folder)!r} holds no .safetensors file: save its weights as one "
+            f"(pickled files are not read)"
+        )
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    shapes[canonical(name)] = tuple(opened.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise DraftModelError(f"{file} is no safetensors file: {error}") from None
+    return shapes
+
+
+def _unrunnable(config: dict, shapes: dict[str, tuple[int, ...]], generation: int) -> str | None:
+    """What is wrong with a head, or None."""
+    required, optional = {"fc.weight", *_LAYER}, {"embed_tokens.weight", "lm_head.weight"}
+    optional |= {"layer.self_attn.rotary_emb.inv_freq"}  # follows from the config
+    if generation == 3:
+        required |= {f"layer.{n}.weight" for n in ("hidden_norm", "input_layernorm")}
+        required |= {"norm.weight"}
+        optional |= {"d2t", "t2d", "input_norm.weight"}
+        optional |= {name for name in shapes if name.startswith("fc_norm.")}
+    else:
+        optional |= {"fc.bias"}
+    if config.get("attention_bias"):
+        required |= {f"layer.self_attn.{part}_proj.bias" for part in "qkvo"}
+    if config.get("quantization_config"):
+        return "is quantized: use its unquantized original"
+    if config.get("model_type") not in (None, "llama", "eagle", "speculator_model"):
+        layer = config["model_type"]
+        if layer not in FAMILIES:
+            return f"has a layer of type {layer!r} (supported: llama)"
+    if missing := sorted(required - shapes.keys()):
+        return f"is no EAGLE head: it lacks {', '.join(missing[:3])}"
+    if unknown := sorted(shapes.keys() - required - optional):
+        return f"has tensors that are unknown here: {', '.join(unknown[:3])}"
+    (known,) = shapes.get("d2t", (config["vocab_size"],))
+    if "d2t" in shapes and "lm_head.weight" not in shapes:
+        return "says with d2t which tokens it predicts, but has no lm_head.weight for them"
+    if (rows := shapes.get("lm_head.weight", (known,))[0]) != known:
+        return f"predicts {known} tokens, and its lm_head.weight has {rows} rows"
+    (units, _), target = shapes["fc.weight"], config.get("target_hidden_size")
+    if "embed_tokens.weight" not in shapes and target not in (None, units):
+        return f"has {units} units and cannot use the embedding of its target, of {target}"
+    return None
+
+
+def check_target(head: HeadConfig, folder: str, target: Target) -> None:
+    """ValueError unless the head was made for a target like this."""
+    if target.family not in FAMILIES:
+        raise ValueError(
+            f"EAGLE heads are run for targets of type {', '.join(FAMILIES)}, and this one is of "
+            f"type {target.family!r}"
+        )
+    if target.tensor_parallel_size > 1:
+        raise ValueError(
+            "an EAGLE head uses the target's embedding on one rank: set tensor_parallel_size to 1"
+        )
+    for what, own, others in (
+        ("hidden units", head.target_hidden_size, target.hidden_size),
+        ("tokens", head.vocab_size, target.vocab_size),
+    ):
+        if own != others:
+            raise DraftModelError(
+                f"EAGLE head {folder!r} was made for a target of {own} {what}, and this one has "
+                f"{others}"
+            )
+    highest = max(head.layer_ids or (0,))
+    if highest > target.num_layers:
+        raise DraftModelError(
+            f"EAGLE head {folder!r} reads layer {highest}, and the target has {target.num_layers}"
+        )

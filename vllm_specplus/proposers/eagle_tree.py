@@ -1,0 +1,64 @@
+"""Trees from an EAGLE head (EAGLE, EAGLE-2, EAGLE-3), driven level by level.
+
+vLLM's own ``eagle`` and ``eagle3`` draft chains. The same heads give the trees of their
+papers here, in all the shapes of ``draft_tree``: by default EAGLE-2's (arXiv 2406.16858),
+the most probable sequences, of a depth that the controller chooses.
+
+The head reads the target's hidden states, so it costs one layer and no second context; its
+keys and values lie beside the target's (``drafting/head_executor.py``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_specplus.drafting.eagle import EagleHead
+from vllm_specplus.drafting.eagle_checkpoint import read_config
+from vllm_specplus.drafting.head_executor import HeadExecutor
+from vllm_specplus.drafting.noise import DraftNoise
+from vllm_specplus.proposers.base import StepContext
+from vllm_specplus.proposers.draft_tree import DraftTree
+from vllm_specplus.tree import DraftBatch
+
+if TYPE_CHECKING:
+    from vllm_specplus.config import EagleTreeConfig
+
+
+class EagleTree(DraftTree):
+    reads_hidden = True
+    _executor: HeadExecutor | None
+    config: EagleTreeConfig
+
+    def __init__(self, config: EagleTreeConfig, vocab_size: int, fingerprint: str):
+        super().__init__(config, vocab_size, fingerprint)
+        head = read_config(config.model)
+        if head.generation == 3:
+            self.hidden_layers = head.layer_ids or ()
+
+    def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._head = EagleHead(
+            self.config.model, self.target_layers(), self.vocab_size, device, dtype
+        )
+        self._noise = DraftNoise(device)
+
+    def slot_bytes(self) -> int:
+        head = self._head
+        return 2 * head.kv_heads * head.head_dim * head.dtype.itemsize
+
+    def share_pages(self, pages: int, page: int, max_requests: int) -> None:
+        self._executor = HeadExecutor(self._head, sum(self.levels), max_requests, pages, page)
+
+    def propose(self, step: StepContext) -> DraftBatch:
+        self._executor.follow(step.request_ids, step.token_ids, step.target_rows)
+        return super().propose(step)
+
+    def _has_room(self, step: StepContext, r: int) -> bool:
+        return True  # where the target has
+
+    def _begin(
+        self, step: StepContext, rows: np.ndarray, names: list[str], texts: list[np.ndarray]
+    ) -> torch.Tensor:
+        return self._executor.begin(names, rows, step.num_tokens[rows].astype(np.int64))

@@ -1,0 +1,185 @@
+"""Train an EAGLE head for a target (arXiv 2401.15077, section 4.1), without a dataset.
+
+    python -m vllm_specplus.training.eagle --target DIR --out DIR [--texts texts.json]
+
+1. *Texts.* The target writes them (``training/distill.py``), or those of an earlier run.
+2. *Head.* It starts as the target's last layer, behind an ``fc`` that adds the hidden state
+   and the embedding.
+3. *Objective.* At every position the divergence of the head's distribution from the target's,
+   and the smooth L1 distance of its hidden state to the target's, which the next level of a
+   tree starts from. Noise on the hidden states that are read makes up for theirs being
+   right, as the paper has it.
+
+The result is read by ``{"method": "eagle_tree"}``, and by vLLM's own ``eagle``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch.nn.functional import smooth_l1_loss
+
+from vllm_specplus.drafting.eagle import EagleHead
+from vllm_specplus.training.distill import (
+    SLICE,
+    WARM_UP,
+    batches,
+    forward_kl,
+    hidden_rows,
+    load,
+    write_texts,
+)
+
+LEARNING_RATE, NOISE, DISTANCE_WEIGHT = 1e-3, 0.1, 1.0
+
+
+class TargetVocabulary:
+    """A transformers model's embedding and output layer, as ``drafting.eagle.Vocabulary``."""
+
+    def __init__(self, target):
+        self._target = target
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._target.model.embed_tokens(tokens)
+
+    def output(self, normed: torch.Tensor) -> torch.Tensor:
+        return self._target.lm_head(normed).float()
+
+
+def start_head(target, out: Path) -> EagleHead:
+    """Write a head made of the target's last layer, and load it to be trained."""
+    from safetensors.torch import save_file
+
+    last = target.model.layers[-1].state_dict()
+    hidden = target.config.hidden_size
+    weights = {f"layers.0.{n}": w.clone() for n, w in last.items() if "input_layernorm" not in n}
+    weights["fc.weight"] = torch.cat((torch.eye(hidden), torch.eye(hidden)), 1)
+    save_file(weights, out / "model.safetensors")
+    config = target.config.to_dict() | {
+        "architectures": ["EagleLlamaForCausalLM"], "num_hidden_layers": 1, "layer_types": None,
+    }  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
+    vocabulary = TargetVocabulary(target)
+    return EagleHead(
+        str(out), vocabulary, target.config.vocab_size, torch.device("cpu"), torch.float32
+    )
+
+
+def run_head(head: EagleHead, tokens, mask, states) -> torch.Tensor:
+    """y [N, d] of the rows of whole texts; ``tokens``, ``mask`` [B, n], ``states`` [B, n, d]."""
+    rows = tokens.shape[1] - 1
+    positions = torch.arange(rows).expand(len(tokens), -1)
+    causal = torch.ones(rows, rows, dtype=torch.bool).tril() & mask[:, None, :rows]
+    causal |= torch.eye(rows, dtype=torch.bool)  # padding sees itself
+    with torch.autocast("cpu", torch.bfloat16):
+        y = head(tokens[:, 1:], states[:, :-1], head.rotary(positions), causal[:, None], None)
+    return y[mask[:, 1:]]
+
+
+def scatter(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[N, d] at the positions of ``mask`` [B, n] -> [B, n, d]."""
+    full = rows.new_zeros(*mask.shape, rows.shape[-1])
+    full[mask] = rows
+    return full
+
+
+def train(head: EagleHead, target, texts: list[list[int]], minutes: float, seed: int) -> int:
+    """Passes over ``texts`` until the time is up; returns the number of steps."""
+    weights = list(head.parts.requires_grad_(True).parameters())
+    optimiser = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    output = target.lm_head.weight.detach().to(torch.bfloat16)
+    rng, start, steps = random.Random(seed), time.monotonic(), 0
+    while True:
+        for tokens, mask in batches(texts, rng):
+            done = (time.monotonic() - start) / (60 * minutes)
+            if done >= 1:
+                return steps
+            rate = min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * done))
+            for group in optimiser.param_groups:
+                group["lr"] = LEARNING_RATE * max(rate, 0.01)
+            with torch.no_grad():
+                states = scatter(hidden_rows(target, tokens, mask).float(), mask)
+            noisy = states + NOISE * (2 * torch.rand_like(states) - 1)
+            theirs = states[:, 1:][mask[:, 1:]]
+            ours = run_head(head, tokens, mask, noisy)
+            leaf, loss = ours.detach().float().requires_grad_(), 0.0
+            for at in range(0, len(leaf), SLICE):
+                here = slice(at, at + SLICE)
+                with torch.no_grad():
+                    p = (theirs[here].to(torch.bfloat16) @ output.T).float().softmax(-1)
+                log_q = (leaf[here].to(torch.bfloat16) @ output.T).float().log_softmax(-1)
+                part = forward_kl(p, log_q).sum()
+                distance = smooth_l1_loss(leaf[here], theirs[here], reduction="sum")
+                part = part + DISTANCE_WEIGHT * distance / leaf.shape[-1]
+                part = part / len(leaf)
+                part.backward()
+                loss += float(part.detach())
+            optimiser.zero_grad()
+            ours.backward(leaf.grad.to(ours.dtype))
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimiser.step()
+            steps += 1
+            if steps % 20 == 0:
+                typer.echo(f"step {steps}, {100 * done:.0f} % of the time: loss {loss:.3f}")
+
+
+@torch.inference_mode()
+def evaluate(head: EagleHead, target, texts: list[list[int]]) -> dict[str, float]:
+    """Acceptance of the first level over all positions, as ``distill.evaluate`` has it."""
+    soft = hard = count = 0.0
+    output = target.lm_head.weight.to(torch.bfloat16)
+    for tokens, mask in batches(texts, random.Random(0)):
+        states = scatter(hidden_rows(target, tokens, mask).float(), mask)
+        pair = states[:, 1:][mask[:, 1:]], run_head(head, tokens, mask, states)
+        for at in range(0, len(pair[0]), SLICE):
+            p, q = (
+                (rows[at : at + SLICE].to(torch.bfloat16) @ output.T).float().softmax(-1)
+                for rows in pair
+            )
+            soft += float(torch.minimum(p, q).sum())
+            hard += float((p.argmax(-1) == q.argmax(-1)).sum())
+            count += len(p)
+    return {"temperature 1": soft / count, "greedy": hard / count, "positions": count}
+
+
+def main(
+    target: Annotated[Path, typer.Option(help="Folder of the target model.")],
+    out: Annotated[Path, typer.Option(help="Folder of the head.")],
+    texts: Annotated[
+        Path | None, typer.Option(help="texts.json of an earlier run; else they are written.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of text to write.")] = 200_000,
+    minutes: Annotated[float, typer.Option(help="Time to train.")] = 12.0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train an EAGLE head of TARGET into OUT."""
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    kept = texts or out / "texts.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(write_texts(str(target), tokens, seed)))
+    everything = json.loads(kept.read_text())
+    held_out, learnt = everything[: len(everything) // 20], everything[len(everything) // 20 :]
+    torch.manual_seed(seed)
+    teacher = load(target).requires_grad_(False)
+    head = start_head(teacher, out)
+    steps = train(head, teacher, learnt, minutes, seed)
+    weights = {
+        name.replace("layer.", "layers.0.", 1): weight.detach().to(torch.bfloat16).contiguous()
+        for name, weight in head.parts.state_dict().items()
+    }
+    save_file(weights, out / "model.safetensors")
+    typer.echo(json.dumps({"texts": len(learnt), "steps": steps}
+                          | evaluate(head, teacher, held_out)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
