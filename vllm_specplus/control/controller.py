@@ -75,7 +75,8 @@ class _Pending:
     starts: np.ndarray
     confidence: np.ndarray | None
     expected: np.ndarray
-    """float64 [R] tokens each request was expected to gain by its verified nodes."""
+    """float64 [R] tokens each request was expected to gain by its verified nodes, before
+    calibration."""
 
 
 class Controller:
@@ -312,20 +313,22 @@ class Controller:
         if drafts.confidence is not None:
             confident = self._confidence().predict(drafts.confidence, depths)
             acceptance = np.where(first_children(drafts.parents, starts), confident, acceptance)
-        survival = self._calibration() * survivals(drafts.parents, starts, acceptance)
+        raw = survivals(drafts.parents, starts, acceptance)
+        calibration = self._calibration()
+        survival = calibration * raw
         drawn = np.zeros(len(survival), bool)
         if drafts.law_of is not None:
             drawn = drafts.law_of >= 0
         kept = self._kept(step, drawn, survival)
         self.counters.add("control_steps")
         self.counters.add("nodes_grown", len(survival))
-        expected = expected_tokens(survival, kept, starts)
+        expected = expected_tokens(raw, kept, starts)
         self._pending = _Pending(
             list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
             drafts.parents.copy(), sources.copy(), starts,
             None if drafts.confidence is None else drafts.confidence.copy(), expected,
         )  # fmt: skip
-        self.counters.add("expected_tokens", float(expected.sum()))
+        self.counters.add("expected_tokens", float(calibration * expected.sum()))
         if not kept.any():
             self.counters.add("undrafted_steps")
             self._most = 0

@@ -27,6 +27,8 @@ FORMAT = "vllm-specplus step cost 1"
 #: CUDA graphs are padded to their sizes. Then the counts at which GPUs begin another tile.
 PROFILE_ROWS = (*range(1, 34), 40, 48, 64, 65, 96, 128, 129, 192, 256)
 PROFILE_ROUNDS = 5
+#: A row count that took so many times what a larger one did was not merely disturbed.
+REAL_FALL = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,15 @@ class CostCurve:
 
     @classmethod
     def fit(cls, rows: np.ndarray, rounds: np.ndarray) -> CostCurve:
-        """From repeated timings, float64 [rounds, G]: the fastest of each row count, and
-        never more than a larger count took (what disturbs a timing only adds to it)."""
+        """From repeated timings, float64 [rounds, G]: the fastest of each row count.
+
+        What disturbs a timing only adds to it, so a count that took a little longer than a
+        larger one gets that one's time. One that took much longer does so: one or two rows go
+        to other matrix kernels, and on some CPUs six rows are faster.
+        """
         fastest = np.asarray(rounds).min(axis=0)
-        return cls(rows, np.minimum.accumulate(fastest[::-1])[::-1])
+        later = np.minimum.accumulate(fastest[::-1])[::-1]
+        return cls(rows, np.where(fastest > REAL_FALL * later, fastest, later))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Linear between the profiled points and, with ``slope``, beyond them."""
