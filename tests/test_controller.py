@@ -124,6 +124,18 @@ def test_never_much_slower_than_plain_decoding():
     assert world.clock < 1.02 * plain
 
 
+def test_expectations_come_true_though_estimates_are_too_high(monkeypatch):
+    world = World()
+    tables = lambda names: np.full((len(names), 4, 1), 0.8, np.float32)  # noqa: E731
+    monkeypatch.setattr(world.controller.acceptance, "tables", tables)
+    world.run(300, 0.5)
+    expected, known = world.counters["expected_tokens"], int(world.known[0])
+    world.run(600, 0.5)
+    expected = world.counters["expected_tokens"] - expected
+    gained = int(world.known[0]) - known - 600
+    assert 0.9 < expected / gained < 1.3  # calibrating what was calibrated: 1.86
+
+
 def test_every_request_gets_what_it_deserves():
     world = World(requests=2)
     world.run(200, [0.95, 0.02])

@@ -7,15 +7,17 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 
+from tests.model_configs import target
 from tests.test_drafting import VOCAB, executor, save_draft
 from vllm_specplus.config import parse
-from vllm_specplus.drafting import placement
+from vllm_specplus.drafting import placement, ray_owners
 from vllm_specplus.drafting.cache import PAGE
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layer_groups, layers_of
 from vllm_specplus.drafting.executor import DraftExecutor
@@ -216,11 +218,35 @@ def test_messages_of_the_papers_model():
     [
         ({"shards": 5}, "'shards' \\(5\\) is more than 'group_size' \\(4\\)"),
         ({"ray_address": "here:1"}, "'ray_address' is for 'shards' > 1"),
+        ({"share_target": True}, "'share_target' is for 'shards' > 1"),
     ],
 )
 def test_mistakes_are_named(draft, keys, says):
     with pytest.raises(ValueError, match=says):
         parse({"method": "easyspec", "model": draft, **keys})
+
+
+def test_sharing_the_targets_devices_needs_as_many(draft):
+    config = parse({"method": "easyspec", "model": draft, "shards": 2, "share_target": True})
+    fits = {"vocab_size": VOCAB, "tensor_parallel_size": 2}
+    config.check_target(target(**fits))
+    with pytest.raises(ValueError, match="is more than tensor_parallel_size \\(1\\)"):
+        config.check_target(target(**fits | {"tensor_parallel_size": 1}))
+
+
+def test_owners_that_share_see_the_other_ranks_gpus(draft, monkeypatch):
+    """vLLM's rank n runs on the n-th GPU its process sees."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    others = placement._other_devices
+    assert others(torch.device("cuda:0"), 2) == ["5", "6"]
+    assert others(torch.device("cuda:1"), 1) == ["4"]
+    with pytest.raises(placement.PlacementError, match=r"3 more GPUs .* which has 2"):
+        others(torch.device("cuda:0"), 3)
+    order = ray_owners.Order(Plan(draft, "float32", 4, 4, 3), "GPU", None, 1.0, ["5", "6"])
+    assert ray_owners.Order.load(order.dump()) == order
+    seen = [ray_owners.environment(order, owner)["CUDA_VISIBLE_DEVICES"] for owner in range(2)]
+    assert seen == ["5", "6"]
+    assert "CUDA_VISIBLE_DEVICES" not in ray_owners.environment(replace(order, shared=None), 0)
 
 
 def test_a_page_holds_what_the_plan_says(draft):

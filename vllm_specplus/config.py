@@ -572,6 +572,9 @@ class EasySpecConfig(DraftTreeConfig):
     """Processes that share the attentions, this one included; the others are placed by Ray."""
     ray_address: str | None = None
     """Cluster for the other shards; by default the one vLLM runs on, or a local one."""
+    share_target: bool = False
+    """Do the other shards run on the devices of the target's other ranks, which idle while rank 0
+    drafts, instead of devices of their own?"""
 
     @model_validator(mode="after")
     def _shards_have_work(self):
@@ -584,7 +587,17 @@ class EasySpecConfig(DraftTreeConfig):
             raise ValueError("more than one shard needs Ray: pip install 'vllm-specplus[ray]'")
         if self.shards == 1 and self.ray_address is not None:
             raise ValueError("'ray_address' is for 'shards' > 1: set it or remove the address")
+        if self.shards == 1 and self.share_target:
+            raise ValueError("'share_target' is for 'shards' > 1: set it or remove the key")
         return self
+
+    def check_target(self, target: Target) -> None:
+        super().check_target(target)
+        if self.share_target and self.shards > target.tensor_parallel_size:
+            raise ValueError(
+                f"'share_target' puts every shard on the device of a rank of the target: 'shards' "
+                f"({self.shards}) is more than tensor_parallel_size ({target.tensor_parallel_size})"
+            )
 
 
 class EagleTreeConfig(ShapedDraftConfig):

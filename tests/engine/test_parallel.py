@@ -8,6 +8,7 @@ import secrets
 import pytest
 
 from tests.engine import harness
+from tests.test_drafting import save_draft
 
 pytestmark = pytest.mark.engine
 
@@ -118,3 +119,24 @@ def test_two_ranks_agree_on_sampled_drafts(tmp_path, engine, mixed_requests, exp
     assert [harness.ids(result, 0), harness.ids(result, 1)] == [expected[0]] * 2
     assert result["counters"]["draft_failures"] == 0
     assert result["counters"]["nodes_accepted"] > 400
+
+
+def test_a_draft_in_parallel_shares_the_devices_of_both_ranks(
+    tmp_path, engine, mixed_requests, expected
+):
+    """The second shard of the draft beside the target's second rank."""
+    pytest.importorskip("ray")
+    draft = save_draft(tmp_path / "draft", layers=6, vocab=512)
+    spec = {
+        "method": "easyspec", "model": draft, "group_size": 2, "shards": 2, "share_target": True,
+        "shape": "chain", "num_speculative_tokens": 3, "control": {"policy": "fixed"},
+    }  # fmt: skip
+    result = harness.run(
+        tmp_path,
+        engine | {"distributed_executor_backend": "mp", "speculative_config": spec},
+        [{"requests": mixed_requests}],
+        env=ENV | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    assert harness.ids(result) == expected[0]
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_drafted"] > 1000

@@ -30,11 +30,12 @@ class Placement:
     _starting: subprocess.Popen | None = None
     _cancelled = False
 
-    def __init__(self, plan: Plan, device: torch.device, address: str | None):
+    def __init__(self, plan: Plan, device: torch.device, address: str | None, share: bool = False):
         """Starts everything; PlacementError in bounded time if it cannot.
 
         ``address``: of a Ray cluster; None: the one this process belongs to, else the one
-        RAY_ADDRESS names, else a local one that lives as long as this object.
+        RAY_ADDRESS names, else a local one that lives as long as this object; ``share``: on the
+        other devices of this process' node that the target runs on.
         """
         self._device = device
         self._order = Order(
@@ -42,6 +43,7 @@ class Placement:
             "GPU" if device.type == "cuda" else "CPU",
             address or _own_cluster(),
             RESERVE_SECONDS,
+            _other_devices(device, plan.shards - 1) if share else None,
         )
         self.restart()
 
@@ -110,6 +112,22 @@ class Placement:
             self._ray.wait()
         self._ray.stdout.close()
         self._ray = None
+
+
+def _other_devices(device: torch.device, count: int) -> list[str]:
+    """Ids of ``count`` GPUs of this node beside ``device``, where vLLM has put the other ranks;
+    on the CPU all ranks share one device, which has no id."""
+    if device.type == "cpu":
+        return [""] * count
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ids = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    others = [name for number, name in enumerate(ids) if number != (device.index or 0)]
+    if len(others) < count:
+        raise PlacementError(
+            f"'share_target' needs {count} more GPUs of the target on this node, which has "
+            f"{len(others)}: lower 'shards'"
+        )
+    return others[:count]
 
 
 def _own_cluster() -> str | None:

@@ -3,7 +3,10 @@
 Ray ends a process whose cluster is lost, and stopping a cluster's head must not end an
 engine. So this process joins the cluster in the engine's place: it reserves the devices (one
 placement group, STRICT_PACK: all on one node), starts an actor on each, and watches them.
-ORDER is the JSON of an :class:`Order`. It answers with JSON lines on standard output::
+Owners that share the target's devices reserve nothing, since Ray has given those away: they are
+bound to this node.
+
+ORDER is the JSON of an :class:`Order`. The process answers with JSON lines on standard output::
 
     {"placed": {"host": ..., "port": ..., "pids": [...]}}   owners wait for home there
     {"failed": "one sentence"}                              now or later; then it ends
@@ -49,6 +52,9 @@ class Order:
     """Of a Ray cluster; None: a local one, for as long as this process lives."""
     reserve_seconds: float
     """How long the cluster may take to find the devices."""
+    shared: list[str] | None = None
+    """Ids of this node's GPUs that owners share with the target ("" on the CPU), one for each;
+    None: Ray finds devices for them."""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -104,23 +110,49 @@ def reserve(order: Order) -> PlacementGroup:
     return bundles
 
 
-def start(order: Order, bundles: PlacementGroup) -> tuple[dict[str, Any], list]:
+def places(order: Order) -> list[dict[str, Any]]:
+    """Ray's options of each owner: where it runs, and on what."""
+    import ray
+    from ray.util.scheduling_strategies import (
+        NodeAffinitySchedulingStrategy,
+        PlacementGroupSchedulingStrategy,
+    )
+
+    if order.shared is None:
+        bundles, kind = reserve(order), f"num_{order.resource.lower()}s"
+        return [
+            {"num_cpus": 0, kind: 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                bundles, placement_group_bundle_index=bundle
+            )}
+            for bundle in range(order.plan.shards - 1)
+        ]  # fmt: skip
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return [{"num_cpus": 0, "scheduling_strategy": here}] * len(order.shared)
+
+
+def environment(order: Order, owner: int) -> dict[str, str]:
+    """Variables of the process of the ``owner``-th owner."""
+    variables = {"OMP_NUM_THREADS": "1"}
+    if order.shared is not None and order.resource == "GPU":
+        # It sees that GPU, though Ray has given it none.
+        variables |= {
+            "CUDA_VISIBLE_DEVICES": order.shared[owner],
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        }
+    return variables
+
+
+def start(order: Order) -> tuple[dict[str, Any], list]:
     """Start the owners: where they wait for home, and what they run."""
     import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    on_gpu = order.resource == "GPU"
     host, port = ray.util.get_node_ip_address(), _free_port()
     actor = ray.remote(Owner)
     owners = [
         actor.options(
-            num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0, max_concurrency=2,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                bundles, placement_group_bundle_index=bundle
-            ),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+            max_concurrency=2, runtime_env={"env_vars": environment(order, number)}, **options
         ).remote()
-        for bundle in range(order.plan.shards - 1)
+        for number, options in enumerate(places(order))
     ]  # fmt: skip
     runs = [
         owner.run.remote(order.plan, rank, host, port) for rank, owner in enumerate(owners, start=1)
@@ -158,7 +190,7 @@ def main() -> None:
     order = Order.load(sys.argv[1])
     try:
         connect(order.address)
-        placed, (_owners, runs) = start(order, reserve(order))
+        placed, (_owners, runs) = start(order)
         print(json.dumps({"placed": placed}), file=answers)
         watch(runs)
     except PlacementError as error:

@@ -45,7 +45,9 @@ class EasySpec(DraftTree):
         if shards > 1:
             dtype = str(model.dtype).removeprefix("torch.")
             self._plan = Plan(self.config.model, dtype, executor.cache.pages, size, shards)
-            self._placement = Placement(self._plan, model.device, self.config.ray_address)
+            self._placement = Placement(
+                self._plan, model.device, self.config.ray_address, self.config.share_target
+            )
             self._attach(executor)
         return executor
 
