@@ -126,7 +126,7 @@ def test_a_draft_in_parallel_shares_the_devices_of_both_ranks(
 ):
     """The second shard of the draft beside the target's second rank."""
     pytest.importorskip("ray")
-    draft = save_draft(tmp_path / "draft", layers=6, vocab=512)
+    draft = save_draft(tmp_path / "draft", layers=6, vocab=512, context=1024)
     spec = {
         "method": "easyspec", "model": draft, "group_size": 2, "shards": 2, "share_target": True,
         "shape": "chain", "num_speculative_tokens": 3, "control": {"policy": "fixed"},
