@@ -213,6 +213,13 @@ def test_heads_that_cannot_run_are_refused(tmp_path, keys, change, sentence):
         parse({"method": "eagle_tree", "model": folder})
 
 
+def test_an_eagle_head_reads_an_embedding_and_a_hidden_state(tmp_path):
+    folder = save_head(tmp_path, 1, VOCAB)
+    edit(folder, **{"fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN)})
+    with pytest.raises(ValueError, match="reads 192 units, not an embedding and a hidden state"):
+        parse({"method": "eagle_tree", "model": folder})
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

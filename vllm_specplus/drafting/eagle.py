@@ -54,7 +54,7 @@ class Vocabulary(Protocol):
 class EagleHead:
     """Weights on one device. All calls run without gradients."""
 
-    num_layers, attention_layers = 1, (0,)
+    attention_layers = (0,)
 
     def __init__(
         self, folder: str, target: Vocabulary, vocab_size: int, device: torch.device,

@@ -47,8 +47,6 @@ class HeadConfig:
     layer_ids: tuple[int, ...] | None
     """Which, as vLLM counts them: ``n`` is what enters layer ``n``. None: the target's
     default."""
-    tensors: frozenset[str]
-    """What the files hold, by the names of :func:`canonical`."""
     norm_before_residual: bool
     norm_output: bool
 
@@ -85,6 +83,11 @@ def read_config(folder: str) -> HeadConfig:
             raise DraftModelError(f"EAGLE head {folder!r} {problem}")
         hidden, reads = shapes["fc.weight"]
         target = int(config.get("target_hidden_size") or config["hidden_size"])
+        if generation == 1 and reads != 2 * target:
+            raise DraftModelError(
+                f"EAGLE head {folder!r} reads {reads} units, not an embedding and a hidden state "
+                f"of {target} each"
+            )
         states = reads // target if generation == 3 else 1
         layer_ids = config.get("eagle_aux_hidden_state_layer_ids")
         if generation == 3 and (reads % target or len(layer_ids or range(states)) != states):
@@ -100,7 +103,6 @@ def read_config(folder: str) -> HeadConfig:
             vocab_size=int(config["vocab_size"]),
             states=states,
             layer_ids=tuple(layer_ids) if layer_ids else None,
-            tensors=frozenset(shapes),
             norm_before_residual=bool(
                 config.get("norm_before_residual", "speculators_model_type" in raw)
             ),

@@ -313,10 +313,12 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def kv_share(self) -> float:
         """Which part of the memory for keys and values is the target's own."""
-        target = sum(
-            each.page_size_bytes / each.block_size for each in self.get_kv_cache_spec().values()
-        )
-        return target / (target + self.drafter.proposer.slot_bytes())
+        shared = self.drafter.proposer.slot_bytes()
+        if not shared:
+            return 1.0
+        specs = self.get_kv_cache_spec().values()
+        target = sum(each.page_size_bytes / each.block_size for each in specs)
+        return target / (target + shared)
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
