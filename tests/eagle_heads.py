@@ -14,7 +14,8 @@ HIDDEN, MLP, EPS = 64, 96, 1e-5
 
 def save_head(
     path: Path, generation: int, vocab: int, seed: int = 3, own_tokens: int | None = None,
-    states: int = 3, hidden: int = HIDDEN, spread: float = 0.2, **config,
+    states: int = 3, hidden: int = HIDDEN, head_dim: int = DIM, spread: float = 0.2,
+    bias: bool = True, **config,
 ) -> str:  # fmt: skip
     """A head in float32; ``config``: more keys, among them vLLM's variants of EAGLE-3."""
     generator = torch.Generator().manual_seed(seed)
@@ -28,10 +29,10 @@ def save_head(
     layer = "midlayer" if generation == 3 else "layers.0"
     reads = 2 * hidden if generation == 3 else hidden
     tensors = {
-        f"{layer}.self_attn.q_proj.weight": weight(HEADS * DIM, reads),
-        f"{layer}.self_attn.k_proj.weight": weight(KV_HEADS * DIM, reads),
-        f"{layer}.self_attn.v_proj.weight": weight(KV_HEADS * DIM, reads),
-        f"{layer}.self_attn.o_proj.weight": weight(hidden, HEADS * DIM),
+        f"{layer}.self_attn.q_proj.weight": weight(HEADS * head_dim, reads),
+        f"{layer}.self_attn.k_proj.weight": weight(KV_HEADS * head_dim, reads),
+        f"{layer}.self_attn.v_proj.weight": weight(KV_HEADS * head_dim, reads),
+        f"{layer}.self_attn.o_proj.weight": weight(hidden, HEADS * head_dim),
         f"{layer}.mlp.gate_proj.weight": weight(MLP, hidden),
         f"{layer}.mlp.up_proj.weight": weight(MLP, hidden),
         f"{layer}.mlp.down_proj.weight": weight(hidden, MLP),
@@ -49,7 +50,9 @@ def save_head(
         if config.get("fc_norm"):
             tensors |= {f"fc_norm.{i}.weight": scale(hidden) for i in range(states)}
     else:
-        tensors |= {"fc.weight": weight(hidden, 2 * hidden), "fc.bias": weight(hidden)}
+        tensors["fc.weight"] = weight(hidden, 2 * hidden)
+        if bias:  # vLLM's EAGLE has none
+            tensors["fc.bias"] = weight(hidden)
     if own_tokens is not None:
         ids = torch.randperm(vocab, generator=generator)[:own_tokens].sort().values
         tensors["d2t"] = ids - torch.arange(own_tokens)
@@ -62,7 +65,7 @@ def save_head(
     described = {
         "architectures": [name], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": MLP, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "head_dim": DIM, "hidden_act": "silu", "rms_norm_eps": EPS, "rope_theta": 10000.0,
+        "head_dim": head_dim, "hidden_act": "silu", "rms_norm_eps": EPS, "rope_theta": 10000.0,
         "num_hidden_layers": 1, "vocab_size": vocab, "max_position_embeddings": 1024,
         "draft_vocab_size": own_tokens or vocab, "tie_word_embeddings": False, **config,
     }  # fmt: skip

@@ -197,11 +197,11 @@ def main(job_path: str, out_path: str) -> None:
         )
     runners = llm.collective_rpc(_counters)
     slots = llm.collective_rpc(_slots)[0]
-    preemptions = (
-        next((m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), None)
-        if not job["engine"].get("disable_log_stats", True)
-        else None
-    )
+    metrics = {}
+    if not job["engine"].get("disable_log_stats", True):
+        metrics = {m.name.removeprefix("vllm:"): m for m in llm.get_metrics()}
+    preemptions = getattr(metrics.get("num_preemptions"), "value", None)
+    accepted = getattr(metrics.get("spec_decode_num_accepted_tokens_per_pos"), "values", None)
     llm.llm_engine.engine_core.shutdown()
     with open(out_path, "w") as f:
         json.dump(
@@ -212,6 +212,7 @@ def main(job_path: str, out_path: str) -> None:
                 "owners": owners,
                 "slots": slots,
                 "preemptions": preemptions,
+                "accepted_per_position": accepted,
             },
             f,
         )

@@ -33,7 +33,8 @@ def run(
     seconds; in one with "kill_owner_after" a process of a layer-parallel draft is killed after
     so many seconds, in one with "end_process" that one, after "end_after" seconds; one with
     "abort_after" is aborted after so many steps and returns nothing); ``env``: more environment.
-    Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}, "owners": [[pid, ...]]}.
+    Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}, "owners": [[pid, ...]]}; with
+    statistics also "preemptions" and, with any speculation, vLLM's "accepted_per_position".
     """
     number = len(list(tmp_path.glob("job*.json")))
     job, out = tmp_path / f"job{number}.json", tmp_path / f"out{number}.json"

@@ -110,6 +110,33 @@ def save_wide_head(path: Path, target: str, generation: int, **keys) -> str:
     return save_head(path, generation, config["vocab_size"], hidden=config["hidden_size"], **keys)
 
 
+@pytest.mark.parametrize("generation", [1, 3])
+def test_chains_are_accepted_exactly_as_those_of_vllms_own_heads(tmp_path, generation):
+    """By position, over 1,600 tokens: so the drafts are the same."""
+    target = build_model(tmp_path / "target", 64, 0.12)
+    sizes = {"hidden": 128, "head_dim": 32, "spread": 0.08, "bias": False}
+    head = save_head(tmp_path / "head", generation, 64, **sizes)
+    engine = {
+        "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
+        "max_model_len": 256, "enable_prefix_caching": False, "disable_log_stats": False,
+    }  # fmt: skip
+    params = {"temperature": 0.0, "max_tokens": 100, "ignore_eos": True, "detokenize": False}
+    requests = [[[3 + (7 * i + j * j) % 61 for j in range(5 + 7 * i)], params] for i in range(16)]
+    own = {"method": "eagle" if generation == 1 else "eagle3"}
+    ours = {"method": "eagle_tree", "shape": "chain", "control": FIXED}
+    stock, tree = (
+        harness.run(
+            tmp_path,
+            engine | {"speculative_config": {**each, "model": head, "num_speculative_tokens": 3}},
+            [{"requests": requests}],
+        )
+        for each in (own, ours)
+    )
+    assert harness.ids(tree) == harness.ids(stock)
+    assert tree["accepted_per_position"] == stock["accepted_per_position"]
+    assert stock["accepted_per_position"][0] > 10
+
+
 def test_sampled_text_has_the_targets_distribution(tmp_path, tmp_path_factory):
     target, head = single_layer(tmp_path_factory.mktemp("small"), 32, 0.12)
     engine = {
