@@ -170,10 +170,18 @@ def hidden_rows(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
         return model.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state[mask]
 
 
-def train(draft, target, texts: list[list[int]], divergence: str, minutes: float, seed: int) -> int:
-    """Passes over ``texts`` until the time is up; returns the number of steps."""
-    measure = DIVERGENCES[divergence]
-    weights = [w for w in draft.parameters() if w.requires_grad]
+#: Hidden states [N, d] behind the last norm of target and draft, of a batch of texts.
+Rows = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+#: [N] of ``p``, ``log_q`` [N, V] and of the target's and the draft's hidden states [N, d].
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def follow(
+    rows: Rows, loss: Loss, weights: list[torch.nn.Parameter], target,
+    texts: list[list[int]], minutes: float, seed: int,
+) -> int:  # fmt: skip
+    """Passes over ``texts`` until the time is up, towards what the target predicts; returns the
+    number of steps."""
     optimiser = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     head = target.lm_head.weight.detach().to(torch.bfloat16)
     rng, start, steps = random.Random(seed), time.monotonic(), 0
@@ -186,42 +194,67 @@ def train(draft, target, texts: list[list[int]], divergence: str, minutes: float
             rate = min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * done))
             for group in optimiser.param_groups:
                 group["lr"] = LEARNING_RATE * max(rate, 0.01)
-            with torch.no_grad():
-                theirs = hidden_rows(target, tokens, mask)
-            ours = hidden_rows(draft, tokens, mask)
-            leaf, loss = ours.detach().requires_grad_(), 0.0
+            theirs, ours = rows(tokens, mask)
+            leaf, total = ours.detach().requires_grad_(), 0.0
             for at in range(0, len(leaf), SLICE):
+                here = slice(at, at + SLICE)
                 with torch.no_grad():
-                    p = (theirs[at : at + SLICE].to(torch.bfloat16) @ head.T).float().softmax(-1)
-                log_q = (leaf[at : at + SLICE].to(torch.bfloat16) @ head.T).float().log_softmax(-1)
-                part = measure(p, log_q).sum() / len(leaf)
+                    p = (theirs[here].to(torch.bfloat16) @ head.T).float().softmax(-1)
+                log_q = (leaf[here].to(torch.bfloat16) @ head.T).float().log_softmax(-1)
+                part = loss(p, log_q, theirs[here], leaf[here]).sum() / len(leaf)
                 part.backward()
-                loss += float(part.detach())
+                total += float(part.detach())
             optimiser.zero_grad()
             ours.backward(leaf.grad.to(ours.dtype))
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             steps += 1
             if steps % 20 == 0:
-                typer.echo(f"step {steps}, {100 * done:.0f} % of the time: {divergence} {loss:.3f}")
+                typer.echo(f"step {steps}, {100 * done:.0f} % of the time: loss {total:.3f}")
 
 
 @torch.inference_mode()
-def evaluate(draft, target, texts: list[list[int]]) -> dict[str, float]:
-    """Acceptance over all positions: at temperature 1 (sum of min(p, q)), and greedy."""
+def acceptance(rows: Rows, target, texts: list[list[int]]) -> dict[str, float]:
+    """Over all positions: at temperature 1 (sum of min(p, q)), and greedy."""
     soft = hard = count = 0.0
+    head = target.lm_head.weight.to(torch.bfloat16)
     for tokens, mask in batches(texts, random.Random(0)):
-        pair = [hidden_rows(model, tokens, mask) for model in (target, draft)]
+        pair = rows(tokens, mask)
         for at in range(0, len(pair[0]), SLICE):
             p, q = (
-                (h[at : at + SLICE].to(torch.bfloat16) @ target.lm_head.weight.to(torch.bfloat16).T)
-                .float().softmax(-1)
-                for h in pair
-            )  # fmt: skip
+                (h[at : at + SLICE].to(torch.bfloat16) @ head.T).float().softmax(-1) for h in pair
+            )
             soft += float(torch.minimum(p, q).sum())
             hard += float((p.argmax(-1) == q.argmax(-1)).sum())
             count += len(p)
     return {"temperature 1": soft / count, "greedy": hard / count, "positions": count}
+
+
+def rows_of(draft, target) -> Rows:
+    """Of two models that read the same texts."""
+
+    def rows(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            theirs = hidden_rows(target, tokens, mask)
+        return theirs, hidden_rows(draft, tokens, mask)
+
+    return rows
+
+
+def train(draft, target, texts: list[list[int]], divergence: str, minutes: float, seed: int) -> int:
+    """Passes over ``texts`` until the time is up; returns the number of steps."""
+    weights = [w for w in draft.parameters() if w.requires_grad]
+    measure = DIVERGENCES[divergence]
+
+    def loss(p, log_q, theirs, ours):
+        return measure(p, log_q)
+
+    return follow(rows_of(draft, target), loss, weights, target, texts, minutes, seed)
+
+
+def evaluate(draft, target, texts: list[list[int]]) -> dict[str, float]:
+    """Acceptance over all positions; see :func:`acceptance`."""
+    return acceptance(rows_of(draft, target), target, texts)
 
 
 def load(folder: Path):

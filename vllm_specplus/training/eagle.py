@@ -16,9 +16,6 @@ The result is read by ``{"method": "eagle_tree"}``, and by vLLM's own ``eagle``.
 from __future__ import annotations
 
 import json
-import math
-import random
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -28,16 +25,16 @@ from torch.nn.functional import smooth_l1_loss
 
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.training.distill import (
-    SLICE,
-    WARM_UP,
-    batches,
+    Rows,
+    acceptance,
+    follow,
     forward_kl,
     hidden_rows,
     load,
     write_texts,
 )
 
-LEARNING_RATE, NOISE, DISTANCE_WEIGHT = 1e-3, 0.1, 1.0
+NOISE, DISTANCE_WEIGHT = 0.1, 1.0
 
 
 class TargetVocabulary:
@@ -90,63 +87,32 @@ def scatter(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return full
 
 
+def rows_of(head: EagleHead, target, noise: float) -> Rows:
+    """The target's hidden states, and the head's for the same positions."""
+
+    def rows(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            states = scatter(hidden_rows(target, tokens, mask).float(), mask)
+        noisy = states + noise * (2 * torch.rand_like(states) - 1)
+        return states[:, 1:][mask[:, 1:]], run_head(head, tokens, mask, noisy).float()
+
+    return rows
+
+
 def train(head: EagleHead, target, texts: list[list[int]], minutes: float, seed: int) -> int:
     """Passes over ``texts`` until the time is up; returns the number of steps."""
     weights = list(head.parts.requires_grad_(True).parameters())
-    optimiser = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    output = target.lm_head.weight.detach().to(torch.bfloat16)
-    rng, start, steps = random.Random(seed), time.monotonic(), 0
-    while True:
-        for tokens, mask in batches(texts, rng):
-            done = (time.monotonic() - start) / (60 * minutes)
-            if done >= 1:
-                return steps
-            rate = min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * done))
-            for group in optimiser.param_groups:
-                group["lr"] = LEARNING_RATE * max(rate, 0.01)
-            with torch.no_grad():
-                states = scatter(hidden_rows(target, tokens, mask).float(), mask)
-            noisy = states + NOISE * (2 * torch.rand_like(states) - 1)
-            theirs = states[:, 1:][mask[:, 1:]]
-            ours = run_head(head, tokens, mask, noisy)
-            leaf, loss = ours.detach().float().requires_grad_(), 0.0
-            for at in range(0, len(leaf), SLICE):
-                here = slice(at, at + SLICE)
-                with torch.no_grad():
-                    p = (theirs[here].to(torch.bfloat16) @ output.T).float().softmax(-1)
-                log_q = (leaf[here].to(torch.bfloat16) @ output.T).float().log_softmax(-1)
-                part = forward_kl(p, log_q).sum()
-                distance = smooth_l1_loss(leaf[here], theirs[here], reduction="sum")
-                part = part + DISTANCE_WEIGHT * distance / leaf.shape[-1]
-                part = part / len(leaf)
-                part.backward()
-                loss += float(part.detach())
-            optimiser.zero_grad()
-            ours.backward(leaf.grad.to(ours.dtype))
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimiser.step()
-            steps += 1
-            if steps % 20 == 0:
-                typer.echo(f"step {steps}, {100 * done:.0f} % of the time: loss {loss:.3f}")
+
+    def loss(p, log_q, theirs, ours):
+        distance = smooth_l1_loss(ours, theirs, reduction="none").mean(-1)
+        return forward_kl(p, log_q) + DISTANCE_WEIGHT * distance
+
+    return follow(rows_of(head, target, NOISE), loss, weights, target, texts, minutes, seed)
 
 
-@torch.inference_mode()
 def evaluate(head: EagleHead, target, texts: list[list[int]]) -> dict[str, float]:
-    """Acceptance of the first level over all positions, as ``distill.evaluate`` has it."""
-    soft = hard = count = 0.0
-    output = target.lm_head.weight.to(torch.bfloat16)
-    for tokens, mask in batches(texts, random.Random(0)):
-        states = scatter(hidden_rows(target, tokens, mask).float(), mask)
-        pair = states[:, 1:][mask[:, 1:]], run_head(head, tokens, mask, states)
-        for at in range(0, len(pair[0]), SLICE):
-            p, q = (
-                (rows[at : at + SLICE].to(torch.bfloat16) @ output.T).float().softmax(-1)
-                for rows in pair
-            )
-            soft += float(torch.minimum(p, q).sum())
-            hard += float((p.argmax(-1) == q.argmax(-1)).sum())
-            count += len(p)
-    return {"temperature 1": soft / count, "greedy": hard / count, "positions": count}
+    """Acceptance of the first level over all positions; see ``distill.acceptance``."""
+    return acceptance(rows_of(head, target, 0.0), target, texts)
 
 
 def main(
