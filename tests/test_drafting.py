@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from tests.model_configs import target
+from tests.test_graphs import record_on_cpu
 from vllm_specplus.config import parse
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.drafting.cache import PAGE, PagedCache
 from vllm_specplus.drafting.executor import PROMPT_ROWS, DraftExecutor
+from vllm_specplus.drafting.graphs import Record
 from vllm_specplus.drafting.shapes import (
     BestFirst,
     ConstantBranching,
@@ -53,9 +55,11 @@ def draft(tmp_path_factory) -> str:
     return save_draft(tmp_path_factory.mktemp("draft"))
 
 
-def executor(folder: str, slots: int = 2000, max_nodes: int = 12) -> DraftExecutor:
+def executor(
+    folder: str, slots: int = 2000, max_nodes: int = 12, record: Record | None = None
+) -> DraftExecutor:
     loaded = draft_model.DraftModel(folder, torch.device("cpu"), torch.float32)
-    return DraftExecutor(loaded, slots, max_nodes)
+    return DraftExecutor(loaded, slots, max_nodes, record)
 
 
 def logits_of(folder: str, text) -> torch.Tensor:
@@ -66,11 +70,13 @@ def logits_of(folder: str, text) -> torch.Tensor:
         return reference(torch.tensor([list(map(int, text))])).logits[0, -1]
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_logits_are_transformers_own(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "record"), [*((family, None) for family in FAMILIES), ("llama", record_on_cpu)]
+)
+def test_logits_are_transformers_own(tmp_path, family, record):
     """Texts and trees, in a batch of different lengths, over rounds of different progress."""
     folder = save_draft(tmp_path, family)
-    run = executor(folder)
+    run = executor(folder, record=record)
     rng = np.random.default_rng(1)
     texts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (1, 7, PAGE, 3 * PROMPT_ROWS)]
     names = [f"r{i}" for i in range(len(texts))]

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.eagle_heads import HIDDEN, Reference, save_head
 from tests.model_configs import target
+from tests.test_graphs import record_on_cpu
 from vllm_specplus.config import parse
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.drafting.eagle_checkpoint import read_config
+from vllm_specplus.drafting.graphs import Record
 from vllm_specplus.drafting.head_executor import MOST_WAITING, HeadExecutor
 from vllm_specplus.proposers.base import TargetRows
 
@@ -68,9 +70,11 @@ class Texts:
         )
 
 
-def executor(folder: str, vocabulary: Vocabulary, pages: int = 40) -> HeadExecutor:
+def executor(
+    folder: str, vocabulary: Vocabulary, pages: int = 40, record: Record | None = None
+) -> HeadExecutor:
     head = EagleHead(folder, vocabulary, VOCAB, torch.device("cpu"), torch.float32)
-    return HeadExecutor(head, max_nodes=6, max_requests=4, pages=pages, page=PAGE)
+    return HeadExecutor(head, 6, max_requests=4, pages=pages, page=PAGE, record=record)
 
 
 HEADS = {
@@ -85,12 +89,14 @@ HEADS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("keys", HEADS.values(), ids=HEADS)
-def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, keys):
+@pytest.mark.parametrize(
+    ("name", "record"), [*((name, None) for name in HEADS), ("eagle3", record_on_cpu)]
+)
+def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name, record):
     """Prompts in pieces, steps undrafted, rounds of trees, in a batch of different lengths."""
-    folder = save_head(tmp_path, vocab=VOCAB, **keys)
+    folder = save_head(tmp_path, vocab=VOCAB, **HEADS[name])
     reference = Reference(folder, vocabulary.embedding, vocabulary.matrix)
-    run = executor(folder, vocabulary)
+    run = executor(folder, vocabulary, record=record)
     pages = [[5, 37, 36, 35], [*range(10, 25)], [6, 7, 8, 9, 25, 26, 27]]
     texts = Texts([3, 70, 30], run.model.config.states, pages)
     names = ["a", "b", "c"]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from vllm_specplus.drafting.cache import PAGE, PagedCache, PageStore
+from vllm_specplus.drafting.graphs import LevelGraphs, Record
 from vllm_specplus.drafting.model import LayeredModel
 
 #: A text with more news than this, a prompt, is read by itself, so many tokens at a time.
@@ -103,14 +104,17 @@ class DraftExecutor(TreeExecutor):
 
     cache: PagedCache
 
-    def __init__(self, model: LayeredModel, max_slots: int, max_nodes: int):
+    def __init__(
+        self, model: LayeredModel, max_slots: int, max_nodes: int, record: Record | None = None
+    ):
         """``max_slots``: tokens and nodes the cache can hold, over all requests;
-        ``max_nodes``: of one request's tree."""
+        ``max_nodes``: of one request's tree; ``record``: makes graphs of levels."""
         pages = 1 + -(-max_slots // PAGE)
         cache = PagedCache(
             model.attention_layers, model.kv_heads, model.head_dim, pages, model.dtype, model.device
         )
         super().__init__(model, cache, PAGE, max_nodes)
+        self._level_layers = LevelGraphs(self._layers, PAGE, record) if record else self._layers
 
     def forget(self, request: str) -> None:
         self.cache.release(request)
@@ -185,9 +189,19 @@ class DraftExecutor(TreeExecutor):
         bool [R, n, P * PAGE], which slots a row may see, its own among them; ``exact``: the
         rows are text. (Only a layer-parallel draft treats nodes otherwise.)
         """
+        # Outside of graphs: some variants look at the positions' values.
+        cos, sin = self.model.rotary(positions)
+        layers = self._layers if exact else self._level_layers
+        return layers(tokens, cos, sin, slots, table, mask)
+
+    def _layers(
+        self, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor,
+        table: torch.Tensor, mask: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """As :meth:`_forward`; ``cos``, ``sin`` [R, n, head_dim] of the positions."""
         model = self.model
         self.cache.begin_pass(slots, table)
-        hidden, rotary, mask = model.embed(tokens), model.rotary(positions), mask[:, None]
+        hidden, rotary, mask = model.embed(tokens), (cos, sin), mask[:, None]
         for layer in range(model.num_layers):
             hidden = hidden + model.attention(layer, hidden, rotary, mask, self.cache)
             hidden = hidden + model.mlp(layer, hidden)

@@ -22,6 +22,7 @@ import torch
 from vllm_specplus.drafting.cache import PageStore
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.drafting.executor import PROMPT_CHUNK, PROMPT_ROWS, TreeExecutor
+from vllm_specplus.drafting.graphs import LevelGraphs, Record
 from vllm_specplus.proposers.base import TargetRows
 
 #: Rows of a request that may wait.
@@ -53,8 +54,12 @@ class HeadExecutor(TreeExecutor):
 
     model: EagleHead
 
-    def __init__(self, head: EagleHead, max_nodes: int, max_requests: int, pages: int, page: int):
-        """``pages``, ``page``: how many the target has, and slots per page."""
+    def __init__(
+        self, head: EagleHead, max_nodes: int, max_requests: int, pages: int, page: int,
+        record: Record | None = None,
+    ):  # fmt: skip
+        """``pages``, ``page``: how many the target has, and slots per page; ``record``: makes
+        graphs of levels."""
         # Behind the target's pages those of the trees, by place in the batch.
         self._pages_per_tree = -(-max_nodes // page)
         trees = max_requests * self._pages_per_tree
@@ -63,6 +68,7 @@ class HeadExecutor(TreeExecutor):
             head.dtype, head.device,
         )  # fmt: skip
         super().__init__(head, store, page, max_nodes)
+        self._level_layer = LevelGraphs(self._layer, page, record) if record else self._layer
         self._first_tree_page = pages
         self._read = torch.zeros(pages, page, dtype=torch.bool, device=head.device)
         self._waiting: dict[str, Waiting] = {}
@@ -175,17 +181,18 @@ class HeadExecutor(TreeExecutor):
         mask = self._visible(table, positions + 1)
         # Padding writes to page 0, which vLLM gives to nobody; it has to see something.
         mask[..., 0] |= padding
-        return self._pass(tokens, padded, positions, slots, table, mask)
+        cos, sin = self.model.rotary(positions)
+        return self._layer(tokens, padded, cos, sin, slots, table, mask)
 
     # -- tree -------------------------------------------------------------------------
 
     def _level(self, active, own, parents, tokens, positions, slots, table, mask):
         features = self._features[active[:, None], 1 + parents]
-        hidden = self._pass(tokens, features, positions, slots, table, mask)
+        cos, sin = self.model.rotary(positions)
+        hidden = self._level_layer(tokens, features, cos, sin, slots, table, mask)
         self._features[active[:, None], 1 + own] = self.model.feature(hidden)
         return hidden
 
-    def _pass(self, tokens, features, positions, slots, table, mask):
+    def _layer(self, tokens, features, cos, sin, slots, table, mask):
         self.cache.begin_pass(slots, table)
-        rotary = self.model.rotary(positions)
-        return self.model(tokens, features, rotary, mask[:, None], self.cache)
+        return self.model(tokens, features, (cos, sin), mask[:, None], self.cache)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_specplus import metrics
 from vllm_specplus.config import METHODS
 from vllm_specplus.control import memory
 from vllm_specplus.control.controller import Controller
+from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
@@ -71,7 +73,11 @@ class Drafter:
         """Called by vLLM when the target is loaded."""
         if self._first_rank:  # the one that drafts
             self.proposer.target_layers = lambda: TargetLayers(model, self._vllm_config)
-            self.proposer.load_draft(next(model.parameters()).device, self._dtype)
+            device = next(model.parameters()).device
+            graphs = self._vllm_config.compilation_config.cudagraph_mode
+            if device.type == "cuda" and graphs != CUDAGraphMode.NONE:  # as of the target
+                self.proposer.record = CudaRecorder()
+            self.proposer.load_draft(device, self._dtype)
             self.proposer.warm_up()
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:

@@ -22,6 +22,7 @@ from vllm_specplus.tree import DraftBatch
 if TYPE_CHECKING:
     import torch
 
+    from vllm_specplus.drafting.graphs import Record
     from vllm_specplus.drafting.model import LayeredModel
     from vllm_specplus.drafting.self_speculation import ReadKV
     from vllm_specplus.image.continuous.slots import LatentSlots
@@ -189,6 +190,8 @@ class Proposer(ABC):
         self.target_layers: Callable[[], LayeredModel]
         """Set by the engine before :meth:`load_draft`: the target's own layers, for a method
         that drafts with them."""
+        self.record: Record | None = None
+        """Set by the engine before :meth:`load_draft`: makes CUDA graphs of recurring passes."""
 
     @abstractmethod
     def propose(self, step: StepContext) -> DraftBatch:

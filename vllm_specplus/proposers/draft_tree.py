@@ -85,7 +85,7 @@ class DraftTree(Proposer):
         return DraftModel(self.config.model, device, dtype, self.config.head_tokens)
 
     def _make_executor(self, model: LayeredModel, max_slots: int) -> DraftExecutor:
-        return DraftExecutor(model, max_slots, max_nodes=sum(self.levels))
+        return DraftExecutor(model, max_slots, sum(self.levels), self.record)
 
     def forget(self, request_id: str) -> None:
         self._executor.forget(request_id)

@@ -49,7 +49,9 @@ class EagleTree(DraftTree):
         return 2 * head.kv_heads * head.head_dim * head.dtype.itemsize
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
-        self._executor = HeadExecutor(self._head, sum(self.levels), max_requests, pages, page)
+        self._executor = HeadExecutor(
+            self._head, sum(self.levels), max_requests, pages, page, self.record
+        )
 
     def propose(self, step: StepContext) -> DraftBatch:
         self._executor.follow(step.request_ids, step.token_ids, step.target_rows)

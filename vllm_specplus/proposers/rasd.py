@@ -87,6 +87,7 @@ class Rasd(Proposer):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         for member in self.members:
             member.target_layers = lambda: self.target_layers()
+            member.record = self.record
             member.load_draft(device, dtype)
 
     def warm_up(self) -> None:
