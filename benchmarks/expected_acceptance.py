@@ -1,0 +1,284 @@
+"""Expected tokens per step of draft-tree shapes and verification rules, on the same texts.
+
+    python benchmarks/expected_acceptance.py --model DIR --draft DIR --dataset question.jsonl \\
+        --out benchmarks/results/expected_acceptance.json
+
+``draft_trees.py`` counts what engines accept, each on the text it happens to write: honest,
+and noisy. Here one engine writes texts without drafts' help, and every shape then drafts a
+tree at every place of those texts, inside an engine that is made to write them again. Of each
+tree the expected number of accepted tokens is computed, and the code that serves judges it
+once: the two means must agree. A place is a step that all shapes have in common: their
+differences are paired by question, and the intervals (95 %) are over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+#: The rules that judge each shape's trees.
+RULES = {
+    "chain": {"token by token": "without_replacement"},
+    "spectr": {"recursive": "with_replacement", "k-SEQ": "k_seq"},
+    "rsd_c": {"recursive": "without_replacement"},
+    "rsd_s": {"recursive": "without_replacement"},
+}
+#: Whose differences to the others are reported.
+BASES = ("chain, token by token", "spectr, recursive", "spectr, k-SEQ")
+
+
+def questions(args: argparse.Namespace) -> list[list[dict[str, str]]]:
+    with open(args.dataset) as f:
+        every = [json.loads(line)["turns"][0][:1500] for line in f]
+    chosen = every[:: len(every) // args.questions][: args.questions]
+    return [[{"role": "user", "content": question}] for question in chosen]
+
+
+def engine(args: argparse.Namespace, speculative: dict | None):
+    from vllm import LLM
+
+    return LLM(
+        model=args.model, max_model_len=2048, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
+        speculative_config=speculative,
+    )  # fmt: skip
+
+
+def write(args: argparse.Namespace) -> dict[str, list]:
+    """temperature -> one (prompt ids, output ids) per question, of plain decoding."""
+    from vllm import SamplingParams
+
+    llm = engine(args, None)
+    return {
+        str(t): [
+            (list(out.prompt_token_ids), list(out.outputs[0].token_ids))
+            for out in llm.chat(
+                questions(args), SamplingParams(temperature=t, max_tokens=args.max_tokens),
+                use_tqdm=False,
+            )
+        ]
+        for t in args.temperatures
+    }  # fmt: skip
+
+
+def reach(rule: str, p, rows, laws) -> np.ndarray:
+    """How probably each verified row is accepted, float64 [L]; arguments as of
+    ``sampled.verify``, in trees of drawn nodes only."""
+    from vllm_specplus.samplers.sampled import best_rho
+
+    out = np.zeros(len(rows.tokens))
+    children: list[list[int]] = [[] for _ in out]
+    first = np.repeat(rows.starts[:-1], np.diff(rows.starts))
+    for row in np.flatnonzero(rows.parents >= 0).tolist():
+        children[first[row] + rows.parents[row]].append(row)
+    out[rows.starts[:-1]] = 1.0
+    for row, mine in enumerate(children):
+        if not mine or out[row] == 0.0:
+            continue
+        left, q = p[row].double(), laws.q[int(laws.index[row])].double()
+        left = left[: len(q)].clone()  # no draft has the tokens beyond
+        rho = best_rho(left, q, len(mine)) if rule == "k_seq" else 1.0
+        rejected, firsts = out[row], {}
+        for child in mine:
+            token = int(rows.tokens[child])
+            drawn = float(q[token])
+            accepts = min(float(left[token]) / (rho * drawn), 1.0) if drawn > 0.0 else 0.0
+            out[firsts.setdefault(token, child)] += rejected * accepts
+            rejected *= 1.0 - accepts
+            if rule != "k_seq":
+                rest = 1.0 - float(torch.minimum(left, q).sum())  # of all of p
+                left = (left - q).clamp_(min=0.0) / rest if rest > 0.0 else left
+            if rule == "without_replacement":
+                q[token] = 0.0
+                q /= q.sum().clamp(min=1e-300)
+    return out
+
+
+class Replay:
+    """Stands in for ``sampled.verify``: judges every tree, then has the engine go on by one
+    token of the text it is to write."""
+
+    def __init__(self, runner, rules: dict[str, str], verify):
+        self._runner, self._rules, self._verify = runner, rules, verify
+        self.texts: dict[tuple[int, ...], list[int]] = {}
+        """Prompt -> what to write, the end of text included."""
+        self.tokens: dict[str, dict[tuple[int, ...], list[tuple[float, int]]]] = {}
+        """Rule -> prompt -> the step's tokens at every place: expected, and as judged once."""
+
+    def __call__(self, rule, p, rows, laws, accept_noise, output_noise, relaxation=None):
+        from vllm_specplus.tree import accepted_paths
+
+        states = [self._runner.requests[name] for name in self._runner.input_batch.req_ids]
+        prompts = [tuple(state.prompt_token_ids) for state in states]
+        drafted = np.diff(rows.starts) > 1
+        for label, judge in self._rules.items() if drafted.any() else ():
+            noise = torch.rand(len(rows.tokens)), torch.rand(len(prompts))
+            sampled = self._verify(judge, p, rows, laws, *noise).numpy()
+            _, judged = accepted_paths(rows.tokens, rows.parents, rows.starts, sampled)
+            expected = np.add.reduceat(reach(judge, p, rows, laws), rows.starts[:-1])
+            found = self.tokens.setdefault(label, {})
+            for r in np.flatnonzero(drafted):
+                found.setdefault(prompts[r], []).append((float(expected[r]), int(judged[r])))
+        out = torch.full((len(rows.tokens),), -1, dtype=torch.int32)
+        for r, state in enumerate(states):
+            text, place = self.texts[prompts[r]], len(state.output_token_ids)
+            out[rows.starts[r]] = text[min(place, len(text) - 1)]
+        rows.tokens[rows.parents >= 0] = -1  # nothing is accepted: the next step is the next place
+        return out
+
+
+def replay(args: argparse.Namespace, shape: str, texts: dict[str, list]) -> dict[str, dict]:
+    """temperature -> rule -> expected tokens, one list per question."""
+    from vllm import SamplingParams
+
+    width = {"width": args.width} if shape in ("rsd_s", "spectr") else {}
+    if shape == "rsd_c":
+        width["branching"] = args.branching
+    llm = engine(args, {
+        "method": "draft_tree", "model": args.draft, "num_speculative_tokens": args.nodes,
+        "control": {"policy": "fixed"}, "shape": shape, **width,
+    })  # fmt: skip
+
+    from vllm_specplus.samplers import chains, sampled
+
+    (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    hook = Replay(runner, RULES[shape], sampled.verify)
+    sampled.verify, chains.all_chains = hook, lambda rows: False
+    end = llm.get_tokenizer().eos_token_id
+    results = {}
+    for temperature, written in texts.items():
+        # Steps near a request's last token draft less: the places stop before. Seeds give all
+        # shapes the same noise, which steadies their differences.
+        hook.texts = {tuple(prompt): [*output, end] for prompt, output in written}
+        hook.tokens = {}
+        llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in written],
+            [
+                SamplingParams(
+                    temperature=float(temperature),
+                    seed=seed,
+                    max_tokens=args.max_tokens + args.nodes + 2,
+                )
+                for seed in range(len(written))
+            ],
+            use_tqdm=False,
+        )
+        results[temperature] = {
+            label: [of.get(tuple(prompt), []) for prompt, _ in written]
+            for label, of in hook.tokens.items()
+        }
+    return results
+
+
+def summary(results: dict[str, list[list[tuple[float, int]]]]) -> dict[str, dict[str, float]]:
+    """ "shape, rule" -> the mean over all places, expected and judged, and the difference of the
+    expected one over each base, with 95 % intervals.
+
+    A ratio estimator over questions: places of one question are not independent.
+    """
+    places = {label: np.array([len(of) for of in each]) for label, each in results.items()}
+    (counts, *others) = places.values()
+    if any((other != counts).any() for other in others):
+        raise RuntimeError(f"the shapes did not see the same places: {places}")
+    # [label] -> float [questions, 2]
+    sums = {
+        label: np.array([np.sum(of, axis=0) if of else (0.0, 0.0) for of in each])
+        for label, each in results.items()
+    }
+
+    def mean(values: np.ndarray) -> tuple[float, float]:
+        found = values.sum() / counts.sum()
+        spread = (values - found * counts).std(ddof=1) * np.sqrt(len(counts)) / counts.sum()
+        return float(found), float(1.96 * spread)
+
+    out = {}
+    for label, of in sums.items():
+        row = out[label] = {"places": int(counts.sum())}
+        row["tokens"], row["tokens ci"] = mean(of[:, 0])
+        row["judged"] = mean(of[:, 1])[0]
+        row["judged over expected ci"] = mean(of[:, 1] - of[:, 0])[1]
+        for base in BASES:
+            row[f"over {base}"], row[f"over {base} ci"] = mean(of[:, 0] - sums[base][:, 0])
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--draft", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--nodes", type=int, default=12)
+    parser.add_argument("--width", type=int, default=3)
+    parser.add_argument("--branching", type=int, nargs="+", help="of rsd_c: width, 1, 1, ...")
+    parser.add_argument("--questions", type=int, default=80)
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.6, 1.0])
+    parser.add_argument("--out")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.branching = args.branching or [args.width] + [1] * (args.nodes // args.width - 1)
+    if args.child:
+        shape, folder = json.loads(args.child)
+        texts = Path(folder, "texts.json")
+        if shape is None:
+            texts.write_text(json.dumps(write(args)))
+        else:
+            found = replay(args, shape, json.loads(texts.read_text()))
+            Path(folder, f"{shape}.json").write_text(json.dumps(found))
+        return
+    results: dict[str, dict] = {str(t): {} for t in args.temperatures}
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in (None, *RULES):
+            command = [sys.executable, *sys.argv, "--child", json.dumps([shape, folder])]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            print(f"measured: {shape or 'texts'}", flush=True)
+            if shape is None:
+                continue
+            for temperature, rules in json.loads(Path(folder, f"{shape}.json").read_text()).items():
+                for rule, each in rules.items():
+                    results[temperature][f"{shape}, {rule}"] = each
+    found = {temperature: summary(each) for temperature, each in results.items()}
+    for temperature, rows in found.items():
+        print(f"\ntemperature {temperature}, {args.nodes} nodes")
+        for label, row in rows.items():
+            print(
+                f"  {label:22} {row['tokens']:.3f} ±{row['tokens ci']:.3f}"
+                f"   judged {row['judged']:.3f} ±{row['judged over expected ci']:.3f}"
+                f"   ({row['places']} places)"
+            )
+            for base in BASES:
+                if base != label:
+                    gain, half = row[f"over {base}"], row[f"over {base} ci"]
+                    print(f"    over {base:22} {gain:+.4f} ±{half:.4f}")
+    if args.out:
+        from vllm_specplus.compat import vllm_version
+
+        setting = {
+            "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "nodes": args.nodes, "width": args.width, "branching": args.branching,
+            "questions": args.questions, "max_tokens": args.max_tokens,
+        }  # fmt: skip
+        means = {
+            temperature: {
+                label: [[len(of), *np.sum(of or [(0.0, 0)], axis=0).round(4)] for of in each]
+                for label, each in shapes.items()
+            }
+            for temperature, shapes in results.items()
+        }
+        document = {"setting": setting, "summary": found, "places, expected, judged": means}
+        Path(args.out).write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
