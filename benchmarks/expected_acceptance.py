@@ -7,7 +7,8 @@
 and noisy. Here one engine writes texts without drafts' help, and every shape then drafts a
 tree at every place of those texts, inside an engine that is made to write them again. Of each
 tree the expected number of accepted tokens is computed, and the code that serves judges it
-once: the two means must agree. A place is a step that all shapes have in common: their
+once: the two means must agree (at temperature 0 they are the same). A place is a step that all
+shapes have in common: their
 differences are paired by question, and the intervals (95 %) are over questions.
 """
 
@@ -20,6 +21,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +41,10 @@ RULES = {
 BASES = ("chain, token by token", "spectr, recursive", "spectr, k-SEQ")
 
 
-def questions(args: argparse.Namespace) -> list[list[dict[str, str]]]:
-    with open(args.dataset) as f:
+def chats(dataset: str, count: int) -> list[list[dict[str, str]]]:
+    with open(dataset) as f:
         every = [json.loads(line)["turns"][0][:1500] for line in f]
-    chosen = every[:: len(every) // args.questions][: args.questions]
+    chosen = every[:: len(every) // count][:count]
     return [[{"role": "user", "content": question}] for question in chosen]
 
 
@@ -59,17 +61,14 @@ def write(args: argparse.Namespace) -> dict[str, list]:
     """temperature -> one (prompt ids, output ids) per question, of plain decoding."""
     from vllm import SamplingParams
 
-    llm = engine(args, None)
-    return {
-        str(t): [
+    llm, texts = engine(args, None), {}
+    for temperature, count in zip(args.temperatures, args.questions, strict=True):
+        params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens)
+        texts[str(temperature)] = [
             (list(out.prompt_token_ids), list(out.outputs[0].token_ids))
-            for out in llm.chat(
-                questions(args), SamplingParams(temperature=t, max_tokens=args.max_tokens),
-                use_tqdm=False,
-            )
+            for out in llm.chat(chats(args.dataset, count), params, use_tqdm=False)
         ]
-        for t in args.temperatures
-    }  # fmt: skip
+    return texts
 
 
 def reach(rule: str, p, rows, laws) -> np.ndarray:
@@ -106,35 +105,58 @@ def reach(rule: str, p, rows, laws) -> np.ndarray:
 
 
 class Replay:
-    """Stands in for ``sampled.verify``: judges every tree, then has the engine go on by one
-    token of the text it is to write."""
+    """Stands in for the engine's verification: judges every tree, then has the engine go on by
+    one token of the text it is to write."""
 
-    def __init__(self, runner, rules: dict[str, str], verify):
-        self._runner, self._rules, self._verify = runner, rules, verify
+    def __init__(self, runner, rules: dict[str, str]):
+        from vllm_specplus.samplers import chains, lossless, sampled
+
+        self._runner, self._rules = runner, rules
+        self._verify, self._accept = sampled.verify, lossless.accept
+        sampled.verify, lossless.accept = self.verify, self.accept
+        chains.all_chains = lambda rows: False  # has a verification of its own
         self.texts: dict[tuple[int, ...], list[int]] = {}
         """Prompt -> what to write, the end of text included."""
         self.tokens: dict[str, dict[tuple[int, ...], list[tuple[float, int]]]] = {}
         """Rule -> prompt -> the step's tokens at every place: expected, and as judged once."""
 
-    def __call__(self, rule, p, rows, laws, accept_noise, output_noise, relaxation=None):
-        from vllm_specplus.tree import accepted_paths
-
-        states = [self._runner.requests[name] for name in self._runner.input_batch.req_ids]
-        prompts = [tuple(state.prompt_token_ids) for state in states]
+    def verify(self, rule, p, rows, laws, accept_noise, output_noise, relaxation=None):
+        """In the place of ``sampled.verify``, of requests that sample."""
         drafted = np.diff(rows.starts) > 1
         for label, judge in self._rules.items() if drafted.any() else ():
-            noise = torch.rand(len(rows.tokens)), torch.rand(len(prompts))
-            sampled = self._verify(judge, p, rows, laws, *noise).numpy()
-            _, judged = accepted_paths(rows.tokens, rows.parents, rows.starts, sampled)
+            noise = torch.rand(len(rows.tokens)), torch.rand(len(drafted))
+            outcome = self._verify(judge, p, rows, laws, *noise).numpy()
             expected = np.add.reduceat(reach(judge, p, rows, laws), rows.starts[:-1])
-            found = self.tokens.setdefault(label, {})
-            for r in np.flatnonzero(drafted):
-                found.setdefault(prompts[r], []).append((float(expected[r]), int(judged[r])))
-        out = torch.full((len(rows.tokens),), -1, dtype=torch.int32)
-        for r, state in enumerate(states):
-            text, place = self.texts[prompts[r]], len(state.output_token_ids)
-            out[rows.starts[r]] = text[min(place, len(text) - 1)]
-        rows.tokens[rows.parents >= 0] = -1  # nothing is accepted: the next step is the next place
+            self._note(label, rows, expected, self._accept(rows, outcome).lengths)
+        return torch.from_numpy(self._go_on(rows))
+
+    def accept(self, rows, outcome):
+        """In the place of ``lossless.accept``; of greedy requests, it judges too."""
+        if (self._runner.input_batch.temperature_cpu[: len(rows.starts) - 1] == 0).any():
+            lengths = self._accept(rows, outcome).lengths
+            for label in self._rules:
+                self._note(label, rows, lengths, lengths)
+            outcome = self._go_on(rows)
+        return self._accept(rows, outcome)
+
+    def _states(self) -> list:
+        return [self._runner.requests[name] for name in self._runner.input_batch.req_ids]
+
+    def _note(self, label: str, rows, expected: np.ndarray, judged: np.ndarray) -> None:
+        found = self.tokens.setdefault(label, {})
+        for r, state in enumerate(self._states()):
+            if rows.starts[r + 1] - rows.starts[r] > 1:
+                found.setdefault(tuple(state.prompt_token_ids), []).append(
+                    (float(expected[r]), int(judged[r]))
+                )
+
+    def _go_on(self, rows) -> np.ndarray:
+        """Each text's next token at its root, and nothing accepted: int32 [L]."""
+        out = np.full(len(rows.tokens), -1, np.int32)
+        for r, state in enumerate(self._states()):
+            text = self.texts[tuple(state.prompt_token_ids)]
+            out[rows.starts[r]] = text[min(len(state.output_token_ids), len(text) - 1)]
+        rows.tokens[rows.parents >= 0] = -1  # no draft has this token
         return out
 
 
@@ -150,11 +172,8 @@ def replay(args: argparse.Namespace, shape: str, texts: dict[str, list]) -> dict
         "control": {"policy": "fixed"}, "shape": shape, **width,
     })  # fmt: skip
 
-    from vllm_specplus.samplers import chains, sampled
-
     (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
-    hook = Replay(runner, RULES[shape], sampled.verify)
-    sampled.verify, chains.all_chains = hook, lambda rows: False
+    hook = Replay(runner, RULES[shape])
     end = llm.get_tokenizer().eos_token_id
     results = {}
     for temperature, written in texts.items():
@@ -213,6 +232,17 @@ def summary(results: dict[str, list[list[tuple[float, int]]]]) -> dict[str, dict
     return out
 
 
+def child(shape: str | None, folder: str, jobs: int = 1) -> None:
+    """Measure a shape, or write the texts, in a process of its own; one of ``jobs``."""
+    shared = {}
+    if jobs > 1:
+        cores = str((os.cpu_count() or 1) // jobs)
+        shared = {"OMP_NUM_THREADS": cores, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, *sys.argv, "--child", json.dumps([shape, folder])]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | shared)
+    print(f"measured: {shape or 'texts'}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
@@ -221,9 +251,12 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=12)
     parser.add_argument("--width", type=int, default=3)
     parser.add_argument("--branching", type=int, nargs="+", help="of rsd_c: width, 1, 1, ...")
-    parser.add_argument("--questions", type=int, default=80)
+    parser.add_argument(
+        "--questions", type=int, nargs="+", default=[60, 90, 200], help="for each temperature"
+    )
     parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.6, 1.0])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 1.0])
+    parser.add_argument("--jobs", type=int, default=1, help="engines beside each other")
     parser.add_argument("--out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -239,12 +272,10 @@ def main() -> None:
         return
     results: dict[str, dict] = {str(t): {} for t in args.temperatures}
     with tempfile.TemporaryDirectory() as folder:
-        for shape in (None, *RULES):
-            command = [sys.executable, *sys.argv, "--child", json.dumps([shape, folder])]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            print(f"measured: {shape or 'texts'}", flush=True)
-            if shape is None:
-                continue
+        child(None, folder)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda shape: child(shape, folder, args.jobs), RULES))
+        for shape in RULES:
             for temperature, rules in json.loads(Path(folder, f"{shape}.json").read_text()).items():
                 for rule, each in rules.items():
                     results[temperature][f"{shape}, {rule}"] = each

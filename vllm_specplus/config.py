@@ -253,8 +253,8 @@ class MethodConfig(StrictModel):
             )
         elif self.rule is not None and not self.acceptance.compares:
             raise ValueError(
-                f"acceptance rule {self.acceptance.rule!r} takes nodes that were not drawn: set "
-                f"'shape' to 'topk'"
+                f"acceptance rule {self.acceptance.rule!r} takes nodes that were not drawn: "
+                + ("set 'shape' to 'topk'" if hasattr(self, "shape") else "use another method")
             )
         return self
 

@@ -36,7 +36,7 @@ COUNTERS = {
     "chain_fallbacks:structured_output": "Requests drafted as a chain instead of a tree.",
     "chain_fallbacks:resumed": "Requests drafted as a chain instead of a tree.",
     "control_steps": "Steps in which the controller decided what to verify.",
-    "undrafted_steps": "Of these, steps in which nothing was worth verifying.",
+    "undrafted_steps": "Of these, steps that verified nothing.",
     "probe_steps": "Of these, steps speculated only to see whether it pays again.",
     "nodes_grown": "Draft nodes the controller chose from.",
     "nodes_labelled": "Draft nodes the text proved right or wrong.",

@@ -1,9 +1,9 @@
 """The ``vllm.general_plugins`` entry point: our methods in ``--speculative-config``.
 
 vLLM calls :func:`register` in the front end, in the engine core and in every
-worker. It maps a config whose ``method`` is ours onto vLLM's ``custom_class`` and lets
-vLLM's admission check read our part of a request; nothing else, so loading the plugin is
-harmless when it is not used.
+worker. It maps a config whose ``method`` is ours onto vLLM's ``custom_class``, lets vLLM's
+admission check read our part of a request, and registers our image models; nothing else, so
+loading the plugin is harmless when it is not used.
 """
 
 from __future__ import annotations

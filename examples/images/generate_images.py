@@ -3,9 +3,9 @@
     python examples/images/generate_images.py --out pictures --labels 3,1,4,1,5
 
 makes them with the embedded model of digits, drafted by Jacobi iteration.
-``--spec '{"method": "jacobi", "acceptance": {"rule": "gsd"}}'`` is faster and lossy; ``--guidance``
-is classifier-free guidance, per request. With ``--latents`` the model is the one whose tokens are
-continuous, drafted by CSpD.
+``--spec '{"method": "jacobi", "acceptance": {"rule": "gsd"}}'`` takes fewer steps and is lossy;
+``--guidance`` is classifier-free guidance, per request. With ``--latents`` the model is the one whose
+tokens are continuous, drafted by CSpD; it has no guidance.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def main(
     spec: Annotated[str | None, typer.Option(help="JSON, as for --speculative-config.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
+    if latents and guidance is not None:
+        raise typer.BadParameter("the model of latents has no guidance: leave --guidance out")
     # Progress of one engine; nothing else should be between the user and the pictures.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams

@@ -2,7 +2,7 @@
 
 Throughput is the median over rounds (of all repeats), with the smallest and the largest: one
 disturbed round does not move a median. Ratios are medians too, of the ratios *within* rounds: two
-methods answer the same questions in a round and, on the CPU platform, one right after the other,
+methods answer the same questions in a round and, on the CPU platform, in turns of some seconds,
 so that what varies between rounds cancels out. A ratio is therefore not exactly the quotient of
 two medians.
 """

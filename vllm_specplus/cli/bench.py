@@ -92,7 +92,7 @@ def bench(
             help="Methods separated by commas (or the option repeated), each "
             "name[:key=value]... with keys of vLLM's speculative config, e.g. "
             "none,ngram:num_speculative_tokens=4,token_recycling. "
-            'Values are JSON, or else strings (tree="2.2" is a string, tree=2.2 a number).',
+            "Values are JSON, or else strings (tree=2.2.2 is a string, top_k=4 a number).",
             show_default=f"{TEXT_METHODS}; for images {IMAGE_METHODS}; for latents "
             f"{CONTINUOUS_METHODS}",
         ),
@@ -110,8 +110,8 @@ def bench(
     rounds: Annotated[
         int,
         typer.Option(
-            help="Parts of the questions between which the methods take turns; "
-            "fewer at a concurrency that they would be too short for."
+            help="Parts of the questions, each compared by itself (on a CPU the methods take turns "
+            "within them); fewer at a concurrency that they would be too short for."
         ),
     ] = 4,
     repeat: Annotated[int, typer.Option(help="Repeat everything with fresh engines.")] = 1,

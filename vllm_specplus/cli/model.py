@@ -150,7 +150,7 @@ def prepare_model_command(
     ] = False,
     latents: Annotated[
         bool,
-        typer.Option("--latents", help="The same of the model whose tokens are latents."),
+        typer.Option("--latents", help="The same for the model whose tokens are latents."),
     ] = False,
 ) -> None:
     """Convert the demo's model, SmolLM2-135M-Instruct, and print its folder."""
