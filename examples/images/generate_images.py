@@ -4,8 +4,8 @@
 
 makes them with the embedded model of digits, drafted by Jacobi iteration.
 ``--spec '{"method": "jacobi", "acceptance": {"rule": "gsd"}}'`` takes fewer steps and is lossy;
-``--guidance`` is classifier-free guidance, per request. With ``--latents`` the model is the one whose
-tokens are continuous, drafted by CSpD; it has no guidance.
+``--guidance`` is classifier-free guidance, per request. With ``--latents`` the model is the one
+whose tokens are continuous, drafted by CSpD; it has no guidance.
 """
 
 from __future__ import annotations
