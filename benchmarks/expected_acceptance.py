@@ -32,13 +32,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 #: The rules that judge each shape's trees.
 RULES = {
-    "chain": {"token by token": "without_replacement"},
+    "chain": {"token by token": "without_replacement", "block": "block"},
     "spectr": {"recursive": "with_replacement", "k-SEQ": "k_seq"},
-    "rsd_c": {"recursive": "without_replacement"},
-    "rsd_s": {"recursive": "without_replacement"},
+    "rsd_c": {"recursive": "without_replacement", "traversal": "traversal"},
+    "rsd_s": {"recursive": "without_replacement", "traversal": "traversal"},
 }
 #: Whose differences to the others are reported.
-BASES = ("chain, token by token", "spectr, recursive", "spectr, k-SEQ")
+BASES = ("chain, token by token", "chain, block", "spectr, recursive", "spectr, k-SEQ")
 
 
 def chats(dataset: str, count: int) -> list[list[dict[str, str]]]:
@@ -71,9 +71,16 @@ def write(args: argparse.Namespace) -> dict[str, list]:
     return texts
 
 
-def reach(rule: str, p, rows, laws) -> np.ndarray:
-    """How probably each verified row is accepted, float64 [L]; arguments as of
-    ``sampled.verify``, in trees of drawn nodes only."""
+def expected_tokens(rule: str, p, rows, laws) -> np.ndarray:
+    """Of the step, for every request, float64 [R]; arguments as of ``sampled.verify``, of trees
+    whose nodes were all drawn."""
+    if rule in ("block", "traversal"):
+        return _of_whole_trees(rule, p, rows, laws)
+    return np.add.reduceat(_reach(rule, p, rows, laws), rows.starts[:-1])
+
+
+def _reach(rule: str, p, rows, laws) -> np.ndarray:
+    """How probably the walk from the root gets to each row, float64 [L]."""
     from vllm_specplus.samplers.sampled import best_rho
 
     out = np.zeros(len(rows.tokens))
@@ -104,6 +111,40 @@ def reach(rule: str, p, rows, laws) -> np.ndarray:
     return out
 
 
+class _Test:
+    """Stands in for the noise of a row: fails, and notes how probably it would have passed."""
+
+    def __init__(self, row: int, noted: list[tuple[int, float]]):
+        self._row, self._noted = row, noted
+
+    def __lt__(self, passes: float) -> bool:
+        self._noted.append((self._row, min(max(passes, 0.0), 1.0)))
+        return False
+
+
+def _of_whole_trees(rule: str, p, rows, laws) -> np.ndarray:
+    """What these rules test, and in which order, does not depend on the noise: as long as
+    tests fail, all follow."""
+    from vllm_specplus.samplers.sampled import _block, _traverse, _Tree
+
+    out = np.ones(len(rows.starts) - 1)
+    noted: list[tuple[int, float]] = []
+    tests = [_Test(row, noted) for row in range(len(rows.tokens))]
+    for r in range(len(out)):
+        noted.clear()
+        tree = _Tree(p, rows, laws, tests, *map(int, rows.starts[r : r + 2]))
+        if rule == "block":
+            _block(tree)
+            noted.reverse()  # the last test that passes counts
+        else:
+            _traverse(tree)
+        failed = 1.0
+        for row, passes in noted:
+            out[r] += failed * passes * rows.depths[row]
+            failed *= 1.0 - passes
+    return out
+
+
 class Replay:
     """Stands in for the engine's verification: judges every tree, then has the engine go on by
     one token of the text it is to write."""
@@ -126,7 +167,7 @@ class Replay:
         for label, judge in self._rules.items() if drafted.any() else ():
             noise = torch.rand(len(rows.tokens)), torch.rand(len(drafted))
             outcome = self._verify(judge, p, rows, laws, *noise).numpy()
-            expected = np.add.reduceat(reach(judge, p, rows, laws), rows.starts[:-1])
+            expected = expected_tokens(judge, p, rows, laws)
             self._note(label, rows, expected, self._accept(rows, outcome).lengths)
         return torch.from_numpy(self._go_on(rows))
 

@@ -16,14 +16,13 @@ from vllm_specplus.tree import accepted_paths
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from expected_acceptance import reach, summary
+from expected_acceptance import expected_tokens, summary
 
 
 def expected(rule, drafts):
     laws = DraftLaws(torch.tensor(Q, dtype=torch.float32), drafts.index, drafts.drawn)
     p = torch.tensor(P[drafts.contexts], dtype=torch.float32)
-    tokens = np.add.reduceat(reach(rule, p, drafts.rows, laws), drafts.rows.starts[:-1])
-    return p, laws, tokens
+    return p, laws, expected_tokens(rule, p, drafts.rows, laws)
 
 
 @pytest.mark.parametrize(
@@ -32,9 +31,11 @@ def expected(rule, drafts):
         ("without_replacement", [1, 1, 1], "with", oracle.step([1, 1, 1], "with", "keepq")),
         ("with_replacement", [2, 2], "with", oracle.step([2, 2], "with", "keepq")),
         ("without_replacement", [3, 2], "without", oracle.step([3, 2], "without", "renormq")),
+        ("block", [1, 1, 1], "with", oracle.block(3)),
+        ("traversal", [2, 2], "without", oracle.traversal([2, 2])),
     ],
 )
-def test_recursive_rules_equal_the_oracle(rule, branching, mode, law):
+def test_the_mean_over_drafts_is_the_oracles(rule, branching, mode, law):
     _, _, tokens = expected(rule, Drafts(branching, mode, 4_000))
     error = tokens.std() / len(tokens) ** 0.5
     assert tokens.mean() == pytest.approx(float(oracle.elen(law)), abs=4 * error + 1e-6)
@@ -47,15 +48,17 @@ def test_k_seq_at_one_level():
 
 
 @pytest.mark.parametrize(
-    ("rule", "mode"),
+    ("rule", "branching", "mode"),
     [
-        ("without_replacement", "without"),
-        ("with_replacement", "with"),
-        ("k_seq", "with"),
+        ("without_replacement", [2, 2], "without"),
+        ("with_replacement", [2, 2], "with"),
+        ("k_seq", [2, 2], "with"),
+        ("block", [1, 1, 1], "with"),
+        ("traversal", [2, 2], "without"),
     ],
 )
-def test_each_tree_has_the_mean_of_its_judgements(rule, mode):
-    drafts = Drafts([2, 2], mode, 20)
+def test_each_tree_has_the_mean_of_its_judgements(rule, branching, mode):
+    drafts = Drafts(branching, mode, 20)
     p, laws, tokens = expected(rule, drafts)
     torch.manual_seed(0)
     n, rows = 400, drafts.rows
@@ -73,7 +76,7 @@ def test_differences_are_paired_by_question():
     more = [[(value + 0.5, judged) for value, judged in of] for of in each]
     rows = summary(
         {
-            "chain, token by token": each, "spectr, recursive": each,
+            "chain, token by token": each, "chain, block": each, "spectr, recursive": each,
             "spectr, k-SEQ": each, "rsd_s, recursive": more,
         }
     )  # fmt: skip
