@@ -134,6 +134,9 @@ def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name, record):
             ranges = list(zip(before.tolist(), (texts.lengths - 1).tolist(), strict=True))
             run.follow(names, texts.tokens, texts.rows(ranges))
     assert len(run._waiting["a"]) <= MOST_WAITING
+    # What waits is a few rows, and not the steps they come from.
+    kept = run._waiting["a"].states[0].untyped_storage().nbytes()
+    assert kept <= 4 * run.model.config.states * HIDDEN * MOST_WAITING
 
 
 def test_a_cached_beginning_is_seen_as_far_as_it_was_read(tmp_path, vocabulary):

@@ -190,7 +190,7 @@ def test_a_lost_home_ends_the_owners(shared):
     run, group, owners = shared
     rounds(run)
     run.attentions = None
-    del group._group
+    del group._group, group._hosts
     assert all(owner.wait(30) != 0 for owner in owners)
 
 

@@ -163,7 +163,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     target = Target(
         load_tokenizer=lambda: cached_tokenizer_from_config(model_config),
         vocab_size=model_config.get_vocab_size(),
-        family=generates.model_type,
+        family=model_config.hf_config.model_type,
         num_layers=model_config.get_total_num_hidden_layers(),
         tensor_parallel_size=parallel_config.tensor_parallel_size,
         hidden_size=model_config.get_hidden_size(),

@@ -112,6 +112,7 @@ class Controller:
         self._interval = PROBE_INTERVALS[0]
         self._break_even = 0.0  # tokens with which the levels drafted last have paid
         self._draft_seconds = 0.0  # per drafted request (and level + 1), moving average
+        self._paused = False  # did the last drafting take far longer than that?
         self._expected = self._gained = 0.0  # tokens of recent steps, decayed
         self._explore_credit = 0.0
 
@@ -134,7 +135,11 @@ class Controller:
             # A level of a few requests costs what a level of one does: it is one pass.
             units = 1 + int(self._depths(max_nodes).max())
         if units:
-            self._draft_seconds += 0.1 * (seconds / units - self._draft_seconds)
+            # A lone pause (something is compiled or recorded) is no price.
+            pause = 0 < 4 * self._draft_seconds < seconds / units and not self._paused
+            self._paused = pause
+            if not pause:
+                self._draft_seconds += 0.1 * (seconds / units - self._draft_seconds)
 
     def forget(self, request_id: str) -> None:
         self.acceptance.forget(request_id)

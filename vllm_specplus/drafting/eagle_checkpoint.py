@@ -90,7 +90,7 @@ def read_config(folder: str) -> HeadConfig:
             )
         states = reads // target if generation == 3 else 1
         layer_ids = config.get("eagle_aux_hidden_state_layer_ids")
-        if generation == 3 and (reads % target or len(layer_ids or range(states)) != states):
+        if generation == 3 and (reads % target or len(layer_ids or range(3)) != states):
             raise DraftModelError(
                 f"EAGLE head {folder!r} reads {reads} units, which are not the states of "
                 f"{len(layer_ids or range(3))} layers of {target} units"

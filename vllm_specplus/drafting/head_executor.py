@@ -45,7 +45,9 @@ class Waiting:
         """The first ``count`` rows: (position of the first, states)."""
         rows = torch.cat(self.states)
         first, self.first = self.first, self.first + count
-        self.states = [rows[count:]] if count < len(rows) else []
+        rest = rows[count:]
+        # A few rows may wait for long, and must not keep a prompt's.
+        self.states = [rest.clone() if len(rest) <= MOST_WAITING else rest] if len(rest) else []
         return first, rows[:count]
 
 
@@ -94,7 +96,8 @@ class HeadExecutor(TreeExecutor):
             if waiting is None or waiting.first + len(waiting) != first:
                 # New, or computed anew after a preemption.
                 waiting = self._waiting[name] = Waiting(first)
-            waiting.states.append(rows.states[begin : begin + count])
+            # A copy: a view of one row would keep all of the step's.
+            waiting.states.append(rows.states[begin : begin + count].clone())
         self._read_late(requests)
 
     def _read_late(self, requests: list[str]) -> None:

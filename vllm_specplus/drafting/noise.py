@@ -1,10 +1,23 @@
-"""The random numbers that drafts are drawn with."""
+"""The random numbers that drafts are drawn and judged with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+
+#: Streams of :func:`stream`.
+DRAFTS, VERDICTS = 1, 2
+
+
+def stream(number: int, device: torch.device) -> torch.Generator:
+    """One of several generators of the engine's seed.
+
+    Their seeds differ, and differ from the engine's own: generators of one seed give the same
+    numbers, so that what is drafted would decide what is accepted or drawn.
+    """
+    seed = torch.initial_seed() + number * 0x9E3779B97F4A7C15
+    return torch.Generator(device).manual_seed(seed % 2**63)
 
 
 class DraftNoise:
@@ -13,7 +26,7 @@ class DraftNoise:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+        self._generator = stream(DRAFTS, device)
 
     def uniform(
         self, size: int, seeds: Sequence[int | None], places: Sequence[tuple[int, ...]]

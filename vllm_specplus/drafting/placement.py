@@ -15,6 +15,7 @@ import sys
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from vllm_specplus.drafting.ray_owners import CONNECT_SECONDS, Order, PlacementError
 from vllm_specplus.drafting.shards import Group, Plan
@@ -54,7 +55,7 @@ class Placement:
         self._ray = self._starting = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             # Ctrl-C is for the engine, which then closes.
-            start_new_session=True,
+            start_new_session=True, env=self._environment(),
         )  # fmt: skip
         try:
             if self._cancelled:
@@ -75,6 +76,15 @@ class Placement:
             raise PlacementError(f"the owners of the draft did not connect: {error}") from error
         finally:
             self._starting = None
+
+    def _environment(self) -> dict[str, str]:
+        """Of the process that talks to Ray. A cluster of its own must not give away the GPUs of
+        the target, of which Ray knows nothing."""
+        order = self._order
+        if order.resource == "CPU" or order.address is not None or order.shared is not None:
+            return dict(os.environ)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(_visible_gpus()[ranks:])}
 
     def _hear(self, seconds: float) -> dict | None:
         """What the process that talks to Ray has placed, None if it is silent that long;
@@ -119,15 +129,19 @@ def _other_devices(device: torch.device, count: int) -> list[str]:
     on the CPU all ranks share one device, which has no id."""
     if device.type == "cpu":
         return [""] * count
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-    others = [name for number, name in enumerate(ids) if number != (device.index or 0)]
+    others = [name for number, name in enumerate(_visible_gpus()) if number != (device.index or 0)]
     if len(others) < count:
         raise PlacementError(
             f"'share_target' needs {count} more GPUs of the target on this node, which has "
             f"{len(others)}: lower 'shards'"
         )
     return others[:count]
+
+
+def _visible_gpus() -> list[str]:
+    """Ids of the GPUs this process may use; vLLM's ranks use the first ones."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
 
 
 def _own_cluster() -> str | None:

@@ -5,13 +5,15 @@ share of the attentions. The other shards, *owners*, hold the attention weights 
 and values of their layers, and nothing else. Tensors travel in a ``torch.distributed``
 group of their own (NCCL on GPUs, gloo elsewhere), apart from vLLM's.
 
-A pass costs two broadcasts of integers (its sizes; positions, slots, page table and mask),
-then, fuzzy: one broadcast of the input and one gather of the results per group with layers
-elsewhere; exact: two point-to-point copies per layer elsewhere.
+A pass costs two broadcasts of integers (its sizes, from host to host, so that an owner that
+waits for work keeps no device busy; positions, slots, page table and mask), then, fuzzy: one
+broadcast of the input and one gather of the results per group with layers elsewhere; exact: two
+point-to-point copies per layer elsewhere.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -70,20 +72,24 @@ class Group:
                 raise RuntimeError(f"not all of {size} shards were there in {connect}")
             time.sleep(0.2)
         timeout = IDLE_TIMEOUT if rank else STEP_TIMEOUT
+        self._hosts = self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
         if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
-        else:
-            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+            self._group = _nccl(dist.PrefixStore("nccl", store), rank, size)
         self.rank, self.size = rank, size
         self.counts: Counter[str] = Counter()
 
+    def announce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From home to all, from host to host; fills ``tensor`` elsewhere."""
+        return self._broadcast(self._hosts, tensor)
+
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """From home to all; fills ``tensor`` elsewhere."""
+        return self._broadcast(self._group, tensor)
+
+    def _broadcast(self, group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        self._group.broadcast([_bytes(tensor)], options).wait()
+        group.broadcast([_bytes(tensor)], options).wait()
         self.counts["broadcast"] += 1
         return tensor
 
@@ -107,6 +113,24 @@ class Group:
         return tensor
 
 
+def _nccl(store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
+    """A group in which waiting for a lost peer ends in an error, as with gloo, and not with the
+    process. NCCL learns that from the environment, which is vLLM's otherwise."""
+    wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = STEP_TIMEOUT
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory in a type every back end carries."""
     return tensor.view(torch.uint8)
@@ -123,7 +147,7 @@ class RemoteAttentions(LocalAttentions):
         super().begin(positions, slots, table, mask, exact)
         rows, width = positions.shape
         sizes = (_EXACT if exact else _FUZZY, rows, width, table.shape[1])
-        self._group.broadcast(torch.tensor(sizes, device=positions.device))
+        self._group.announce(torch.tensor(sizes))
         numbers = torch.cat([positions.flatten(), slots.flatten(), table.flatten()])
         raw = torch.cat([_bytes(numbers), _bytes(mask.flatten())])
         self._group.broadcast(raw)
@@ -163,8 +187,7 @@ def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> tor
 
 def receive_pass(group: Group, device: torch.device) -> tuple:
     """What home's :meth:`RemoteAttentions.begin` sends: its arguments."""
-    sizes = group.broadcast(torch.zeros(4, dtype=torch.int64, device=device))
-    kind, rows, width, pages = sizes.tolist()
+    kind, rows, width, pages = group.announce(torch.zeros(4, dtype=torch.int64)).tolist()
     numbers = 2 * rows * width + rows * pages
     raw = torch.empty(8 * numbers + rows * width * pages * PAGE, dtype=torch.uint8, device=device)
     group.broadcast(raw)

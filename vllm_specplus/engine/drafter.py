@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
-from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.proposers.base import Observation, StepContext, TargetRows
 from vllm_specplus.samplers.base import Rows
 from vllm_specplus.samplers.sampled import DraftLaws
 from vllm_specplus.tree import DraftBatch
@@ -92,9 +93,12 @@ class Drafter:
             "method of vllm-specplus, or by worker_cls when custom_class is written by hand"
         )
 
-    def draft(self, step: StepContext) -> DraftBatch:
+    def draft(self, step: StepContext, target_rows: Callable[[], TargetRows | None]) -> DraftBatch:
+        """Drafts for ``step``, none where anything fails: also gathering ``target_rows``, which
+        takes memory."""
         start = time.perf_counter()
         try:
+            step.target_rows = target_rows()
             self.controller.prepare(step)
             proposing = time.perf_counter()
             drafts = self.proposer.propose(step)

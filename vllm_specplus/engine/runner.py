@@ -533,9 +533,8 @@ class TreeRunnerMixin(ImageRowsMixin):
         if group.rank_in_group == 0:
             if self._rule_sampler is None:
                 self._rule_sampler = verify.RuleSampler(
-                    self.sampler.logprobs_mode, self.drafter.rule,
-                    self.model_config.seed, self.device,
-                )  # fmt: skip
+                    self.sampler.logprobs_mode, self.drafter.rule, self.device
+                )
             laws = self.drafter.laws(self.input_batch.req_ids, step.rows)
             silent = self._discarded()
             relaxation = None
@@ -658,8 +657,8 @@ class TreeRunnerMixin(ImageRowsMixin):
                 row_starts=step.rows.starts,
                 laws=step.laws,
                 latents=self._latents(),
-                target_rows=self._target_rows(step, hidden_states, aux_hidden_states),
-            )
+            ),
+            lambda: self._target_rows(step, hidden_states, aux_hidden_states),
         )
         split = drafts.split()
         return split if self._pictures is None else self._pictures.cut(split, batch)

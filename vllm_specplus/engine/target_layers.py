@@ -36,9 +36,13 @@ class _DraftAttention(nn.Module):
         keys, values = self.cache.update(
             by_head(key, self._kv_heads), by_head(value, self._kv_heads), self._layer
         )
+        on_gpu = query.device.type == "cuda"
+        if on_gpu:  # with a mask and fewer KV heads, only the slow reference kernel would run
+            group = self._heads // self._kv_heads
+            keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         out = scaled_dot_product_attention(
             by_head(query, self._heads), keys, values,
-            attn_mask=self.mask, scale=self._scale, enable_gqa=True,
+            attn_mask=self.mask, scale=self._scale, enable_gqa=not on_gpu,
         )  # fmt: skip
         return out.transpose(1, 2).reshape(requests * width, -1)
 

@@ -33,6 +33,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
+from vllm_specplus.drafting.noise import VERDICTS, stream
 from vllm_specplus.samplers import chains, sampled
 from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.samplers.interchangeable import Relaxation
@@ -126,11 +127,11 @@ class _Judge(torch.nn.Module):
 class RuleSampler(Sampler):
     """vLLM's sampler with the draw replaced by a verification rule."""
 
-    def __init__(self, logprobs_mode: str, rule: Rule, seed: int, device: torch.device):
+    def __init__(self, logprobs_mode: str, rule: Rule, device: torch.device):
         super().__init__(logprobs_mode)
         self.topk_topp_sampler = self._judge = _Judge(logprobs_mode, rule)
         # Apart from the global one, which all ranks of a tensor-parallel group advance alike.
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = stream(VERDICTS, device)
 
     def judge_rows(
         self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows, laws: DraftLaws,
