@@ -249,6 +249,17 @@ def test_owners_that_share_see_the_other_ranks_gpus(draft, monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" not in ray_owners.environment(replace(order, shared=None), 0)
 
 
+def test_a_cluster_of_its_own_leaves_the_targets_gpus_out(draft, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    own = ray_owners.Order(Plan(draft, "float32", 4, 4, 3), "GPU", None, 1.0)
+    assert placement._environment(own)["CUDA_VISIBLE_DEVICES"] == "5,6"
+    monkeypatch.setattr(placement.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(placement.dist, "get_world_size", lambda: 3)
+    assert placement._environment(own)["CUDA_VISIBLE_DEVICES"] == ""
+    for other in ({"address": "head:6379"}, {"shared": ["5", "6"]}, {"resource": "CPU"}):
+        assert placement._environment(replace(own, **other))["CUDA_VISIBLE_DEVICES"] == "4,5,6"
+
+
 def test_a_page_holds_what_the_plan_says(draft):
     """Home and owners agree on slots only if their pages do."""
     assert local(draft, 3).cache.pages == 1 + -(-2000 // PAGE)

@@ -55,7 +55,7 @@ class Placement:
         self._ray = self._starting = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             # Ctrl-C is for the engine, which then closes.
-            start_new_session=True, env=self._environment(),
+            start_new_session=True, env=_environment(self._order),
         )  # fmt: skip
         try:
             if self._cancelled:
@@ -76,15 +76,6 @@ class Placement:
             raise PlacementError(f"the owners of the draft did not connect: {error}") from error
         finally:
             self._starting = None
-
-    def _environment(self) -> dict[str, str]:
-        """Of the process that talks to Ray. A cluster of its own must not give away the GPUs of
-        the target, of which Ray knows nothing."""
-        order = self._order
-        if order.resource == "CPU" or order.address is not None or order.shared is not None:
-            return dict(os.environ)
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(_visible_gpus()[ranks:])}
 
     def _hear(self, seconds: float) -> dict | None:
         """What the process that talks to Ray has placed, None if it is silent that long;
@@ -122,6 +113,15 @@ class Placement:
             self._ray.wait()
         self._ray.stdout.close()
         self._ray = None
+
+
+def _environment(order: Order) -> dict[str, str]:
+    """Of the process that talks to Ray. A cluster of its own must not give away the GPUs of the
+    target, of which Ray knows nothing."""
+    if order.resource == "CPU" or order.address is not None or order.shared is not None:
+        return dict(os.environ)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(_visible_gpus()[ranks:])}
 
 
 def _other_devices(device: torch.device, count: int) -> list[str]:
