@@ -350,6 +350,21 @@ def test_planned_levels_are_close_to_perfect_knowledge(acceptance, pass_seconds,
     assert (world.tokens - tokens) / (world.clock - clock) > 0.95 * best
 
 
+def test_a_lone_pause_is_not_the_price_of_a_pass():
+    """Something is compiled, or recorded as a CUDA graph: no reason to stop drafting."""
+    world = LevelWorld(pass_seconds=0.0005)
+    world.run(50, 0.9)
+    before = world.controller._draft_seconds
+    world.pass_seconds = 0.5
+    world.run(1, 0.9)
+    assert world.controller._draft_seconds == before
+    world.pass_seconds = 0.0005
+    assert (world.run(50, 0.9) > 0).mean() > 0.9
+    world.pass_seconds = 0.5  # and now for good
+    world.run(2, 0.9)
+    assert world.controller._draft_seconds > 10 * before
+
+
 def test_planned_levels_come_back_after_a_drop():
     world = LevelWorld(pass_seconds=0.0005)
     high = world.run(200, 0.9)[-50:].mean()
