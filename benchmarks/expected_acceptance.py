@@ -63,7 +63,9 @@ def write(args: argparse.Namespace) -> dict[str, list]:
 
     llm, texts = engine(args, None), {}
     for temperature, count in zip(args.temperatures, args.questions, strict=True):
-        params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens)
+        params = SamplingParams(
+            temperature=temperature, top_p=args.top_p, max_tokens=args.max_tokens
+        )
         texts[str(temperature)] = [
             (list(out.prompt_token_ids), list(out.outputs[0].token_ids))
             for out in llm.chat(chats(args.dataset, count), params, use_tqdm=False)
@@ -227,6 +229,7 @@ def replay(args: argparse.Namespace, shape: str, texts: dict[str, list]) -> dict
             [
                 SamplingParams(
                     temperature=float(temperature),
+                    top_p=args.top_p,
                     seed=seed,
                     max_tokens=args.max_tokens + args.nodes + 2,
                 )
@@ -297,6 +300,7 @@ def main() -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 1.0])
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--jobs", type=int, default=1, help="engines beside each other")
     parser.add_argument("--out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -340,6 +344,7 @@ def main() -> None:
             "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
             "nodes": args.nodes, "width": args.width, "branching": args.branching,
             "questions": args.questions, "max_tokens": args.max_tokens,
+            "top_p": args.top_p,
         }  # fmt: skip
         means = {
             temperature: {
