@@ -126,6 +126,7 @@ HOOKS = (
     Hook("vllm.renderers.base:BaseRenderer._tokenize_prompt", "the same", ("prompt", "params")),
     Hook("vllm.renderers.base:BaseRenderer._process_embeds", "the same", ("prompt",)),
     Hook("vllm.config:ModelConfig.enable_prompt_embeds", "captions are prompt embeddings"),
+    Hook("vllm.config:CUDAGraphMode", "records draft levels where the target's steps are recorded"),
     Hook("vllm.v1.outputs:LogprobsTensors", "brings latents back"),
     Hook("vllm.distributed:get_tp_group", "one decision for all ranks"),
     Hook(_RUNNER + "_dummy_run", "profiles what a step costs", ("num_tokens",)),
