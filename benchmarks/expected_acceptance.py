@@ -354,7 +354,7 @@ def main() -> None:
             for temperature, shapes in results.items()
         }
         document = {"setting": setting, "summary": found, "places, expected, judged": means}
-        Path(args.out).write_text(json.dumps(document, indent=1) + "\n")
+        Path(args.out).write_text(json.dumps(document) + "\n")
 
 
 if __name__ == "__main__":
