@@ -48,12 +48,22 @@ def chats(dataset: str, count: int) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": question}] for question in chosen]
 
 
+def chosen(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Of RULES, those asked for."""
+    wanted = args.rules or [f"{shape}, {label}" for shape in RULES for label in RULES[shape]]
+    rules = {
+        shape: {label: rule for label, rule in each.items() if f"{shape}, {label}" in wanted}
+        for shape, each in RULES.items()
+    }
+    return {shape: each for shape, each in rules.items() if each}
+
+
 def engine(args: argparse.Namespace, speculative: dict | None):
     from vllm import LLM
 
     return LLM(
         model=args.model, max_model_len=2048, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
-        speculative_config=speculative,
+        seed=args.seed, speculative_config=speculative,
     )  # fmt: skip
 
 
@@ -216,7 +226,7 @@ def replay(args: argparse.Namespace, shape: str, texts: dict[str, list]) -> dict
     })  # fmt: skip
 
     (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
-    hook = Replay(runner, RULES[shape])
+    hook = Replay(runner, chosen(args)[shape])
     end = llm.get_tokenizer().eos_token_id
     results = {}
     for temperature, written in texts.items():
@@ -233,7 +243,7 @@ def replay(args: argparse.Namespace, shape: str, texts: dict[str, list]) -> dict
                     seed=seed,
                     max_tokens=args.max_tokens + args.nodes + 2,
                 )
-                for seed in range(len(written))
+                for seed in range(args.seed, args.seed + len(written))
             ],
             use_tqdm=False,
         )
@@ -272,6 +282,8 @@ def summary(results: dict[str, list[list[tuple[float, int]]]]) -> dict[str, dict
         row["judged"] = mean(of[:, 1])[0]
         row["judged over expected ci"] = mean(of[:, 1] - of[:, 0])[1]
         for base in BASES:
+            if base not in sums:
+                continue
             row[f"over {base}"], row[f"over {base} ci"] = mean(of[:, 0] - sums[base][:, 0])
     return out
 
@@ -301,6 +313,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 1.0])
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--rules", nargs="+", help='"shape, rule"; by default all')
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="engines beside each other")
     parser.add_argument("--out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -319,8 +333,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         child(None, folder)
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda shape: child(shape, folder, args.jobs), RULES))
-        for shape in RULES:
+            list(pool.map(lambda shape: child(shape, folder, args.jobs), chosen(args)))
+        for shape in chosen(args):
             for temperature, rules in json.loads(Path(folder, f"{shape}.json").read_text()).items():
                 for rule, each in rules.items():
                     results[temperature][f"{shape}, {rule}"] = each
@@ -334,7 +348,7 @@ def main() -> None:
                 f"   ({row['places']} places)"
             )
             for base in BASES:
-                if base != label:
+                if base != label and f"over {base}" in row:
                     gain, half = row[f"over {base}"], row[f"over {base} ci"]
                     print(f"    over {base:22} {gain:+.4f} ±{half:.4f}")
     if args.out:
@@ -345,6 +359,7 @@ def main() -> None:
             "nodes": args.nodes, "width": args.width, "branching": args.branching,
             "questions": args.questions, "max_tokens": args.max_tokens,
             "top_p": args.top_p,
+            "seed": args.seed,
         }  # fmt: skip
         means = {
             temperature: {
