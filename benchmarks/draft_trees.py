@@ -54,6 +54,27 @@ def shapes(nodes: int, width: int) -> dict[str, dict]:
     }  # fmt: skip
 
 
+def chats(dataset: str, count: int) -> list[list[dict[str, str]]]:
+    """``count`` of the first turns of a Spec-Bench file, from all of its parts."""
+    with open(dataset) as f:
+        every = [json.loads(line)["turns"][0][:1500] for line in f]
+    chosen = every[:: len(every) // count][:count]
+    return [[{"role": "user", "content": question}] for question in chosen]
+
+
+def options(purpose: str) -> argparse.ArgumentParser:
+    """What benchmarks of draft trees know."""
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--draft", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--nodes", type=int, default=12)
+    parser.add_argument("--width", type=int, default=3)
+    parser.add_argument("--out")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser
+
+
 def measure(args: argparse.Namespace, keys: dict) -> dict[str, list]:
     """temperature -> one list of COUNTED per group of questions."""
     from vllm import LLM, SamplingParams
@@ -73,11 +94,8 @@ def measure(args: argparse.Namespace, keys: dict) -> dict[str, list]:
         (values,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.counters)
         return np.array([values[name] for name in COUNTED])
 
-    with open(args.dataset) as f:
-        questions = [json.loads(line)["turns"][0][:1500] for line in f]
-    questions = questions[:: len(questions) // args.questions][: args.questions]
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    groups = [chats[i :: args.groups] for i in range(args.groups)]
+    asked = chats(args.dataset, args.questions)
+    groups = [asked[i :: args.groups] for i in range(args.groups)]
     out = {}
     for temperature in args.temperatures:
         params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens)
@@ -106,19 +124,12 @@ def summary(groups: np.ndarray, bases: dict[str, np.ndarray]) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--draft", required=True)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--nodes", type=int, default=12)
-    parser.add_argument("--width", type=int, default=3)
+    parser = options(__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", help="labels; by default all")
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 1.0])
-    parser.add_argument("--out")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     every = shapes(args.nodes, args.width)
     if args.child:

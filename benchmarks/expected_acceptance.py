@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from draft_trees import chats, options
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -39,13 +40,6 @@ RULES = {
 }
 #: Whose differences to the others are reported.
 BASES = ("chain, token by token", "chain, block", "spectr, recursive", "spectr, k-SEQ")
-
-
-def chats(dataset: str, count: int) -> list[list[dict[str, str]]]:
-    with open(dataset) as f:
-        every = [json.loads(line)["turns"][0][:1500] for line in f]
-    chosen = every[:: len(every) // count][:count]
-    return [[{"role": "user", "content": question}] for question in chosen]
 
 
 def chosen(args: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -300,12 +294,7 @@ def child(shape: str | None, folder: str, jobs: int = 1) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--draft", required=True)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--nodes", type=int, default=12)
-    parser.add_argument("--width", type=int, default=3)
+    parser = options(__doc__.split("\n")[0])
     parser.add_argument("--branching", type=int, nargs="+", help="of rsd_c: width, 1, 1, ...")
     parser.add_argument(
         "--questions", type=int, nargs="+", default=[60, 90, 200], help="for each temperature"
@@ -316,8 +305,6 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", help='"shape, rule"; by default all')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="engines beside each other")
-    parser.add_argument("--out")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.branching = args.branching or [args.width] + [1] * (args.nodes // args.width - 1)
     if args.child:
