@@ -249,8 +249,8 @@ def replay(args: argparse.Namespace, shape: str, texts: dict[str, list]) -> dict
 
 
 def summary(results: dict[str, list[list[tuple[float, int]]]]) -> dict[str, dict[str, float]]:
-    """ "shape, rule" -> the mean over all places, expected and judged, and the difference of the
-    expected one over each base, with 95 % intervals.
+    """Of every "shape, rule": the mean over all places, expected and judged, and the difference
+    of the expected one over each base, with 95 % intervals.
 
     A ratio estimator over questions: places of one question are not independent.
     """
