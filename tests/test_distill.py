@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.test_drafting import VOCAB, save_draft
+from vllm_specplus.cli import model as cli_model
 from vllm_specplus.cli.model import prepare_draft
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.training import distill
@@ -32,15 +33,15 @@ def test_a_tiny_draft_learns_its_target(tmp_path):
     draft = distill.make_draft(target, [0, 2], 64)
     before = distill.evaluate(draft.eval(), target, texts)
     frozen = target.lm_head.weight.clone()
-    assert distill.train(draft, target, texts, "forward_kl", 0.1, seed=0) > 5
+    assert distill.train(draft, target, texts, ("forward_kl", "total_variation"), 0.1, seed=0) > 5
     after = distill.evaluate(draft, target, texts)
     assert after["temperature 1"] > before["temperature 1"] + 0.05
     assert torch.equal(target.lm_head.weight, frozen)
     assert all(name.startswith("model.") for name in distill.own_weights(draft))
 
 
-def test_the_embedded_draft_fits_its_target(tmp_path):
-    from safetensors.torch import save_file
+def test_the_embedded_draft_fits_its_target(tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
 
     target = tmp_path / "target"
     target.mkdir()
@@ -59,3 +60,9 @@ def test_the_embedded_draft_fits_its_target(tmp_path):
     assert model.num_layers == 2
     assert model.logits(model.embed(torch.tensor([[5]]))).shape == (1, 1, 1000)
     assert torch.equal(model.embed(torch.tensor([[7]]))[0, 0], embedding[7])
+    # Layers of another version do not meet the folder of these.
+    other = load_file(cli_model.DRAFT_LAYERS)
+    other["model.norm.weight"] = other["model.norm.weight"] + 1
+    monkeypatch.setattr(cli_model, "DRAFT_LAYERS", tmp_path / "other.safetensors")
+    save_file(other, cli_model.DRAFT_LAYERS)
+    assert prepare_draft(target) != folder

@@ -260,6 +260,17 @@ def test_a_cluster_of_its_own_leaves_the_targets_gpus_out(draft, monkeypatch):
         assert placement._environment(replace(own, **other))["CUDA_VISIBLE_DEVICES"] == "4,5,6"
 
 
+def test_owners_on_the_targets_gpus_are_one_clear_error(monkeypatch):
+    """Of the three GPUs this process sees, the target's two ranks have the first ones."""
+    monkeypatch.setattr(placement.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(placement.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(placement, "gpu_id", lambda number: f"gpu-{number}")
+    placement._check_apart(["gpu-2", "gpu-7"])
+    with pytest.raises(placement.PlacementError, match=r"\(gpu-1\): .*CUDA_VISIBLE_DEVICES"):
+        placement._check_apart(["gpu-1", "gpu-2"])
+
+
 def test_a_page_holds_what_the_plan_says(draft):
     """Home and owners agree on slots only if their pages do."""
     assert local(draft, 3).cache.pages == 1 + -(-2000 // PAGE)

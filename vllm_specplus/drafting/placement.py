@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from vllm_specplus.drafting.ray_owners import CONNECT_SECONDS, Order, PlacementError
+from vllm_specplus.drafting.ray_owners import CONNECT_SECONDS, Order, PlacementError, gpu_id
 from vllm_specplus.drafting.shards import Group, Plan
 
 #: For bundles to be reserved; for a cluster to be reached or started; for an end.
@@ -64,6 +64,8 @@ class Placement:
             if placed is None:
                 raise PlacementError("the Ray cluster did not answer in time")
             self._pids = placed["pids"]
+            if self._order.shared is None and self._device.type == "cuda":
+                _check_apart(placed["gpus"])
             self.group = Group(
                 0, self._order.plan.shards, placed["host"], placed["port"], self._device,
                 timedelta(seconds=CONNECT_SECONDS), check=lambda: self._hear(0),
@@ -120,8 +122,22 @@ def _environment(order: Order) -> dict[str, str]:
     target, of which Ray knows nothing."""
     if order.resource == "CPU" or order.address is not None or order.shared is not None:
         return dict(os.environ)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(_visible_gpus()[ranks:])}
+    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(_visible_gpus()[_target_ranks() :])}
+
+
+def _check_apart(owners: list[str]) -> None:
+    """That no owner runs on a GPU of the target's, by the ids of the owners' GPUs. Ray gives away
+    those as well where vLLM does not run on Ray."""
+    target = [gpu_id(rank) for rank in range(min(_target_ranks(), torch.cuda.device_count()))]
+    if common := sorted(set(owners) & set(target)):
+        raise PlacementError(
+            f"Ray has put owners of the draft on GPUs of the target ({', '.join(common)}): start "
+            "that cluster with CUDA_VISIBLE_DEVICES set to the other GPUs, or set 'share_target'"
+        )
+
+
+def _target_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _other_devices(device: torch.device, count: int) -> list[str]:

@@ -8,7 +8,8 @@ bound to this node.
 
 ORDER is the JSON of an :class:`Order`. The process answers with JSON lines on standard output::
 
-    {"placed": {"host": ..., "port": ..., "pids": [...]}}   owners wait for home there
+    {"placed": {"host": ..., "port": ..., "pids": [...], "gpus": [...]}}
+                                                            owners wait for home there
     {"failed": "one sentence"}                              now or later; then it ends
 
 and ends, with everything it started, when its standard input does.
@@ -77,8 +78,18 @@ class Owner:
             torch.set_num_threads(1)
         serve(plan, rank, host, port, device, timedelta(seconds=CONNECT_SECONDS))
 
-    def pid(self) -> int:
-        return os.getpid()
+    def where(self) -> tuple[int, str]:
+        """Process id, and the id of the GPU ("" on a CPU)."""
+        import torch
+
+        return os.getpid(), gpu_id(0) if torch.cuda.is_available() else ""
+
+
+def gpu_id(number: int) -> str:
+    """What all processes call this process' ``number``-th GPU."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(number).uuid)
 
 
 def connect(address: str | None) -> None:
@@ -157,9 +168,10 @@ def start(order: Order) -> tuple[dict[str, Any], list]:
     runs = [
         owner.run.remote(order.plan, rank, host, port) for rank, owner in enumerate(owners, start=1)
     ]
-    pids = ray.get([owner.pid.remote() for owner in owners], timeout=CONNECT_SECONDS)
+    where = ray.get([owner.where.remote() for owner in owners], timeout=CONNECT_SECONDS)
+    pids, gpus = zip(*where, strict=True)
     # The references keep the actors alive.
-    return {"host": host, "port": port, "pids": pids}, [owners, runs]
+    return {"host": host, "port": port, "pids": pids, "gpus": gpus}, [owners, runs]
 
 
 def watch(runs: list) -> None:

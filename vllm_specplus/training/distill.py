@@ -3,14 +3,16 @@
     python -m vllm_specplus.training.distill --target DIR --out DIR
 
 1. *Texts.* The target writes them: after the chat template's user header it samples a
-   question, then answers it, greedily or by sampling. What it writes is what the draft
+   question, then answers it at one of several temperatures. What it writes is what the draft
    will have to predict.
 2. *Draft.* A few of the target's own layers, their MLPs cut to the neurons with the
    largest weights, below the target's own embedding and output layer, which stay as they
    are. Only the layers and the last norm are trained, and kept.
 3. *Objective.* The divergence of the draft's distribution from the target's, over the
-   whole vocabulary at every position of the texts; forward KL by default. Acceptance at
-   temperature 1 is ``sum min(p, q)``, which is also what ``--evaluate`` reports.
+   whole vocabulary at every position of the texts: forward KL, and in the end total variation.
+   Acceptance at temperature 1 is ``sum min(p, q)``, one less total variation, and also what
+   ``--evaluate`` reports; but far from the target total variation hardly has a gradient
+   (compare LK losses, arXiv 2602.23881), and where it starts from is learnt by KL.
 
 The result is a folder in Hugging Face's format that vLLM's own draft-model method loads
 too; the layers alone go to ``layers.safetensors`` (see ``cli/model.py``).
@@ -30,10 +32,14 @@ from typing import Annotated
 import torch
 import typer
 
-#: Positions per optimiser step, and per slice of logits (which bounds memory).
-BATCH_TOKENS, SLICE = 2048, 512
+#: Positions per optimiser step, and per slice of logits (small enough for the cache).
+BATCH_TOKENS, SLICE = 2048, 128
 LEARNING_RATE, WARM_UP = 1e-3, 0.05
+#: Share of the time that goes to the second divergence.
+FINISH = 0.4
 MAX_LENGTH = 320
+#: Temperatures of the answers, in turn.
+ANSWERS = (0.0, 0.6, 1.0)
 
 
 # -- divergences ---------------------------------------------------------------------------
@@ -87,15 +93,16 @@ def write_texts(target: str, tokens: int, seed: int) -> list[list[int]]:
     header, _ = tokenizer.apply_chat_template(chat, tokenize=False).split("\0")
     prompt = tokenizer.encode(header, add_special_tokens=False)
     count = max(tokens // 160, 8)
-    ask = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=96)
+    ask = SamplingParams(temperature=0.9, max_tokens=96)
     asked = llm.generate([TokensPrompt(prompt_token_ids=prompt)] * count, [
         ask.clone() for _ in range(count)
     ])  # fmt: skip
     questions = [out.outputs[0].text.strip() for out in asked]
     chats = [[{"role": "user", "content": q}] for q in questions if len(q) > 8]
-    warm = SamplingParams(temperature=0.8, max_tokens=MAX_LENGTH // 2)
-    cold = SamplingParams(temperature=0.0, max_tokens=MAX_LENGTH // 2)
-    answers = llm.chat(chats, [(cold, warm)[i % 2] for i in range(len(chats))])
+    answers = llm.chat(chats, [
+        SamplingParams(temperature=ANSWERS[i % len(ANSWERS)], max_tokens=MAX_LENGTH // 2)
+        for i in range(len(chats))
+    ])  # fmt: skip
     texts = [[*out.prompt_token_ids, *out.outputs[0].token_ids] for out in answers]
     llm.llm_engine.engine_core.shutdown()
     return [text[:MAX_LENGTH] for text in texts]
@@ -143,50 +150,73 @@ def own_weights(draft) -> dict[str, torch.Tensor]:
 # -- training ------------------------------------------------------------------------------------
 
 
-def batches(texts: list[list[int]], rng: random.Random) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Padded (tokens [B, n], mask [B, n]) of texts of similar length, in random order."""
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-    groups, group = [], []
-    for i in order:
-        if group and (len(group) + 1) * len(texts[i]) > BATCH_TOKENS:
-            groups.append(group)
-            group = []
-        group.append(i)
-    groups.append(group)
-    rng.shuffle(groups)
-    for group in groups:
-        width = max(len(texts[i]) for i in group)
-        tokens = torch.zeros(len(group), width, dtype=torch.long)
-        mask = torch.zeros(len(group), width, dtype=torch.bool)
-        for row, i in enumerate(group):
-            tokens[row, : len(texts[i])] = torch.tensor(texts[i])
-            mask[row, : len(texts[i])] = True
-        yield tokens, mask
-
-
 def hidden_rows(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Last hidden states [N, d] at the positions of ``mask``."""
     with torch.autocast("cpu", torch.bfloat16):
         return model.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state[mask]
 
 
-#: Hidden states [N, d] behind the last norm of target and draft, of a batch of texts.
-Rows = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-#: [N] of ``p``, ``log_q`` [N, V] and of the target's and the draft's hidden states [N, d].
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+class Lessons:
+    """Texts, and the target's last hidden states at all their positions, computed once."""
+
+    def __init__(self, target, texts: list[list[int]]):
+        self.texts = texts
+        self.states: list[torch.Tensor] = [torch.empty(0)] * len(texts)
+        """bfloat16 [n, d] of each text."""
+        with torch.no_grad():
+            for group in self._groups():
+                tokens, mask = self._pad(group)
+                states = hidden_rows(target, tokens, mask).to(torch.bfloat16)
+                lengths = [len(texts[i]) for i in group]
+                for i, of_text in zip(group, states.split(lengths), strict=True):
+                    self.states[i] = of_text.clone()
+
+    def batches(self, rng: random.Random) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Padded (tokens [B, n], mask [B, n]) of texts of similar length, in random order, and
+        the target's states [N, d] at the positions of the mask."""
+        groups = self._groups()
+        rng.shuffle(groups)
+        for group in groups:
+            yield *self._pad(group), torch.cat([self.states[i] for i in group])
+
+    def _groups(self) -> list[list[int]]:
+        order = sorted(range(len(self.texts)), key=lambda i: (len(self.texts[i]), i))
+        groups, group = [], []
+        for i in order:
+            if group and (len(group) + 1) * len(self.texts[i]) > BATCH_TOKENS:
+                groups.append(group)
+                group = []
+            group.append(i)
+        return [*groups, group]
+
+    def _pad(self, group: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(self.texts[i]) for i in group)
+        tokens = torch.zeros(len(group), width, dtype=torch.long)
+        mask = torch.zeros(len(group), width, dtype=torch.bool)
+        for row, i in enumerate(group):
+            tokens[row, : len(self.texts[i])] = torch.tensor(self.texts[i])
+            mask[row, : len(self.texts[i])] = True
+        return tokens, mask
+
+
+#: Of a batch of lessons, hidden states [M, d] behind the last norm of target and draft.
+Rows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+#: [N] of ``p``, ``log_q`` [N, V], of the target's and the draft's hidden states [N, d], and of
+#: the share of the time that is over.
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def follow(
     rows: Rows, loss: Loss, weights: list[torch.nn.Parameter], target,
-    texts: list[list[int]], minutes: float, seed: int,
+    lessons: Lessons, minutes: float, seed: int,
 ) -> int:  # fmt: skip
-    """Passes over ``texts`` until the time is up, towards what the target predicts; returns the
-    number of steps."""
+    """Passes over ``lessons`` until the time is up, towards what the target predicts; returns
+    the number of steps."""
     optimiser = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     head = target.lm_head.weight.detach().to(torch.bfloat16)
     rng, start, steps = random.Random(seed), time.monotonic(), 0
     while True:
-        for tokens, mask in batches(texts, rng):
+        for batch in lessons.batches(rng):
             done = (time.monotonic() - start) / (60 * minutes)
             if done >= 1:
                 return steps
@@ -194,14 +224,14 @@ def follow(
             rate = min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * done))
             for group in optimiser.param_groups:
                 group["lr"] = LEARNING_RATE * max(rate, 0.01)
-            theirs, ours = rows(tokens, mask)
+            theirs, ours = rows(*batch)
             leaf, total = ours.detach().requires_grad_(), 0.0
             for at in range(0, len(leaf), SLICE):
                 here = slice(at, at + SLICE)
                 with torch.no_grad():
                     p = (theirs[here].to(torch.bfloat16) @ head.T).float().softmax(-1)
                 log_q = (leaf[here].to(torch.bfloat16) @ head.T).float().log_softmax(-1)
-                part = loss(p, log_q, theirs[here], leaf[here]).sum() / len(leaf)
+                part = loss(p, log_q, theirs[here], leaf[here], done).sum() / len(leaf)
                 part.backward()
                 total += float(part.detach())
             optimiser.zero_grad()
@@ -214,12 +244,12 @@ def follow(
 
 
 @torch.inference_mode()
-def acceptance(rows: Rows, target, texts: list[list[int]]) -> dict[str, float]:
+def acceptance(rows: Rows, target, lessons: Lessons) -> dict[str, float]:
     """Over all positions: at temperature 1 (sum of min(p, q)), and greedy."""
     soft = hard = count = 0.0
     head = target.lm_head.weight.to(torch.bfloat16)
-    for tokens, mask in batches(texts, random.Random(0)):
-        pair = rows(tokens, mask)
+    for batch in lessons.batches(random.Random(0)):
+        pair = rows(*batch)
         for at in range(0, len(pair[0]), SLICE):
             p, q = (
                 (h[at : at + SLICE].to(torch.bfloat16) @ head.T).float().softmax(-1) for h in pair
@@ -230,31 +260,33 @@ def acceptance(rows: Rows, target, texts: list[list[int]]) -> dict[str, float]:
     return {"temperature 1": soft / count, "greedy": hard / count, "positions": count}
 
 
-def rows_of(draft, target) -> Rows:
-    """Of two models that read the same texts."""
+def rows_of(draft) -> Rows:
+    """Of a model that reads the same texts."""
 
-    def rows(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            theirs = hidden_rows(target, tokens, mask)
-        return theirs, hidden_rows(draft, tokens, mask)
+    def rows(tokens, mask, states) -> tuple[torch.Tensor, torch.Tensor]:
+        return states, hidden_rows(draft, tokens, mask)
 
     return rows
 
 
-def train(draft, target, texts: list[list[int]], divergence: str, minutes: float, seed: int) -> int:
-    """Passes over ``texts`` until the time is up; returns the number of steps."""
+def train(
+    draft, target, texts: list[list[int]], divergences: tuple[str, str], minutes: float, seed: int
+) -> int:
+    """Passes over ``texts`` until the time is up, by the second of ``divergences`` in the last
+    ``FINISH`` of it; returns the number of steps."""
     weights = [w for w in draft.parameters() if w.requires_grad]
-    measure = DIVERGENCES[divergence]
+    first, last = (DIVERGENCES[name] for name in divergences)
 
-    def loss(p, log_q, theirs, ours):
-        return measure(p, log_q)
+    def loss(p, log_q, theirs, ours, done):
+        return (first if done < 1 - FINISH else last)(p, log_q)
 
-    return follow(rows_of(draft, target), loss, weights, target, texts, minutes, seed)
+    lessons = Lessons(target, texts)
+    return follow(rows_of(draft), loss, weights, target, lessons, minutes, seed)
 
 
 def evaluate(draft, target, texts: list[list[int]]) -> dict[str, float]:
     """Acceptance over all positions; see :func:`acceptance`."""
-    return acceptance(rows_of(draft, target), target, texts)
+    return acceptance(rows_of(draft), target, Lessons(target, texts))
 
 
 def load(folder: Path):
@@ -273,14 +305,18 @@ def main(
     layers: Annotated[str, typer.Option(help="Target layers to start from.")] = "0,29",
     intermediate_size: Annotated[int, typer.Option(help="Width of the draft's MLPs.")] = 1152,
     divergence: Annotated[str, typer.Option(help=", ".join(DIVERGENCES))] = "forward_kl",
+    finish: Annotated[
+        str, typer.Option(help=f"Divergence in the last {FINISH:.0%} of the time.")
+    ] = "total_variation",
     seed: Annotated[int, typer.Option()] = 0,
     evaluate_only: Annotated[bool, typer.Option("--evaluate", help="Only measure OUT.")] = False,
 ) -> None:
     """Distil a draft of TARGET into OUT, or measure one."""
     from safetensors.torch import save_file
 
-    if divergence not in DIVERGENCES:
-        raise typer.BadParameter(f"{divergence!r} (allowed: {', '.join(DIVERGENCES)})")
+    for name in (divergence, finish):
+        if name not in DIVERGENCES:
+            raise typer.BadParameter(f"{name!r} (allowed: {', '.join(DIVERGENCES)})")
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "texts.json"
     if not kept.exists():
@@ -293,7 +329,7 @@ def main(
         return
     torch.manual_seed(seed)
     draft = make_draft(teacher, [int(layer) for layer in layers.split(",")], intermediate_size)
-    steps = train(draft, teacher, texts, divergence, minutes, seed)
+    steps = train(draft, teacher, texts, (divergence, finish), minutes, seed)
     save_file(own_weights(draft), out / "layers.safetensors")
     draft.to(torch.bfloat16).save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -25,11 +25,11 @@ from torch.nn.functional import smooth_l1_loss
 
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.training.distill import (
+    Lessons,
     Rows,
     acceptance,
     follow,
     forward_kl,
-    hidden_rows,
     load,
     write_texts,
 )
@@ -87,12 +87,11 @@ def scatter(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return full
 
 
-def rows_of(head: EagleHead, target, noise: float) -> Rows:
+def rows_of(head: EagleHead, noise: float) -> Rows:
     """The target's hidden states, and the head's for the same positions."""
 
-    def rows(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            states = scatter(hidden_rows(target, tokens, mask).float(), mask)
+    def rows(tokens, mask, states) -> tuple[torch.Tensor, torch.Tensor]:
+        states = scatter(states.float(), mask)
         noisy = states + noise * (2 * torch.rand_like(states) - 1)
         return states[:, 1:][mask[:, 1:]], run_head(head, tokens, mask, noisy).float()
 
@@ -103,16 +102,17 @@ def train(head: EagleHead, target, texts: list[list[int]], minutes: float, seed:
     """Passes over ``texts`` until the time is up; returns the number of steps."""
     weights = list(head.parts.requires_grad_(True).parameters())
 
-    def loss(p, log_q, theirs, ours):
+    def loss(p, log_q, theirs, ours, done):
         distance = smooth_l1_loss(ours, theirs, reduction="none").mean(-1)
         return forward_kl(p, log_q) + DISTANCE_WEIGHT * distance
 
-    return follow(rows_of(head, target, NOISE), loss, weights, target, texts, minutes, seed)
+    lessons = Lessons(target, texts)
+    return follow(rows_of(head, NOISE), loss, weights, target, lessons, minutes, seed)
 
 
 def evaluate(head: EagleHead, target, texts: list[list[int]]) -> dict[str, float]:
     """Acceptance of the first level over all positions; see ``distill.acceptance``."""
-    return acceptance(rows_of(head, target, 0.0), target, texts)
+    return acceptance(rows_of(head, 0.0), target, Lessons(target, texts))
 
 
 def main(
