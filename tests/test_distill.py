@@ -40,6 +40,14 @@ def test_a_tiny_draft_learns_its_target(tmp_path):
     assert all(name.startswith("model.") for name in distill.own_weights(draft))
 
 
+def test_few_texts_leave_one_to_measure_on():
+    """The least that is written, and what the embedded draft was made from."""
+    for count, held_out in ((8, 1), (2500, 125)):
+        measured, learnt = distill.hold_out([[i] for i in range(count)])
+        assert len(measured) == held_out
+        assert measured + learnt == [[i] for i in range(count)]
+
+
 def test_the_embedded_draft_fits_its_target(tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 

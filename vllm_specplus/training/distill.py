@@ -108,6 +108,12 @@ def write_texts(target: str, tokens: int, seed: int) -> list[list[int]]:
     return [text[:MAX_LENGTH] for text in texts]
 
 
+def hold_out(texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """A twentieth of the texts, at least one, to measure acceptance on; and those to learn."""
+    count = max(len(texts) // 20, 1)
+    return texts[:count], texts[count:]
+
+
 # -- draft -------------------------------------------------------------------------------------
 
 
@@ -322,7 +328,7 @@ def main(
     if not kept.exists():
         kept.write_text(json.dumps(write_texts(str(target), tokens, seed)))
     texts = json.loads(kept.read_text())
-    held_out, texts = texts[: len(texts) // 20], texts[len(texts) // 20 :]
+    held_out, texts = hold_out(texts)
     teacher = load(target)
     if evaluate_only:
         typer.echo(json.dumps(evaluate(load(out), teacher, held_out)))

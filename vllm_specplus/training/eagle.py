@@ -30,6 +30,7 @@ from vllm_specplus.training.distill import (
     acceptance,
     follow,
     forward_kl,
+    hold_out,
     load,
     write_texts,
 )
@@ -132,8 +133,7 @@ def main(
     kept = texts or out / "texts.json"
     if not kept.exists():
         kept.write_text(json.dumps(write_texts(str(target), tokens, seed)))
-    everything = json.loads(kept.read_text())
-    held_out, learnt = everything[: len(everything) // 20], everything[len(everything) // 20 :]
+    held_out, learnt = hold_out(json.loads(kept.read_text()))
     torch.manual_seed(seed)
     teacher = load(target).requires_grad_(False)
     head = start_head(teacher, out)
