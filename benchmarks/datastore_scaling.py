@@ -78,9 +78,9 @@ def measure_queries(job: dict) -> dict:
     import psutil
 
     from vllm_specplus.config import RestConfig
-    from vllm_specplus.proposers.base import bare_step
     from vllm_specplus.proposers.rest import LONGEST, Rest
     from vllm_specplus.retrieval.datastore import Datastore, verify
+    from vllm_specplus.step import bare_step
 
     verify(job["store"])  # reads every page, as the engine's start does
     store = Datastore.open(job["store"])

@@ -37,7 +37,8 @@ from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposers import proposer_class
-from vllm_specplus.proposers.base import Observation, Proposer, StepContext
+from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.step import Observation, StepContext
 from vllm_specplus.tree import DraftBatch
 
 

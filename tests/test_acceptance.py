@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_specplus.control.acceptance import (
-    DEPTHS,
-    AcceptanceEstimator,
-    Source,
-    first_children,
-    label_nodes,
-    look_up,
-    prior_tables,
-    survivals,
-)
+from vllm_specplus.control.acceptance import AcceptanceEstimator, label_nodes, look_up, survivals
+from vllm_specplus.step import DEPTHS, Source, prior_tables
 
 SOURCES = (Source("good", "rows", 0.6), Source("bad", "rows", 0.1), Source("match", "match", 0.5))
 
@@ -68,13 +60,6 @@ def test_survival_is_the_product_along_the_path(tree, seed):
             expected *= tables[1, min(depths[node], DEPTHS) - 1, sources[node]]
             node = parents[node]
         assert out[i] == pytest.approx(expected, rel=1e-5)
-
-
-def test_first_children():
-    parents = i32(-1, -1, 0, 0, 2, -1, 0)
-    assert first_children(parents, i32(0, 5, 7)).tolist() == [
-        True, False, True, False, True, True, True,
-    ]  # fmt: skip
 
 
 class World:

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from vllm_specplus.config import FixedControl, GoodputControl, ThresholdControl
-from vllm_specplus.control.acceptance import Source
 from vllm_specplus.control.controller import PROBE_INTERVALS, Controller
 from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
 from vllm_specplus.metrics import Counters
-from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.step import Observation, Source, StepContext
 from vllm_specplus.tree import DraftBatch
 
 MAX_NODES = 16
@@ -240,21 +239,6 @@ def test_predictions_and_measurements_are_counted():
     assert c["expected_tokens"] == pytest.approx(world.tokens - 300, rel=0.15)
 
 
-def test_confidence_replaces_the_source_table():
-    """A draft model's own certainty decides, before any label is seen."""
-    world = World(ThresholdControl(policy="threshold", threshold=0.6), requests=2)
-    step = StepContext(
-        world.names, world.texts, world.known.copy(), np.full(2, 2, np.int32),
-        np.zeros(2, bool), NOTHING,
-    )  # fmt: skip
-    world.controller.prepare(step)
-    drafts = DraftBatch(
-        np.ones(4, np.int32), np.array([-1, 0, -1, 0], np.int32), np.array([2, 2], np.int32),
-        confidence=np.array([0.99, 0.98, 0.05, 0.5], np.float32),
-    )  # fmt: skip
-    assert world.controller.choose(step, drafts).counts.tolist() == [2, 0]
-
-
 def test_drawn_nodes_are_verified_whatever_they_are_worth():
     """What they cost shows in the next steps: those are not drafted."""
     source = Source("draft", "draft", 0.01)
@@ -274,11 +258,11 @@ def test_drawn_nodes_are_verified_whatever_they_are_worth():
         # Three draws and two nodes that were looked up, the worst sort: all tokens are wrong.
         drafts = DraftBatch(
             np.full(5, 7, np.int32), np.array([-1, -1, 0, -1, 3], np.int32),
-            np.array([5], np.int32), laws="laws", law_of=np.array([0, 0, 1, -1, -1], np.int32),
+            np.array([5], np.int32), draft_probs="probs", drawn_from=np.array([0, 0, 1, -1, -1], np.int32),
         )  # fmt: skip
         chosen = controller.choose(step, drafts)
-        assert chosen.law_of[:3].tolist() == [0, 0, 1]
-        assert chosen.laws == "laws"
+        assert chosen.drawn_from[:3].tolist() == [0, 0, 1]
+        assert chosen.draft_probs == "probs"
         assert chosen.counts.tolist() == [len(chosen.tokens)]
     assert drafted[0]
     assert sum(drafted[1:]) <= 2  # probes

@@ -24,7 +24,7 @@ from vllm_specplus.drafting.shapes import (
     ConstantBranching,
     IndependentPaths,
     StochasticBeam,
-    draft_law,
+    draft_distribution,
     draw,
 )
 
@@ -301,7 +301,7 @@ def test_best_first_finds_the_most_probable_nodes():
 
 def test_the_draft_law_truncates_like_the_target():
     logits = torch.log(torch.tensor([[[0.5, 0.3, 0.15, 0.05]]])).expand(5, 1, 4)
-    law = draft_law(
+    law = draft_distribution(
         logits,
         torch.tensor([1.0, 0.5, 0.0, 1.0, 1.0]),
         torch.tensor([4, 4, 4, 2, 4]),

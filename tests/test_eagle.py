@@ -19,7 +19,7 @@ from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.drafting.eagle_checkpoint import read_config
 from vllm_specplus.drafting.graphs import Record
 from vllm_specplus.drafting.head_executor import MOST_WAITING, HeadExecutor
-from vllm_specplus.proposers.base import TargetRows
+from vllm_specplus.step import TargetRows
 
 VOCAB, PAGE = 50, 8
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

@@ -11,7 +11,8 @@ import torch
 
 from tests import tree_rules_oracle as oracle
 from tests.test_tree_rules import Drafts, P, Q
-from vllm_specplus.samplers.sampled import DraftLaws, verify
+from vllm_specplus.samplers.sampled import verify
+from vllm_specplus.step import DraftProbs
 from vllm_specplus.tree import accepted_paths
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -20,7 +21,7 @@ from expected_acceptance import expected_tokens, summary
 
 
 def expected(rule, drafts):
-    laws = DraftLaws(torch.tensor(Q, dtype=torch.float32), drafts.index, drafts.drawn)
+    laws = DraftProbs(torch.tensor(Q, dtype=torch.float32), drafts.index, drafts.drawn)
     p = torch.tensor(P[drafts.contexts], dtype=torch.float32)
     return p, laws, expected_tokens(rule, p, drafts.rows, laws)
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from vllm_specplus.config import Target, parse
 from vllm_specplus.plugin import worker_config
 from vllm_specplus.samplers import chains
-from vllm_specplus.samplers.base import Rows
 from vllm_specplus.samplers.interchangeable import (
     Laws,
     Relaxation,
     make_rule,
     neighbours,
 )
-from vllm_specplus.samplers.sampled import DraftLaws, verify
+from vllm_specplus.samplers.sampled import verify
+from vllm_specplus.step import DraftProbs, Rows
 
 # Codes on a line; p and q of the card (../shared/methods/lantern.md, section 5).
 LINE = torch.tensor([[0.0], [1.0], [2.1], [4.0], [8.0]])
@@ -208,7 +208,7 @@ def test_the_lossless_limit_is_the_lossless_rule_bit_for_bit(acceptance, seed, d
     if drawn:
         index[:4], counts[:4] = range(4), 1
     noise = torch.from_numpy(rng.random(5, np.float32)), torch.from_numpy(rng.random(1, np.float32))
-    draft = DraftLaws(q, index, counts)
+    draft = DraftProbs(q, index, counts)
     plain = verify("without_replacement", p, rows, draft, *noise)
     codebook = torch.from_numpy(rng.normal(size=(12, 3)).astype(np.float32))
     relaxation = Relaxation(rule_of(acceptance, codebook), [frozenset()])
@@ -253,7 +253,7 @@ def test_stop_tokens_and_strict_requests_are_verified_losslessly():
     """What the rule would accept at once is left to the lossless test."""
     p = torch.tensor([[0.45, 0.45, 0.09, 0.01]] * 2)
     q = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
-    rows, draft = chain([3]), DraftLaws(q, np.array([0, -1]), np.array([1, 0], np.int32))
+    rows, draft = chain([3]), DraftProbs(q, np.array([0, -1]), np.array([1, 0], np.int32))
     noise = torch.tensor([0.5, 0.5]), torch.tensor([0.2])
     rule = rule_of({"rule": "lantern", "k": 3, "delta": 1.0}, torch.arange(4.0)[:, None])
     for stops, first in ((frozenset(), 3), (frozenset({3}), 0), (None, 0)):
@@ -359,7 +359,7 @@ def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
             tokens[row], drawn[row - 1] = -1, 0
     verified = Rows(tokens, parents, starts, parents + 1)
     assert chains.all_chains(verified)
-    draft = DraftLaws(q, index, drawn)
+    draft = DraftProbs(q, index, drawn)
     noise = (
         torch.from_numpy(rng.random(rows, np.float32)),
         torch.from_numpy(rng.random(len(counts), np.float32)),
@@ -393,7 +393,7 @@ def test_padding_is_no_token_and_changes_no_law(check):
     parents = np.tile(np.array([-1, 0], np.int32), 4000)
     tokens = np.tile(np.array([1, -1], np.int32), 4000)
     rows = Rows(tokens, parents, np.arange(0, 8001, 2, dtype=np.int32), parents + 1)
-    none = DraftLaws(torch.empty(0, 1), np.full(8000, -1, np.int32), np.zeros(8000, np.int32))
+    none = DraftProbs(torch.empty(0, 1), np.full(8000, -1, np.int32), np.zeros(8000, np.int32))
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(8000, generator=generator), torch.rand(4000, generator=generator)
     out = check(p, rows, none, *noise).view(4000, 2)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from vllm_specplus.config import parse
-from vllm_specplus.proposers.base import Observation, Sampling, StepContext
 from vllm_specplus.proposers.jacobi import Jacobi
+from vllm_specplus.step import Observation, Sampling, StepContext
 
 VOCAB = 10
 
@@ -18,7 +18,7 @@ def proposer() -> Jacobi:
     return made
 
 
-def step(accepted: list[list[bool]], laws: torch.Tensor | None, temperature, max_nodes, seeds=None):
+def step(accepted: list[list[bool]], probs: torch.Tensor | None, temperature, max_nodes, seeds=None):
     """Requests with these verified rows; the most probable id of row i is i."""
     starts = np.cumsum([0, *map(len, accepted)]).astype(np.int32)
     rows, requests = int(starts[-1]), len(accepted)
@@ -37,20 +37,20 @@ def step(accepted: list[list[bool]], laws: torch.Tensor | None, temperature, max
             seeds or [None] * requests,
         ),
         row_starts=starts,
-        laws=laws,
+        target_probs=probs,
     )  # fmt: skip
 
 
 def test_rows_behind_the_rejection_come_first_then_the_last_row_again():
     """Two of five rows are on the text: the token of the second is known, so the draft begins
     with what the third says."""
-    laws = torch.eye(VOCAB)[:5]
+    probs = torch.eye(VOCAB)[:5]
     rows = [[True, True, False, False, False]]
-    drafts = proposer().propose(step(rows, laws, [1.0], [4]))
+    drafts = proposer().propose(step(rows, probs, [1.0], [4]))
     assert drafts.tokens.tolist() == [2, 3, 4, 4]
     assert drafts.parents.tolist() == [-1, 0, 1, 2]
-    assert drafts.law_of.tolist() == [0, 1, 2, 3]
-    assert drafts.laws.equal(laws[[2, 3, 4, 4]])
+    assert drafts.drawn_from.tolist() == [0, 1, 2, 3]
+    assert drafts.draft_probs.equal(probs[[2, 3, 4, 4]])
 
 
 def test_all_accepted_leaves_only_the_last_row():
@@ -62,10 +62,10 @@ def test_greedy_requests_take_the_most_probable_and_draw_nothing():
     rows = [[True, False, False], [True, True]]
     alone = proposer().propose(step(rows, None, [0.0, 0.0], [3, 1]))
     assert alone.tokens.tolist() == [1, 2, 2, 4]
-    assert alone.laws is None
+    assert alone.draft_probs is None
     mixed = proposer().propose(step(rows, torch.eye(VOCAB)[[9, 8, 7, 6, 5]], [1.0, 0.0], [3, 1]))
     assert mixed.tokens.tolist() == [8, 7, 7, 4]
-    assert mixed.law_of.tolist() == [0, 1, 2, -1]
+    assert mixed.drawn_from.tolist() == [0, 1, 2, -1]
 
 
 def test_a_request_that_may_not_draft_gets_nothing():

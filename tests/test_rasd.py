@@ -15,12 +15,18 @@ from transformers import AutoModelForCausalLM
 from tests.datastores import build_datastore
 from tests.test_drafting import save_draft
 from vllm_specplus import config
-from vllm_specplus.control.acceptance import PROBABILITY_CLASSES
-from vllm_specplus.proposers.base import Observation, Proposer, Sampling, StepContext, bare_step
+from vllm_specplus.proposers.base import Proposer
 from vllm_specplus.proposers.rasd import Rasd
 from vllm_specplus.proposers.trees import Fusion
 from vllm_specplus.samplers import lossless
-from vllm_specplus.samplers.base import Rows
+from vllm_specplus.step import (
+    PROBABILITY_CLASSES,
+    Observation,
+    Rows,
+    Sampling,
+    StepContext,
+    bare_step,
+)
 from vllm_specplus.tree import DraftBatch, row_depths
 
 VOCAB = 40
@@ -146,7 +152,7 @@ def test_a_draft_model_adds_its_most_probable_sequences(with_draft):
     assert len(alone.tokens) == 6
     assert paths_of(alone) <= paths_of(batch)
     assert (9, 10, 5) in paths_of(batch)
-    assert batch.laws is None  # the one-hot rule
+    assert batch.draft_probs is None  # the one-hot rule
     # Labelled by what the draft thinks of the first child.
     text = torch.tensor([TEXT])
     reference = AutoModelForCausalLM.from_pretrained(draft.config.model, dtype=torch.float32)
@@ -185,11 +191,11 @@ def test_what_is_drawn_stays(tmp_path, nodes):
     twins = 0
     for _ in range(40):
         batch = rasd.propose(replace(context(rasd, TEXT, nodes), sampling=sampling))
-        drawn = batch.law_of >= 0
+        drawn = batch.drawn_from >= 0
         assert drawn.sum() == 6
         assert drawn[:6].all()  # memory would cut the end
         assert {rasd.sources[s].name for s in batch.sources[:6]} == {"level"}
-        assert batch.laws.shape == (4, VOCAB)
+        assert batch.draft_probs.shape == (4, VOCAB)
         drawn_first = batch.tokens[:6][batch.parents[:6] < 0]
         found_first = batch.tokens[6:][batch.parents[6:] < 0]
         twin = 9 in drawn_first  # the token that its own text suggests
@@ -223,7 +229,7 @@ def target(path: tuple[int, ...]) -> list[Fraction]:
     return [Fraction(w, sum(weights)) for w in weights]
 
 
-def law_of(batch: DraftBatch, length: int, accept) -> dict[tuple[int, ...], Fraction]:
+def drawn_from(batch: DraftBatch, length: int, accept) -> dict[tuple[int, ...], Fraction]:
     """Exact law of the next ``length`` tokens: all draws at all rows, then plain decoding."""
     count = len(batch.tokens)
     parents = np.concatenate(([-1], batch.parents + 1)).astype(np.int32)
@@ -280,7 +286,7 @@ def test_the_fused_tree_is_verified_exactly():
         accepted = lossless.accept(rows, draws)
         return {tuple(accepted.output[0, : accepted.lengths[0]].tolist()): Fraction(1)}
 
-    assert law_of(fused_draft(), 3, accept) == plain(3)
+    assert drawn_from(fused_draft(), 3, accept) == plain(3)
 
 
 def test_a_ratio_rule_on_retrieved_nodes_is_not():
@@ -293,6 +299,6 @@ def test_a_ratio_rule_on_retrieved_nodes_is_not():
         ratio = min(Fraction(1), p / q)
         return {(int(rows.tokens[1]),): ratio, (int(draws[0]),): 1 - ratio}
 
-    law, exact = law_of(fused_draft(), 1, accept), plain(1)
+    law, exact = drawn_from(fused_draft(), 1, accept), plain(1)
     distance = sum(abs(law[t] - exact[t]) for t in exact) / 2
     assert distance > Fraction(1, 100)

@@ -10,7 +10,7 @@ import torch
 
 from vllm_specplus.config import TopKMarginAcceptance, TypicalAcceptance, parse
 from vllm_specplus.samplers import lossless, relaxed
-from vllm_specplus.samplers.base import Rows
+from vllm_specplus.step import Rows
 from vllm_specplus.tree import row_depths
 
 VOCAB = 12

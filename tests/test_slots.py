@@ -19,8 +19,8 @@ from vllm_specplus.image.continuous.decoding import (
     decode_speculative,
 )
 from vllm_specplus.image.continuous.slots import LatentSlots, Picture, Windows
-from vllm_specplus.proposers.base import LatentStep, bare_step
 from vllm_specplus.proposers.cspd import Cspd
+from vllm_specplus.step import LatentStep, bare_step
 
 SCHEDULE = small_model(end=250).config.schedule()
 SETTINGS = Settings(9, 4, SCHEDULE)

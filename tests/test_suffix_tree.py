@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vllm_specplus.config import SuffixTreeConfig
-from vllm_specplus.proposers.base import bare_step
 from vllm_specplus.proposers.suffix_tree import SuffixTree
+from vllm_specplus.step import bare_step
 
 A, B, C, D = 1, 2, 3, 4
 

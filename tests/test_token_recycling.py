@@ -12,9 +12,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from vllm_specplus.config import TokenRecyclingConfig
-from vllm_specplus.control.acceptance import prior_tables
 from vllm_specplus.proposers import token_recycling as tr
-from vllm_specplus.proposers.base import Observation, StepContext
+from vllm_specplus.step import Observation, StepContext, prior_tables
 
 V = 10
 

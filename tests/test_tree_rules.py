@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from tests import tree_rules_oracle as oracle
-from vllm_specplus.samplers.base import Rows
-from vllm_specplus.samplers.sampled import DraftLaws, best_rho, verify
+from vllm_specplus.samplers.sampled import best_rho, verify
+from vllm_specplus.step import DraftProbs, Rows
 from vllm_specplus.tree import accepted_paths, row_depths
 
 V = oracle.V
@@ -89,7 +89,7 @@ class Drafts:
     def verify(self, rule, deterministic=False) -> tuple[float, float, float]:
         """(distance from the target's law, tokens per step, its standard error)."""
         torch.manual_seed(3)
-        laws = DraftLaws(torch.tensor(Q, dtype=torch.float32), self.index, self.drawn)
+        laws = DraftProbs(torch.tensor(Q, dtype=torch.float32), self.index, self.drawn)
         if deterministic:
             laws.index, laws.drawn = np.full_like(self.index, -1), np.zeros_like(self.drawn)
         rows = self.rows
@@ -191,7 +191,7 @@ def test_a_mixed_batch():
     starts = np.array([0, 3, 4, 7, 9], np.int32)
     tokens = np.array([0, 0, 0, 0, 0, 3, 5, 0, 0], np.int32)
     rows = Rows(tokens, parents, starts, row_depths(parents, starts))
-    laws = DraftLaws(
+    laws = DraftProbs(
         q, np.array([0, 1, -1, -1, -1, -1, -1, 1, -1], np.int32),
         np.array([1, 1, 0, 0, 0, 0, 0, 1, 0], np.int32),
     )  # fmt: skip
@@ -210,7 +210,7 @@ def test_a_draft_that_has_nothing_left(rule):
     p, q = torch.eye(3)[[0, 1, 1, 1]], torch.eye(3)[[2, 2]]
     parents, starts = np.array([-1, 0, 0, 2], np.int32), np.array([0, 4], np.int32)
     rows = Rows(np.array([0, 2, 2, 2], np.int32), parents, starts, row_depths(parents, starts))
-    laws = DraftLaws(q, np.array([0, -1, 1, -1]), np.array([2, 0, 1, 0]))
+    laws = DraftProbs(q, np.array([0, -1, 1, -1]), np.array([2, 0, 1, 0]))
     for noise in (0.0, 0.5, 0.999):
         sampled = verify(rule, p, rows, laws, torch.full((4,), noise), torch.full((1,), noise))
         assert sampled.tolist() == [0, -1, -1, -1]
@@ -220,7 +220,7 @@ def test_what_rules_over_whole_trees_do_not_take():
     parents, starts = np.array([-1, 0, 0], np.int32), np.array([0, 3], np.int32)
     rows = Rows(np.array([0, 1, 2], np.int32), parents, starts, row_depths(parents, starts))
     p, noise = torch.full((3, 4), 0.25), torch.zeros(3)
-    laws = DraftLaws(p[:1], np.array([0, -1, -1]), np.array([1, 0, 0]))
+    laws = DraftProbs(p[:1], np.array([0, -1, -1]), np.array([1, 0, 0]))
     for rule in ("block", "traversal"):
         with pytest.raises(ValueError, match="no deterministic siblings"):
             verify(rule, p, rows, laws, noise, noise[:1])

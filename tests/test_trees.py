@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_specplus.control.acceptance import DEPTHS, PROBABILITY_CLASSES, Source
-from vllm_specplus.proposers.base import StepContext, bare_step
 from vllm_specplus.proposers.trees import Fusion, keep_best
+from vllm_specplus.step import DEPTHS, PROBABILITY_CLASSES, Source, StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
 seeds = st.integers(0, 2**32 - 1)

@@ -58,15 +58,11 @@ class DraftBatch:
     """int32 [R] nodes of each request."""
     sources: np.ndarray | None = None
     """int32 [N] index into the proposer's ``sources``: which rule proposed the node."""
-    confidence: np.ndarray | None = None
-    """float32 [N] of a draft model: largest probability in the distribution the node came
-    from. Never that of the drawn token itself; see ``control/confidence.py``."""
-
-    laws: torch.Tensor | None = None
+    draft_probs: torch.Tensor | None = None
     """float32 [M, V'] on the target's device: distributions that nodes were drawn from;
     ids from V' on have probability 0."""
-    law_of: np.ndarray | None = None
-    """int32 [N] row of ``laws`` that each node was drawn from, siblings in draw order;
+    drawn_from: np.ndarray | None = None
+    """int32 [N] row of ``draft_probs`` that each node was drawn from, siblings in draw order;
     -1: the node is no draw but a function of the past."""
 
     @classmethod

@@ -68,18 +68,18 @@ def sabotage(kind: str) -> None:
         sampled._one_by_one = lambda tree, row, left, renormalise: right_walk(
             tree, row, left, renormalise=False
         )
-    elif kind == "foreign_laws":
+    elif kind == "foreign_draft_probs":
         # Nodes are judged by distributions they were not drawn from.
         from vllm_specplus.engine.drafter import Drafter
 
-        right_laws = Drafter.laws
+        right_draft_probs = Drafter.draft_probs
 
-        def laws(self, request_ids, rows):
-            found = right_laws(self, request_ids, rows)
+        def draft_probs(self, request_ids, rows):
+            found = right_draft_probs(self, request_ids, rows)
             found.q = found.q.roll(1, 0)
             return found
 
-        Drafter.laws = laws
+        Drafter.draft_probs = draft_probs
     elif kind == "found_as_drawn":
         # What was looked up is judged by the draft's distribution, like its drawn siblings.
         from vllm_specplus.proposers.trees import Fusion
@@ -88,11 +88,11 @@ def sabotage(kind: str) -> None:
 
         def fuse(self, drafts, step, least=0.0):
             batch = right_fuse(self, drafts, step, least)
-            if batch.law_of is not None:
+            if batch.drawn_from is not None:
                 tree = np.repeat(np.arange(len(batch.counts)), batch.counts)
                 laws = {}
                 for i, above in enumerate(zip(tree, batch.parents, strict=True)):
-                    batch.law_of[i] = laws.setdefault(above, batch.law_of[i])
+                    batch.drawn_from[i] = laws.setdefault(above, batch.drawn_from[i])
             return batch
 
         Fusion.fuse = fuse

@@ -9,7 +9,8 @@ import json
 
 import numpy as np
 
-from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.step import StepContext
 from vllm_specplus.tree import DraftBatch
 
 

@@ -122,7 +122,7 @@ def small_pair(tmp_path_factory) -> tuple[str, str]:
         ({"source": "rsd_s", "control": GOODPUT}, None),
         ({"source": "rsd_s"}, "found_as_drawn"),
         ({"shape": "rsd_s", "verification": "recursive"}, "q_not_renormalised"),
-        ({"shape": "rsd_s"}, "foreign_laws"),
+        ({"shape": "rsd_s"}, "foreign_draft_probs"),
     ],
     ids=lambda value: (
         "-".join(v["policy"] if isinstance(v, dict) else str(v) for v in value.values())

@@ -140,7 +140,7 @@ def small(tmp_path_factory):
             JACOBI | {"num_speculative_tokens": 3, "acceptance": {"rule": "gsd", "group": 1}},
             None,
         ),
-        (JACOBI | {"num_speculative_tokens": 3}, "foreign_laws"),
+        (JACOBI | {"num_speculative_tokens": 3}, "foreign_draft_probs"),
         (
             JACOBI
             | {
@@ -163,7 +163,7 @@ def test_sampled_pictures_have_the_models_distribution(tmp_path, small, config, 
     }  # fmt: skip
     result = harness.run(
         tmp_path, engine(folder, max_num_seqs=256, speculative_config=config), [batch],
-        sabotage if sabotage == "foreign_laws" else None,
+        sabotage if sabotage == "foreign_draft_probs" else None,
     )  # fmt: skip
     assert result["counters"]["draft_failures"] == 0
     assert result["counters"]["nodes_accepted"] > 0.2 * samples

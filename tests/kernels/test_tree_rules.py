@@ -17,8 +17,7 @@ from tests.kernels.tree_batch import DEVICE
 from vllm_specplus.kernels import tree_rules as module
 from vllm_specplus.kernels.tree_rules import verify
 from vllm_specplus.samplers import sampled as reference
-from vllm_specplus.samplers.base import Rows
-from vllm_specplus.samplers.sampled import DraftLaws
+from vllm_specplus.step import DraftProbs, Rows
 from vllm_specplus.tree import row_depths
 
 VOCAB, DRAFT_VOCAB = 150, 139
@@ -94,7 +93,7 @@ class Trees:
         """What the kernels and the torch code return, given the same noise."""
         accept = torch.rand(len(self.rows.tokens), generator=self.noise)
         output = torch.rand(len(self.rows.starts) - 1, generator=self.noise)
-        laws = DraftLaws(self.q, self.index, self.drawn)
+        laws = DraftProbs(self.q, self.index, self.drawn)
         expected = reference.verify(reference_rule or rule, self.p, self.rows, laws, accept, output)
         return on_device(rule, self.p, self.rows, laws, accept, output), expected.tolist()
 
@@ -105,7 +104,7 @@ def _softmax(logits):
 
 
 def on_device(rule, p, rows, laws, accept, output) -> list[int]:
-    laws = DraftLaws(laws.q.to(DEVICE), laws.index, laws.drawn)
+    laws = DraftProbs(laws.q.to(DEVICE), laws.index, laws.drawn)
     p, accept, output = (x.to(DEVICE) for x in (p, accept, output))
     return verify(rule, p, rows, laws, accept, output).tolist()
 
@@ -175,7 +174,7 @@ def test_a_perfect_draft_is_always_accepted(rule, noise):
     p[:, [0, 1, 70, -1]] = 0.0
     p /= p.sum(-1, keepdim=True)
     rows, index, drawn = one_request([0, 3, 2, 9], [-1, 0, 1, 2], [1, 1, 1, 0])
-    laws = DraftLaws(p[:3].contiguous(), index, drawn)
+    laws = DraftProbs(p[:3].contiguous(), index, drawn)
     result = on_device(rule, p, rows, laws, torch.full((4,), noise), torch.full((1,), noise))
     assert result[:3] == [3, 2, 9]
     assert p[3, result[3]] > 0
@@ -187,7 +186,7 @@ def test_a_draft_that_has_nothing_left(rule, noise):
     """q is certain of a token that p excludes: the siblings repeat it, and all are rejected."""
     p, q = torch.eye(3)[[0, 1, 1, 1]], torch.eye(3)[[2, 2]]
     rows, index, drawn = one_request([0, 2, 2, 2], [-1, 0, 0, 2], [2, 0, 1, 0])
-    laws = DraftLaws(q, index, drawn)
+    laws = DraftProbs(q, index, drawn)
     noise = torch.full((4,), noise)
     assert on_device(rule, p, rows, laws, noise, noise[:1]) == [0, -1, -1, -1]
 
@@ -201,7 +200,7 @@ def test_rejected_children_are_not_output(rule, noise):
     if rule == "block":
         tokens, parents, drawn = [0, 0, 1], [-1, 0, 1], [1, 1, 0]
     rows, index, drawn = one_request(tokens, parents, drawn)
-    laws = DraftLaws(torch.full((2, 4), 0.25), index, drawn)
+    laws = DraftProbs(torch.full((2, 4), 0.25), index, drawn)
     accept, output = torch.full((3,), ALMOST_1), torch.full((1,), noise)
     result = on_device(rule, p, rows, laws, accept, output)
     for row, parent in enumerate(parents[1:], 1):
@@ -211,7 +210,7 @@ def test_rejected_children_are_not_output(rule, noise):
 def test_what_the_rules_do_not_take():
     rows, index, drawn = one_request([0, 1, 2], [-1, 0, 0], [1, 0, 0])
     p, noise = torch.full((3, 4), 0.25, device=DEVICE), torch.zeros(3, device=DEVICE)
-    laws = DraftLaws(p[:1], index, drawn)
+    laws = DraftProbs(p[:1], index, drawn)
     for rule in ("block", "traversal"):
         with pytest.raises(ValueError, match="no deterministic siblings"):
             verify(rule, p, rows, laws, noise, noise[:1])

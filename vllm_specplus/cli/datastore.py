@@ -129,8 +129,8 @@ def query(
 
     from vllm_specplus.config import RestConfig
     from vllm_specplus.control.acceptance import label_nodes
-    from vllm_specplus.proposers.base import bare_step
     from vllm_specplus.proposers.rest import Rest
+    from vllm_specplus.step import bare_step
 
     with _errors():
         manifest = read_manifest(store)

@@ -1,7 +1,6 @@
 """How much to draft: decided every step, for every request, by measured cost.
 
     acceptance   probability that a node becomes text, learnt from the text itself
-    confidence   the same from probabilities that a method states itself
     cost         seconds of a target step as a function of its rows
     budget       which nodes to verify: goodput, threshold or all
     memory       what speculation needs, and how many rows fit

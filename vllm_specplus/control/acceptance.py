@@ -19,13 +19,12 @@ acceptance is the target drawing the same token.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 
-#: Depths 1, 2, 3 and "4 or more" have estimates of their own.
-DEPTHS = 4
+from vllm_specplus.step import DEPTHS, Source, prior_tables
+
 #: The prior counts like this many observations, and fades like them.
 PRIOR_WEIGHT = 10.0
 #: Estimates stay this far from certainty, where log-odds would end.
@@ -36,21 +35,6 @@ DECAY = 0.99
 #: Offsets of requests: prior variance in squared log-odds, and memory per observation.
 OFFSET_VARIANCE = 1.0
 OFFSET_DECAY = 0.98
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A rule that proposes nodes."""
-
-    name: str
-    group: str
-    """Sources of one group rise and fall together within a request."""
-    prior: float
-    """Conditional acceptance measured beforehand, in (0, 1)."""
-
-
-#: Classes of probabilities, by their upper ends: for sources that say how sure they are.
-PROBABILITY_CLASSES = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
 
 
 @njit(cache=True)
@@ -88,17 +72,6 @@ def look_up(parents, sources, starts, acceptance):
             depths[i] = 1 if parents[i] < 0 else depths[starts[r] + parents[i]] + 1
             out[i] = acceptance[r, min(depths[i], deepest) - 1, sources[i]]
     return out, depths
-
-
-@njit(cache=True)
-def first_children(parents, starts):
-    """Bool [N]: is the node the first of its siblings, the one a rule tries first?"""
-    out = np.ones(parents.shape[0], np.bool_)
-    for r in range(starts.shape[0] - 1):
-        for i in range(starts[r], starts[r + 1]):
-            for j in range(starts[r], i):
-                out[i] &= parents[j] != parents[i]
-    return out
 
 
 @njit(cache=True)
@@ -254,9 +227,3 @@ class AcceptanceEstimator:
                 self._free.extend(range(size, size + len(more)))
             slot = self._slots[request_id] = self._free.pop()
         return slot
-
-
-def prior_tables(sources: Sequence[Source], num_requests: int) -> np.ndarray:
-    """Float32 [R, DEPTHS, S]: the priors, for requests nothing is known about."""
-    priors = np.array([source.prior for source in sources], np.float32)
-    return np.broadcast_to(priors, (num_requests, DEPTHS, len(priors))).copy()

@@ -16,9 +16,10 @@ only probed, ever more rarely up to ``PROBE_INTERVALS``.
 A draft model (a proposer with ``levels``) pays a forward pass per level, and draws. Its
 trees are therefore planned before they are drafted, by how often earlier texts followed a
 tree to each level, and verified whole. Cutting them afterwards by what was drawn would
-also be wrong: see ``control/confidence.py``. Where drawn nodes are fused with others (RASD),
-they stay, and only the others compete; what that says about drafting counts from the next
-step on.
+also be wrong: nodes dropped for a low probability of the token that was drawn leave tokens
+that follow another distribution than the one they are tested with. Where drawn nodes are
+fused with others (RASD), they stay, and only the others compete; what that says about
+drafting counts from the next step on.
 """
 
 from __future__ import annotations
@@ -31,18 +32,14 @@ import numpy as np
 from vllm_specplus.config import ControlConfig
 from vllm_specplus.control.acceptance import (
     AcceptanceEstimator,
-    Source,
     expected_tokens,
-    first_children,
-    label_nodes,
     look_up,
     survivals,
 )
 from vllm_specplus.control.budget import best_goodput, keep_nodes
-from vllm_specplus.control.confidence import ConfidenceEstimator
 from vllm_specplus.control.cost import StepCost, StepShape
 from vllm_specplus.metrics import Counters
-from vllm_specplus.proposers.base import StepContext
+from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
 
 #: Speculation that is off comes back when it promises this much more goodput.
@@ -73,7 +70,6 @@ class _Pending:
     parents: np.ndarray
     sources: np.ndarray
     starts: np.ndarray
-    confidence: np.ndarray | None
     expected: np.ndarray
     """float64 [R] tokens each request was expected to gain by its verified nodes, before
     calibration."""
@@ -99,7 +95,6 @@ class Controller:
         self._levels = None if levels is None else np.array(levels)
         self.config = config
         self.acceptance = AcceptanceEstimator(sources)
-        self._confidence_estimator: ConfidenceEstimator | None = None
         self.cost: StepCost | None = None
         """Set by the engine once the step is profiled; goodput drafts nothing before."""
         self.max_nodes = max_nodes
@@ -186,8 +181,6 @@ class Controller:
             trees.request_ids, rows, step.token_ids, step.num_tokens,
         )  # fmt: skip
         self.counters.add("nodes_labelled", labelled)
-        if trees.confidence is not None:
-            self._learn_confidence(trees, rows, step)
 
     def _as_chains(
         self, trees: _Pending, rows: np.ndarray, gained: np.ndarray, step: StepContext
@@ -214,24 +207,6 @@ class Controller:
         """Accepted over expected tokens. The nodes with the highest estimates are those
         that were overestimated most, so a choice by estimates expects too much."""
         return min((self._gained + CALIBRATION_PRIOR) / (self._expected + CALIBRATION_PRIOR), 1.0)
-
-    def _learn_confidence(self, trees: _Pending, rows: np.ndarray, step: StepContext) -> None:
-        for r in np.flatnonzero(rows >= 0):
-            nodes = slice(trees.starts[r], trees.starts[r + 1])
-            labels, depths = label_nodes(
-                trees.tokens[nodes], trees.parents[nodes], step.token_ids[rows[r]],
-                trees.drafted_at[r], step.num_tokens[rows[r]],
-            )  # fmt: skip
-            own = np.array([0, nodes.stop - nodes.start], np.int32)
-            seen = (labels >= 0) & first_children(trees.parents[nodes], own)
-            self._confidence().observe(
-                trees.confidence[nodes][seen], depths[seen], labels[seen] == 1
-            )
-
-    def _confidence(self) -> ConfidenceEstimator:
-        if self._confidence_estimator is None:
-            self._confidence_estimator = ConfidenceEstimator(self.max_nodes)
-        return self._confidence_estimator
 
     def _drafting_is_cheap(self, step: StepContext) -> bool:
         if self._draws:
@@ -314,16 +289,13 @@ class Controller:
         sources = drafts.sources
         if sources is None:
             sources = np.zeros(len(drafts.tokens), np.int32)
-        acceptance, depths = look_up(drafts.parents, sources, starts, step.acceptance)
-        if drafts.confidence is not None:
-            confident = self._confidence().predict(drafts.confidence, depths)
-            acceptance = np.where(first_children(drafts.parents, starts), confident, acceptance)
+        acceptance, _ = look_up(drafts.parents, sources, starts, step.acceptance)
         raw = survivals(drafts.parents, starts, acceptance)
         calibration = self._calibration()
         survival = calibration * raw
         drawn = np.zeros(len(survival), bool)
-        if drafts.law_of is not None:
-            drawn = drafts.law_of >= 0
+        if drafts.drawn_from is not None:
+            drawn = drafts.drawn_from >= 0
         kept = self._kept(step, drawn, survival)
         self.counters.add("control_steps")
         self.counters.add("nodes_grown", len(survival))
@@ -331,7 +303,7 @@ class Controller:
         self._pending = _Pending(
             list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
             drafts.parents.copy(), sources.copy(), starts,
-            None if drafts.confidence is None else drafts.confidence.copy(), expected,
+            expected,
         )  # fmt: skip
         self.counters.add("expected_tokens", float(calibration * expected.sum()))
         if not kept.any():
@@ -343,7 +315,7 @@ class Controller:
         else:
             chosen = DraftBatch(*keep_nodes(drafts.tokens, drafts.parents, drafts.counts, kept))
             if drawn.any():
-                chosen.laws, chosen.law_of = drafts.laws, drafts.law_of[kept]
+                chosen.draft_probs, chosen.drawn_from = drafts.draft_probs, drafts.drawn_from[kept]
         self._most = int(chosen.counts.max())
         return chosen
 
@@ -352,7 +324,7 @@ class Controller:
         expected = self._level_survival(step, self._depths(drafts.counts)).sum(1)
         self._pending = _Pending(
             list(step.request_ids), step.num_tokens.copy(), drafts.tokens, drafts.parents,
-            np.zeros(len(drafts.tokens), np.int32), starts, None, expected,
+            np.zeros(len(drafts.tokens), np.int32), starts, expected,
         )  # fmt: skip
         self.counters.add("control_steps")
         self.counters.add("nodes_grown", len(drafts.tokens))

@@ -23,7 +23,7 @@ from vllm_specplus.drafting.cache import PageStore
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.drafting.executor import PROMPT_CHUNK, PROMPT_ROWS, TreeExecutor
 from vllm_specplus.drafting.graphs import LevelGraphs, Record
-from vllm_specplus.proposers.base import TargetRows
+from vllm_specplus.step import TargetRows
 
 #: Rows of a request that may wait.
 MOST_WAITING = 16

@@ -13,7 +13,7 @@ values before it, as the first node of a draft would be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,14 +21,13 @@ import torch
 
 from vllm_specplus.drafting.cache import PAGE
 from vllm_specplus.drafting.executor import DraftExecutor
+from vllm_specplus.step import ReadKV
 
 #: Tokens of a text that a replay predicts (SWIFT's context_window).
 WINDOW = 32
 
 KeysValues = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Layer by layer, keys and values [n, kv_heads, head_dim]."""
-ReadKV = Callable[[np.ndarray, np.ndarray], KeysValues]
-"""``(requests int64 [n], positions int64 [n])`` -> what the target computed there."""
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ class BestFirst(Shape):
         return tokens, parents, probabilities
 
 
-def draft_law(
+def draft_distribution(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor | None,
     top_p: torch.Tensor | None, candidates: int = 256,
 ) -> torch.Tensor:  # fmt: skip

@@ -22,9 +22,7 @@ from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
-from vllm_specplus.proposers.base import Observation, StepContext, TargetRows
-from vllm_specplus.samplers.base import Rows
-from vllm_specplus.samplers.sampled import DraftLaws
+from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext, TargetRows
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ class Drafter:
             self._drafted = None
             return DraftBatch.empty(len(step.request_ids))
 
-    def laws(self, request_ids: list[str], rows: Rows) -> DraftLaws:
+    def draft_probs(self, request_ids: list[str], rows: Rows) -> DraftProbs:
         """What the children of each verified row were drawn from.
 
         A tree that is not the one drafted last (its request sat out a step, or lost its
@@ -123,8 +121,8 @@ class Drafter:
         """
         index = np.full(len(rows.tokens), -1, np.int32)
         drawn = np.zeros(len(rows.tokens), np.int32)
-        if self._drafted is None or self._drafted[1].laws is None:
-            return DraftLaws(torch.empty(0, 1), index, drawn)
+        if self._drafted is None or self._drafted[1].draft_probs is None:
+            return DraftProbs(torch.empty(0, 1), index, drawn)
         names, drafts = self._drafted
         ends = np.cumsum(drafts.counts)
         places = {name: i for i, name in enumerate(names)}
@@ -140,11 +138,11 @@ class Drafter:
                 drafts.parents[mine] != parents - 1
             ).any():
                 continue
-            law = drafts.law_of[mine]
+            law = drafts.drawn_from[mine]
             at = first - 1 + parents[law >= 0]
             index[at] = law[law >= 0]
             np.add.at(drawn, at, 1)
-        return DraftLaws(drafts.laws, index, drawn)
+        return DraftProbs(drafts.draft_probs, index, drawn)
 
     def observe_prompt(self, tokens: np.ndarray, previous: np.ndarray, top_ids: np.ndarray) -> None:
         try:

@@ -18,7 +18,7 @@ import torch
 
 from vllm_specplus.kernels import native
 from vllm_specplus.kernels.reference import move_slots_reference, page_offsets
-from vllm_specplus.samplers.base import Acceptance
+from vllm_specplus.step import Acceptance
 
 
 def moves(acceptance: Acceptance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -32,8 +32,7 @@ from vllm_specplus.engine.runner import (
 from vllm_specplus.image.continuous.chain import Noise, denoise
 from vllm_specplus.image.continuous.decoding import Settings
 from vllm_specplus.image.continuous.slots import LatentSlots, Picture, Windows
-from vllm_specplus.proposers.base import LatentStep
-from vllm_specplus.samplers.base import Acceptance
+from vllm_specplus.step import Acceptance, LatentStep
 
 
 class LatentsMixin:

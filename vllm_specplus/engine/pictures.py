@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vllm_specplus.engine.attention.base import TreeAttentionMetadata
-from vllm_specplus.samplers.base import Rows
+from vllm_specplus.step import Rows
 from vllm_specplus.tree import DraftTokens, ancestor_mask, row_depths
 
 if TYPE_CHECKING:

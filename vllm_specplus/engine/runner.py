@@ -33,17 +33,18 @@ from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.kernels import native
-from vllm_specplus.proposers.base import (
+from vllm_specplus.samplers import lossless, relaxed
+from vllm_specplus.samplers.interchangeable import Relaxation, RelaxedRule, make_rule
+from vllm_specplus.samplers.judge import JudgeHead
+from vllm_specplus.step import (
+    Acceptance,
     LatentStep,
     Observation,
+    Rows,
     Sampling,
     StepContext,
     TargetRows,
 )
-from vllm_specplus.samplers import lossless, relaxed
-from vllm_specplus.samplers.base import Acceptance, Rows
-from vllm_specplus.samplers.interchangeable import Relaxation, RelaxedRule, make_rule
-from vllm_specplus.samplers.judge import JudgeHead
 from vllm_specplus.tree import ancestor_mask, row_depths
 
 #: Prompt rows per call of the target's output layer while a proposer reads a
@@ -70,7 +71,7 @@ class Step:
     top_ids: np.ndarray | None = None
     """int32 [L, k] most probable next ids of each row, for the proposer."""
     acceptance: Acceptance | None = None
-    laws: torch.Tensor | None = None
+    target_probs: torch.Tensor | None = None
     """float32 [L, V] the distribution at each row, for a proposer that asks."""
 
 
@@ -489,8 +490,8 @@ class TreeRunnerMixin(ImageRowsMixin):
             step.acceptance = acceptance = lossless.accept(step.rows, sampled)
             if samples is not None and samples.logprobs is not None:
                 logprobs = verify.gather_logprobs(samples.logprobs, step.rows, acceptance)
-            if samples is not None and self.drafter.proposer.wants_laws:
-                step.laws = samples.probabilities
+            if samples is not None and self.drafter.proposer.reads_target_probs:
+                step.target_probs = samples.probabilities
         else:
             samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
             sampled = self._relax(step, samples.tokens.cpu().numpy(), seen)
@@ -535,7 +536,7 @@ class TreeRunnerMixin(ImageRowsMixin):
                 self._rule_sampler = verify.RuleSampler(
                     self.sampler.logprobs_mode, self.drafter.rule, self.device
                 )
-            laws = self.drafter.laws(self.input_batch.req_ids, step.rows)
+            laws = self.drafter.draft_probs(self.input_batch.req_ids, step.rows)
             silent = self._discarded()
             relaxation = None
             if self._relaxed_rule is not None:
@@ -655,7 +656,7 @@ class TreeRunnerMixin(ImageRowsMixin):
                 ),
                 target_kv=self._read_kv,
                 row_starts=step.rows.starts,
-                laws=step.laws,
+                target_probs=step.target_probs,
                 latents=self._latents(),
             ),
             lambda: self._target_rows(step, hidden_states, aux_hidden_states),

@@ -35,9 +35,9 @@ from vllm.v1.sample.sampler import Sampler
 
 from vllm_specplus.drafting.noise import VERDICTS, stream
 from vllm_specplus.samplers import chains, sampled
-from vllm_specplus.samplers.base import Acceptance, Rows
 from vllm_specplus.samplers.interchangeable import Relaxation
-from vllm_specplus.samplers.sampled import DraftLaws, Rule
+from vllm_specplus.samplers.sampled import Rule
+from vllm_specplus.step import Acceptance, DraftProbs, Rows
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ class RuleSampler(Sampler):
         self._generator = stream(VERDICTS, device)
 
     def judge_rows(
-        self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows, laws: DraftLaws,
+        self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows, laws: DraftProbs,
         silent: np.ndarray, relaxation: Relaxation | None = None,
     ) -> RowSamples:  # fmt: skip
         """Like :func:`sample_rows`, but ``tokens`` are -1 off the accepted paths.

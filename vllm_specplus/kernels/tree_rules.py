@@ -25,8 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_specplus.samplers.base import Rows
-from vllm_specplus.samplers.sampled import DraftLaws, Rule
+from vllm_specplus.samplers.sampled import Rule
+from vllm_specplus.step import DraftProbs, Rows
 
 #: Tokens of the vocabulary per step of a program.
 BLOCK = 4096
@@ -40,7 +40,7 @@ NUM_ARRAYS = 9
 
 
 def verify(
-    rule: Rule, p: torch.Tensor, rows: Rows, laws: DraftLaws,
+    rule: Rule, p: torch.Tensor, rows: Rows, laws: DraftProbs,
     accept_noise: torch.Tensor, output_noise: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """The same as :func:`vllm_specplus.samplers.sampled.verify`, without waiting for the device.
@@ -83,7 +83,7 @@ def verify(
     return out
 
 
-def _arrays(rows: Rows, laws: DraftLaws) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(rows: Rows, laws: DraftProbs) -> tuple[np.ndarray, np.ndarray]:
     """(int32 [NUM_ARRAYS, at least L + 1] what the kernels read, bool [R] which have draws).
 
     ``PARENTS`` and ``CHILDREN`` are rows of the step; those of row ``i`` are

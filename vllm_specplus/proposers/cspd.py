@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from vllm_specplus.config import CspdConfig
-from vllm_specplus.control.acceptance import Source
 from vllm_specplus.image.continuous.causal import CausalLatents
 from vllm_specplus.image.continuous.decoding import CausalModel, Guided, draft_chains
 from vllm_specplus.image.continuous.slots import LatentSlots
-from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
 
 

@@ -10,7 +10,7 @@ forward passes over all requests. What a level holds is the shape's choice:
 * ``topk``: the most probable sequences, deterministic (arXiv 2406.16858).
 
 Sampled nodes are verified against the distributions they were drawn from, which travel
-with them (``DraftBatch.laws``); that accepts more than matching the target's own draw.
+with them (``DraftBatch.draft_probs``); that accepts more than matching the target's own draw.
 Greedy requests get the same shapes without noise.
 
 As a source of ``rasd`` it drafts ``topk`` trees by default: they are functions of the past,
@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_specplus.control.acceptance import PROBABILITY_CLASSES, Source
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel, LayeredModel
 from vllm_specplus.drafting.noise import DraftNoise
@@ -36,9 +35,10 @@ from vllm_specplus.drafting.shapes import (
     IndependentPaths,
     Level,
     StochasticBeam,
-    draft_law,
+    draft_distribution,
 )
-from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class DraftTree(Proposer):
         alive = np.arange(len(rows))
         active = torch.arange(len(rows), device=logits.device)
         grown: list[tuple[np.ndarray, Level]] = []
-        laws = []
+        draft_probs = []
         for depth in range(len(shape.sizes)):
             if depth:
                 going_on = np.flatnonzero(depths[alive] > depth)
@@ -136,21 +136,21 @@ class DraftTree(Proposer):
                 alive, active, level = alive[going_on], active[keep], grown[-1][1]
                 parents = level.parents[keep] + (int(before[depth - 2]) if depth > 1 else -1)
                 logits = self._executor.grow(active, level.tokens[keep], parents)
-            q = draft_law(logits, *knobs.at(active))
+            q = draft_distribution(logits, *knobs.at(active))
             noise = self._noise.uniform(
                 shape.noise_size(q.shape[1]),
                 [knobs.seeds[r] for r in alive],
                 [(knobs.lengths[r], depth) for r in alive],
             )
             grown.append((alive, shape.expand(q, noise)))
-            laws.append(q.flatten(0, 1))
+            draft_probs.append(q.flatten(0, 1))
         if isinstance(shape, BestFirst):
             nodes = [
                 (tokens, parents, np.full(len(tokens), -1, np.int32), _likelihood_class(given))
                 for tokens, parents, given in zip(*shape.best(counts), strict=True)
             ]
         else:
-            nodes = self._collect(grown, [len(q) for q in laws], counts)
+            nodes = self._collect(grown, [len(q) for q in draft_probs], counts)
         greedy = np.ones(len(rows), bool)
         if step.sampling is not None:
             greedy = step.sampling.temperature[rows] == 0
@@ -161,7 +161,7 @@ class DraftTree(Proposer):
             _first_path(*tree) if one else tree for tree, one in zip(nodes, one_path, strict=True)
         ]
         deterministic = greedy | step.chain_only[rows]
-        return self._batch(step, rows, nodes, deterministic, laws)
+        return self._batch(step, rows, nodes, deterministic, draft_probs)
 
     def _begin(
         self, step: StepContext, rows: np.ndarray, names: list[str], texts: list[np.ndarray]
@@ -170,29 +170,29 @@ class DraftTree(Proposer):
         return self._executor.begin(names, texts)
 
     def _collect(
-        self, grown: list[tuple[np.ndarray, Level]], laws: list[int], counts: np.ndarray
+        self, grown: list[tuple[np.ndarray, Level]], probs_rows: list[int], counts: np.ndarray
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """(tokens, parents, law, source) of each tree, its first ``counts`` nodes level by
+        """(tokens, parents, drawn_from, source) of each tree, its first ``counts`` nodes level by
         level."""
         size = sum(self.levels[: len(grown)])
-        tokens, parents, law = np.zeros((3, len(counts), size), np.int32)
+        tokens, parents, drawn_from = np.zeros((3, len(counts), size), np.int32)
         drawn = [torch.stack((level.tokens, level.parents)).flatten(1) for _, level in grown]
         host = torch.cat(drawn, 1).cpu().numpy()  # one copy, for which the device is waited for
-        first, above, law_row, begin = 0, -1, 0, 0
-        for (alive, level), rows in zip(grown, laws, strict=True):
+        first, above, probs_row, begin = 0, -1, 0, 0
+        for (alive, level), rows in zip(grown, probs_rows, strict=True):
             width = level.tokens.shape[1]
             end = begin + len(alive) * width
             ids, places = host[:, begin:end].reshape(2, len(alive), width)
             here = slice(first, first + width)
             tokens[alive, here] = ids
             parents[alive, here] = places + above
-            law[alive, here] = (
-                law_row + places + np.arange(len(alive))[:, None] * (rows // len(alive))
+            drawn_from[alive, here] = (
+                probs_row + places + np.arange(len(alive))[:, None] * (rows // len(alive))
             )
-            law_row += rows
+            probs_row += rows
             above, first, begin = first, first + width, end
         return [
-            (tokens[r, :n], parents[r, :n], law[r, :n], np.zeros(n, np.int32))
+            (tokens[r, :n], parents[r, :n], drawn_from[r, :n], np.zeros(n, np.int32))
             for r, n in enumerate(counts.tolist())
         ]
 
@@ -202,18 +202,19 @@ class DraftTree(Proposer):
         rows: np.ndarray,
         nodes: list,
         deterministic: np.ndarray,
-        laws: list,
+        draft_probs: list,
     ) -> DraftBatch:
         counts = np.zeros(len(step.request_ids), np.int32)
         counts[rows] = [len(tokens) for tokens, *_ in nodes]
-        tokens, parents, law_of, sources = (
+        tokens, parents, drawn_from, sources = (
             np.concatenate(part) for part in zip(*nodes, strict=True)
         )
-        law_of[np.repeat(deterministic, counts[rows])] = -1
-        drawn = bool((law_of >= 0).any())
+        drawn_from[np.repeat(deterministic, counts[rows])] = -1
+        drawn = bool((drawn_from >= 0).any())
         return DraftBatch(
             tokens, parents, counts, sources,
-            laws=torch.cat(laws) if drawn else None, law_of=law_of if drawn else None,
+            draft_probs=torch.cat(draft_probs) if drawn else None,
+            drawn_from=drawn_from if drawn else None,
         )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.drafting.eagle_checkpoint import read_config
 from vllm_specplus.drafting.head_executor import HeadExecutor
 from vllm_specplus.drafting.noise import DraftNoise
-from vllm_specplus.proposers.base import StepContext
 from vllm_specplus.proposers.draft_tree import DraftTree
+from vllm_specplus.step import StepContext
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:

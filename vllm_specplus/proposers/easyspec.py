@@ -18,8 +18,8 @@ from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layers_of
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.placement import Placement
 from vllm_specplus.drafting.shards import Plan, RemoteAttentions
-from vllm_specplus.proposers.base import StepContext
 from vllm_specplus.proposers.draft_tree import DraftTree
+from vllm_specplus.step import StepContext
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from vllm_specplus.config import JacobiConfig
-from vllm_specplus.control.acceptance import Source
 from vllm_specplus.drafting.noise import DraftNoise
-from vllm_specplus.proposers.base import Proposer, StepContext
+from vllm_specplus.proposers.base import Proposer
 from vllm_specplus.samplers.sampled import draw
+from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
 
 #: Sets its noise apart from that of other methods for the same seed.
@@ -31,7 +31,7 @@ JACOBI = 2305_10427
 
 class Jacobi(Proposer):
     sources = (Source("window", "draft", 0.5),)
-    wants_laws = True
+    reads_target_probs = True
 
     def __init__(self, config: JacobiConfig, vocab_size: int, fingerprint: str):
         super().__init__(config, vocab_size, fingerprint)
@@ -54,20 +54,20 @@ class Jacobi(Proposer):
         node = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
         row = np.minimum(starts[request] + accepted[request] + node, starts[request + 1] - 1)
         parents = (node - 1).astype(np.int32)
-        if step.laws is None:  # all are greedy
+        if step.target_probs is None:  # all are greedy
             tokens = step.observation.top_ids[row, 0]
             return DraftBatch(tokens, parents, counts, np.zeros(len(tokens), np.int32))
-        device = step.laws.device
-        laws = step.laws[torch.from_numpy(row).to(device)]
+        device = step.target_probs.device
+        probs = step.target_probs[torch.from_numpy(row).to(device)]
         places = [(length, JACOBI) for length in step.num_tokens.tolist()]
         noise = self._noise.uniform(int(counts.max()), step.sampling.seeds, places)
         index = torch.from_numpy(np.stack((request, node))).to(device)
-        tokens = draw(laws, noise[index[0], index[1]]).cpu().numpy()
-        law_of = np.arange(len(tokens), dtype=np.int32)
+        tokens = draw(probs, noise[index[0], index[1]]).cpu().numpy()
+        drawn_from = np.arange(len(tokens), dtype=np.int32)
         greedy = step.sampling.temperature[request] == 0
         tokens[greedy] = step.observation.top_ids[row[greedy], 0]
-        law_of[greedy] = -1
+        drawn_from[greedy] = -1
         return DraftBatch(
             tokens.astype(np.int32), parents, counts, np.zeros(len(tokens), np.int32),
-            laws=laws, law_of=law_of,
+            draft_probs=probs, drawn_from=drawn_from,
         )  # fmt: skip

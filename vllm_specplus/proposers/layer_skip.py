@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from vllm_specplus.drafting.self_speculation import SelfDraftExecutor, Skips, SkipSearch
-from vllm_specplus.proposers.base import StepContext
 from vllm_specplus.proposers.draft_tree import DraftTree
+from vllm_specplus.step import StepContext
 
 logger = logging.getLogger("vllm.specplus")
 

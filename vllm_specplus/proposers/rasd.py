@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_specplus.proposers import proposer_class
-from vllm_specplus.proposers.base import Observation, Proposer, StepContext, bare_step
+from vllm_specplus.proposers.base import Proposer
 from vllm_specplus.proposers.trees import Fusion
+from vllm_specplus.step import Observation, StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:

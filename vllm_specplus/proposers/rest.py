@@ -16,11 +16,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from vllm_specplus.proposers.base import Proposer, StepContext, bare_step
+from vllm_specplus.proposers.base import Proposer
 from vllm_specplus.proposers.trees import keep_best
 from vllm_specplus.retrieval.datastore import Datastore
 from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
 from vllm_specplus.retrieval.search import NEAREST, SAMPLES, continuations_trie, longest_match
+from vllm_specplus.step import StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
 SHORTEST, LONGEST = 2, 16
@@ -39,7 +40,7 @@ def retrieve(
     weights = np.empty(capacity, np.int32)
     depths = np.empty(capacity, np.int32)
     sources = np.empty(capacity, np.int32)
-    laws = np.full(capacity, -1, np.int32)  # nothing is drawn
+    drawn_from = np.full(capacity, -1, np.int32)  # nothing is drawn
     ranges = np.zeros((first.shape[0], 2), np.int64)
     total = 0
     for r in range(num_tokens.shape[0]):
@@ -61,7 +62,7 @@ def retrieve(
             depths[i] = depth
             sources[i] = evidence_class(length + depth - 1, weights[i], passing)
         counts[r] = keep_best(
-            trie_tokens[:nodes], trie_parents[:nodes], sources[:nodes], laws[:nodes],
+            trie_tokens[:nodes], trie_parents[:nodes], sources[:nodes], drawn_from[:nodes],
             acceptance[r : r + 1], max_nodes[r], chain_only[r], out[:, total:],
         )  # fmt: skip
         total += counts[r]

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from vllm_specplus.proposers.base import Proposer, StepContext, bare_step
+from vllm_specplus.proposers.base import Proposer
 from vllm_specplus.proposers.trees import Fusion
 from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
+from vllm_specplus.step import StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
 #: A draft has at most FACTOR tokens per matched token plus OFFSET, and none below

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from vllm_specplus.control.acceptance import Source
-from vllm_specplus.proposers.base import Observation, Proposer, StepContext, bare_step
+from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.step import Observation, Source, StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
 logger = logging.getLogger(__name__)

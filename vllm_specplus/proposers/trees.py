@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from vllm_specplus.control.acceptance import PROBABILITY_CLASSES, Source, look_up, survivals
-from vllm_specplus.proposers.base import StepContext
+from vllm_specplus.control.acceptance import look_up, survivals
+from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
 from vllm_specplus.tree import DraftBatch
 
 # Nodes proposed by several rules at once are classed by the highest acceptance among them, for
@@ -18,21 +18,21 @@ _MORE_AGREE = (0.15, 0.25, 0.40, 0.65, 0.75, 0.85, 0.92, 0.97)
 
 
 @njit(cache=True, nogil=True)
-def keep_best(tokens, parents, sources, laws, acceptance, budget, chain, out):
+def keep_best(tokens, parents, sources, drawn_from, acceptance, budget, chain, out):
     """Keep the ``budget`` nodes of one tree that most probably survive; returns how many.
 
-    ``tokens``, ``parents``, ``sources``, ``laws`` int32 [N] in topological order; ``acceptance``
-    float32 [1, depths, S]. No node survives its parent, so the best nodes are closed under
-    parents. Drawn nodes (``laws`` >= 0, below drawn ones only) go first, whatever they are
-    worth. ``chain``: only the best path, child by child. Writes the renumbered tree to the
-    four rows of ``out`` int32 [4, >= budget]; ties go to the earlier node.
+    ``tokens``, ``parents``, ``sources``, ``drawn_from`` int32 [N] in topological order;
+    ``acceptance`` float32 [1, depths, S]. No node survives its parent, so the best nodes are
+    closed under parents. Drawn nodes (``drawn_from`` >= 0, below drawn ones only) go first,
+    whatever they are worth. ``chain``: only the best path, child by child. Writes the renumbered
+    tree to the four rows of ``out`` int32 [4, >= budget]; ties go to the earlier node.
     """
     count = tokens.shape[0]
     whole = np.array([0, count], np.int32)
     conditional, _ = look_up(parents, sources, whole, acceptance)
     survival = survivals(parents, whole, conditional)
     for i in range(count):
-        if laws[i] >= 0:
+        if drawn_from[i] >= 0:
             survival[i] = 2.0
     kept = np.ones(count, np.bool_)
     if chain:
@@ -59,7 +59,7 @@ def keep_best(tokens, parents, sources, laws, acceptance, budget, chain, out):
             out[0, total] = tokens[i]
             out[1, total] = -1 if parents[i] < 0 else place[parents[i]]
             out[2, total] = sources[i]
-            out[3, total] = laws[i]
+            out[3, total] = drawn_from[i]
             total += 1
     return total
 
@@ -74,13 +74,13 @@ def _agreement_class(acceptance, proposed_by):
 
 @njit(cache=True, nogil=True)
 def merge(
-    tokens, parents, sources, laws, counts, retrieves, least, acceptance, agreement,
+    tokens, parents, sources, drawn_from, counts, retrieves, least, acceptance, agreement,
     max_nodes, chain_only, out, out_counts,
 ):  # fmt: skip
     """Fuse M trees of each request by longest common prefix and trim to the best nodes.
 
     ``tokens``, ``parents``, ``sources`` int32 [N]: the trees of the first member for all
-    requests, then those of the second, ...; ``counts`` int32 [M, R]. ``laws`` int32 [N]:
+    requests, then those of the second, ...; ``counts`` int32 [M, R]. ``drawn_from`` int32 [N]:
     >= 0 for nodes that were drawn, by the first member only. All of them stay, also twins,
     with the source they have: what happens to a draw must not depend on what was drawn.
     Others that hold the same token are one with the first of them. Sources and
@@ -101,7 +101,7 @@ def merge(
         f_tokens = np.empty(size, np.int32)
         f_parents = np.empty(size, np.int32)
         f_sources = np.empty(size, np.int32)
-        f_laws = np.empty(size, np.int32)
+        f_drawn_from = np.empty(size, np.int32)
         f_best = np.empty(size, np.float32)
         f_depths = np.empty(size, np.int32)
         f_members = np.empty(size, np.int32)
@@ -119,7 +119,7 @@ def merge(
                     continue
                 token = tokens[at]
                 child = np.int32(-1)
-                if laws[at] < 0:
+                if drawn_from[at] < 0:
                     child = first_child[node + 1]
                     while child >= 0 and f_tokens[child] != token:
                         child = sibling[child]
@@ -131,7 +131,8 @@ def merge(
                 if child < 0:
                     child = np.int32(nodes)
                     f_tokens[child], f_parents[child], f_depths[child] = token, node, depth
-                    f_sources[child], f_best[child], f_laws[child] = sources[at], p, laws[at]
+                    f_sources[child], f_best[child] = sources[at], p
+                    f_drawn_from[child] = drawn_from[at]
                     f_members[child], f_last[child] = 1, m
                     sibling[child] = first_child[node + 1]
                     first_child[node + 1] = child
@@ -144,10 +145,10 @@ def merge(
                 place[i] = child
             begin[m] += counts[m, r]
         for i in range(nodes):
-            if f_members[i] > 1 and f_laws[i] < 0:
+            if f_members[i] > 1 and f_drawn_from[i] < 0:
                 f_sources[i] = agreement + _agreement_class(f_best[i], f_members[i])
         out_counts[r] = keep_best(
-            f_tokens[:nodes], f_parents[:nodes], f_sources[:nodes], f_laws[:nodes],
+            f_tokens[:nodes], f_parents[:nodes], f_sources[:nodes], f_drawn_from[:nodes],
             acceptance[r : r + 1], max_nodes[r], chain_only[r], out[:, total:],
         )  # fmt: skip
         total += out_counts[r]
@@ -185,20 +186,29 @@ class Fusion:
             np.concatenate([d.tokens for d in drafts]),
             np.concatenate([d.parents for d in drafts]),
             np.concatenate([d.sources + o for d, o in zip(drafts, self.offsets, strict=False)]),
-            np.concatenate([_laws_of(d) for d in drafts]),
+            np.concatenate([_drawn_from(d) for d in drafts]),
             np.stack([d.counts for d in drafts]),
             self.retrieves, least, step.acceptance, self.agreement,
             step.max_nodes, step.chain_only, self._out, counts,
         )  # fmt: skip
-        tokens, parents, sources, law_of = self._out[:, :total]
-        laws = drafts[0].laws
+        tokens, parents, sources, drawn_from = self._out[:, :total]
+        draft_probs = drafts[0].draft_probs
         return DraftBatch(
-            tokens, parents, counts, sources, laws=laws, law_of=None if laws is None else law_of
+            tokens,
+            parents,
+            counts,
+            sources,
+            draft_probs=draft_probs,
+            drawn_from=None if draft_probs is None else drawn_from,
         )
 
 
-def _laws_of(drafts: DraftBatch) -> np.ndarray:
-    return np.full(len(drafts.tokens), -1, np.int32) if drafts.law_of is None else drafts.law_of
+def _drawn_from(drafts: DraftBatch) -> np.ndarray:
+    return (
+        np.full(len(drafts.tokens), -1, np.int32)
+        if drafts.drawn_from is None
+        else drafts.drawn_from
+    )
 
 
 def _agreement_sources() -> tuple[Source, ...]:

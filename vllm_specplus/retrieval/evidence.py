@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from vllm_specplus.control.acceptance import Source
+from vllm_specplus.step import Source
 
 #: Classes of match lengths by their upper ends, and of frequencies by their lower ends;
 #: places that agree without exception have three classes by their number.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_specplus.samplers.base import Rows
 from vllm_specplus.samplers.interchangeable import Laws, Relaxation
-from vllm_specplus.samplers.sampled import DraftLaws, draw, padded
+from vllm_specplus.samplers.sampled import draw, padded
+from vllm_specplus.step import DraftProbs, Rows
 
 
 def all_chains(rows: Rows) -> bool:
@@ -22,7 +22,7 @@ def all_chains(rows: Rows) -> bool:
 
 
 def verify(
-    p: torch.Tensor, rows: Rows, laws: DraftLaws, accept_noise: torch.Tensor,
+    p: torch.Tensor, rows: Rows, laws: DraftProbs, accept_noise: torch.Tensor,
     output_noise: torch.Tensor, relaxation: Relaxation | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """As ``sampled.verify``: the output along every accepted path, int32 [L], -1 off it."""

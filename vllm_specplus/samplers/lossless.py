@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_specplus.samplers.base import Acceptance, Rows
+from vllm_specplus.step import Acceptance, Rows
 from vllm_specplus.tree import accepted_paths
 
 

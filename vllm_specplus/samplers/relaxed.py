@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_specplus.samplers.base import Rows
+from vllm_specplus.step import Rows
 
 if TYPE_CHECKING:
     from vllm_specplus.config import JudgeAcceptance, TopKMarginAcceptance, TypicalAcceptance

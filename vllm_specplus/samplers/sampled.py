@@ -29,15 +29,14 @@ every node, so that ``kernels/tree_rules.py`` serves there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
 
-from vllm_specplus.samplers.base import Rows
 from vllm_specplus.samplers.interchangeable import Laws, Relaxation, RelaxedRule
+from vllm_specplus.step import DraftProbs, Rows
 
 Rule = Literal["without_replacement", "with_replacement", "k_seq", "block", "traversal"]
 
@@ -45,21 +44,8 @@ Rule = Literal["without_replacement", "with_replacement", "k_seq", "block", "tra
 BISECTIONS = 50
 
 
-@dataclass(slots=True)
-class DraftLaws:
-    """What the nodes of a step's trees were drawn from."""
-
-    q: torch.Tensor
-    """float32 [M, V'], V' <= V: ids from V' on have probability 0."""
-    index: np.ndarray
-    """int32 [L] row of ``q`` that the children of a verified row were drawn from; -1: it
-    has none, or deterministic ones."""
-    drawn: np.ndarray
-    """int32 [L] how many of its children, the first ones, were drawn."""
-
-
 def verify(
-    rule: Rule, p: torch.Tensor, rows: Rows, laws: DraftLaws,
+    rule: Rule, p: torch.Tensor, rows: Rows, laws: DraftProbs,
     accept_noise: torch.Tensor, output_noise: torch.Tensor, relaxation: Relaxation | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The output along every accepted path, int32 [L]; -1 at rows off the path.
@@ -97,7 +83,7 @@ def verify(
 class _Tree:
     """One request's rows; all row numbers are those of the step."""
 
-    def __init__(self, p, rows: Rows, laws: DraftLaws, accept: list[float], first: int, end: int):
+    def __init__(self, p, rows: Rows, laws: DraftProbs, accept: list[float], first: int, end: int):
         self.root = first
         self.accept = accept
         self.tokens = rows.tokens
