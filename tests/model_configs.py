@@ -1,6 +1,6 @@
 """Models whose sizes are known: as ``config.json``, and as a method sees its target."""
 
-from vllm_specplus.config import Target
+from vllm_specplus.target import Target
 
 
 def target(tokenizer=None, vocab_size: int = 9, **fields) -> Target:

@@ -10,10 +10,8 @@ import importlib.util
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,7 +19,8 @@ from vllm_specplus.drafting import eagle_checkpoint
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.retrieval import datastore
 from vllm_specplus.samplers import judge
-from vllm_specplus.strict import StrictModel
+from vllm_specplus.strict import StrictModel, sentence
+from vllm_specplus.target import Target
 
 
 class GoodputControl(StrictModel):
@@ -170,26 +169,6 @@ AcceptanceConfig = (
     | GsdAcceptance
     | KlJudgeAcceptance
 )
-#: Key -> (what names the member, members), of the keys that take one of several objects.
-UNIONS = {"control": ("policy", ControlConfig), "acceptance": ("rule", AcceptanceConfig)}
-
-
-@dataclass(frozen=True)
-class Target:
-    """The model that is served, as far as a method has to fit it."""
-
-    load_tokenizer: Callable[[], Any]
-    """Returns its Hugging Face tokenizer, or None if the engine runs without one."""
-    vocab_size: int
-    family: str
-    """``model_type`` of its config."""
-    num_layers: int
-    tensor_parallel_size: int
-    hidden_size: int
-    has_codebook: bool = False
-    """Does it generate image codes?"""
-    latents: dict[str, Any] | None = None
-    """Its config, if it generates latents."""
 
 
 class MethodConfig(StrictModel):
@@ -820,33 +799,3 @@ def parse(raw: dict[str, Any]) -> MethodConfig:
     except ValidationError as error:
         problems = [sentence(e, model) for e in error.errors()]
         raise ValueError(f"speculative_config for {method!r}: {'; '.join(problems)}") from None
-
-
-def sentence(error: dict[str, Any], model: type[StrictModel]) -> str:
-    """One mistake, as pydantic describes it, for the user; ``model`` was validated."""
-    keys, allows = list(error["loc"]), "allowed"
-    if keys and keys[0] in UNIONS:
-        tag, union = UNIONS[keys[0]]
-        members = {m.model_fields[tag].annotation.__args__[0]: m for m in get_args(union)}
-        if error["type"].startswith("union_tag"):
-            given = error["input"].get(tag) if isinstance(error["input"], dict) else None
-            what = (
-                f"{keys[0]!r} needs a {tag}"
-                if given is None
-                else (f"unknown {keys[0]} {tag} {given!r}")
-            )
-            return f"{what} (allowed: {', '.join(members)})"
-        if len(keys) > 1:
-            # pydantic puts the name of the chosen member between the keys.
-            name = keys.pop(1)
-            model, allows = members[name], f"{tag} {name!r} allows"
-    key = ".".join(str(part) for part in keys)
-    if error["type"] == "missing":
-        return f"{key!r} is missing"
-    if error["type"] == "extra_forbidden":
-        known = (field.alias or name for name, field in model.model_fields.items())
-        return f"unknown key {key!r} ({allows}: {', '.join(known)})"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key!r} is {error['input']!r}: {message}"

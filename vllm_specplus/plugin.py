@@ -14,8 +14,9 @@ import os
 from typing import Any
 
 from vllm_specplus import compat
-from vllm_specplus.config import METHODS, MethodConfig, Target, parse
+from vllm_specplus.config import METHODS, MethodConfig, parse
 from vllm_specplus.control import requests
+from vllm_specplus.target import Target
 
 logger = logging.getLogger("vllm.specplus")
 

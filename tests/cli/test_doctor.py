@@ -231,7 +231,7 @@ def test_memory_of_speculation(model):
     arguments = ("--model", model, "--max-num-seqs", 4, "--nodes", 12, "--block-size", 32)
     report, findings = memory_report(*arguments)
     terms = speculation_bytes(ModelDimensions.from_config(LLAMA_3_8B), 4, 12, block_size=32)
-    # KV slot, logits and their copies, activations of Llama-3-8B, see tests/test_memory.py
+    # KV slot, logits and their copies, activations of Llama-3-8B, see tests/control/test_memory.py
     node = 131072 + 256512 + 3 * 513024 + 229376
     rows = 2**30 // (256512 + 3 * 513024)
     assert report["memory"] == {

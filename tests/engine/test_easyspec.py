@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.drafting.test_drafting import save_draft
 from tests.engine import harness
-from tests.test_drafting import save_draft
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.engine

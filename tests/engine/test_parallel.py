@@ -7,8 +7,8 @@ import secrets
 
 import pytest
 
+from tests.drafting.test_drafting import save_draft
 from tests.engine import harness
-from tests.test_drafting import save_draft
 
 pytestmark = pytest.mark.engine
 

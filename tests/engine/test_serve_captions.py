@@ -10,7 +10,7 @@ import torch
 from tests.engine.test_captions import CONFIG
 from tests.engine.test_images import JACOBI
 from tests.engine.test_serve_images import opened, serving
-from tests.test_captions import text_encoder
+from tests.image.test_captions import text_encoder
 from vllm_specplus.image import llamagen
 from vllm_specplus.image.captions import FOLDER
 from vllm_specplus.image.llamagen import LlamaGen

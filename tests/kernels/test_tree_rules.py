@@ -1,8 +1,9 @@
 """Rules for sampled trees: the Triton kernels decide like ``samplers/sampled.py``.
 
-The rules themselves are tested against an exact oracle in ``tests/test_tree_rules.py``; here the
-kernels get the same noise as the torch code and must return the same tokens. Without a GPU they
-run in Triton's interpreter, and are besides compiled, not run, for GPUs.
+The rules themselves are tested against an exact oracle in
+``tests/samplers/test_tree_rules.py``; here the kernels get the same noise as the torch code and
+must return the same tokens. Without a GPU they run in Triton's interpreter, and are besides
+compiled, not run, for GPUs.
 """
 
 import os

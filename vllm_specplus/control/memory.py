@@ -32,7 +32,7 @@ SAMPLER_BYTES: dict[Sampling, int] = {"greedy": 0, "sampled": 12, "sorted": 21}
 greedy: none, the argmax reads them as they are. sampled: float32 logits, probabilities
 and exponential noise (vLLM's ``random_sample``; top-k and top-p work in place). sorted:
 top-p where vLLM sorts for want of Triton, as on CPUs: float32 logits, their sorted
-values, int64 indices, sorted probabilities and a mask. ``tests/test_memory.py`` measures
+values, int64 indices, sorted probabilities and a mask. ``tests/control/test_memory.py`` measures
 both. They hold for a half-precision model; of a float32 one no first copy is made.
 """
 

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from vllm_specplus.config import sentence
-from vllm_specplus.strict import StrictModel
+from vllm_specplus.strict import StrictModel, sentence
 
 KEY, GUIDANCE = "specplus", "guidance_scale"
 

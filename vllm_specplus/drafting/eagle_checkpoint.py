@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_specplus.drafting.model import FAMILIES, DraftModelError
 
 if TYPE_CHECKING:
-    from vllm_specplus.config import Target
+    from vllm_specplus.target import Target
 
 #: Keys of ``config.json`` that describe the layer, as transformers' ``LlamaConfig`` has them.
 _LAYER_KEYS = (

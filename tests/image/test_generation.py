@@ -79,7 +79,7 @@ def cluster(tmp_path):
         _node_ip_address="127.0.0.1",
         runtime_env={"env_vars": {
             "MORTAL_MARKER": str(tmp_path / "died"), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
         }},
     )  # fmt: skip
     yield

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_continuous import shaken, small_model
+from tests.image.test_continuous import shaken, small_model
 from vllm_specplus.config import parse
 from vllm_specplus.image.continuous.chain import picture_noise
 from vllm_specplus.image.continuous.decoding import (
@@ -205,7 +205,7 @@ def test_what_was_not_drafted_is_not_judged(proposer):
 
 def test_the_configs_of_the_embedded_models_fit():
     from vllm_specplus.cli.model import LATENTS_MODEL
-    from vllm_specplus.config import Target
+    from vllm_specplus.target import Target
 
     config = json.loads((LATENTS_MODEL / "config.json").read_text())
     target = Target(lambda: None, config["vocab_size"], "causal_latents", 4, 1, 192, latents=config)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from tests import chameleon
 from tests.chameleon import BEGIN, CODES, END, LINE, OPENING, SIZE, TURN, VOCAB, allowed
-from tests.test_convert_mar import BLOCKS, CHANNELS, MULTIPLIERS, autoencoder, decoded
-from tests.test_convert_mar import SIZE as LATENT
+from tests.image.test_convert_mar import BLOCKS, CHANNELS, MULTIPLIERS, autoencoder, decoded
+from tests.image.test_convert_mar import SIZE as LATENT
 from vllm_specplus.image.chameleon import (
     CHAMELEON,
     LUMINA,

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from vllm.exceptions import VLLMValidationError
 
-from tests.test_image_models import SMALL, run
+from tests.image.test_image_models import SMALL, run
 from vllm_specplus.image import llamagen
 from vllm_specplus.image.captions import FOLDER, CaptionEncoder, clean
 from vllm_specplus.image.llamagen import LlamaGen, LlamaGenConfig

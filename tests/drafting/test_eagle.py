@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.drafting.test_graphs import record_on_cpu
 from tests.eagle_heads import HIDDEN, Reference, save_head
 from tests.model_configs import target
-from tests.test_graphs import record_on_cpu
 from vllm_specplus.config import parse
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.drafting.eagle_checkpoint import read_config

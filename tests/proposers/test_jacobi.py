@@ -18,7 +18,9 @@ def proposer() -> Jacobi:
     return made
 
 
-def step(accepted: list[list[bool]], probs: torch.Tensor | None, temperature, max_nodes, seeds=None):
+def step(
+    accepted: list[list[bool]], probs: torch.Tensor | None, temperature, max_nodes, seeds=None
+):
     """Requests with these verified rows; the most probable id of row i is i."""
     starts = np.cumsum([0, *map(len, accepted)]).astype(np.int32)
     rows, requests = int(starts[-1]), len(accepted)

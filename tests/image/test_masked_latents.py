@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.test_continuous import SCHEDULE, ToyHead, p_value, settings
+from tests.image.test_continuous import SCHEDULE, ToyHead, p_value, settings
 from vllm_specplus.image.continuous.chain import Schedule, denoise
 from vllm_specplus.image.continuous.decoding import noise_of
 from vllm_specplus.image.continuous.masked import (

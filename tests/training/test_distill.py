@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.test_drafting import VOCAB, save_draft
+from tests.drafting.test_drafting import VOCAB, save_draft
 from vllm_specplus.cli import model as cli_model
 from vllm_specplus.cli.model import prepare_draft
 from vllm_specplus.drafting.model import DraftModel

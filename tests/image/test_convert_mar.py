@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from tests.test_masked_latents import small
+from tests.image.test_masked_latents import small
 from vllm_specplus.image.continuous import convert
 from vllm_specplus.image.continuous.folder import LatentsFolder
 from vllm_specplus.image.continuous.generation import Cspd, PictureMaker, Recipe

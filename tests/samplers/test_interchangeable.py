@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_specplus.config import Target, parse
+from vllm_specplus.config import parse
 from vllm_specplus.plugin import worker_config
 from vllm_specplus.samplers import chains
 from vllm_specplus.samplers.interchangeable import (
@@ -22,6 +22,7 @@ from vllm_specplus.samplers.interchangeable import (
 )
 from vllm_specplus.samplers.sampled import verify
 from vllm_specplus.step import DraftProbs, Rows
+from vllm_specplus.target import Target
 
 # Codes on a line; p and q of the card (../shared/methods/lantern.md, section 5).
 LINE = torch.tensor([[0.0], [1.0], [2.1], [4.0], [8.0]])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.model_configs import target
-from tests.test_relaxed import make_rows
+from tests.samplers.test_relaxed import make_rows
 from vllm_specplus.config import JudgeAcceptance, parse
 from vllm_specplus.samplers import relaxed
 from vllm_specplus.samplers.judge import JudgeHead, head_size

@@ -15,7 +15,7 @@ import pytest
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.dataset import Question
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "open_loop.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "open_loop.py"
 
 
 @pytest.fixture(scope="module")

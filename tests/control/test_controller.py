@@ -258,7 +258,8 @@ def test_drawn_nodes_are_verified_whatever_they_are_worth():
         # Three draws and two nodes that were looked up, the worst sort: all tokens are wrong.
         drafts = DraftBatch(
             np.full(5, 7, np.int32), np.array([-1, -1, 0, -1, 3], np.int32),
-            np.array([5], np.int32), draft_probs="probs", drawn_from=np.array([0, 0, 1, -1, -1], np.int32),
+            np.array([5], np.int32), draft_probs="probs",
+            drawn_from=np.array([0, 0, 1, -1, -1], np.int32),
         )  # fmt: skip
         chosen = controller.choose(step, drafts)
         assert chosen.drawn_from[:3].tolist() == [0, 0, 1]

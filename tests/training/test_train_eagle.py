@@ -7,7 +7,7 @@ import json
 import torch
 from safetensors.torch import load_file
 
-from tests.test_drafting import VOCAB, save_draft
+from tests.drafting.test_drafting import VOCAB, save_draft
 from vllm_specplus.config import parse
 from vllm_specplus.training import distill, eagle
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests import tree_rules_oracle as oracle
-from tests.test_tree_rules import Drafts, P, Q
+from tests.samplers.test_tree_rules import Drafts, P, Q
 from vllm_specplus.samplers.sampled import verify
 from vllm_specplus.step import DraftProbs
 from vllm_specplus.tree import accepted_paths
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from expected_acceptance import expected_tokens, summary
 

@@ -31,7 +31,7 @@ from vllm_specplus.retrieval.datastore import (
 )
 from vllm_specplus.retrieval.search import SAMPLES, TOTAL, continuations_trie, longest_match
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def random_documents(seed: int, count: int, vocab: int, length: int = 40) -> list[list[int]]:
@@ -169,7 +169,7 @@ def test_two_processes_share_one_datastore(tmp_path):
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tests.test_datastore import Datastore, find\n"
+        "from tests.retrieval.test_datastore import Datastore, find\n"
         "store = Datastore.open(Path(sys.argv[1]))\n"
         "print('open', flush=True)\n"
         "sys.stdin.readline()\n"

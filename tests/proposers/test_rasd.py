@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.datastores import build_datastore
-from tests.test_drafting import save_draft
+from tests.drafting.test_drafting import save_draft
 from vllm_specplus import config
 from vllm_specplus.proposers.base import Proposer
 from vllm_specplus.proposers.rasd import Rasd

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.drafting.test_drafting import VOCAB, executor, save_draft
 from tests.model_configs import target
-from tests.test_drafting import VOCAB, executor, save_draft
 from vllm_specplus.config import parse
 from vllm_specplus.drafting import placement, ray_owners
 from vllm_specplus.drafting.cache import PAGE

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.drafting.test_graphs import record_on_cpu
 from tests.model_configs import target
-from tests.test_graphs import record_on_cpu
 from vllm_specplus.config import parse
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.drafting.cache import PAGE, PagedCache
