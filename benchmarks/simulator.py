@@ -31,10 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_specplus.config import FixedControl, GoodputControl, MethodConfig, parse
+from vllm_specplus.config import MethodConfig, parse
 from vllm_specplus.control.acceptance import label_nodes
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
+from vllm_specplus.control.settings import FixedControl, GoodputControl
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposers import proposer_class
 from vllm_specplus.proposers.base import Proposer

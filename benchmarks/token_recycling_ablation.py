@@ -74,8 +74,9 @@ def main() -> None:
     import vllm
     from vllm import LLM, SamplingParams
 
-    from vllm_specplus.config import FixedControl, TokenRecyclingConfig
+    from vllm_specplus.config import TokenRecyclingConfig
     from vllm_specplus.control.controller import Controller
+    from vllm_specplus.control.settings import FixedControl
     from vllm_specplus.plugin import register
 
     register()

@@ -15,42 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from vllm_specplus.control.settings import ControlConfig, GoodputControl
 from vllm_specplus.drafting import eagle_checkpoint
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.retrieval import datastore
 from vllm_specplus.samplers import judge
 from vllm_specplus.strict import StrictModel, sentence
 from vllm_specplus.target import Target
-
-
-class GoodputControl(StrictModel):
-    """As many nodes as make the most expected tokens per second, every step."""
-
-    policy: Literal["goodput"] = "goodput"
-    cost_file: str | None = None
-    """Step times: read from this file if it exists, else measured at start and written."""
-
-    @model_validator(mode="after")
-    def _file_can_be_used(self):
-        if self.cost_file and not Path(self.cost_file).resolve().parent.is_dir():
-            raise ValueError(f"cost_file {self.cost_file!r} is in a folder that does not exist")
-        return self
-
-
-class FixedControl(StrictModel):
-    """Always ``num_speculative_tokens`` nodes, or as many as the method finds."""
-
-    policy: Literal["fixed"]
-
-
-class ThresholdControl(StrictModel):
-    """Nodes whose path holds a rejection with less than this probability (SpecDec++)."""
-
-    policy: Literal["threshold"]
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
-
-
-ControlConfig = GoodputControl | FixedControl | ThresholdControl
 
 
 class AcceptanceRule(StrictModel):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_specplus.config import FixedControl, GoodputControl, ThresholdControl
 from vllm_specplus.control.controller import PROBE_INTERVALS, Controller
 from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
+from vllm_specplus.control.settings import FixedControl, GoodputControl, ThresholdControl
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Observation, Source, StepContext
 from vllm_specplus.tree import DraftBatch

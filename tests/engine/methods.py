@@ -10,7 +10,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from vllm_specplus.config import METHODS, ControlConfig, FixedControl, MethodConfig
+from vllm_specplus.config import METHODS, MethodConfig
+from vllm_specplus.control.settings import ControlConfig, FixedControl
 from vllm_specplus.proposers import REGISTRY
 
 

@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vllm_specplus.config import ControlConfig
 from vllm_specplus.control.acceptance import (
     AcceptanceEstimator,
     expected_tokens,
@@ -38,6 +37,7 @@ from vllm_specplus.control.acceptance import (
 )
 from vllm_specplus.control.budget import best_goodput, keep_nodes
 from vllm_specplus.control.cost import StepCost, StepShape
+from vllm_specplus.control.settings import ControlConfig
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
