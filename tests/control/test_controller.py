@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_specplus.control.controller import PROBE_INTERVALS, Controller
+from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
 from vllm_specplus.control.settings import FixedControl, GoodputControl, ThresholdControl
+from vllm_specplus.control.switch import PROBE_INTERVALS
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Observation, Source, StepContext
 from vllm_specplus.tree import DraftBatch
@@ -339,15 +340,15 @@ def test_a_lone_pause_is_not_the_price_of_a_pass():
     """Something is compiled, or recorded as a CUDA graph: no reason to stop drafting."""
     world = LevelWorld(pass_seconds=0.0005)
     world.run(50, 0.9)
-    before = world.controller._draft_seconds
+    before = world.controller.prices.drafting.seconds
     world.pass_seconds = 0.5
     world.run(1, 0.9)
-    assert world.controller._draft_seconds == before
+    assert world.controller.prices.drafting.seconds == before
     world.pass_seconds = 0.0005
     assert (world.run(50, 0.9) > 0).mean() > 0.9
     world.pass_seconds = 0.5  # and now for good
     world.run(2, 0.9)
-    assert world.controller._draft_seconds > 10 * before
+    assert world.controller.prices.drafting.seconds > 10 * before
 
 
 def test_planned_levels_come_back_after_a_drop():

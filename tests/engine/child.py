@@ -57,7 +57,7 @@ def sabotage(kind: str) -> None:
 
         def drafting_took(self, max_nodes, seconds):
             if self._levels is not None:
-                self._draft_seconds = 0.0005
+                self.prices.drafting.seconds = 0.0005
 
         Controller.drafting_took = drafting_took
     elif kind == "q_not_renormalised":

@@ -241,3 +241,54 @@ class StepCost:
             if not below.any():
                 return theta
             theta[below], free = self.FLOOR[below], free & ~below
+
+
+class DraftingCost:
+    """Seconds that drafting takes, a moving average: per drafted request, or per forward pass of
+    a draft model, which costs the same for a few requests as for one."""
+
+    #: Share of the newest time in the average.
+    NEWEST = 0.1
+    #: Drafting that took so many times what it does is a pause, if it stays alone: something is
+    #: compiled, or recorded as a CUDA graph.
+    PAUSE = 4
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._paused = False  # did the last drafting take far longer than that?
+
+    def observe(self, max_nodes: np.ndarray, depths: np.ndarray | None, seconds: float) -> None:
+        """Growing trees of up to ``max_nodes`` int32 [R] took ``seconds``; ``depths`` int64 [R]:
+        they are of a draft model, and have so many levels."""
+        units = int((max_nodes > 0).sum())
+        if not units:
+            return
+        if depths is not None:
+            units = _passes(int(depths.max()))
+        pause = 0 < self.PAUSE * self.seconds < seconds / units and not self._paused
+        self._paused = pause
+        if not pause:
+            self.seconds += self.NEWEST * (seconds / units - self.seconds)
+
+    def of_requests(self, requests: int) -> float:
+        """Seconds of drafting for so many requests."""
+        return self.seconds * requests
+
+    def of_levels(self, deepest: np.ndarray) -> np.ndarray:
+        """Seconds, float64 [...], of drafting trees whose deepest level is ``deepest`` int [...],
+        from 1; 0: none is drafted."""
+        return self.seconds * np.where(deepest > 0, _passes(deepest), 0)
+
+
+def _passes(deepest):
+    """Forward passes of a draft model: one per level, and the one that reads the newest token."""
+    return deepest + 1
+
+
+@dataclass(slots=True)
+class Prices:
+    """What is known about the cost of a step and of drafting for it."""
+
+    drafting: DraftingCost
+    step: StepCost | None = None
+    """None: it is not profiled."""
