@@ -2,11 +2,13 @@
 
 Checked when the plugin loads and printed by ``vllm-specplus doctor``. A hook that
 is gone makes the plugin step aside with one line, not fail in the middle of a
-request. The only monkey-patches are the two hooks called "wrapped".
+request. Monkey-patches are the hooks called "wrapped" and, in llvmlite,
+:func:`let_vllm_scan_numba`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -176,6 +178,31 @@ HOOKS = (
         "min_tokens per node",
     ),
 )
+
+
+def let_vllm_scan_numba() -> None:
+    """Make llvmlite's handle of its library answer as Python's protocols ask. Idempotent.
+
+    vLLM's CPU platform reads the ``__dict__`` of every attribute of every module when it starts
+    (``vllm.triton_utils.dispatcher``). llvmlite's handle, which numba loads, takes any name for a
+    function of the library, ``__dict__`` too, and vLLM dies over what it gets. No function has a
+    name between double underscores: those get the AttributeError that other objects give.
+    """
+    from llvmlite.binding import ffi
+
+    handle = getattr(ffi, "_lib_wrapper", None)
+    if handle is None or getattr(handle.__getattr__, "_specplus", False):
+        return
+    original = handle.__getattr__
+
+    @functools.wraps(original)
+    def __getattr__(self, name):
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    __getattr__._specplus = True
+    handle.__getattr__ = __getattr__
 
 
 def vllm_version() -> str | None:

@@ -36,6 +36,7 @@ def register() -> None:
     if problem:
         logger.warning("vllm-specplus is inactive: %s", problem)
         return
+    compat.let_vllm_scan_numba()
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_speculative_config
