@@ -34,7 +34,7 @@ import numpy as np
 from vllm_specplus.config import MethodConfig, parse
 from vllm_specplus.control.acceptance import label_nodes
 from vllm_specplus.control.controller import Controller
-from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
+from vllm_specplus.control.cost import CostCurve, CostProfile, StepCost, StepShape
 from vllm_specplus.control.settings import FixedControl, GoodputControl
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposers import proposer_class
@@ -111,9 +111,9 @@ class StepTimes:
             known += past * rise
         return known + self.prompt_row * prompt_rows
 
-    def curve(self) -> CostCurve:
+    def profile(self) -> CostProfile:
         """What the profile at start would have measured: row counts at one request."""
-        return CostCurve(1 + self.nodes.astype(np.int64), self.seconds[0])
+        return CostProfile(CostCurve(1 + self.nodes.astype(np.int64), self.seconds[0]))
 
 
 @dataclass
@@ -174,7 +174,7 @@ def goodput(max_nodes: int = 32) -> Policy:
         controller = Controller(
             GoodputControl(), proposer.sources, max_nodes, 1 << 20, Counters()
         )  # fmt: skip
-        controller.cost = StepCost(times.curve())
+        controller.cost = StepCost(times.profile())
         return controller
 
     return make
@@ -227,6 +227,7 @@ class Simulator:
         prompts = [r for r in batch if not r.produced]
         prompt_rows = sum(len(r.trace.prompt) for r in prompts)
         rows = len(batch) + len(self.drafts.tokens)
+        tree = self.drafts.has_trees
         seconds = self.times(len(batch), rows, prompt_rows)
         seconds *= 1.0 + self.noise * float(self.rng.standard_normal())
         self.clock += max(seconds, 1e-6)
@@ -245,7 +246,7 @@ class Simulator:
         result.batches.append(len(batch))
         result.seconds = self.clock
         if self.controller is not None:
-            shape = StepShape(len(batch), rows, context, prompt_rows)
+            shape = StepShape(len(batch), rows, context, prompt_rows, tree)
             self.controller.step_took(shape, seconds)
 
         finished = [r for r in batch if r.produced >= len(r.trace.output)]

@@ -70,6 +70,13 @@ class DraftBatch:
         none = np.empty(0, np.int32)
         return cls(none, none, np.zeros(num_requests, np.int32))
 
+    @property
+    def has_trees(self) -> bool:
+        """Is some request's draft no chain?"""
+        starts = np.cumsum(self.counts) - self.counts
+        above = np.arange(len(self.parents)) - np.repeat(starts, self.counts) - 1
+        return bool((self.parents != above).any())
+
     def split(self) -> list[DraftTokens]:
         """One scheduler list per request; chains carry no ``parents``."""
         out, start = [], 0

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_specplus.control.budget import best_goodput, keep_nodes
+from vllm_specplus.control.budget import (
+    best_chains,
+    best_goodput,
+    keep_nodes,
+    leading_chains,
+)
 
 
 @pytest.mark.parametrize(
@@ -109,3 +114,43 @@ def test_kept_nodes_keep_their_paths(seed):
     result = keep_nodes(tokens, parents, counts, kept)
     assert paths(*result) == paths(tokens, parents, counts, kept)
     assert [a.dtype for a in result] == [np.int32] * 3
+
+
+def flat(trees) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(survival, parents, starts) of ``batches``' trees."""
+    survival = np.array([s for _, each in trees for s in each], np.float32)
+    parents = np.array([p for each, _ in trees for p in each], np.int32)
+    return survival, parents, np.cumsum([0] + [len(each) for each, _ in trees]).astype(np.int32)
+
+
+@given(batches())
+@settings(deadline=None, max_examples=60)
+def test_leading_chains_end_where_a_request_first_branches(batch):
+    trees, _ = batch
+    survival, parents, starts = flat(trees)
+    ranked = np.argsort(-survival, kind="stable")
+    request = np.repeat(np.arange(len(trees)), np.diff(starts))
+
+    def branches(count: int) -> bool:
+        nodes = [(request[i], parents[i]) for i in ranked[:count]]
+        return len(set(nodes)) < len(nodes)
+
+    count = leading_chains(ranked, parents, starts)
+    assert not branches(count)
+    assert count == len(ranked) or branches(count + 1)
+
+
+@given(batches())
+@settings(deadline=None, max_examples=60)
+def test_best_chains_are_the_paths_with_the_most_expected_tokens(batch):
+    trees, _ = batch
+    survival, parents, starts = flat(trees)
+    kept = best_chains(survival, parents, starts)
+    for r, (above, values) in enumerate(trees):
+        paths = [[]]
+        for i, parent in enumerate(above):
+            paths.append([*(paths[parent + 1] if parent >= 0 else []), i])
+        chosen = np.flatnonzero(kept[starts[r] : starts[r + 1]]).tolist()
+        assert chosen in paths
+        worth = [sum(values[i] for i in path) for path in paths]
+        assert sum(values[i] for i in chosen) == pytest.approx(max(worth), rel=1e-6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_specplus.control.controller import Controller
-from vllm_specplus.control.cost import CostCurve, StepCost, StepShape
+from vllm_specplus.control.cost import CostCurve, CostProfile, StepCost, StepShape
 from vllm_specplus.control.settings import FixedControl, GoodputControl, ThresholdControl
 from vllm_specplus.control.switch import PROBE_INTERVALS
 from vllm_specplus.metrics import Counters
@@ -33,7 +33,7 @@ class World:
         source = Source("chain", "chain", 0.5)
         control = control or GoodputControl()
         self.controller = Controller(control, [source], MAX_NODES, 1 << 16, self.counters)
-        self.controller.cost = StepCost(curve)
+        self.controller.cost = StepCost(CostProfile(curve))
         self.rng = np.random.default_rng(seed)
         self.curve, self.draft_seconds = curve, draft_seconds
         self.texts = np.zeros((requests, 200_000), np.int32)
@@ -244,7 +244,7 @@ def test_drawn_nodes_are_verified_whatever_they_are_worth():
     """What they cost shows in the next steps: those are not drafted."""
     source = Source("draft", "draft", 0.01)
     controller = Controller(GoodputControl(), [source], 6, 1 << 16, Counters(), draws=True)
-    controller.cost = StepCost(CURVE)
+    controller.cost = StepCost(CostProfile(CURVE))
     texts = np.zeros((1, 1000), np.int32)
     drafted = []
     for known in range(10, 60):
@@ -270,6 +270,56 @@ def test_drawn_nodes_are_verified_whatever_they_are_worth():
     assert sum(drafted[1:]) <= 2  # probes
 
 
+def chosen_of_a_tree(profile: CostProfile, drawn: bool = False) -> list[list[int]]:
+    """Parents that the controller verifies, per request, of a tree and of a chain; the tree's
+    best path is 0, 1, 3 and its second best child 2."""
+    sources = [Source("best", "rank", 0.7), Source("second", "rank", 0.35)]
+    controller = Controller(GoodputControl(), sources, 8, 1 << 16, Counters())
+    controller.cost = StepCost(profile)
+    step = StepContext(
+        ["tree", "chain"], np.zeros((2, 100), np.int32), np.array([10, 10], np.int32),
+        np.array([8, 8], np.int32), np.zeros(2, bool), NOTHING,
+    )  # fmt: skip
+    controller.prepare(step)
+    drafts = DraftBatch(
+        np.arange(7, dtype=np.int32), np.array([-1, 0, -1, 1, 2, -1, 0], np.int32),
+        np.array([5, 2], np.int32), np.array([0, 0, 1, 0, 0, 0, 0], np.int32),
+    )  # fmt: skip
+    if drawn:
+        drafts.draft_probs, drafts.drawn_from = "probs", np.zeros(7, np.int32)
+    chosen = controller.choose(step, drafts)
+    ends = np.cumsum(chosen.counts)
+    return [
+        chosen.parents[end - n : end].tolist() for end, n in zip(ends, chosen.counts, strict=True)
+    ]
+
+
+FREE_ROWS = CostCurve(np.array([1, 64]), np.array([0.0100, 0.0101]))
+TWICE = CostCurve(FREE_ROWS.rows, 2 * FREE_ROWS.seconds)
+TENFOLD = CostCurve(FREE_ROWS.rows, 10 * FREE_ROWS.seconds)
+
+
+@pytest.mark.parametrize(
+    ("profile", "verified"),
+    [
+        (CostProfile(FREE_ROWS), [[-1, 0, -1, 1, 2], [-1, 0]]),
+        # The same rows at the same price, but as a tree: each request's best path.
+        (CostProfile(FREE_ROWS, FREE_ROWS, TWICE), [[-1, 0, 1], [-1, 0]]),
+        # Chains cost something too, and trees hardly more.
+        (CostProfile(FREE_ROWS, CURVE, CURVE), [[-1, 0, -1, 1, 2], [-1, 0]]),
+        (CostProfile(FREE_ROWS, TENFOLD, TENFOLD), [[], []]),
+        (CostProfile(FREE_ROWS, TENFOLD), [[], []]),
+    ],
+)
+def test_trees_that_are_dearer_than_chains_give_way_to_them(profile, verified):
+    assert chosen_of_a_tree(profile) == verified
+
+
+def test_drawn_trees_are_verified_as_trees_whatever_they_cost():
+    dear = CostProfile(FREE_ROWS, FREE_ROWS, TENFOLD)
+    assert chosen_of_a_tree(dear, drawn=True) == [[-1, 0, -1, 1, 2], [-1, 0]]
+
+
 class LevelWorld:
     """``requests`` texts with a draft model: each level of ``LEVELS`` nodes is followed with
     probability ``acceptance`` given that the one above was; a pass of the draft takes
@@ -283,7 +333,7 @@ class LevelWorld:
             control or GoodputControl(), [Source("level", "draft", 0.5)], sum(self.LEVELS),
             max_rows, self.counters, levels=self.LEVELS,
         )  # fmt: skip
-        self.controller.cost = StepCost(curve)
+        self.controller.cost = StepCost(CostProfile(curve))
         self.rng = np.random.default_rng(0)
         self.curve, self.pass_seconds = curve, pass_seconds
         self.texts = np.zeros((requests, 100_000), np.int32)
@@ -313,7 +363,8 @@ class LevelWorld:
         self.tokens += int(gained.sum())
         rows = requests + int(nodes.sum())
         seconds = float(self.curve(rows))
-        self.controller.step_took(StepShape(requests, rows, 100 * requests), seconds)
+        shape = StepShape(requests, rows, 100 * requests, tree=bool(nodes.max() > 1))
+        self.controller.step_took(shape, seconds)
         self.clock += seconds + passes * self.pass_seconds
         return nodes
 
@@ -373,6 +424,23 @@ def test_planned_levels_go_to_the_requests_that_follow_them():
     world = LevelWorld(requests=2, pass_seconds=0.001)
     nodes = world.run(300, [0.95, 0.05])[-100:].mean(0)
     assert nodes[0] > 2 * nodes[1]
+
+
+def test_levels_of_one_node_are_priced_as_chains():
+    """Wide levels make trees, which here never pay; the lone first one does."""
+    dear = CostProfile(FREE_ROWS, FREE_ROWS, TENFOLD)
+    for sizes, depth in [((1, 1, 2), 2), ((2, 2, 2), 0), ((1, 1, 1), 3)]:
+        source = Source("level", "draft", 0.8)
+        controller = Controller(
+            GoodputControl(), [source], sum(sizes), 1 << 16, Counters(), levels=sizes
+        )
+        controller.cost = StepCost(dear)
+        step = StepContext(
+            ["r"], np.zeros((1, 100), np.int32), np.array([10], np.int32),
+            np.array([sum(sizes)], np.int32), np.zeros(1, bool), NOTHING,
+        )  # fmt: skip
+        controller.prepare(step)
+        assert step.max_nodes.tolist() == [sum(sizes[:depth])]
 
 
 def test_planned_trees_keep_every_limit():

@@ -7,9 +7,18 @@ import json
 import numpy as np
 import pytest
 
-from vllm_specplus.control.cost import PROFILE_ROWS, CostCurve, StepCost, StepShape
+from vllm_specplus.control.cost import (
+    PROFILE_ROWS,
+    CostCurve,
+    CostProfile,
+    StepCost,
+    StepKind,
+    StepShape,
+)
 
 CURVE = CostCurve(np.array([1, 8, 16, 64]), np.array([0.010, 0.010, 0.012, 0.036]))
+#: Three times as dear.
+DEAR = CostCurve(np.array([1, 8, 64]), np.array([0.030, 0.030, 0.108]))
 KEY = {"model": "m", "dtype": "bfloat16", "tensor_parallel_size": 1}
 
 
@@ -52,29 +61,86 @@ def test_impossible_curves_are_refused(rows, seconds):
 
 
 def test_file_round_trip(tmp_path):
-    CURVE.save(tmp_path / "cost.json", KEY)
-    again = CostCurve.load(tmp_path / "cost.json", KEY)
-    assert again.rows.tolist() == CURVE.rows.tolist()
-    assert again.seconds == pytest.approx(CURVE.seconds)
+    CostProfile(CURVE, tree=DEAR).save(tmp_path / "cost.json", KEY)
+    again = CostProfile.load(tmp_path / "cost.json", KEY)
+    assert again.plain.rows.tolist() == CURVE.rows.tolist()
+    assert again.plain.seconds == pytest.approx(CURVE.seconds)
+    assert again.chain is None
+    assert again.tree.rows.tolist() == DEAR.rows.tolist()
+    assert again.tree.seconds == pytest.approx(DEAR.seconds)
     assert [p.name for p in tmp_path.iterdir()] == ["cost.json"]
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "cost.json"
-    CURVE.save(path, KEY)
+    CostProfile(CURVE).save(path, KEY)
     with pytest.raises(ValueError, match=r"dtype: 'bfloat16', here 'float32'.*delete it"):
-        CostCurve.load(path, KEY | {"dtype": "float32"})
+        CostProfile.load(path, KEY | {"dtype": "float32"})
     path.write_text("{}")
     with pytest.raises(ValueError, match="is not a cost file"):
-        CostCurve.load(path, KEY)
+        CostProfile.load(path, KEY)
     path.write_text("{nonsense")
     with pytest.raises(ValueError, match="is not readable"):
-        CostCurve.load(path, KEY)
-    CURVE.save(path, KEY)
-    damaged = json.loads(path.read_text()) | {"seconds": [1.0, "x"]}
-    path.write_text(json.dumps(damaged))
-    with pytest.raises(ValueError, match="is damaged"):
-        CostCurve.load(path, KEY)
+        CostProfile.load(path, KEY)
+    CostProfile(CURVE).save(path, KEY)
+    whole = json.loads(path.read_text())
+    seconds = {"plain": whole["curves"]["plain"] | {"seconds": [1.0, "x"]}}
+    for curves in (seconds, {"bush": whole["curves"]["plain"]}, {}, None):
+        path.write_text(json.dumps(whole | {"curves": curves}))
+        with pytest.raises(ValueError, match="is damaged"):
+            CostProfile.load(path, KEY)
+
+
+def test_a_file_of_another_version_says_so(tmp_path):
+    path = tmp_path / "cost.json"
+    old = {"format": "vllm-specplus step cost 1", "key": KEY, "rows": [1, 2], "seconds": [1, 2]}
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"another version of vllm-specplus.*: delete it to"):
+        CostProfile.load(path, KEY)
+
+
+def test_a_kind_that_was_not_measured_costs_what_the_next_simpler_one_does():
+    whole = CostProfile(CURVE, CURVE, DEAR)
+    assert [whole.curve(kind) for kind in StepKind] == [CURVE, CURVE, DEAR]
+    assert CostProfile(CURVE).curve(StepKind.TREE) is CURVE
+    assert CostProfile(CURVE, DEAR).curve(StepKind.TREE) is DEAR
+    assert CostProfile(CURVE, tree=DEAR).curve(StepKind.CHAIN) is CURVE
+
+
+def test_a_profile_is_fitted_by_kind():
+    rows = np.array([1, 2, 4])
+    rounds = np.array([[0.9, 0.012, 0.5], [0.010, 0.8, 0.013]])
+    profile = CostProfile.fit(rows, {"plain": rounds, "tree": 3 * rounds})
+    assert profile.plain.seconds == pytest.approx([0.010, 0.012, 0.013])
+    assert profile.chain is None
+    assert profile.tree.seconds == pytest.approx([0.030, 0.036, 0.039])
+
+
+def test_each_kind_of_step_has_its_price():
+    chain = CostCurve(CURVE.rows, 1.5 * CURVE.seconds)
+    cost = StepCost(CostProfile(CURVE, chain, DEAR))
+    seconds = cost.predict(np.array([4, 8, 8]), 4, 100, tree=np.array([True, False, True]))
+    shapes = (
+        StepShape(4, 4, 100, tree=True),
+        StepShape(4, 8, 100),
+        StepShape(4, 8, 100, tree=True),
+    )
+    assert [shape.kind for shape in shapes] == list(StepKind)
+    assert seconds == pytest.approx([cost.predict_step(shape) for shape in shapes])
+    assert seconds[1] - seconds[0] == pytest.approx(0.005, rel=0.1)
+    assert seconds[2] - seconds[1] == pytest.approx(0.015, rel=0.01)
+
+
+def test_what_trees_cost_beside_chains_is_kept_while_the_machine_changes():
+    """Only chains are run meanwhile: trees must not seem cheap, or dear, for that."""
+    cost = StepCost(CostProfile(CURVE, tree=DEAR))
+    chain, tree = StepShape(1, 8, 100), StepShape(1, 8, 100, tree=True)
+    for factor in (1.0, 2.0, 0.7):
+        for _ in range(200):
+            cost.observe(chain, factor * 0.012)
+        assert cost.predict_step(chain) == pytest.approx(factor * 0.012, rel=0.1)
+        # Above the price of a chain; below what the profile says, all of it scaled.
+        assert 1.6 < cost.predict_step(tree) / cost.predict_step(chain) < 3.2
 
 
 def truth(shape: StepShape) -> float:
@@ -90,7 +156,7 @@ def random_shape(rng) -> StepShape:
 
 
 def test_the_model_learns_what_the_profile_does_not_know():
-    rng, cost = np.random.default_rng(0), StepCost(CURVE)
+    rng, cost = np.random.default_rng(0), StepCost(CostProfile(CURVE))
     for _ in range(400):
         shape = random_shape(rng)
         cost.observe(shape, truth(shape) * (1 + 0.05 * rng.standard_normal()))
@@ -101,7 +167,7 @@ def test_the_model_learns_what_the_profile_does_not_know():
 
 def test_unexcited_directions_keep_the_profile():
     """Single requests only, always undrafted: the price of rows stays the profiled one."""
-    cost = StepCost(CURVE)
+    cost = StepCost(CostProfile(CURVE))
     shape = StepShape(1, 1, 300)
     for _ in range(2000):
         cost.observe(shape, 0.015)
@@ -112,7 +178,7 @@ def test_unexcited_directions_keep_the_profile():
 
 
 def test_a_machine_that_becomes_slower_is_noticed():
-    cost, shape = StepCost(CURVE), StepShape(1, 8, 100)
+    cost, shape = StepCost(CostProfile(CURVE)), StepShape(1, 8, 100)
     for _ in range(200):
         cost.observe(shape, 0.012)
     for _ in range(150):
@@ -123,7 +189,7 @@ def test_a_machine_that_becomes_slower_is_noticed():
 def test_a_rare_kind_of_step_is_remembered():
     """What speculation saves is measured against undrafted steps, however long ago."""
     plain, drafted = StepShape(4, 4, 400), StepShape(4, 12, 400)
-    cost = StepCost(CURVE)
+    cost = StepCost(CostProfile(CURVE))
     for _ in range(20):
         cost.observe(plain, 0.020)
     for _ in range(500):
@@ -133,7 +199,7 @@ def test_a_rare_kind_of_step_is_remembered():
 
 
 def test_one_pause_is_not_a_price():
-    cost, shape = StepCost(CURVE), StepShape(1, 8, 100)
+    cost, shape = StepCost(CostProfile(CURVE)), StepShape(1, 8, 100)
     for _ in range(200):
         cost.observe(shape, 0.012)
     cost.observe(shape, 0.2)
@@ -141,7 +207,7 @@ def test_one_pause_is_not_a_price():
 
 
 def test_a_stopped_process_teaches_nothing():
-    cost, shape = StepCost(CURVE), StepShape(1, 8, 100)
+    cost, shape = StepCost(CostProfile(CURVE)), StepShape(1, 8, 100)
     for _ in range(200):
         cost.observe(shape, 0.012)
     before = cost.predict_step(shape)
@@ -151,7 +217,7 @@ def test_a_stopped_process_teaches_nothing():
 
 def test_more_rows_are_never_predicted_to_be_faster():
     """Whatever noise says: else the budget would run away."""
-    rng, cost = np.random.default_rng(1), StepCost(CURVE)
+    rng, cost = np.random.default_rng(1), StepCost(CostProfile(CURVE))
     for _ in range(300):
         rows = int(rng.integers(1, 9))
         cost.observe(StepShape(1, rows, 100), 0.02 - 0.001 * rows)
@@ -161,7 +227,7 @@ def test_more_rows_are_never_predicted_to_be_faster():
 
 def test_a_coefficient_on_its_floor_leaves_no_bias():
     """Where drafts, requests and context cost less than nothing, what remains still fits."""
-    cost = StepCost(CURVE)
+    cost = StepCost(CostProfile(CURVE))
     rng = np.random.default_rng(1)
     undrafted = StepShape(requests=16, rows=16, context=4000)
     for _ in range(128):
@@ -179,7 +245,7 @@ def test_a_coefficient_on_its_floor_leaves_no_bias():
 
 def test_nodes_of_long_contexts_cost_more():
     """A drafted row attends to its request's context: 0.4 ms per 1000 tokens here."""
-    cost, rng = StepCost(CURVE), np.random.default_rng(2)
+    cost, rng = StepCost(CostProfile(CURVE)), np.random.default_rng(2)
 
     def seconds(shape: StepShape) -> float:
         nodes = shape.rows - shape.requests

@@ -51,7 +51,7 @@ def sabotage(kind: str) -> None:
         from vllm_specplus.control.cost import StepCost
 
         StepCost.observe = lambda self, shape, seconds: self.predict_step(shape)
-        StepCost.predict = lambda self, rows, requests, context, prompt_rows=0: (
+        StepCost.predict = lambda self, rows, requests, context, prompt_rows=0, tree=False: (
             0.01 + 0.0003 * np.asarray(rows)
         )
 

@@ -8,7 +8,8 @@ remains is ``b``:
 * **goodput** (SmartSpec, arXiv 2406.14066; there with one draft length for the whole
   batch): the ``b`` with the most expected tokens per second of the step. Every ``b``
   is evaluated, since measured step times have steps of their own and no single maximum
-  can be assumed. Zero is a legal answer.
+  can be assumed. Zero is a legal answer. Where trees cost more than chains, each request's
+  best path competes with its tree.
 * **threshold** (SpecDec++, arXiv 2405.19715, sec. 3.1): a node is verified while the
   probability that its path holds a rejection, ``1 - survival``, stays below a threshold.
 """
@@ -35,6 +36,52 @@ def best_goodput(
 
 
 @njit(cache=True)
+def leading_chains(ranked, parents, starts):
+    """How many of the best nodes are chains, one of each request at most.
+
+    ``ranked`` int64 [K] nodes, the best first; ``parents`` int32 [N]; ``starts`` int32 [R + 1].
+    With one node more the request of that node verifies a tree.
+    """
+    owner = np.empty(parents.shape[0], np.int32)
+    for r in range(starts.shape[0] - 1):
+        owner[starts[r] : starts[r + 1]] = r
+    end = np.full(starts.shape[0] - 1, -1, np.int32)  # of each request's chain
+    for i in range(ranked.shape[0]):
+        node = ranked[i]
+        r = owner[node]
+        if parents[node] != end[r]:
+            return i
+        end[r] = node - starts[r]
+    return ranked.shape[0]
+
+
+@njit(cache=True)
+def best_chains(survival, parents, starts):
+    """Bool [N]: is the node on the path of its request with the most expected tokens?
+
+    ``survival`` float32 [N], ``parents`` int32 [N], ``starts`` int32 [R + 1].
+    """
+    below = survival.copy()  # expected tokens from the node on, along its best path
+    follower = np.full(survival.shape[0], -1, np.int32)
+    kept = np.zeros(survival.shape[0], np.bool_)
+    for r in range(starts.shape[0] - 1):
+        first, best = starts[r], -1
+        # Children come after their parent.
+        for i in range(starts[r + 1] - 1, first - 1, -1):
+            if parents[i] < 0:
+                if best < 0 or below[i] >= below[best]:
+                    best = i
+                continue
+            parent = first + parents[i]
+            if below[parent] <= survival[parent] + below[i]:
+                below[parent], follower[parent] = survival[parent] + below[i], i
+        while best >= 0:
+            kept[best] = True
+            best = follower[best]
+    return kept
+
+
+@njit(cache=True)
 def keep_nodes(tokens, parents, counts, kept):
     """The subtrees of ``kept`` bool [N] nodes, renumbered: (tokens, parents, counts).
 
@@ -46,14 +93,14 @@ def keep_nodes(tokens, parents, counts, kept):
     out_tokens = np.empty(size, np.int32)
     out_parents = np.empty(size, np.int32)
     out_counts = np.zeros(counts.shape[0], np.int32)
-    place = np.empty(kept.shape[0], np.int32)
+    number = np.empty(kept.shape[0], np.int32)
     first, total = 0, 0
     for r in range(counts.shape[0]):
         for i in range(first, first + counts[r]):
             if kept[i]:
-                place[i] = out_counts[r]
+                number[i] = out_counts[r]
                 out_tokens[total] = tokens[i]
-                out_parents[total] = -1 if parents[i] < 0 else place[first + parents[i]]
+                out_parents[total] = -1 if parents[i] < 0 else number[first + parents[i]]
                 out_counts[r] += 1
                 total += 1
         first += counts[r]

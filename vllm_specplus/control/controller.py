@@ -172,7 +172,7 @@ class Controller:
             drawn = drafts.drawn_from >= 0
         kept = np.zeros(len(estimated), bool)
         if len(kept):
-            candidates = Candidates(calibration * estimated, drawn)
+            candidates = Candidates(drafts.parents, starts, calibration * estimated, drawn)
             ranked = candidates.ranked(self.max_rows - len(step.request_ids))
             kept[self._policy.choose(step, candidates, ranked)] = True
         expected = expected_tokens(estimated, kept, starts)

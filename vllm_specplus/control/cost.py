@@ -1,7 +1,8 @@
 """How long a step of the target takes, by what is in it.
 
 The curve "seconds of a forward pass and output layer over n rows" is profiled when the
-engine starts (or read from a file). Host work, attention over the context, prompts in
+engine starts (or read from a file), by kind of step: plain, with chains, with trees, since
+trees take other kernels. Host work, attention over the context, prompts in
 the same step and whatever else the curve does not know is learnt from the steps that
 are actually run: a linear correction, fitted by least squares to recent steps with the
 profile as prior, so that directions the traffic does not excite stay where the profile
@@ -14,13 +15,16 @@ output processing count too; the time a method takes to draft is kept apart.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMAT = "vllm-specplus step cost 1"
+FORMAT_NAME = "vllm-specplus step cost"
+FORMAT = f"{FORMAT_NAME} 2"
 
 #: Row counts profiled. All of the small ones: matrix kernels work in tiles, so that on a CPU
 #: without matrix instructions rows 1 to 6 take the same time and the 7th takes 12 % more, and
@@ -33,7 +37,7 @@ REAL_FALL = 1.1
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
-    """Seconds of a forward pass over ``rows`` rows, each with its logits."""
+    """Seconds of a forward pass over ``rows`` rows, each with its logits, of one kind."""
 
     rows: np.ndarray
     """int64 [G] ascending."""
@@ -71,26 +75,67 @@ class CostCurve:
         rise = self.seconds[-1] - self.seconds[first]
         return max(float(rise / (self.rows[-1] - self.rows[first])), 0.0)
 
+
+class StepKind(IntEnum):
+    """What a step runs, by the most demanding of its requests."""
+
+    PLAIN = 0
+    """One row per request."""
+    CHAIN = 1
+    """Some request verifies several rows, one after the other: causal attention."""
+    TREE = 2
+    """Some request verifies a tree: attention with a mask, and cache slots to move."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostProfile:
+    """What was measured before the first request: a curve by kind of step."""
+
+    plain: CostCurve
+    chain: CostCurve | None = None
+    """None: as plain steps of as many rows."""
+    tree: CostCurve | None = None
+    """None: as chains."""
+
+    def curve(self, kind: StepKind) -> CostCurve:
+        """The curve of this kind, or of the next simpler one that was measured."""
+        curves = (self.plain, self.chain, self.tree)
+        return next(curve for curve in reversed(curves[: kind + 1]) if curve is not None)
+
+    @classmethod
+    def fit(cls, rows: np.ndarray, rounds: Mapping[str, np.ndarray]) -> CostProfile:
+        """From repeated timings of ``rows`` int64 [G], float64 [rounds, G] by kind."""
+        return cls(**{kind: CostCurve.fit(rows, times) for kind, times in rounds.items()})
+
     def save(self, path: str | Path, key: dict[str, Any]) -> None:
-        """Write the curve (JSON), atomically; ``key`` says what it was measured on."""
+        """Write the curves (JSON), atomically; ``key`` says what they were measured on."""
         part = Path(f"{path}.part")
-        content = {
-            "format": FORMAT,
-            "key": key,
-            "rows": [int(n) for n in self.rows],
-            "seconds": [float(s) for s in self.seconds],
-        }
+        curves = {}
+        for kind in StepKind:
+            curve = getattr(self, kind.name.lower())
+            if curve is not None:
+                curves[kind.name.lower()] = {
+                    "rows": [int(n) for n in curve.rows],
+                    "seconds": [float(s) for s in curve.seconds],
+                }
+        content = {"format": FORMAT, "key": key, "curves": curves}
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path, key: dict[str, Any]) -> CostCurve:
+    def load(cls, path: str | Path, key: dict[str, Any]) -> CostProfile:
         """Read what :meth:`save` wrote; ValueError if it was measured on anything else."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"cost_file {str(path)!r} is not readable: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT and str(found).startswith(FORMAT_NAME):
+            raise ValueError(
+                f"cost_file {str(path)!r} was written by another version of vllm-specplus, which "
+                f"measured other kinds of steps: delete it to measure again, or name another file"
+            )
+        if found != FORMAT:
             raise ValueError(f"cost_file {str(path)!r} is not a cost file of vllm-specplus")
         measured = content.get("key", {})
         differing = [
@@ -104,9 +149,15 @@ class CostCurve:
                 f"({'; '.join(differing)}): delete it to measure again, or name another file"
             )
         try:
-            rows = np.array(content["rows"], np.int64)
-            return cls(rows, np.array(content["seconds"], np.float64))
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(
+                **{
+                    kind: CostCurve(
+                        np.array(curve["rows"], np.int64), np.array(curve["seconds"], np.float64)
+                    )
+                    for kind, curve in content["curves"].items()
+                }
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"cost_file {str(path)!r} is damaged: {error}") from error
 
 
@@ -121,14 +172,22 @@ class StepShape:
     """Tokens of context, summed over the requests."""
     prompt_rows: int = 0
     """Rows of prompts read in the same step."""
+    tree: bool = False
+    """Does some request verify a tree, and not a chain?"""
+
+    @property
+    def kind(self) -> StepKind:
+        if self.rows == self.requests:
+            return StepKind.PLAIN
+        return StepKind.TREE if self.tree else StepKind.CHAIN
 
 
 class StepCost:
     """Predicts seconds per step; corrected by every step that was timed.
 
-    The newest ``WINDOW`` steps of each kind (undrafted, drafted, with prompts) count
-    equally, however rare a kind has become: what an undrafted step costs is still known
-    after hundreds of drafted ones.
+    The newest ``WINDOW`` undrafted, drafted and prompt-reading steps count equally, however
+    rare one sort has become: what an undrafted step costs is still known after hundreds of
+    drafted ones.
     """
 
     WINDOW = 64
@@ -141,54 +200,68 @@ class StepCost:
     #: Once the windows have filled, the fit follows every so many steps.
     REFIT = 4
 
-    def __init__(self, curve: CostCurve):
-        self.curve = curve
+    def __init__(self, profile: CostProfile):
+        self.profile = profile
         # All times in units of a one-row step, so that one prior serves any machine.
-        self.unit = float(curve.seconds[0])
-        self._units = np.empty(0)  # the curve in units, at 0, 1, ... rows
+        self.unit = float(profile.plain.seconds[0])
+        self._units = np.empty((len(StepKind), 0))  # each kind's curve, at 0, 1, ... rows
         self._tabulate(512)
-        tail = curve.slope / self.unit
+        tail = profile.curve(StepKind.CHAIN).slope / self.unit
         # Coefficients of: the curve, a constant, each request, 1000 tokens of context,
         # drafts present at all, each drafted request, each drafted node and 1000 tokens of
-        # context it looks at, each prompt row.
+        # context it attends to, each prompt row. None is of trees: what they cost beside chains
+        # is the profile's to say, or trees that seem dear would never be tried again.
         self._mean = np.array([1.0, 0.2, 0.01, 0.01, 0.02, 0.0, 0.0, tail])
         deviation = np.array([0.3, 0.3, 0.05, 0.03, 0.1, 0.01, 0.07, tail + 0.002])
         self._prior = np.diag(deviation**-2.0)
-        self._information = np.zeros((8, 8))
-        self._evidence = np.zeros(8)
-        # Rings of weighted samples, by kind, so that the oldest can be taken back.
-        self._x = np.zeros((3, self.WINDOW, 8))
+        size = len(self._mean)
+        self._information = np.zeros((size, size))
+        self._evidence = np.zeros(size)
+        # Rings of weighted samples, so that the oldest can be taken back.
+        self._x = np.zeros((3, self.WINDOW, size))
         self._y = np.zeros((3, self.WINDOW))
         self._seen = np.zeros(3, np.int64)
         self.theta = self._mean.copy()
 
     def predict(
-        self, rows: np.ndarray, requests: int, context: float, prompt_rows: int = 0
+        self,
+        rows: np.ndarray | int,
+        requests: int,
+        context: float,
+        prompt_rows: int = 0,
+        tree: np.ndarray | bool = False,
     ) -> np.ndarray:
         """Seconds, float64 [...], of steps with ``rows`` int [...] verified rows.
 
         ``context``: tokens, summed over the requests. Of ``n`` drafted nodes the best
         belong to ``min(n, requests)`` requests at most; their contexts are taken for average.
+        ``tree`` bool [...]: some request verifies a tree.
         """
         rows = np.asarray(rows)
         last = int(rows.max())
-        if last >= len(self._units):
+        if last >= self._units.shape[1]:
             self._tabulate(2 * last)
-        a, constant, request, kilo_token, drafts, drafted, look, prompt = self.theta.tolist()
+        a, constant, request, kilo_token, drafts, drafted, attended, prompt = self.theta.tolist()
         nodes = rows - requests
-        units = a * self._units[rows]
+        kind = np.where(nodes == 0, StepKind.PLAIN, np.where(tree, StepKind.TREE, StepKind.CHAIN))
+        units = a * self._units[kind, rows]
         units += constant + request * requests + kilo_token * context / 1000 + prompt * prompt_rows
         units += drafts * (nodes > 0)
         units += drafted * np.minimum(nodes, requests)
-        units += look * nodes * (context / requests / 1000)
+        units += attended * nodes * (context / requests / 1000)
         return np.maximum(units, 0.05) * self.unit
 
     def _tabulate(self, rows: int) -> None:
-        self._units = self.curve(np.arange(rows + 1)) / self.unit
+        counts = np.arange(rows + 1)
+        curves = [self.profile.curve(kind)(counts) for kind in StepKind]
+        self._units = np.stack(curves) / self.unit
 
     def predict_step(self, shape: StepShape) -> float:
         """Seconds of a step of this shape."""
-        return float(self.predict(shape.rows, shape.requests, shape.context, shape.prompt_rows))
+        seconds = self.predict(
+            shape.rows, shape.requests, shape.context, shape.prompt_rows, shape.tree
+        )
+        return float(seconds)
 
     def observe(self, shape: StepShape, seconds: float) -> float | None:
         """A step of this shape took ``seconds``; returns what was predicted, or None if it was
@@ -201,7 +274,7 @@ class StepCost:
         nodes = shape.rows - shape.requests
         x = np.array(
             [
-                self._units[shape.rows],
+                self._units[shape.kind, shape.rows],
                 1.0,
                 shape.requests,
                 shape.context / 1000,
@@ -214,14 +287,14 @@ class StepCost:
         weight = self.unit / (self.NOISE * predicted)
         x *= weight
         y = weight * seconds / self.unit - x @ self._mean
-        kind = 2 if shape.prompt_rows else int(nodes > 0)
-        place = self._seen[kind] % self.WINDOW
-        old_x, old_y = self._x[kind, place], self._y[kind, place]
+        ring = 2 if shape.prompt_rows else int(nodes > 0)
+        slot = self._seen[ring] % self.WINDOW
+        old_x, old_y = self._x[ring, slot], self._y[ring, slot]
         self._information += x[:, None] * x - old_x[:, None] * old_x
         self._evidence += x * y - old_x * old_y
-        self._x[kind, place], self._y[kind, place] = x, y
-        self._seen[kind] += 1
-        if self._seen[kind] <= self.WINDOW or self._seen[kind] % self.REFIT == 0:
+        self._x[ring, slot], self._y[ring, slot] = x, y
+        self._seen[ring] += 1
+        if self._seen[ring] <= self.WINDOW or self._seen[ring] % self.REFIT == 0:
             self.theta = self._fit()
         return predicted
 

@@ -56,4 +56,4 @@ class Calibration:
     @property
     def factor(self) -> float:
         """Accepted over expected tokens, at most 1."""
-        return min((self._gained + self.PRIOR) / (self._expected + self.PRIOR), 1.0)
+        return min(float((self._gained + self.PRIOR) / (self._expected + self.PRIOR)), 1.0)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_specplus.control.budget import best_goodput
-from vllm_specplus.control.cost import Prices
+from vllm_specplus.control.budget import best_chains, best_goodput, leading_chains
+from vllm_specplus.control.cost import Prices, StepCost
 from vllm_specplus.control.levels import Levels
 from vllm_specplus.control.settings import ControlConfig, FixedControl, ThresholdControl
 from vllm_specplus.control.switch import Switch
@@ -32,6 +32,10 @@ GROWTH = (6, 2)
 class Candidates:
     """The grown nodes of R requests, back to back, of which a policy chooses."""
 
+    parents: np.ndarray
+    """int32 [N] parent within the request's nodes, -1 = root."""
+    starts: np.ndarray
+    """int32 [R + 1] first node of each request."""
     survival: np.ndarray
     """float32 [N] probability that the node becomes text."""
     drawn: np.ndarray
@@ -43,6 +47,10 @@ class Candidates:
         # Stable: among equals a parent stays before its child.
         order = np.argsort(-np.where(self.drawn, 2.0, self.survival), kind="stable")
         return order[: max(most, 0)]
+
+    def on_best_chain(self) -> np.ndarray:
+        """Bool [N]: is the node on its request's best path?"""
+        return best_chains(self.survival, self.parents, self.starts)
 
 
 class Policy:
@@ -118,7 +126,8 @@ class Goodput(Policy):
         request, level, ranked = levels.ranked(survival)
         rows = requests + np.concatenate(([0], np.cumsum(levels.sizes[level])))
         deepest = np.concatenate(([0], 1 + np.maximum.accumulate(level)))
-        seconds = self._prices.step.predict(rows, requests, _context(step))
+        tree = np.concatenate(([False], np.maximum.accumulate(levels.sizes[level] > 1)))
+        seconds = self._prices.step.predict(rows, requests, _context(step), tree=tree)
         seconds = seconds + self._prices.drafting.of_levels(deepest)
         best, gain = best_goodput(ranked, requests, seconds)
         best = self._switch.decide(best, gain)
@@ -133,17 +142,19 @@ class Goodput(Policy):
 
     def choose(self, step: StepContext, candidates: Candidates, ranked: np.ndarray) -> np.ndarray:
         drawn = int(candidates.drawn[ranked].sum())
-        if self._prices.step is None:
+        cost = self._prices.step
+        if cost is None:
             return ranked[:drawn]
-        requests = len(step.request_ids)
-        rows = requests + np.arange(len(ranked) + 1)
-        seconds = self._prices.step.predict(rows, requests, _context(step))
-        best, gain = best_goodput(candidates.survival[ranked], requests, seconds, drawn)
+        best, gain, seconds = _best(cost, step, candidates, ranked, drawn)
+        if not drawn:
+            chains = ranked[candidates.on_best_chain()[ranked]]
+            if len(chains) < len(ranked):  # there are trees, which may cost more
+                alternative = _best(cost, step, candidates, chains, 0)
+                if alternative[1] > gain:
+                    ranked, (best, gain, seconds) = chains, alternative
         # The time for these drafts is spent, but the next ones will cost it again.
-        drafting = self._prices.drafting.of_requests(requests)
-        decided = self._switch.decide(
-            best, gain * float(seconds[best] / (seconds[best] + drafting))
-        )
+        drafting = self._prices.drafting.of_requests(len(step.request_ids))
+        decided = self._switch.decide(best, gain * seconds / (seconds + drafting))
         if not drawn:
             return ranked[:decided]
         self._rest = self._switch.speculating and not decided
@@ -157,6 +168,19 @@ def make_policy(config: ControlConfig, prices: Prices, draws: bool, counters: Co
     if isinstance(config, ThresholdControl):
         return Threshold(config)
     return Goodput(prices, draws, counters)
+
+
+def _best(
+    cost: StepCost, step: StepContext, candidates: Candidates, ranked: np.ndarray, least: int
+) -> tuple[int, float, float]:
+    """Of ``ranked`` int64 [K], the most productive number of nodes, at ``least`` so many;
+    its goodput over that of none; and the seconds of its step."""
+    requests = len(step.request_ids)
+    count = np.arange(len(ranked) + 1)
+    chains = leading_chains(ranked, candidates.parents, candidates.starts)
+    seconds = cost.predict(requests + count, requests, _context(step), tree=count > chains)
+    best, gain = best_goodput(candidates.survival[ranked], requests, seconds, least)
+    return best, gain, float(seconds[best])
 
 
 def _context(step: StepContext) -> float:

@@ -27,7 +27,13 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_specplus.control import requests as request_controls
-from vllm_specplus.control.cost import PROFILE_ROUNDS, PROFILE_ROWS, CostCurve, StepCost, StepShape
+from vllm_specplus.control.cost import (
+    PROFILE_ROUNDS,
+    PROFILE_ROWS,
+    CostProfile,
+    StepCost,
+    StepShape,
+)
 from vllm_specplus.control.requests import RequestControls
 from vllm_specplus.engine import kv, verify
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
@@ -183,17 +189,17 @@ class TreeRunnerMixin(ImageRowsMixin):
         group = get_tp_group()
         # Rank 0's answer: the file may be on its machine only, and measuring is collective.
         kept = group.broadcast_object(bool(path) and Path(path).exists(), src=0)
-        curve = None if kept else self._measure_curve()
+        profile = None if kept else self._measure_costs()
         if group.rank_in_group:
             return  # rank 0 decides
         if kept:
-            curve = CostCurve.load(path, key)
+            profile = CostProfile.load(path, key)
         elif path:
-            curve.save(path, key)
-        self.drafter.controller.cost = StepCost(curve)
+            profile.save(path, key)
+        self.drafter.controller.cost = StepCost(profile)
 
     def _cost_key(self) -> dict:
-        """What a cost curve depends on."""
+        """What a cost profile depends on."""
         model, compilation = self.vllm_config.model_config, self.vllm_config.compilation_config
         if self.device.type == "cpu":
             device = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -210,14 +216,14 @@ class TreeRunnerMixin(ImageRowsMixin):
             "cudagraphs": compilation.cudagraph_mode.name,
         }
 
-    def _measure_curve(self) -> CostCurve:
+    def _measure_costs(self) -> CostProfile:
         """Time forward pass and output layer over growing row counts; some seconds."""
         most = max(min(self.max_num_tokens, PROFILE_ROWS[-1]), 2)
         rows = [n for n in PROFILE_ROWS if n <= most]
         # Rounds over all counts, so that a busy moment of the machine spoils one value of
         # each; the same calls on every rank, since the forward pass is collective.
         rounds = [[self._time_rows(n) for n in rows] for _ in range(PROFILE_ROUNDS)]
-        return CostCurve.fit(np.array(rows, np.int64), np.array(rounds))
+        return CostProfile.fit(np.array(rows, np.int64), {"plain": np.array(rounds)})
 
     def _time_rows(self, rows: int) -> float:
         self._synchronize()
@@ -375,6 +381,7 @@ class TreeRunnerMixin(ImageRowsMixin):
                 rows=len(flat),
                 context=int(lengths.sum()),
                 prompt_rows=int(num_scheduled.sum()) - len(flat),
+                tree=bool(has_tree.any()),
             ),
             rows=rows,
             batch_rows=batch_rows,
