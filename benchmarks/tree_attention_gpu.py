@@ -84,7 +84,7 @@ def attention_paths(query, key_cache, value_cache, tree) -> dict[str, Callable[[
     """The three ways to compute the attention of a batch, by name."""
     from vllm.v1.attention.backends import fa_utils
 
-    from vllm_specplus.engine.attention.cuda import flash_tree_attention
+    from vllm_specplus.engine.attention.flash import flash_tree_attention
     from vllm_specplus.kernels.tree_attention import tree_attention
 
     fa_version = fa_utils.get_flash_attn_version(head_size=HEAD_SIZE)

@@ -117,6 +117,23 @@ def ancestor_mask(parents, starts, width):
     return mask
 
 
+def moves(path: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows' keys and values have to be copied, once a path was accepted.
+
+    A tree's rows lie in the KV cache at consecutive slots after the context, in node order. Keys
+    carry the rotary phase of the node's depth, which is its final position; so the accepted rows
+    only have to be copied, in the order of the path, to the slots right after the root.
+
+    ``path`` int32 [R, width] as :func:`accepted_paths` returns it. Returns (request, source row,
+    destination row), int64 [n] each, in an order safe to copy in: row ``path[r, j]`` becomes row j
+    of its request, and a path never descends below its own column, so no source is overwritten
+    before it is read.
+    """
+    columns = np.arange(path.shape[1])
+    request, column = np.nonzero((path != columns) & (path >= 0))
+    return request, path[request, column].astype(np.int64), column
+
+
 @njit(
     "Tuple((int32[:, ::1], int32[::1]))(int32[::1], int32[::1], int32[::1], int32[::1])", cache=True
 )

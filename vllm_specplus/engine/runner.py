@@ -4,7 +4,7 @@ One step, in vLLM's order::
 
     _prepare_inputs            rows, depths; positions follow depth
     _build_attention_metadata  trees attached to the stock metadata
-    (forward)                  attention.cpu / attention.cuda
+    (forward)                  a back end of engine/attention
     _sample                    draw at every row, follow the trees, compact the KV
     propose_draft_token_ids    show the step to the proposer, return its trees
 """
@@ -35,8 +35,8 @@ from vllm_specplus.control.cost import (
     StepShape,
 )
 from vllm_specplus.control.requests import RequestControls
-from vllm_specplus.engine import kv, verify
-from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
+from vllm_specplus.engine import attention, verify
+from vllm_specplus.engine.attention.base import PageCache, TreeAttentionMetadata
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.kernels import native
 from vllm_specplus.samplers import lossless, relaxed
@@ -51,7 +51,7 @@ from vllm_specplus.step import (
     StepContext,
     TargetRows,
 )
-from vllm_specplus.tree import ancestor_mask, row_depths
+from vllm_specplus.tree import ancestor_mask, moves, row_depths
 
 #: Prompt rows per call of the target's output layer while a proposer reads a
 #: prompt: bounds the logits to this times the vocabulary.
@@ -170,7 +170,7 @@ class TreeRunnerMixin(ImageRowsMixin):
     _clock: Clock | None = None
     _pictures: PictureRows | None = None
     _verified_rows: np.ndarray
-    _move_slots = _read_slots = None
+    _page_cache: PageCache | None = None
     _rule_sampler: verify.RuleSampler | None = None
     _judge_head: JudgeHead | None = None
     _hidden: torch.Tensor | None = None
@@ -329,6 +329,7 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        self._page_cache = None
         if not self.drafter.proposer.reads_hidden:
             return
         (group,) = kv_cache_config.kv_cache_groups
@@ -401,15 +402,16 @@ class TreeRunnerMixin(ImageRowsMixin):
             raise RuntimeError("vllm-specplus supports models with one KV cache group")
         for group in self.attn_groups[0]:
             # One tree object serves every layer of the group.
-            layer = metadata[group.layer_names[0]]
             if not getattr(group.backend, "sees_prompt", True):
-                pictures = self._pictures.attention(
+                tree = self._pictures.attention(
                     self.input_batch, common, step.num_scheduled, step.rows, step.batch_rows,
                     self.device.type,
                 )  # fmt: skip
-                setattr(layer, TREE_ATTRIBUTE, pictures)
             elif step.tree_attention.any():
-                setattr(layer, TREE_ATTRIBUTE, self._tree_metadata(step, common, group))
+                tree = self._tree_metadata(step, common, group)
+            else:
+                continue
+            attention.attach(metadata, group, self.compilation_config.static_forward_context, tree)
         return metadata, common
 
     def _tree_metadata(self, step: Step, common, group) -> TreeAttentionMetadata:
@@ -592,17 +594,21 @@ class TreeRunnerMixin(ImageRowsMixin):
     def _compact(self, step: Step, acceptance: Acceptance) -> None:
         if not step.tree_attention.any():
             return
-        request, source, destination = kv.moves(acceptance)
+        request, source, destination = moves(acceptance.path)
         if not len(request):
             return
-        if self._move_slots is None:
-            self._move_slots = self._make_mover()
         # Only trees move, and a tree's root is the first row of its request.
         root = self.input_batch.num_computed_tokens_cpu[request].astype(np.int64)
-        self._move_slots(
+        self._pages().move(
             self._slots(request, root + source), self._slots(request, root + destination)
         )
         self.drafter.counters.add("kv_slots_moved", len(request))
+
+    def _pages(self) -> PageCache:
+        """The KV caches of all layers; built when they are first needed."""
+        if self._page_cache is None:
+            self._page_cache = attention.page_cache(attention.cached_layers(self.vllm_config))
+        return self._page_cache
 
     def _slots(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Cache slot, int64 [n], of each (request, position in its text)."""
@@ -612,9 +618,7 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def _read_kv(self, requests: np.ndarray, positions: np.ndarray):
         """Keys and values, layer by layer, at positions of requests of the batch."""
-        if self._read_slots is None:
-            self._read_slots = self._make_reader()
-        return self._read_slots(self._slots(requests, positions))
+        return self._pages().read(self._slots(requests, positions))
 
     # -- drafting -----------------------------------------------------------------
 
@@ -841,27 +845,9 @@ class TreeCPUModelRunner(TreeRunnerMixin, DiscardedDrawsMixin, CPUModelRunner):
         batch among two kernels costs copies in every layer."""
         return native.library() is not None
 
-    def _make_mover(self):
-        return kv.CpuMover(kv.distinct(self.kv_caches), self._layout())
-
-    def _make_reader(self):
-        return kv.CpuReader(self.kv_caches, self._layout())
-
-    def _layout(self) -> str:
-        """How the pages of the KV cache are packed."""
-        from vllm_specplus.engine.attention.cpu import cache_layout
-
-        cache = self.kv_caches[0]
-        layer = next(iter(self.compilation_config.static_forward_context.values()))
-        return cache_layout(layer.isa, cache.dtype, cache.shape[2], cache.shape[3] // 2)
-
     def _draws(self, acceptance: Acceptance) -> np.ndarray:
         return np.where(self._discarded(), 0, acceptance.lengths)
 
 
 class TreeGPUModelRunner(TreeRunnerMixin, GPUModelRunner):
-    def _make_mover(self):
-        return kv.CudaMover(kv.distinct(self.kv_caches))
-
-    def _make_reader(self):
-        return kv.CudaReader(self.kv_caches)
+    pass

@@ -6,9 +6,10 @@ a method of ours never sees it.
 
 from __future__ import annotations
 
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_specplus.engine import attention
 
 
 class TreeCPUWorker(CPUWorker):
@@ -20,9 +21,7 @@ class TreeCPUWorker(CPUWorker):
     def init_device(self) -> None:
         import vllm.v1.worker.cpu_worker as module
 
-        register_backend(
-            AttentionBackendEnum.CPU_ATTN, "vllm_specplus.engine.attention.cpu.TreeCPUBackend"
-        )
+        attention.register("cpu")
         # The stock method names its runner class; give it ours for the call.
         stock, module.CPUModelRunner = module.CPUModelRunner, self._runner_class()
         try:
@@ -50,14 +49,7 @@ class TreeGPUWorker(Worker):
         return TreeGPUModelRunner
 
     def _make_model_runner(self):
-        register_backend(
-            AttentionBackendEnum.FLASH_ATTN,
-            "vllm_specplus.engine.attention.cuda.TreeFlashAttentionBackend",
-        )
-        register_backend(
-            AttentionBackendEnum.TRITON_ATTN,
-            "vllm_specplus.engine.attention.cuda.TreeTritonBackend",
-        )
+        attention.register("cuda")
         return self._runner_class()(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:

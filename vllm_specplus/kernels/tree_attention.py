@@ -275,7 +275,8 @@ def _tree_attention_kernel(
     tl.store(lse + (split * num_heads + heads) * total_rows + rows, row_lse, mask=row_valid)
 
 
-@triton.jit
+# As above; and one variant serves all numbers of splits that are chosen by default.
+@triton.jit(do_not_specialize=["num_splits"])
 def _merge_splits_kernel(
     output,  # [T, H, D]
     lse,  # [H, T]
@@ -408,7 +409,7 @@ def tree_attention(
             split_lse,
             num_splits,
             HEAD_SIZE=head_size,
-            BLOCK_S=triton.next_power_of_2(num_splits),
+            BLOCK_S=triton.next_power_of_2(max(num_splits, MAX_SPLITS)),
             BLOCK_D=block_d,
         )
     return output, lse
@@ -430,6 +431,15 @@ def _tile_shape(
     block_m = max(16, block_m, triton.next_power_of_2(group))
     num_warps = 4 if block_m * block_d <= 4096 and element_size < 4 else 8
     return block_m, block_n, block_d, num_warps
+
+
+def variants(group: int, head_size: int, element_size: int, max_rows: int) -> list[int]:
+    """Return one number of rows, up to ``max_rows``, for every variant that the largest request of
+    a batch selects; the other arguments are those of a model's layer."""
+    chosen = {}
+    for rows in range(1, max_rows + 1):
+        chosen.setdefault(_tile_shape(group, rows, head_size, element_size), rows)
+    return list(chosen.values())
 
 
 #: Shorter parts of the context cost more to join than they save.

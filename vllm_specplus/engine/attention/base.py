@@ -1,19 +1,66 @@
-"""What a tree-attention implementation needs to know about one step.
+"""What all attention back ends with draft trees share.
 
-Every backend in this folder subclasses a stock vLLM backend, overrides nothing
-but ``get_impl_cls`` and, in the implementation's ``forward``, calls the stock
-kernel unless a :class:`TreeAttentionMetadata` is attached to the metadata.
+A back end of ours subclasses a stock vLLM back end and names its own implementation and, where a
+recorded CUDA graph would skip the trees, its own builder. The implementation calls the stock
+``forward`` unless a :class:`TreeAttentionMetadata` is attached to the metadata. The class also
+states what it ``supports`` and how the pages of its KV cache are read and compacted
+(:class:`PageCache`). Everything not stated is refused: back ends that are not declared here, and
+constructor arguments of attention that :data:`ARGUMENTS` does not know.
+
+Nothing here imports a device's kernels: a CPU engine imports no CUDA module.
 """
 
 from __future__ import annotations
 
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionType
+
+from vllm_specplus.capabilities import Need
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.utils import AttentionGroup
 
 #: Attribute of a stock attention-metadata object that carries the tree batch.
 TREE_ATTRIBUTE = "specplus_tree"
+
+_BACKENDS: set[type] = set()
+_Backend = TypeVar("_Backend", bound=type)
+
+
+def tree_backend(backend: _Backend) -> _Backend:
+    """Declare an attention back end that verifies draft trees; a class decorator.
+
+    Only the decorated class itself counts, not what vLLM derives from it at run time (chunked or
+    static-sink attention, fast prefill): those have builders or layers that know no trees.
+    """
+    for name in ("vllm_name", "supports", "sees_prompt", "page_cache"):
+        if not hasattr(backend, name):
+            raise TypeError(f"{backend.__qualname__} verifies draft trees and must state {name!r}")
+    _BACKENDS.add(backend)
+    return backend
+
+
+def is_tree_backend(backend: type) -> bool:
+    """Was exactly this class declared by :func:`tree_backend`?"""
+    return backend in _BACKENDS
+
+
+def ours(layer: Any) -> bool:
+    """Does a loaded attention layer verify draft trees?
+
+    True if its back end was declared by :func:`tree_backend` and its implementation is the one
+    that the back end names.
+    """
+    backend = layer.get_attn_backend()
+    return is_tree_backend(backend) and type(layer.impl) is backend.get_impl_cls()
 
 
 @dataclass(slots=True)
@@ -57,6 +104,219 @@ class TreeAttentionMetadata:
     """int32 [R] on the device: the first visible token of the cache, None: all are."""
 
 
+def attach(
+    metadata: Mapping[str, Any],
+    group: AttentionGroup,
+    layers: Mapping[str, Any],
+    tree: TreeAttentionMetadata,
+) -> None:
+    """Give a step's trees to all ``layers`` of a group; raises TypeError if one would ignore them.
+
+    ``metadata`` and ``layers`` hold vLLM's metadata and attention layers by name. The layers of a
+    group share one metadata object. This is the only place that attaches trees.
+    """
+    for name in group.layer_names:
+        if not (is_tree_backend(group.backend) and ours(layers[name])):
+            raise TypeError(
+                f"layer {name!r} is served by {group.backend.get_name()} "
+                f"({group.backend.__qualname__}), which would verify a draft tree as if it were a "
+                f"chain"
+            )
+    setattr(metadata[group.layer_names[0]], TREE_ATTRIBUTE, tree)
+
+
+def tree_metadata(attn_metadata: Any) -> TreeAttentionMetadata | None:
+    """Return the tree batch attached to ``attn_metadata``, or None for ordinary steps."""
+    return getattr(attn_metadata, TREE_ATTRIBUTE, None)
+
+
+class PageCache(ABC):
+    """The KV caches of all layers of a model, slot by slot.
+
+    A slot is ``page * block_size + offset`` and holds the keys and values of one token in every
+    layer. Layers may differ in KV heads and head size, and may share a cache.
+    """
+
+    block_size: int
+
+    @abstractmethod
+    def move(self, src: np.ndarray, dst: np.ndarray) -> None:
+        """Copy slots ``src`` to ``dst``, int64 [n] on the host, once in every distinct cache.
+
+        The result is that of reading every source before any destination is written.
+        Destinations are distinct, and no slot is a source after it was a destination, as in what
+        :func:`vllm_specplus.tree.moves` returns.
+        """
+
+    @abstractmethod
+    def read(self, slots: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield keys and values [n, kv_heads, head_dim] at ``slots`` int64 [n], layer by layer."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Compile or load what :meth:`move` runs, without changing the cache."""
+
+
+def distinct(caches: Collection[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the caches without repeats: layers may share one, which must move only once."""
+    return list({cache.data_ptr(): cache for cache in caches}.values())
+
+
+def common_block_size(caches: Collection[torch.Tensor]) -> int:
+    """Return the tokens per page of caches [pages, kv_heads, block_size, 2 * head_dim].
+
+    Raises ValueError if they differ, since a slot's number would then mean two places.
+    """
+    sizes = {cache.shape[2] for cache in caches}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"vllm-specplus needs one KV cache block size in all layers, not {sorted(sizes)}"
+        )
+    return sizes.pop()
+
+
+# What an implementation is constructed with.
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A constructor argument of attention that means a need, if its value is more than nothing."""
+
+    need: Need
+    words: str
+    used: Callable[[Any], bool]
+
+
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+#: Arguments that every tree path honours: sizes, and the cache that ``forward`` is given anyway.
+HONOURED = frozenset(
+    ("num_heads", "head_size", "scale", "num_kv_heads", "kv_sharing_target_layer_name")
+)
+ARGUMENTS = {
+    "alibi_slopes": Argument(Need.ALIBI, "ALiBi", _given),
+    "use_alibi_sqrt": Argument(Need.ALIBI, "ALiBi", bool),
+    "sliding_window": Argument(Need.SLIDING_WINDOW, "sliding-window attention", _given),
+    "chunk_lookback": Argument(Need.CHUNKED_ATTENTION, "chunked attention", lambda n: n >= 0),
+    "logits_soft_cap": Argument(Need.LOGITS_SOFT_CAP, "attention logits soft-capping", bool),
+    "sinks": Argument(Need.ATTENTION_SINKS, "attention sinks", _given),
+    "kv_cache_dtype": Argument(
+        Need.QUANTIZED_KV,
+        "a quantized KV cache",
+        lambda name: name not in ("auto", "float16", "bfloat16"),
+    ),
+    "attn_type": Argument(
+        Need.ENCODER_ATTENTION,
+        "encoder or cross attention",
+        lambda kind: kind != AttentionType.DECODER,
+    ),
+}
+
+
+def check_arguments(
+    stock_init: Callable[..., None], supports: frozenset[Need], args: tuple, kwargs: dict
+) -> None:
+    """Refuse what the tree path of an implementation would ignore; raises NotImplementedError.
+
+    ``stock_init`` is the bound constructor of the stock implementation that ``args`` and
+    ``kwargs`` go to. An argument that neither :data:`HONOURED` nor :data:`ARGUMENTS` knows may
+    only have its default value.
+    """
+    parameters = inspect.signature(stock_init).parameters
+    bound = inspect.signature(stock_init).bind(*args, **kwargs)
+    for name, value in bound.arguments.items():
+        if name in HONOURED:
+            continue
+        known = ARGUMENTS.get(name)
+        if known is None:
+            default = parameters[name].default
+            if value is not default and not _equal(value, default):
+                raise NotImplementedError(
+                    f"vllm-specplus does not know the attention argument {name}={value!r} of this "
+                    f"model, which its draft trees might ignore: serve the model without it"
+                )
+        elif known.need not in supports and known.used(value):
+            raise _refusal(known.words)
+
+
+def _equal(value: Any, default: Any) -> bool:
+    """Are two plain values equal? Tensors and arrays are never a default."""
+    return type(value) is type(default) and not hasattr(value, "shape") and value == default
+
+
+def _refusal(words: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"vllm-specplus does not support draft trees with {words}: serve this model without "
+        f"vllm-specplus"
+    )
+
+
+def check_launch(supports: frozenset[Need], context_parallel: int) -> None:
+    """Refuse what an engine's config does to all its attention; raises NotImplementedError.
+
+    ``context_parallel`` is the number of ranks that share the context of a request.
+    """
+    config = get_current_vllm_config_or_none()
+    model = None if config is None else config.model_config
+    if context_parallel > 1 and Need.CONTEXT_PARALLEL not in supports:
+        raise _refusal("decode context parallelism")
+    if model is not None and model.rswa_window and Need.REFERENCE_WINDOW not in supports:
+        raise _refusal("reference sliding-window attention")
+
+
+class TreeAttention:
+    """Mixin before a stock implementation: attends to the tree rows of a batch apart.
+
+    A subclass states what it ``supports`` and implements :meth:`_tree_forward`.
+    """
+
+    supports: ClassVar[frozenset[Need]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_arguments(super().__init__, self.supports, args, kwargs)
+        super().__init__(*args, **kwargs)
+        check_launch(self.supports, self.dcp_world_size)
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output,
+        output_scale=None, output_block_scale=None,
+    ):  # fmt: skip
+        """Attend as in the stock implementation: ``query`` and ``output`` [num_tokens, H, D],
+        ``kv_cache`` [num_blocks, KH, block_size, 2 * D]."""
+        tree = tree_metadata(attn_metadata)
+        if tree is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
+        if tree.other_rows is not None:
+            other_query = query.index_select(0, tree.other_rows)
+            other_output = torch.empty_like(other_query)
+            # K and V of these rows are read from the cache; ``key`` and ``value`` are unused.
+            super().forward(layer, other_query, key, value, kv_cache, tree.other, other_output)
+            output.index_copy_(0, tree.other_rows, other_output.view(-1, *output.shape[1:]))
+        self._tree_forward(layer, query, kv_cache, tree, output)
+        return output
+
+    def _tree_forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tree: TreeAttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Write the attention of the tree's rows into ``output``."""
+        raise NotImplementedError
+
+    def warm_up(self, layer: Any, dtype: torch.dtype, max_rows: int) -> None:
+        """Compile or load what ``forward`` runs on trees of up to ``max_rows`` rows, whose queries
+        have ``dtype``."""
+        raise NotImplementedError
+
+
 class PictureAttention:
     """Mixin before an implementation with trees, of the branch that does not see the prompt.
 
@@ -69,8 +329,9 @@ class PictureAttention:
         self, layer, query, key, value, kv_cache, attn_metadata, output,
         output_scale=None, output_block_scale=None,
     ):  # fmt: skip
+        """Attend, as ``TreeAttention.forward``; without metadata the model is being warmed up."""
         pictures = tree_metadata(attn_metadata)
-        if pictures is None:  # the model is being warmed up
+        if pictures is None:
             return output.zero_()
         if pictures.other_rows is not None:
             own = value[pictures.other_rows].repeat_interleave(self.num_queries_per_kv, 1)
@@ -78,8 +339,3 @@ class PictureAttention:
         if pictures.max_rows:
             self._tree_forward(layer, query, kv_cache, pictures, output)
         return output
-
-
-def tree_metadata(attn_metadata: Any) -> TreeAttentionMetadata | None:
-    """The tree batch attached to ``attn_metadata``, or None for ordinary steps."""
-    return getattr(attn_metadata, TREE_ATTRIBUTE, None)

@@ -1,13 +1,19 @@
 """Tree attention on vLLM's CPU back end.
 
-The stock kernel knows no mask but the causal one. Requests with a tree go
-through our kernel, the others of the same batch through the stock one.
+The stock kernel knows no mask but the causal one. Requests with a tree go through our kernel, the
+others of the same batch through the stock one. Pages are packed for vLLM's kernels, in a way that
+depends on data type, sizes and processor (``layer.isa``).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import (
@@ -15,18 +21,28 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
 )
 
+from vllm_specplus.capabilities import Need
 from vllm_specplus.engine.attention.base import (
+    PageCache,
     PictureAttention,
+    TreeAttention,
     TreeAttentionMetadata,
-    tree_metadata,
+    common_block_size,
+    distinct,
+    tree_backend,
 )
 from vllm_specplus.kernels import native
-from vllm_specplus.kernels.reference import packed_tree_attention_reference, page_offsets
+from vllm_specplus.kernels.reference import (
+    move_slots_reference,
+    packed_tree_attention_reference,
+    page_offsets,
+)
 from vllm_specplus.tree import ancestor_mask
 
 
+@functools.cache
 def cache_layout(isa: str, dtype: torch.dtype, block_size: int, head_size: int) -> str:
-    """Which of our layouts vLLM's cache writer uses for ``isa``.
+    """Return which of our layouts vLLM's cache writer uses for ``isa``.
 
     Found by writing a page whose every element is distinct and comparing, so a
     future vLLM that packs otherwise is refused instead of misread. Raises
@@ -52,45 +68,124 @@ def cache_layout(isa: str, dtype: torch.dtype, block_size: int, head_size: int) 
     )
 
 
+@dataclass(frozen=True)
+class PagesOf:
+    """How one cache [pages, kv_heads, block_size, 2 * head_dim] lies in memory; strides count
+    elements."""
+
+    layout: str
+    dtype: torch.dtype
+    heads: int
+    block_size: int
+    head_size: int
+    page_stride: int
+    head_stride: int
+
+    @classmethod
+    def layer(cls, layer: Any) -> PagesOf:
+        """Describe the cache that is bound to an attention layer."""
+        cache = layer.kv_cache
+        _, heads, block_size, twice = cache.shape
+        layout = cache_layout(layer.isa, cache.dtype, block_size, twice // 2)
+        return cls(
+            layout, cache.dtype, heads, block_size, twice // 2, cache.stride(0), cache.stride(1)
+        )
+
+    def batch(self) -> native.TreeBatch:
+        """Return the C++ kernels' description of such pages."""
+        return native.TreeBatch(
+            num_kv_heads=self.heads,
+            head_size=self.head_size,
+            block_size=self.block_size,
+            layout=native.LAYOUTS[self.layout],
+            dtype=native.DTYPES[self.dtype],
+            page_stride=self.page_stride,
+            head_stride=self.head_stride,
+        )
+
+
+class CpuPageCache(PageCache):
+    """Packed pages; layers whose caches lie alike are moved by one call."""
+
+    def __init__(self, layers: Sequence[Any]):
+        self.block_size = common_block_size([layer.kv_cache for layer in layers])
+        self._layers = [(layer.kv_cache, PagesOf.layer(layer)) for layer in layers]
+        alike: dict[PagesOf, list[torch.Tensor]] = {}
+        for cache, pages in self._layers:
+            alike.setdefault(pages, []).append(cache)
+        self._alike = {pages: distinct(caches) for pages, caches in alike.items()}
+        self._calls = [
+            (pages.batch(), (ctypes.c_void_p * len(caches))(*(c.data_ptr() for c in caches)))
+            for pages, caches in self._alike.items()
+        ]
+
+    def move(self, src: np.ndarray, dst: np.ndarray) -> None:
+        """Copy slots, as :meth:`PageCache.move`: all layers in one call, if they lie alike."""
+        lib = native.library()
+        if lib is None:
+            where = torch.from_numpy(src), torch.from_numpy(dst)
+            for pages, caches in self._alike.items():
+                for cache in caches:
+                    move_slots_reference(cache, *where, pages.layout)
+            return
+        for batch, pointers in self._calls:
+            lib.specplus_move_slots(
+                ctypes.byref(batch), pointers, len(pointers),
+                src.ctypes.data, dst.ctypes.data, len(src),
+            )  # fmt: skip
+
+    def read(self, slots: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield keys and values, as :meth:`PageCache.read`."""
+        tokens = torch.from_numpy(slots)
+        page, place = tokens // self.block_size, tokens % self.block_size
+        # Where the elements are is computed once for caches that lie alike.
+        where: dict[PagesOf, tuple[torch.Tensor, ...]] = {}
+        for cache, pages in self._layers:
+            if pages not in where:
+                heads = torch.arange(pages.heads) * pages.head_stride
+                head = (page[:, None] * pages.page_stride + heads)[..., None]
+                offsets = page_offsets(pages.layout, pages.block_size, pages.head_size)
+                where[pages] = tuple(head + table[place][:, None] for table in offsets)
+            key_at, value_at = where[pages]
+            begin = cache.storage_offset()
+            length = cache.untyped_storage().nbytes() // cache.itemsize - begin
+            flat = cache.as_strided((length,), (1,), begin)
+            yield flat[key_at], flat[value_at]
+
+    def warm_up(self) -> None:
+        """Build and load the C++ kernels."""
+        native.library()
+
+
+@tree_backend
 class TreeCPUBackend(CPUAttentionBackend):
-    """CPU_ATTN with trees; registered in our worker only."""
+    """``CPU_ATTN`` with draft trees."""
+
+    vllm_name = "CPU_ATTN"
+    supports = frozenset((Need.KV_SHARING, Need.MROPE, Need.PREFIX_LM, Need.VARIABLE_HEADS))
+    sees_prompt = True
+    page_cache = CpuPageCache
 
     @staticmethod
     def get_impl_cls() -> type[TreeCPUImpl]:
+        """Name the implementation that attends to trees."""
         return TreeCPUImpl
 
     @staticmethod
     def for_pictures() -> type[PictureCPUBackend]:
-        """Of a layer that does not see the prompt."""
+        """Return the back end of a layer that does not see the prompt."""
         return PictureCPUBackend
 
 
-class TreeCPUImpl(CPUAttentionBackendImpl):
+class TreeCPUImpl(TreeAttention, CPUAttentionBackendImpl):
     """The stock implementation, which steps aside for requests with a tree."""
 
+    supports = TreeCPUBackend.supports
     layout: str | None = None
     _batch: native.TreeBatch | None = None
 
-    def forward(
-        self, layer, query, key, value, kv_cache, attn_metadata, output,
-        output_scale=None, output_block_scale=None,
-    ):  # fmt: skip
-        tree = tree_metadata(attn_metadata)
-        if tree is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
-        if tree.other_rows is not None:
-            q = query.index_select(0, tree.other_rows)
-            o = torch.empty_like(q)
-            super().forward(layer, q, key, value, kv_cache, tree.other, o)
-            output.index_copy_(0, tree.other_rows, o.view(-1, *output.shape[1:]))
-        self._tree_forward(layer, query, kv_cache, tree, output)
-        return output
-
     def _tree_forward(self, layer, query, kv_cache, tree: TreeAttentionMetadata, output) -> None:
-        if self._batch is None:
+        if self.layout is None:
             self._prepare(layer, query, kv_cache, output)
         batch = self._batch
         if batch is None:
@@ -111,19 +206,11 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
         )
 
     def _prepare(self, layer, query, kv_cache, output) -> None:
-        _, heads, block_size, twice = kv_cache.shape
-        self.layout = cache_layout(layer.isa, kv_cache.dtype, block_size, twice // 2)
-        batch = native.TreeBatch(
-            num_query_heads=self.num_heads,
-            num_kv_heads=heads,
-            head_size=twice // 2,
-            block_size=block_size,
-            layout=native.LAYOUTS[self.layout],
-            dtype=native.DTYPES[kv_cache.dtype],
-            scale=self.scale,
-            page_stride=kv_cache.stride(0),
-            head_stride=kv_cache.stride(1),
-        )
+        pages = PagesOf.layer(layer)
+        self.layout = pages.layout
+        batch = pages.batch()
+        batch.num_query_heads = self.num_heads
+        batch.scale = self.scale
         same_dtype = query.dtype == kv_cache.dtype == output.dtype
         if same_dtype and native.unsupported(batch) is None:
             self._batch = batch
@@ -139,16 +226,22 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
             first=tree.first,
         )  # fmt: skip
 
+    def warm_up(self, layer: Any, dtype: torch.dtype, max_rows: int) -> None:
+        """Build and load the C++ kernels."""
+        native.library()
 
+
+@tree_backend
 class PictureCPUBackend(TreeCPUBackend):
-    """CPU_ATTN of a branch that does not see the prompt."""
+    """``CPU_ATTN`` of a branch that does not see the prompt."""
 
     sees_prompt = False
 
     @staticmethod
     def get_impl_cls() -> type[PictureCPUImpl]:
+        """Name the implementation that attends to pictures only."""
         return PictureCPUImpl
 
 
 class PictureCPUImpl(PictureAttention, TreeCPUImpl):
-    pass
+    """CPU attention of a branch that does not see the prompt."""

@@ -12,12 +12,9 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from tests.kernels.tree_batch import CHAIN, DEVICE, STAR, Batch, random_tree
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
-from vllm_specplus.engine.attention.cuda import (
-    TreeFlashAttentionBackend,
-    TreeTritonBackend,
-    compact_kv,
-    kv_views,
-)
+from vllm_specplus.engine.attention.cuda import kv_views
+from vllm_specplus.engine.attention.flash import TreeFlashAttentionBackend
+from vllm_specplus.engine.attention.triton import TreeTritonBackend
 from vllm_specplus.kernels.tree_attention import tree_attention_reference
 
 BACKENDS = [TreeFlashAttentionBackend, TreeTritonBackend]
@@ -183,22 +180,6 @@ def test_is_the_stock_backend_without_full_cuda_graphs(backend):
     assert issubclass(builder, stock.get_builder_cls())
     assert builder.get_cudagraph_support(None, None) is AttentionCGSupport.NEVER
     assert backend.forward_includes_kv_cache_update is False
-
-
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_compaction_reads_before_it_writes(layout):
-    shape = (4, 2, 16, 16) if layout == "HND" else (4, 16, 2, 16)
-    kv_cache = torch.randn(shape, device=DEVICE)
-    kv_cache = kv_cache if layout == "HND" else kv_cache.transpose(1, 2)
-    before = kv_cache.clone()
-    # Slots move down by a varying distance, across a block boundary, into slots moved themselves.
-    src = torch.tensor([16, 18, 19, 47], device=DEVICE)
-    dst = torch.tensor([15, 16, 17, 18], device=DEVICE)
-    compact_kv(kv_cache, src, dst)
-    expected = before.clone()
-    for s, d in zip(src.tolist(), dst.tolist(), strict=True):
-        expected[d // 16, :, d % 16] = before[s // 16, :, s % 16]
-    assert torch.equal(kv_cache, expected)
 
 
 def test_views_of_a_single_kv_head_have_aligned_strides():
