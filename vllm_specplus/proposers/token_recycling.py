@@ -149,6 +149,79 @@ def suffix_match(text, n, longest):
     return where, best
 
 
+#: A node that may be taken next. Its score, the probability that the text follows to it, is kept
+#: apart, since the scores are searched for every node that is taken.
+_CANDIDATE = np.dtype(
+    [
+        ("token", np.int32),
+        ("parent", np.int32),  # taken node, -1 = root
+        ("source", np.int32),
+        ("depth", np.int32),  # from 1
+        ("match", np.int32),  # where in the text the suffix match goes on, -1: it is of none
+        ("length", np.int32),  # of the match up to there
+    ]
+)
+
+
+@njit(cache=True)
+def _pair_row(pair_keys, previous, token):
+    """The row of ``token`` after ``previous``, -1: none."""
+    if pair_keys.shape[0] == 0 or previous < 0:
+        return -1
+    slot = pair_slot(previous, token, pair_keys.shape[0])
+    return slot if pair_keys[slot, 0] == previous and pair_keys[slot, 1] == token else -1
+
+
+@njit(cache=True)
+def _offer(
+    candidates, scores, num, node, taken, score, matched, longest, matrix, pair_keys, pair_rows,
+    previous, acceptance,
+):  # fmt: skip
+    """Add the children of ``node`` to ``num`` candidates; returns how many there are then.
+
+    ``taken``: the candidate that became this node, with ``score``; ``matched``: the token with
+    which its suffix match goes on, or UNSET. ``acceptance`` float32 [S] is that of its children.
+    """
+    first, token, top_k = num, taken.token, matrix.shape[1]
+    of_match = top_k + pair_rows.shape[1] - 1 + min(taken.length, longest)
+    if matched != UNSET:
+        child = candidates[num]
+        child.token, child.parent, child.depth = matched, node, taken.depth + 1
+        child.source, scores[num] = of_match, score * acceptance[of_match]
+        child.match, child.length = taken.match + 1, taken.length + 1
+        num += 1
+    pair, width = _pair_row(pair_keys, previous, token), top_k
+    if pair >= 0:
+        width = pair_rows.shape[1]
+    elif token >= matrix.shape[0]:  # a placeholder of another modality, copied from the text
+        width = 0
+    for rank in range(width):
+        successor = pair_rows[pair, rank] if pair >= 0 else matrix[token, rank]
+        if successor < 0:
+            break
+        if successor == matched:  # row and match agree: one node, of a source of its own
+            source = of_match + longest
+            candidates[first].source = source
+            scores[first] = score * acceptance[source]
+            continue
+        child, source = candidates[num], rank + (top_k if pair >= 0 else 0)
+        child.token, child.parent, child.depth = successor, node, taken.depth + 1
+        child.source, scores[num] = source, score * acceptance[source]
+        child.match, child.length = -1, 0
+        num += 1
+    return num
+
+
+@njit(cache=True)
+def _highest(scores):
+    """Index of the highest score, the first among equals."""
+    best = 0
+    for i in range(1, scores.shape[0]):
+        if scores[i] > scores[best]:
+            best = i
+    return best
+
+
 @njit(cache=True)
 def grow(
     matrix, pair_keys, pair_rows, acceptance, longest, text, n, budget, chain,
@@ -160,92 +233,33 @@ def grow(
     [depths, S]; ``longest`` suffix match looked for, 0 = none. Writes the tree to
     ``tokens``, ``parents`` and ``sources`` (numbered as :func:`sources_of` does).
     """
-    vocab, k = matrix.shape
-    slots, pair_k = pair_rows.shape
-    of_match = k + pair_k - 1  # a match of length l is source of_match + l
-    capacity = (budget + 1) * (k + 1)
-    # Candidates: nodes that may still be taken.
-    c_token = np.empty(capacity, np.int32)
-    c_parent = np.empty(capacity, np.int32)
-    c_depth = np.empty(capacity, np.int32)
-    c_score = np.empty(capacity, np.float32)
-    c_source = np.empty(capacity, np.int32)
-    c_match = np.empty(capacity, np.int32)  # where the suffix match continues, or -1
-    c_length = np.empty(capacity, np.int32)
-    num = 0
-
-    match, length = -1, 0
+    candidates = np.empty((budget + 1) * (matrix.shape[1] + 1) + 1, _CANDIDATE)
+    scores = np.empty(len(candidates), np.float32)
+    taken = candidates[-1]  # the last one is no candidate but the node that was taken last
+    taken.token, taken.depth, score = text[n - 1], 0, np.float32(1.0)
+    taken.match, taken.length = -1, 0
     if longest > 0:
-        match, length = suffix_match(text, n, longest)
-    node, previous, token, score, depth = -1, UNSET, text[n - 1], np.float32(1.0), 0
-    if n > 1:
-        previous = text[n - 2]
-    count = 0
+        taken.match, taken.length = suffix_match(text, n, longest)
+    previous = text[n - 2] if n > 1 else np.int32(UNSET)
+    num = count = 0
     while True:
-        # Offer the children of (node: token after previous).
-        p = acceptance[min(depth, acceptance.shape[0] - 1)]
-        first = num
-        matched = UNSET
-        if match >= 0 and match < n:
-            matched = text[match]
-            c_token[num], c_parent[num], c_depth[num] = matched, node, depth + 1
-            c_source[num] = of_match + min(length, longest)
-            c_score[num] = score * p[c_source[num]]
-            c_match[num], c_length[num] = match + 1, length + 1
-            num += 1
-        slot = -1
-        if slots and previous >= 0:
-            slot = pair_slot(previous, token, slots)
-            if pair_keys[slot, 0] != previous or pair_keys[slot, 1] != token:
-                slot = -1
-        if slot >= 0:
-            width = pair_k
-        elif token < vocab:
-            width = k
-        else:  # a placeholder of another modality, copied from the text, has no row
-            width = 0
-        for rank in range(width):
-            child = pair_rows[slot, rank] if slot >= 0 else matrix[token, rank]
-            if child < 0:
-                break
-            if child == matched:  # row and match agree: one node, of a source of its own
-                c_source[first] = of_match + longest + min(length, longest)
-                c_score[first] = score * p[c_source[first]]
-                continue
-            c_token[num], c_parent[num], c_depth[num] = child, node, depth + 1
-            c_source[num] = rank + (k if slot >= 0 else 0)
-            c_score[num] = score * p[c_source[num]]
-            c_match[num], c_length[num] = -1, 0
-            num += 1
-        if chain:  # only the best child of the newest node stays a candidate
-            best = first
-            for i in range(first, num):
-                if c_score[i] > c_score[best]:
-                    best = i
-            if num == first:
-                return count
-        else:
-            if num == 0:
-                return count
-            best = 0
-            for i in range(1, num):
-                if c_score[i] > c_score[best]:
-                    best = i
-        if count == budget:
+        matched = text[taken.match] if 0 <= taken.match < n else np.int32(UNSET)
+        # Of a chain only the children of the newest node are candidates.
+        first = num if chain else 0
+        num = _offer(
+            candidates, scores, num, count - 1, taken, score, matched, longest, matrix, pair_keys,
+            pair_rows, previous, acceptance[min(taken.depth, acceptance.shape[0] - 1)],
+        )  # fmt: skip
+        if num == first or count == budget:
             return count
-        # Take it.
-        tokens[count], parents[count] = c_token[best], c_parent[best]
-        sources[count] = c_source[best]
-        parent = c_parent[best]
-        previous = text[n - 1] if parent < 0 else tokens[parent]
-        node, token = np.int32(count), c_token[best]
-        score, depth = c_score[best], c_depth[best]
-        match, length = c_match[best], c_length[best]
-        count += 1
+        best = first + _highest(scores[first:num])
+        candidates[-1], score = candidates[best], scores[best]
         num -= 1  # fill the gap with the last candidate
-        c_token[best], c_parent[best], c_depth[best] = c_token[num], c_parent[num], c_depth[num]
-        c_score[best], c_source[best] = c_score[num], c_source[num]
-        c_match[best], c_length[best] = c_match[num], c_length[num]
+        candidates[best], scores[best] = candidates[num], scores[num]
+        tokens[count], parents[count] = taken.token, taken.parent
+        sources[count] = taken.source
+        previous = text[n - 1] if taken.parent < 0 else tokens[taken.parent]
+        count += 1
 
 
 @njit(cache=True)
