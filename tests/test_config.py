@@ -143,81 +143,8 @@ def test_several_mistakes_are_all_told():
 
 
 def engine_args(**changes):
-    fields = {
-        "speculative_config": None, "spec_method": None, "spec_tokens": None,
-        "async_scheduling": None, "kv_cache_dtype": "auto", "kv_transfer_config": None,
-        "reasoning_config": None, "enable_lora": False, "scheduler_cls": None,
-        "enable_prompt_embeds": False,
-    }  # fmt: skip
+    fields = {"speculative_config": None, "spec_method": None, "spec_tokens": None}
     return SimpleNamespace(**fields | changes)
-
-
-def model_config(**changes):
-    fields = {
-        "is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False,
-        "runner_type": "generate", "use_mla": False, "get_sliding_window": lambda: None,
-    }  # fmt: skip
-    return SimpleNamespace(**fields | changes)
-
-
-def parallel_config(**changes):
-    fields = {
-        "worker_cls": "auto", "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
-        "enable_dbo": False,
-    }  # fmt: skip
-    return SimpleNamespace(**fields | changes)
-
-
-def conflicts(args=None, model=None, parallel=None, device="cpu"):
-    return list(
-        plugin.conflicts(
-            args or engine_args(), model or model_config(), parallel or parallel_config(), device
-        )
-    )
-
-
-def test_ordinary_engines_have_no_conflict():
-    assert conflicts() == []
-    assert conflicts(parallel=parallel_config(worker_cls=plugin.WORKERS["cpu"])) == []
-
-
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ({"device": "tpu"}, "runs on CPU and CUDA"),
-        ({"parallel": parallel_config(worker_cls="my.Worker")}, "worker_cls='my.Worker'"),
-        ({"parallel": parallel_config(pipeline_parallel_size=2)}, "pipeline parallelism"),
-        ({"parallel": parallel_config(decode_context_parallel_size=2)}, "context parallelism"),
-        ({"parallel": parallel_config(enable_dbo=True)}, "dual-batch overlap"),
-        ({"args": engine_args(async_scheduling=True)}, "async scheduling"),
-        ({"args": engine_args(kv_cache_dtype="fp8_e5m2")}, "kv_cache_dtype='fp8_e5m2'"),
-        ({"args": engine_args(kv_transfer_config={})}, "KV connector"),
-        ({"args": engine_args(scheduler_cls="my.Scheduler")}, "scheduler_cls='my.Scheduler'"),
-        ({"args": engine_args(enable_lora=True)}, "LoRA"),
-        ({"args": engine_args(enable_prompt_embeds=True)}, "remove enable_prompt_embeds"),
-        ({"model": model_config(is_hybrid=True)}, "recurrent layers"),
-        ({"args": engine_args(reasoning_config={})}, "remove reasoning_config"),
-        ({"model": model_config(is_attention_free=True)}, "recurrent layers"),
-        ({"model": model_config(is_encoder_decoder=True)}, "decoder-only model"),
-        ({"model": model_config(use_mla=True)}, "multi-head latent attention"),
-        ({"model": model_config(get_sliding_window=lambda: 4096)}, "sliding-window"),
-        ({"model": model_config(runner_type="pooling")}, "generative model"),
-    ],
-)
-def test_conflicts_are_named(case, words):
-    (sentence,) = conflicts(**case)
-    assert words in sentence
-    assert "\n" not in sentence
-
-
-def test_all_conflicts_are_told():
-    args = engine_args(async_scheduling=True, kv_cache_dtype="fp8")
-    assert len(conflicts(args, model_config(use_mla=True))) == 3
-
-
-def test_v2_runner_is_refused(monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert any("unset VLLM_USE_V2_MODEL_RUNNER" in c for c in conflicts())
 
 
 def test_short_flags_are_taken_over():
@@ -267,68 +194,6 @@ def test_the_front_end_does_not_load_numba_or_vllm():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def latents_config(parallel=None, **changes):
-    parallel = {"worker_cls": "auto", "world_size": 1} | (parallel or {})
-    fields = {
-        "parallel_config": SimpleNamespace(**parallel),
-        "scheduler_config": SimpleNamespace(async_scheduling=None), "speculative_config": None,
-        "use_v2_model_runner": False, "lora_config": None, "kv_transfer_config": None,
-    }  # fmt: skip
-    return SimpleNamespace(**fields | changes)
-
-
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ({"parallel": {"worker_cls": "my.Worker"}}, "leave worker_cls at 'auto'"),
-        ({"parallel": {"world_size": 2}}, "leave tensor_parallel_size"),
-        ({"use_v2_model_runner": True}, "unset VLLM_USE_V2_MODEL_RUNNER"),
-        ({"scheduler_config": SimpleNamespace(async_scheduling=True)}, "--async-scheduling"),
-        ({"lora_config": {}}, "remove enable_lora"),
-        ({"kv_transfer_config": {}}, "KV connector"),
-        (
-            {"speculative_config": SimpleNamespace(model=None, method="ngram")},
-            "cannot be drafted by 'ngram', which drafts tokens: use method 'cspd'",
-        ),
-    ],
-)
-def test_what_a_model_of_latents_cannot_work_with_is_named(case, words):
-    from vllm_specplus.engine.models.serving import WORKERS, conflicts
-
-    ours = SimpleNamespace(model=plugin.DRAFTER, method="custom_class")
-    for worker in ("auto", WORKERS["cpu"], plugin.WORKERS["cpu"]):
-        fine = latents_config(parallel={"worker_cls": worker}, speculative_config=ours)
-        assert list(conflicts(fine, "cpu")) == []
-    (sentence,) = conflicts(latents_config(**case), "cpu")
-    assert words in sentence
-    assert "\n" not in sentence
-
-
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ({"parallel": {"worker_cls": "my.Worker"}}, "leave worker_cls at 'auto'"),
-        ({"use_v2_model_runner": True}, "unset VLLM_USE_V2_MODEL_RUNNER"),
-        ({"scheduler_config": SimpleNamespace(async_scheduling=True)}, "--async-scheduling"),
-        (
-            {"speculative_config": SimpleNamespace(model=None, method="ngram")},
-            "cannot be drafted by 'ngram': use a method of vllm-specplus",
-        ),
-    ],
-)
-def test_what_a_model_of_captions_cannot_work_with_is_named(case, words):
-    from vllm_specplus.engine.models.serving import CAPTION_WORKERS, caption_conflicts
-
-    ours = SimpleNamespace(model=plugin.DRAFTER, method="custom_class")
-    for worker in ("auto", CAPTION_WORKERS["cpu"], plugin.WORKERS["cpu"]):
-        parallel = {"worker_cls": worker, "world_size": 2}
-        fine = latents_config(parallel=parallel, speculative_config=ours)
-        assert list(caption_conflicts(fine, "cpu")) == []
-    (sentence,) = caption_conflicts(latents_config(**case), "cpu")
-    assert words in sentence
-    assert "\n" not in sentence
 
 
 def test_a_model_of_captions_is_a_local_folder(tmp_path):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from vllm_specplus.capabilities import TEXT, Need
 from vllm_specplus.control.settings import ControlConfig, GoodputControl
 from vllm_specplus.drafting import eagle_checkpoint
 from vllm_specplus.drafting import model as draft_model
@@ -145,6 +146,8 @@ AcceptanceConfig = (
 class MethodConfig(StrictModel):
     """Keys every method of ours understands."""
 
+    supports: ClassVar[frozenset[Need]] = TEXT
+    """What models and launches may need of the method, of :mod:`vllm_specplus.capabilities`."""
     retrieves: ClassVar[bool] = False
     """Does the method only look texts up, with no opinion on the next token of its own?"""
     fuses: ClassVar[bool] = True
@@ -171,6 +174,10 @@ class MethodConfig(StrictModel):
                 "set num_speculative_tokens"
             )
         return self
+
+    def serves(self) -> frozenset[Need]:
+        """Return what it supports with these keys."""
+        return self.supports
 
     @property
     def rule(self) -> str | None:
@@ -553,6 +560,7 @@ class EasySpecConfig(DraftTreeConfig):
 class EagleTreeConfig(ShapedDraftConfig):
     """``{"method": "eagle_tree", "model": "...", ...}``; see ``proposers/eagle_tree.py``."""
 
+    supports: ClassVar[frozenset[Need]] = TEXT - {Need.MROPE}
     fuses: ClassVar[bool] = False
 
     method: Literal["eagle_tree"] = "eagle_tree"
@@ -572,6 +580,7 @@ class EagleTreeConfig(ShapedDraftConfig):
 class SelfSpeculationConfig(ShapedDraftConfig):
     """Keys of the methods that draft with the target's own layers."""
 
+    supports: ClassVar[frozenset[Need]] = TEXT - {Need.MROPE}
     kv_memory_mb: Annotated[int, Field(ge=1)] = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
@@ -702,6 +711,9 @@ class RasdConfig(MethodConfig):
                 "add one or remove 'prune'"
             )
         return self
+
+    def serves(self) -> frozenset[Need]:
+        return self.supports.intersection(*(member.serves() for member in self.members()))
 
     @property
     def rule(self) -> str | None:

@@ -10,24 +10,16 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from typing import Any
 
 from vllm_specplus import compat
 from vllm_specplus.config import METHODS, MethodConfig, parse
 from vllm_specplus.control import requests
+from vllm_specplus.engine import needs
+from vllm_specplus.engine.names import CONFIG_KEY, DRAFTER, SCHEDULER, WORKERS
 from vllm_specplus.target import Target
 
 logger = logging.getLogger("vllm.specplus")
-
-#: Key of ``additional_config`` that carries the validated config to every worker.
-CONFIG_KEY = "specplus"
-DRAFTER = "vllm_specplus.engine.drafter.Drafter"
-SCHEDULER = "vllm_specplus.engine.scheduler.GuardedScheduler"
-WORKERS = {
-    "cpu": "vllm_specplus.engine.worker.TreeCPUWorker",
-    "cuda": "vllm_specplus.engine.worker.TreeGPUWorker",
-}
 
 
 def register() -> None:
@@ -108,6 +100,7 @@ def _check_requests() -> None:
         try:
             if ours:
                 requests.parse(self.extra_args)
+                requests.check_reasoning(self)
             latents = target.model_type == LATENTS
             # Models that are served by a worker of ours in any case.
             told = latents or getattr(target, "caption_size", None) is not None
@@ -158,8 +151,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
             f"see `vllm-specplus doctor`"
         )
     config = parse(raw)
-    for problem in conflicts(args, model_config, parallel_config, current_platform.device_type):
-        raise ValueError(f"speculative method {config.method!r} {problem}")
+    needs.check_launch(config, args, model_config, parallel_config, current_platform.device_type)
     generates = model_config.hf_text_config
     latents = generates.to_dict() if generates.model_type == LATENTS else None
     target = Target(
@@ -196,50 +188,3 @@ def worker_config(config: MethodConfig) -> dict[str, Any]:
     """The JSON that travels in ``additional_config`` to every worker."""
     # Only what the user set: defaults are conflicts elsewhere when written out.
     return {"config": config.model_dump(exclude_unset=True, by_alias=True)}
-
-
-def conflicts(args: Any, model_config: Any, parallel_config: Any, device_type: str):
-    """Yield what in the engine arguments a draft tree cannot work with, and what to do."""
-    if device_type not in WORKERS:
-        yield f"runs on CPU and CUDA, not on {device_type!r}"
-    ours = WORKERS.get(device_type)
-    if parallel_config.worker_cls not in ("auto", ours):
-        yield (
-            f"brings its own worker and cannot use worker_cls={parallel_config.worker_cls!r}: "
-            f"leave worker_cls at 'auto'"
-        )
-    if args.scheduler_cls not in (None, SCHEDULER):
-        yield (
-            f"brings its own scheduler and cannot use scheduler_cls={args.scheduler_cls!r}: "
-            f"leave scheduler_cls unset"
-        )
-    if parallel_config.pipeline_parallel_size > 1:
-        yield "does not work with pipeline parallelism: use tensor_parallel_size instead"
-    if parallel_config.decode_context_parallel_size > 1:
-        yield "does not work with decode context parallelism: set it to 1"
-    if getattr(parallel_config, "enable_dbo", False):
-        yield "does not work with dual-batch overlap: remove enable_dbo"
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        yield "needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER"
-    if args.async_scheduling:
-        yield "drafts on the host and cannot use async scheduling: remove --async-scheduling"
-    if str(args.kv_cache_dtype).startswith("fp8"):
-        yield f"cannot use kv_cache_dtype={args.kv_cache_dtype!r}: use 'auto'"
-    if args.kv_transfer_config is not None:
-        yield "does not work with a KV connector: remove kv_transfer_config"
-    if args.enable_prompt_embeds:  # models of captions switch it on themselves
-        yield "drafts from token ids, which prompt embeddings have not: remove enable_prompt_embeds"
-    if args.enable_lora:
-        yield "does not support LoRA adapters yet: remove enable_lora"
-    if getattr(args, "reasoning_config", None) is not None:
-        yield "does not support thinking budgets: remove reasoning_config"
-    if model_config.is_hybrid or model_config.is_attention_free:
-        yield "needs a model whose layers all use full attention; this one has recurrent layers"
-    if model_config.is_encoder_decoder:
-        yield "needs a decoder-only model"
-    if model_config.runner_type != "generate":
-        yield f"needs a generative model, not runner {model_config.runner_type!r}"
-    if model_config.use_mla:
-        yield "does not work with multi-head latent attention yet"
-    if model_config.get_sliding_window() is not None:
-        yield "does not work with sliding-window attention yet: set disable_sliding_window"

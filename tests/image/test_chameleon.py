@@ -300,28 +300,5 @@ def test_mistakes_are_one_sentence(pictures, body, words):
     assert engine.seen == []
 
 
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"speculative_config": None}, "needs the model runner of vllm-specplus"),
-        (
-            {"speculative_config": SimpleNamespace(model=None, method="ngram")},
-            "needs the model runner of vllm-specplus",
-        ),
-        ({"quant_config": SimpleNamespace()}, "remove quantization"),
-    ],
-)
-def test_how_it_cannot_be_served_is_said_at_start(keys, words):
-    from vllm_specplus import plugin
-    from vllm_specplus.engine.models.serving import ServeTextWithPictures
-
-    ours = SimpleNamespace(model=plugin.DRAFTER)
-    fine = {"speculative_config": ours, "quant_config": None}
-    ServeTextWithPictures.verify_and_update_config(SimpleNamespace(**fine))
-    with pytest.raises(ValueError, match=words) as error:
-        ServeTextWithPictures.verify_and_update_config(SimpleNamespace(**fine | keys))
-    assert "\n" not in str(error.value)
-
-
 def test_vocabulary_of_the_tests_fits():
     assert SIZE + 64 < VOCAB

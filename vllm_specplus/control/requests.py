@@ -78,6 +78,16 @@ def parse(extra_args: dict[str, Any] | None) -> RequestControls:
         raise ValueError(f"{KEY}: {mistakes}") from None
 
 
+def check_reasoning(params: Any) -> None:
+    """ValueError with one sentence if ``params``, vLLM's ``SamplingParams``, limits how long a
+    model thinks: the limit ends thinking after a row, and a draft goes on behind it."""
+    if getattr(params, "thinking_token_budget", None) is not None:
+        raise ValueError(
+            "thinking_token_budget does not work with a speculative method of vllm-specplus: "
+            "remove it, or limit the whole answer with max_tokens"
+        )
+
+
 #: What a request for latents leaves alone, being for distributions over tokens -> what does.
 _OF_TOKENS: dict[str, tuple] = {
     "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "min_tokens": (0,),

@@ -19,8 +19,8 @@ from vllm_specplus.config import METHODS
 from vllm_specplus.control import memory
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.drafting.graphs import CudaRecorder
+from vllm_specplus.engine.names import CONFIG_KEY
 from vllm_specplus.engine.target_layers import TargetLayers
-from vllm_specplus.plugin import CONFIG_KEY
 from vllm_specplus.proposers import proposer_class
 from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext, TargetRows
 from vllm_specplus.tree import DraftBatch

@@ -24,7 +24,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.renderers.base import BaseRenderer
 
-from vllm_specplus import plugin
+from vllm_specplus import capabilities
+from vllm_specplus.engine import names, needs
 from vllm_specplus.image import chameleon
 from vllm_specplus.image.llamagen import PROJECTION, project
 
@@ -40,14 +41,6 @@ RENDERERS = {
     LABELS_MODE: ("vllm_specplus.engine.models.serving", "LabelRenderer"),
     CAPTIONS_MODE: ("vllm_specplus.engine.models.serving", "CaptionRenderer"),
 }
-WORKERS = {
-    "cpu": "vllm_specplus.engine.worker.LatentsCPUWorker",
-    "cuda": "vllm_specplus.engine.worker.LatentsGPUWorker",
-}
-CAPTION_WORKERS = {
-    "cpu": "vllm_specplus.engine.worker.ImageCPUWorker",
-    "cuda": "vllm_specplus.engine.worker.ImageGPUWorker",
-}
 #: Where the front end finds how captions are projected.
 WEIGHTS = "model.safetensors"
 
@@ -60,9 +53,11 @@ class ServeLatents(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        for problem in conflicts(vllm_config, current_platform.device_type):
-            raise ValueError(f"a model of latents {problem}")
-        vllm_config.parallel_config.worker_cls = WORKERS[current_platform.device_type]
+        device = current_platform.device_type
+        needs.check_image_launch(
+            vllm_config, device, names.LATENTS_WORKERS, "a model of latents", capabilities.LATENTS
+        )
+        vllm_config.parallel_config.worker_cls = names.LATENTS_WORKERS[device]
         vllm_config.scheduler_config.async_scheduling = False
         if vllm_config.cache_config.enable_prefix_caching:
             logger.info("Prefix caching is off: equal tokens stand for different latents")
@@ -83,48 +78,13 @@ class ServeCaptions(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        for problem in caption_conflicts(vllm_config, current_platform.device_type):
-            raise ValueError(f"a model of captions {problem}")
-        vllm_config.parallel_config.worker_cls = CAPTION_WORKERS[current_platform.device_type]
+        device = current_platform.device_type
+        needs.check_image_launch(
+            vllm_config, device, names.CAPTION_WORKERS, "a model of captions",
+            capabilities.CAPTIONS,
+        )  # fmt: skip
+        vllm_config.parallel_config.worker_cls = names.CAPTION_WORKERS[device]
         vllm_config.scheduler_config.async_scheduling = False
-
-
-def worker_conflicts(vllm_config: VllmConfig, device_type: str, workers: dict[str, str]):
-    """Yield what in an engine's config does not go with one of our ``workers``, and what to do."""
-    parallel = vllm_config.parallel_config
-    if device_type not in workers:
-        yield f"runs on CPU and CUDA, not on {device_type!r}"
-    if parallel.worker_cls not in ("auto", *plugin.WORKERS.values(), *workers.values()):
-        yield f"brings its own worker: leave worker_cls at 'auto', not {parallel.worker_cls!r}"
-    if vllm_config.use_v2_model_runner:
-        yield "needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER"
-    if vllm_config.scheduler_config.async_scheduling:
-        yield "cannot use async scheduling: remove --async-scheduling"
-
-
-def caption_conflicts(vllm_config: VllmConfig, device_type: str):
-    """The same for a model of captions."""
-    yield from worker_conflicts(vllm_config, device_type, CAPTION_WORKERS)
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.model != plugin.DRAFTER:
-        yield (
-            f"cannot be drafted by {speculative.method!r}: use a method of vllm-specplus, such as "
-            f"'jacobi'"
-        )
-
-
-def conflicts(vllm_config: VllmConfig, device_type: str):
-    """The same for a model of latents."""
-    yield from worker_conflicts(vllm_config, device_type, WORKERS)
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    if parallel.world_size > 1:
-        yield "runs on one device: leave tensor_parallel_size and pipeline_parallel_size at 1"
-    if vllm_config.lora_config is not None:
-        yield "does not support LoRA adapters: remove enable_lora"
-    if vllm_config.kv_transfer_config is not None:
-        yield "has latents beside its cache, which no KV connector carries: remove it"
-    if speculative is not None and speculative.model != plugin.DRAFTER:
-        yield f"cannot be drafted by {speculative.method!r}, which drafts tokens: use method 'cspd'"
 
 
 class ServeTextWithPictures(VerifyAndUpdateConfig):
@@ -134,13 +94,10 @@ class ServeTextWithPictures(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        if getattr(vllm_config.speculative_config, "model", None) != plugin.DRAFTER:
-            raise ValueError(
-                "a model of texts with pictures needs the model runner of vllm-specplus, which its "
-                'methods bring: add --speculative-config \'{"method": "jacobi"}\', or another'
-            )
-        if vllm_config.quant_config is not None:
-            raise ValueError("a model of texts with pictures is not quantized: remove quantization")
+        needs.check_image_launch(
+            vllm_config, current_platform.device_type, names.WORKERS,
+            "a model of texts with pictures", capabilities.PICTURES,
+        )  # fmt: skip
 
 
 class ImageRenderer(BaseRenderer):

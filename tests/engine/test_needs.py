@@ -1,0 +1,278 @@
+"""Needs of a launch, read off stand-ins of vLLM's objects, and the sentence for each."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_specplus import capabilities
+from vllm_specplus.capabilities import Found, Need, gaps
+from vllm_specplus.config import parse
+from vllm_specplus.engine import names, needs
+
+
+def engine_args(**changes):
+    fields = {"kv_cache_dtype": "auto", "scheduler_cls": None}
+    return SimpleNamespace(**fields | changes)
+
+
+def model_config(text=None, **changes):
+    fields = {"runner_type": "generate", "hf_text_config": SimpleNamespace(**(text or {}))}
+    return SimpleNamespace(**fields | changes)
+
+
+def parallel_config(**changes):
+    return SimpleNamespace(**{"worker_cls": "auto"} | changes)
+
+
+def problems(args=None, model=None, parallel=None, device="cpu", method="token_recycling"):
+    config = parse({"method": method}) if isinstance(method, str) else method
+    try:
+        needs.check_launch(
+            config, args or engine_args(), model or model_config(), parallel or parallel_config(),
+            device,
+        )  # fmt: skip
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_ordinary_launches_are_served():
+    assert problems() is None
+    assert problems(parallel=parallel_config(worker_cls=names.WORKERS["cpu"])) is None
+    served = engine_args(
+        tensor_parallel_size=8, data_parallel_size=2, enable_expert_parallel=True,
+        kv_cache_dtype="bfloat16", async_scheduling=False, video_pruning_rate=0.0,
+        reasoning_config=object(), kv_transfer_config=None, attention_backend="cpu_attn",
+    )  # fmt: skip
+    assert problems(served) is None
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"device": "tpu"}, "this device ('tpu'): run it on a CPU"),
+        ({"parallel": parallel_config(worker_cls="my.Worker")}, "worker_cls='my.Worker'"),
+        ({"args": engine_args(scheduler_cls="my.Scheduler")}, "scheduler_cls='my.Scheduler'"),
+        ({"args": engine_args(pipeline_parallel_size=2)}, "pipeline parallelism"),
+        ({"args": engine_args(decode_context_parallel_size=2)}, "context parallelism"),
+        ({"args": engine_args(prefill_context_parallel_size=2)}, "context parallelism"),
+        ({"args": engine_args(enable_dbo=True)}, "remove --enable-dbo"),
+        ({"args": engine_args(async_scheduling=True)}, "remove --async-scheduling"),
+        ({"args": engine_args(kv_cache_dtype="fp8_e5m2")}, "kv_cache_dtype='fp8_e5m2'"),
+        ({"args": engine_args(kv_cache_dtype="turboquant_k8v4")}, "a quantized KV cache"),
+        ({"args": engine_args(kv_transfer_config={})}, "(--kv-transfer-config): remove it"),
+        ({"args": engine_args(kv_offloading_size=1.0)}, "(--kv-offloading-size): remove it"),
+        ({"args": engine_args(kv_sharing_fast_prefill=True)}, "remove --kv-sharing-fast-prefill"),
+        ({"args": engine_args(enable_lora=True)}, "remove --enable-lora and serve a model that"),
+        ({"args": engine_args(enable_prompt_embeds=True)}, "remove --enable-prompt-embeds"),
+        ({"args": engine_args(enable_elastic_ep=True)}, "remove --enable-elastic-ep"),
+        ({"args": engine_args(video_pruning_rate=0.5)}, "remove --video-pruning-rate"),
+        ({"args": engine_args(attention_backend="FLASHINFER")}, "(FLASHINFER): remove --attent"),
+        ({"model": model_config(is_hybrid=True)}, "recurrent layers"),
+        ({"model": model_config(is_attention_free=True)}, "recurrent layers"),
+        ({"model": model_config(is_encoder_decoder=True)}, "encoder-decoder models"),
+        ({"model": model_config(use_mla=True)}, "multi-head latent attention"),
+        ({"model": model_config(uses_alibi=True)}, "ALiBi"),
+        ({"model": model_config(uses_xdrope_dim=4)}, "XD-RoPE"),
+        ({"model": model_config(rswa_window=64)}, "reference sliding-window"),
+        ({"model": model_config(runner_type="pooling")}, "models that generate nothing"),
+        ({"model": model_config({"attn_logit_softcapping": 50.0})}, "soft-capped"),
+        ({"model": model_config({"attention_chunk_size": 8192})}, "chunked attention"),
+        ({"model": model_config({"model_type": "gpt_oss"})}, "attention sinks"),
+        ({"model": model_config({"add_swa_attention_sink_bias": True})}, "attention sinks"),
+        ({"model": model_config({"sparse_attention_config": {"on": 1}})}, "sparse attention"),
+        ({"model": model_config({"layer_types": ["full_attention", "linear_attention"]})},
+         "recurrent layers"),
+        ({"model": model_config({"layer_types": ["full_attention", "braided"]})},
+         "a kind of attention that it does not know (layers of type 'braided')"),
+    ],
+)  # fmt: skip
+def test_what_nobody_serves_is_one_sentence(case, words):
+    sentence = problems(**case)
+    assert sentence.startswith("speculative method 'token_recycling' does not work with ")
+    assert words in sentence
+    assert ": " in sentence
+    assert "\n" not in sentence
+
+
+def test_a_checkpoint_that_asks_for_a_quantized_cache_is_refused_with_what_helps():
+    quantized = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}, "quant_method": "x"}
+    model = model_config(hf_config=SimpleNamespace(quantization_config=quantized))
+    assert "kv_cache_dtype='auto', which is 'fp8" in problems(model=model)
+    assert problems(engine_args(kv_cache_dtype="bfloat16"), model) is None
+
+
+ADVICE = "disable-sliding-window"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "cohere2", "gemma3n_text", "olmo3"])
+def test_a_window_that_means_more_is_never_to_be_switched_off(family):
+    layers = {"model_type": family, "layer_types": ["sliding_attention", "full_attention"]}
+    for window in (64, None):  # None: what vLLM's --disable-sliding-window leaves behind
+        sentence = problems(model=model_config(layers | {"sliding_window": window}))
+        assert "sliding-window attention" in sentence
+        assert ADVICE not in sentence
+
+
+def test_a_window_of_all_layers_alike_can_be_switched_off():
+    sentence = problems(model=model_config({"model_type": "mistral", "sliding_window": 4096}))
+    assert f"add --{ADVICE}, which for this model only limits --max-model-len to 4096" in sentence
+    assert problems(model=model_config({"model_type": "mistral", "sliding_window": None})) is None
+    unknown = problems(model=model_config({"model_type": "new", "sliding_window": 4096}))
+    assert ADVICE not in unknown
+
+
+def test_all_needs_are_told_each_once():
+    args = engine_args(async_scheduling=True, kv_cache_dtype="fp8", kv_transfer_config={},
+                       kv_offloading_size=2.0)  # fmt: skip
+    sentences = problems(args, model_config(use_mla=True)).split("; speculative method ")
+    assert len(sentences) == 4
+
+
+def test_v2_runner_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "unset VLLM_USE_V2_MODEL_RUNNER" in problems()
+
+
+def test_rotary_positions_of_several_axes_are_the_methods_affair():
+    model = model_config(uses_mrope=True)
+    assert problems(model=model) is None
+    assert "use a method that drafts without" in problems(
+        model=model, method=parse({"method": "layer_skip"})
+    )
+    fused = {"method": "rasd", "sources": ["token_recycling", {"method": "early_exit"}]}
+    assert "M-RoPE" in problems(model=model, method=parse(fused))
+
+
+def test_every_need_is_refused_by_default_and_has_a_remedy():
+    for need in Need:
+        (sentence,) = gaps([Found(need, "somewhere")], "x", engine=frozenset(), method=frozenset())
+        assert sentence == f"x does not work with {need.what} (somewhere): {need.remedy}"
+        assert need.remedy
+
+
+def test_the_table_is_in_order():
+    assert [need.name for need in Need] == sorted(need.name for need in Need)
+    assert len({need.what for need in Need}) == len(Need)
+
+
+# -- models of pictures -----------------------------------------------------------------
+
+
+OURS = SimpleNamespace(model=names.DRAFTER, method="custom_class")
+FOREIGN = SimpleNamespace(model=None, method="ngram")
+
+
+def image_config(parallel=None, **changes):
+    fields = {
+        "parallel_config": parallel_config(**(parallel or {})),
+        "scheduler_config": SimpleNamespace(async_scheduling=None), "speculative_config": None,
+        "use_v2_model_runner": False, "lora_config": None, "kv_transfer_config": None,
+        "quant_config": None,
+    }  # fmt: skip
+    return SimpleNamespace(**fields | changes)
+
+
+KINDS = {
+    "latents": (names.LATENTS_WORKERS, capabilities.LATENTS),
+    "captions": (names.CAPTION_WORKERS, capabilities.CAPTIONS),
+    "texts with pictures": (names.WORKERS, capabilities.PICTURES),
+}
+EVERYWHERE = tuple(KINDS)
+
+
+def image_problems(kind: str, config):
+    workers, served = KINDS[kind]
+    try:
+        needs.check_image_launch(config, "cpu", workers, f"a model of {kind}", served)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "case", "words"),
+    [
+        (EVERYWHERE, {"parallel": {"worker_cls": "my.Worker"}}, "leave --worker-cls at 'auto'"),
+        (EVERYWHERE, {"use_v2_model_runner": True}, "unset VLLM_USE_V2_MODEL_RUNNER"),
+        (EVERYWHERE, {"scheduler_config": SimpleNamespace(async_scheduling=True)},
+         "remove --async-scheduling"),
+        (EVERYWHERE, {"speculative_config": FOREIGN},
+         "a speculative method of vLLM's own ('ngram'): use a method of vllm-specplus, such as"),
+        (("latents",), {"parallel": {"tensor_parallel_size": 2}}, "set --tensor-parallel-size"),
+        (("latents",), {"parallel": {"pipeline_parallel_size": 2}}, "set --pipeline-parallel-s"),
+        (("latents",), {"lora_config": {}}, "remove --enable-lora"),
+        (("latents",), {"kv_transfer_config": {}}, "a KV connector"),
+        (("texts with pictures",), {"speculative_config": None}, "add --speculative-config"),
+        (("texts with pictures",), {"quant_config": {}}, "remove --quantization"),
+    ],
+)  # fmt: skip
+def test_what_an_image_model_cannot_work_with_is_named(kinds, case, words):
+    for kind in kinds:
+        config = image_config(**{"speculative_config": OURS} | case)
+        sentence = image_problems(kind, config)
+        assert sentence.startswith(f"a model of {kind} does not work with ")
+        assert words in sentence
+        assert "\n" not in sentence
+
+
+def test_image_models_are_served():
+    for kind, (workers, _) in KINDS.items():
+        for worker in ("auto", workers["cpu"], names.WORKERS["cpu"]):
+            fine = image_config({"worker_cls": worker}, speculative_config=OURS)
+            assert image_problems(kind, fine) is None
+    assert image_problems("latents", image_config()) is None
+    assert image_problems("captions", image_config({"tensor_parallel_size": 2})) is None
+
+
+# -- after load -------------------------------------------------------------------------
+
+
+def specs(kind="FullAttentionSpec", **fields):
+    return type(kind, (), fields)()
+
+
+def caches(*groups):
+    return SimpleNamespace(
+        kv_cache_groups=[
+            SimpleNamespace(layer_names=["model.layers.0.attn"], kv_cache_spec=spec)
+            for spec in groups
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([specs(), specs()], "several groups of KV caches (2 of them)"),
+        ([specs("SlidingWindowSpec")], "SlidingWindowSpec of layer 'model.layers.0.attn'"),
+        ([specs("MambaSpec")], "recurrent layers"),
+        ([specs("NewSpec")], "a kind of attention that it does not know (NewSpec of layer"),
+        ([specs(sliding_window=8)], "sliding-window attention (sliding_window=8)"),
+        ([specs(attention_chunk_size=8)], "chunked attention (attention_chunk_size=8)"),
+        (
+            [specs("UniformTypeKVCacheSpecs", kv_cache_specs={"a": specs("MLAAttentionSpec")})],
+            "multi-head latent attention",
+        ),
+    ],
+)
+def test_caches_that_nobody_serves_are_refused_after_load(groups, words):
+    needs.check_loaded(None, {}, caches(specs()))
+    with pytest.raises(ValueError, match="vllm-specplus does not work with ") as error:
+        needs.check_loaded(None, {}, caches(*groups))
+    assert words in str(error.value)
+
+
+def test_layers_of_different_head_counts_need_a_back_end_that_serves_them():
+    from vllm_specplus.engine.attention.cpu import TreeCPUBackend, TreeCPUImpl
+
+    heads = {"a": specs(num_kv_heads=1), "b": specs(num_kv_heads=2)}
+    spec = specs("UniformTypeKVCacheSpecs", kv_cache_specs=heads)
+    with pytest.raises(ValueError, match="different numbers of KV heads"):
+        needs.check_loaded(None, {}, caches(spec))
+    layer = SimpleNamespace(
+        impl=TreeCPUImpl.__new__(TreeCPUImpl), get_attn_backend=lambda: TreeCPUBackend
+    )
+    needs.check_loaded(None, {"a": layer}, caches(spec))

@@ -1,0 +1,358 @@
+"""What a launch needs of the capability contract (``capabilities.py``), read off vLLM's objects.
+
+Twice: at configuration, from the engine's arguments and the model's config (:func:`of_launch`),
+where a mistake costs no loading; and after load, from the layers and their caches
+(:func:`check_loaded`), where nothing is left to guess. Nothing else reads vLLM's configs for it,
+and importing this module imports neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from vllm_specplus import capabilities
+from vllm_specplus.capabilities import Found, Need
+from vllm_specplus.engine import names
+
+#: Arguments that are a need if they are given, or more than 0.
+GIVEN = {
+    "async_scheduling": Need.ASYNC_SCHEDULING,
+    "diffusion_config": Need.DIFFUSION,
+    "enable_batch_sharded_sampling": Need.BATCH_SHARDED_SAMPLING,
+    "enable_dbo": Need.DUAL_BATCH_OVERLAP,
+    "enable_elastic_ep": Need.ELASTIC_EXPERTS,
+    "enable_expert_parallel": Need.EXPERT_PARALLEL,
+    "enable_lora": Need.LORA,
+    "enable_prompt_embeds": Need.PROMPT_EMBEDS,
+    "enable_return_routed_experts": Need.ROUTED_EXPERTS,
+    "enable_trace_replay": Need.TRACE_REPLAY,
+    "kv_offloading_size": Need.KV_CONNECTOR,
+    "kv_sharing_fast_prefill": Need.KV_FAST_PREFILL,
+    "kv_transfer_config": Need.KV_CONNECTOR,
+    "return_sampling_mask": Need.SAMPLING_MASK,
+    "video_pruning_rate": Need.VIDEO_PRUNING,
+    "watermark_config": Need.WATERMARK,
+}
+#: Arguments that are a need if they are more than 1.
+SIZES = {
+    "data_parallel_size": Need.DATA_PARALLEL,
+    "decode_context_parallel_size": Need.CONTEXT_PARALLEL,
+    "pipeline_parallel_size": Need.PIPELINE_PARALLEL,
+    "prefill_context_parallel_size": Need.CONTEXT_PARALLEL,
+    "tensor_parallel_size": Need.TENSOR_PARALLEL,
+    "ubatch_size": Need.DUAL_BATCH_OVERLAP,
+}
+#: KV caches that hold keys and values as the model computes them.
+PLAIN_KV = ("auto", "bfloat16", "float16")
+#: Model types whose layers all have the window of the config, and go by it in nothing else.
+UNIFORM_WINDOWS = ("mistral", "mixtral", "phi3")
+#: Words in ``layer_types`` -> what such a layer needs, None: nothing.
+LAYER_TYPES = {
+    "sliding": Need.SLIDING_WINDOW,
+    "chunked": Need.CHUNKED_ATTENTION,
+    "sparse": Need.SPARSE_ATTENTION,
+    "linear": Need.RECURRENT_LAYERS,
+    "mamba": Need.RECURRENT_LAYERS,
+    "recurrent": Need.RECURRENT_LAYERS,
+    "conv": Need.RECURRENT_LAYERS,
+    "full": None,
+    "global": None,
+    "attention": None,
+}
+
+
+def of_launch(args: Any, model: Any, parallel: Any, device_type: str) -> list[Found]:
+    """Return what vLLM's ``EngineArgs``, ``ModelConfig`` and ``ParallelConfig`` need."""
+    own = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+    found = [*_of_worker(parallel, device_type, names.WORKERS, own), *_of_arguments(args)]
+    found += _of_attention_backend(args, device_type)
+    found += _of_kv_dtype(getattr(args, "kv_cache_dtype", "auto"), model)
+    found += of_model(model)
+    unique: dict[Need, Found] = {}
+    for each in found:
+        unique.setdefault(each.need, each)
+    return list(unique.values())
+
+
+def _of_worker(
+    parallel: Any, device_type: str, workers: Mapping[str, str], v2_runner: bool
+) -> Iterator[Found]:
+    if device_type not in workers:
+        yield Found(Need.DEVICE, repr(device_type))
+    ours = {*names.WORKERS.values(), *workers.values()}
+    if parallel.worker_cls not in ("auto", *ours):
+        yield Found(Need.CUSTOM_WORKER, f"worker_cls={parallel.worker_cls!r}")
+    if v2_runner:
+        yield Found(Need.V2_RUNNER, "VLLM_USE_V2_MODEL_RUNNER=1")
+
+
+def _of_arguments(args: Any) -> Iterator[Found]:
+    for name, need in GIVEN.items():
+        value = getattr(args, name, None)
+        if value not in (None, False, 0):
+            yield Found(need, "--" + name.replace("_", "-"))
+    for name, need in SIZES.items():
+        value = getattr(args, name, 1)
+        if value is not None and value > 1:
+            yield Found(need, f"{name}={value}")
+    if args.scheduler_cls not in (None, names.SCHEDULER):
+        yield Found(Need.CUSTOM_SCHEDULER, f"scheduler_cls={args.scheduler_cls!r}")
+    attention = getattr(args, "attention_config", None)
+    if getattr(attention, "hisparse_config", None) is not None:
+        yield Found(Need.SPARSE_ATTENTION, "hisparse_config", "remove it from --attention-config")
+
+
+def _of_attention_backend(args: Any, device_type: str) -> Iterator[Found]:
+    chosen = getattr(args, "attention_backend", None) or getattr(
+        getattr(args, "attention_config", None), "backend", None
+    )
+    name = getattr(chosen, "name", chosen)
+    if name is None or str(name).lower() == "auto":
+        return
+    ours = backends(device_type)
+    if str(name).upper() not in ours:
+        yield Found(
+            Need.ATTENTION_BACKEND,
+            str(name),
+            f"remove --attention-backend, or choose {' or '.join(ours)}",
+        )
+
+
+def _of_kv_dtype(asked: str, model: Any) -> Iterator[Found]:
+    """Of the argument, or of the checkpoint, which 'auto' goes by."""
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+    dtype = resolve_kv_cache_dtype_string(str(asked), model)
+    scheme = getattr(getattr(model, "hf_config", None), "quantization_config", None)
+    if dtype == "auto" and isinstance(scheme, dict) and scheme.get("kv_cache_scheme"):
+        dtype = "fp8"  # vLLM finds that out when it makes the layers
+    if dtype not in PLAIN_KV:
+        source = f"kv_cache_dtype={asked!r}"
+        if asked == "auto":
+            source += f", which is {dtype!r} for this checkpoint"
+        yield Found(Need.QUANTIZED_KV, source)
+
+
+def of_model(model: Any) -> list[Found]:
+    """Return what vLLM's ``ModelConfig`` says of the model."""
+    found = []
+    for need, attribute in (
+        (Need.RECURRENT_LAYERS, "is_hybrid"),
+        (Need.RECURRENT_LAYERS, "is_attention_free"),
+        (Need.RECURRENT_LAYERS, "has_inner_state"),
+        (Need.ENCODER_DECODER, "is_encoder_decoder"),
+        (Need.LATENT_ATTENTION, "use_mla"),
+        (Need.ALIBI, "uses_alibi"),
+        (Need.DIFFUSION, "is_diffusion"),
+        (Need.MROPE, "uses_mrope"),
+        (Need.PREFIX_LM, "is_mm_prefix_lm"),
+        (Need.REFERENCE_WINDOW, "rswa_window"),
+        (Need.XDROPE, "uses_xdrope_dim"),
+    ):
+        if getattr(model, attribute, None):
+            found.append(Found(need, _family(model)))
+    if getattr(model, "runner_type", "generate") != "generate":
+        found.append(Found(Need.POOLING, f"runner={model.runner_type!r}"))
+    pruning = getattr(getattr(model, "multimodal_config", None), "video_pruning_rate", None)
+    if pruning:
+        found.append(Found(Need.VIDEO_PRUNING, f"video_pruning_rate={pruning}"))
+    config = getattr(model, "hf_text_config", None)
+    return found + list(_of_config(config)) if config is not None else found
+
+
+def _family(model: Any) -> str:
+    config = getattr(model, "hf_config", None)
+    return f"a model of type {config.model_type!r}" if hasattr(config, "model_type") else ""
+
+
+def _of_config(config: Any) -> Iterator[Found]:
+    """What a Hugging Face config of a text model says of its attention."""
+    family = str(getattr(config, "model_type", ""))
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
+    for kind in kinds:
+        need = next((need for word, need in LAYER_TYPES.items() if word in kind),
+                    Need.UNKNOWN_ATTENTION)  # fmt: skip
+        if need is not None and need is not Need.SLIDING_WINDOW:
+            yield Found(need, f"layers of type {kind!r}")
+    yield from _windows(config, family, [kind for kind in kinds if "sliding" in kind])
+    if getattr(config, "attention_chunk_size", None):
+        yield Found(Need.CHUNKED_ATTENTION, f"attention_chunk_size={config.attention_chunk_size}")
+    if getattr(config, "attn_logit_softcapping", None):
+        yield Found(Need.LOGITS_SOFT_CAP, f"attn_logit_softcapping={config.attn_logit_softcapping}")
+    if family == "gpt_oss" or _any(config, "attention_sink_bias", "attention_sink_enabled"):
+        yield Found(Need.ATTENTION_SINKS, f"a model of type {family!r}")
+    if getattr(config, "sparse_attention_config", None) or hasattr(config, "index_topk"):
+        yield Found(Need.SPARSE_ATTENTION, f"a model of type {family!r}")
+    if getattr(config, "num_kv_shared_layers", None):
+        yield Found(Need.KV_SHARING, f"num_kv_shared_layers={config.num_kv_shared_layers}")
+
+
+def _any(config: Any, *endings: str) -> bool:
+    keys = vars(config) if hasattr(config, "__dict__") else {}
+    return any(bool(value) for key, value in keys.items() if key.endswith(endings))
+
+
+def _windows(config: Any, family: str, kinds: list[str]) -> Iterator[Found]:
+    """The sliding windows of a model. Only where all layers have the same, and go by it in nothing
+    else, is full attention up to that length the same model."""
+    window = next(
+        (
+            value
+            for key in ("sliding_window", "sliding_windows", "sliding_window_size")
+            if (value := getattr(config, key, None))
+        ),
+        None,
+    )
+    if kinds:
+        # The kinds stay when vLLM's --disable-sliding-window takes the window away: layers that
+        # lack rotary positions or have others would be another model.
+        yield Found(Need.SLIDING_WINDOW, f"layers of type {kinds[0]!r}")
+    elif window is not None:
+        remedy = None
+        if family in UNIFORM_WINDOWS and isinstance(window, int):
+            remedy = (
+                f"add --disable-sliding-window, which for this model only limits --max-model-len "
+                f"to {window}"
+            )
+        yield Found(Need.SLIDING_WINDOW, f"sliding_window={window}", remedy)
+
+
+def of_image_launch(vllm_config: Any, device_type: str, workers: Mapping[str, str]) -> list[Found]:
+    """Return what the engine of an image model of ours needs; it brings one of ``workers``."""
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    found = [*_of_worker(parallel, device_type, workers, vllm_config.use_v2_model_runner)]
+    if vllm_config.scheduler_config.async_scheduling:
+        found.append(Found(Need.ASYNC_SCHEDULING, "async_scheduling"))
+    for name, need in SIZES.items():
+        if getattr(parallel, name, 1) > 1:
+            found.append(Found(need, f"{name}={getattr(parallel, name)}"))
+    if vllm_config.lora_config is not None:
+        found.append(Found(Need.LORA, "--enable-lora"))
+    if vllm_config.kv_transfer_config is not None:
+        found.append(Found(Need.KV_CONNECTOR, "--kv-transfer-config"))
+    if getattr(vllm_config, "quant_config", None) is not None:
+        found.append(Found(Need.QUANTIZED_WEIGHTS))
+    if speculative is None:
+        found.append(Found(Need.NO_METHOD))
+    elif speculative.model != names.DRAFTER:
+        found.append(Found(Need.FOREIGN_METHOD, repr(speculative.method)))
+    return found
+
+
+def backends(device_type: str) -> dict[str, str]:
+    """Our attention back ends for a device: vLLM's name -> place of the class."""
+    from vllm_specplus.engine import attention
+
+    return attention.BACKENDS.get(device_type, {})
+
+
+def served_by_attention(device_type: str) -> frozenset[Need]:
+    """Return what some back end of the device serves: all that configuration can tell."""
+    served: frozenset[Need] = frozenset()
+    for place in backends(device_type).values():
+        module, _, name = place.rpartition(".")
+        try:
+            backend = getattr(importlib.import_module(module), name)
+        except ImportError:  # a build of vLLM without its kernels; the others may do
+            continue
+        served |= backend.supports
+    return served
+
+
+def check_launch(config: Any, args: Any, model: Any, parallel: Any, device_type: str) -> None:
+    """Raise ValueError with one sentence per need of the launch that nobody serves.
+
+    ``config`` is the validated config of a method.
+    """
+    problems = capabilities.gaps(
+        of_launch(args, model, parallel, device_type),
+        f"speculative method {config.method!r}",
+        attention=served_by_attention(device_type),
+        method=config.serves(),
+    )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_image_launch(
+    vllm_config: Any,
+    device_type: str,
+    workers: Mapping[str, str],
+    subject: str,
+    served: frozenset[Need],
+) -> None:
+    """The same for an image model of ours, which brings one of ``workers``."""
+    problems = capabilities.gaps(
+        of_image_launch(vllm_config, device_type, workers), subject, engine=served
+    )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_loaded(vllm_config: Any, layers: Mapping[str, Any], kv_cache_config: Any) -> None:
+    """Raise ValueError with one sentence per need of the loaded model that nobody serves.
+
+    ``layers`` are those with a KV cache, by name; their implementations have refused arguments
+    that they do not know when they were made.
+    """
+    from vllm_specplus.engine import attention
+
+    foreign = [
+        refusal for name, layer in layers.items() if (refusal := attention.refusal(name, layer))
+    ]
+    if foreign:
+        raise ValueError(foreign[0])  # the others read alike
+    served = [attention.supports(layer) for layer in layers.values()]
+    problems = capabilities.gaps(
+        of_caches(kv_cache_config),
+        "vllm-specplus",
+        attention=frozenset.intersection(*served) if served else frozenset(),
+    )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def of_caches(kv_cache_config: Any) -> list[Found]:
+    """Return what the groups of vLLM's ``KVCacheConfig`` need."""
+    groups = kv_cache_config.kv_cache_groups
+    found = []
+    if len(groups) > 1:
+        found.append(Found(Need.KV_GROUPS, f"{len(groups)} of them"))
+    for group in groups:
+        spec = group.kv_cache_spec
+        each = getattr(spec, "kv_cache_specs", None)
+        specs = [spec] if each is None else list(each.values())
+        found += _of_specs(specs, group.layer_names[0])
+        if len({getattr(spec, "num_kv_heads", None) for spec in specs}) > 1:
+            found.append(Found(Need.VARIABLE_HEADS))
+    return found
+
+
+#: Kinds of cache by the name of vLLM's class, beside the one of full attention.
+_SPECS = {
+    "ChunkedLocalAttentionSpec": Need.CHUNKED_ATTENTION,
+    "CrossAttentionSpec": Need.ENCODER_ATTENTION,
+    "EncoderOnlyAttentionSpec": Need.ENCODER_ATTENTION,
+    "MLAAttentionSpec": Need.LATENT_ATTENTION,
+    "MambaSpec": Need.RECURRENT_LAYERS,
+    "RSWASpec": Need.REFERENCE_WINDOW,
+    "SinkFullAttentionSpec": Need.ATTENTION_SINKS,
+    "SlidingWindowMLASpec": Need.LATENT_ATTENTION,
+    "SlidingWindowSpec": Need.SLIDING_WINDOW,
+}
+
+
+def _of_specs(specs: Iterable[Any], layer: str) -> Iterator[Found]:
+    for spec in specs:
+        kind = type(spec).__name__
+        if kind != "FullAttentionSpec":
+            yield Found(_SPECS.get(kind, Need.UNKNOWN_ATTENTION), f"{kind} of layer {layer!r}")
+            return
+        # Without vLLM's hybrid cache manager windows and chunks are kept as full attention.
+        if getattr(spec, "sliding_window", None):
+            yield Found(Need.SLIDING_WINDOW, f"sliding_window={spec.sliding_window}")
+        if getattr(spec, "attention_chunk_size", None):
+            yield Found(Need.CHUNKED_ATTENTION, f"attention_chunk_size={spec.attention_chunk_size}")
