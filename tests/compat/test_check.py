@@ -55,8 +55,8 @@ RUNNER = "vllm.v1.worker.gpu_model_runner"
 #: Renamed in vLLM: (module, old text, new text), and the words of the problem.
 IN_VLLM = {
     "an imported function": (
-        ("vllm.v1.kv_cache_interface", "def is_quantized_kv_cache(", "def is_quantised("),
-        ("vllm.v1.kv_cache_interface.is_quantized_kv_cache: does not exist",),
+        ("vllm.utils.math_utils", "def cdiv(", "def divide_up("),
+        ("vllm.utils.math_utils.cdiv: does not exist",),
     ),
     "a function imported within a function": (
         ("vllm.tokenizers", "cached_tokenizer_from_config", "cached_tokenizer"),
@@ -71,8 +71,12 @@ IN_VLLM = {
         ("GPUModelRunner._calc_spec_decode_metadata: is not there to be overridden",),
     ),
     "a parameter of an overridden method": (
-        (RUNNER, "        num_draft_tokens: np.ndarray,", "        num_drafts: np.ndarray,"),
-        ("_calc_spec_decode_metadata: our override does not fit", "'num_drafts'"),
+        (
+            RUNNER,
+            "_on_request_state_removed(\n        self,\n        req_id: str,",
+            "_on_request_state_removed(\n        self,\n        name: str,",
+        ),
+        ("_on_request_state_removed: our override does not fit", "'name', ours 'req_id'"),
     ),
     "one more parameter of an overridden method": (
         (

@@ -56,8 +56,7 @@ class CodeCheck:
             return
         if isinstance(node.value, ast.Attribute) and node.value.attr in OURS:
             return
-        name = getattr(types[0], "cls", types[0])
-        target = f"{title(name)}.{node.attr}"
+        target = f"{title(_of_vllm(types[0]))}.{node.attr}"
         self.ledger.checked("attributes", scope.module, node, target)
         if not any(self._has(each, node.attr) for each in types):
             self.ledger.problem(scope.module, node, target, "does not exist")
@@ -151,6 +150,13 @@ def _looked_at(statement: ast.AST) -> list[ast.AST]:
     """What is checked in a statement, which is met once for every class that has it."""
     kinds = ast.Attribute | ast.Call | ast.Assign | Def | ast.Lambda
     return [node for node in walk_inside(statement) if isinstance(node, kinds)]
+
+
+def _of_vllm(owner: Type) -> Class | Module:
+    """What of vLLM ``owner`` is, or builds on."""
+    if isinstance(owner, Module):
+        return owner
+    return next((c for c in owner.cls.mro if is_vllm(c.module)), owner.cls)
 
 
 def _is_enum(cls: Class) -> bool:
