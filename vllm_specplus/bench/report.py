@@ -247,16 +247,12 @@ def _build_run(
     categories: Mapping[str, str],
     temperature: float,
 ) -> RunReport:
+    """Sum up the ``sessions`` of one method at one concurrency."""
     results = [result for session in sessions for result in session.rounds]
     requests = [request for result in results for request in result.requests]
-    by_category: dict[str, list[RequestResult]] = defaultdict(list)
-    for request in requests:
-        by_category[categories[request.question_id]].append(request)
     counters = [result.drafts for result in results if result.drafts is not None]
     drafts = sum(item.drafts for item in counters)
     gpu = [result.gpu_bytes for result in results if result.gpu_bytes is not None]
-    ttft_ms = [1e3 * request.ttft_s for request in requests]
-    tpot_ms = [1e3 * request.tpot_s for request in requests if request.tpot_s is not None]
     speeds = round_speeds(sessions)
     identical_share, differences = _compare(sessions, baseline, origin, temperature)
 
@@ -276,35 +272,59 @@ def _build_run(
         ratio_vs_best_native=median(native_ratios.values()) if native_ratios else None,
         best_native=best_native,
         tokens_per_step=tokens_per_step(requests),
-        tokens_per_step_by_category={
-            category: tokens_per_step(members) for category, members in by_category.items()
-        },
+        tokens_per_step_by_category=_by_category(requests, categories),
         drafted_per_draft=sum(item.draft_tokens for item in counters) / drafts if drafts else None,
         acceptance_per_depth=acceptance_per_depth(counters),
         identical_share=identical_share,
         nats_below_best=nats_below_best(sessions),
         differences=differences,
-        ttft_ms_median=median(ttft_ms),
-        ttft_ms_p99=percentile99(ttft_ms),
-        tpot_ms_median=median(tpot_ms) if tpot_ms else None,
-        tpot_ms_p99=percentile99(tpot_ms) if tpot_ms else None,
+        **_latencies(requests),
         peak_rss_bytes=max(result.peak_rss_bytes for result in results),
         gpu_bytes=max(gpu, default=None),
         startup_s=median(session.startup_s for session in sessions),
-        rounds=[
-            RoundReport(
-                repeat=session.repeat + 1,
-                round=number + 1,
-                tokens=count_tokens(result.requests),
-                wall_s=result.wall_s,
-                tokens_per_s=speeds[session.repeat, number],
-                ratio_vs_none=ratios.get((session.repeat, number)),
-                other_cpu_share=result.other_cpu_share,
-            )
-            for session in sessions
-            for number, result in enumerate(session.rounds)
-        ],
+        rounds=_rounds(sessions, speeds, ratios),
     )
+
+
+def _by_category(
+    requests: Iterable[RequestResult], categories: Mapping[str, str]
+) -> dict[str, float | None]:
+    groups: dict[str, list[RequestResult]] = defaultdict(list)
+    for request in requests:
+        groups[categories[request.question_id]].append(request)
+    return {category: tokens_per_step(members) for category, members in groups.items()}
+
+
+def _latencies(requests: Sequence[RequestResult]) -> dict[str, float | None]:
+    """The latency fields of a report, in milliseconds."""
+    ttft = [1e3 * request.ttft_s for request in requests]
+    tpot = [1e3 * request.tpot_s for request in requests if request.tpot_s is not None]
+    return {
+        "ttft_ms_median": median(ttft),
+        "ttft_ms_p99": percentile99(ttft),
+        "tpot_ms_median": median(tpot) if tpot else None,
+        "tpot_ms_p99": percentile99(tpot) if tpot else None,
+    }
+
+
+def _rounds(
+    sessions: Iterable[Session],
+    speeds: Mapping[RoundKey, float],
+    ratios: Mapping[RoundKey, float],
+) -> list[RoundReport]:
+    return [
+        RoundReport(
+            repeat=session.repeat + 1,
+            round=number + 1,
+            tokens=count_tokens(result.requests),
+            wall_s=result.wall_s,
+            tokens_per_s=speeds[session.repeat, number],
+            ratio_vs_none=ratios.get((session.repeat, number)),
+            other_cpu_share=result.other_cpu_share,
+        )
+        for session in sessions
+        for number, result in enumerate(session.rounds)
+    ]
 
 
 def percentile99(values: Sequence[float]) -> float:

@@ -5,9 +5,8 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -39,118 +38,33 @@ from vllm_specplus.bench.report import (
     describe_versions,
 )
 from vllm_specplus.bench.runner import Benchmark, EngineError, Plan, describe_machine
+from vllm_specplus.cli import bench_options as options
 from vllm_specplus.config import METHODS
 
 FAILED = 1
 BAD_INPUT = 2
-TEXT_METHODS = "none,ngram,suffix,token_recycling"
-IMAGE_METHODS = 'none,jacobi,jacobi:acceptance={"rule":"gsd"}'
-CONTINUOUS_METHODS = "none,cspd"
-
-
-class Task(StrEnum):
-    text = "text"
-    image = "image"
-    image_continuous = "image-continuous"
-
-
-METHODS_OF = {
-    Task.text: TEXT_METHODS,
-    Task.image: IMAGE_METHODS,
-    Task.image_continuous: CONTINUOUS_METHODS,
-}
-TEXT_OPTIONS = ("dataset", "max_tokens", "rounds", "repeat", "chat_template", "sequential")
-#: What a task would ignore.
-FOREIGN_OPTIONS = {
-    Task.text: ("sheet", "guidance_scale"),
-    Task.image: (*TEXT_OPTIONS, "guidance_scale"),
-    Task.image_continuous: (*TEXT_OPTIONS, "engine_arg"),
-}
 
 
 def bench(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder or Hugging Face name of the target model.")],
-    dataset: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON-lines file with Spec-Bench rows (turns, category), "
-            'OpenAI {"messages"} rows or {"prompt"} rows. Needed for text.'
-        ),
-    ] = None,
-    task: Annotated[
-        Task,
-        typer.Option(
-            help="text: answers to a dataset; image: pictures of the model's classes, "
-            "judged by the classifier in its folder; image-continuous: the same for models of "
-            "latents, without vLLM, in batches of --concurrency."
-        ),
-    ] = Task.text,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Methods separated by commas (or the option repeated), each "
-            "name[:key=value]... with keys of vLLM's speculative config, e.g. "
-            "none,ngram:num_speculative_tokens=4,token_recycling. "
-            "Values are JSON, or else strings (tree=2.2.2 is a string, top_k=4 a number).",
-            show_default=f"{TEXT_METHODS}; for images {IMAGE_METHODS}; for latents "
-            f"{CONTINUOUS_METHODS}",
-        ),
-    ] = None,
-    concurrency: Annotated[
-        str, typer.Option(help="Numbers of requests in flight, separated by commas.")
-    ] = "1",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 128,
-    limit: Annotated[
-        int,
-        typer.Option(
-            help="Most questions to measure, taken evenly from all categories, or pictures to make."
-        ),
-    ] = 48,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            help="Parts of the questions, each compared by itself (on a CPU the methods take turns "
-            "within them); fewer at a concurrency that they would be too short for."
-        ),
-    ] = 4,
-    repeat: Annotated[int, typer.Option(help="Repeat everything with fresh engines.")] = 1,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy.", show_default="0; for images 1")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For sampling, at a temperature above 0.")] = 0,
-    chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--chat-template/--no-chat-template",
-            help="Apply the model's chat template to turns and messages.",
-        ),
-    ] = True,
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="Argument of every engine (vllm.LLM), e.g. max_model_len=4096. Repeatable.",
-        ),
-    ] = None,
-    sequential: Annotated[
-        bool,
-        typer.Option(
-            "--sequential",
-            help="One engine alive at a time, as always on a GPU; for a CPU machine whose memory "
-            "does not hold all engines together.",
-        ),
-    ] = False,
-    guidance_scale: Annotated[
-        float, typer.Option(help="For --task image-continuous; 1 is no guidance.")
-    ] = 1.0,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all results to this file.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the results into this PNG file.")] = None,
-    sheet: Annotated[
-        Path | None, typer.Option(help="Write some of the pictures made into this PNG file.")
-    ] = None,
+    model: options.Model,
+    dataset: options.DatasetFile = None,
+    task: options.TaskName = options.Task.text,
+    methods: options.Methods = None,
+    concurrency: options.Concurrency = "1",
+    max_tokens: options.MaxTokens = 128,
+    limit: options.Limit = 48,
+    rounds: options.Rounds = 4,
+    repeat: options.Repeat = 1,
+    temperature: options.Temperature = None,
+    seed: options.Seed = 0,
+    chat_template: options.ChatTemplate = True,
+    engine_arg: options.EngineArgs = None,
+    sequential: options.Sequential = False,
+    guidance_scale: options.GuidanceScale = 1.0,
+    json_path: options.JsonFile = None,
+    plot: options.PlotFile = None,
+    sheet: options.SheetFile = None,
 ) -> None:
     """Compare methods on one model and dataset: speed, latency, acceptance, equal answers.
 
@@ -158,51 +72,54 @@ def bench(
     Exit code 0: all measured; 1: a method failed, the others were measured; 2: unusable input.
     """
     errors = Console(stderr=True, highlight=False)
-    methods = methods or [METHODS_OF[task]]
-    temperature = (0.0 if task is Task.text else 1.0) if temperature is None else temperature
+    names = ",".join(methods or [options.METHODS_OF[task]])
+    if temperature is None:
+        temperature = 0.0 if task is options.Task.text else 1.0
     try:
         check_model(model)
         check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot, sheet)
         check_task(task, context)
-        if task is Task.image:
+        if task is options.Task.image:
             pictures = bench_images(
-                model, ",".join(methods), concurrency, limit, temperature, seed,
-                engine_arg or [], errors,
-            )  # fmt: skip
+                model, names, concurrency, limit, temperature, seed, engine_arg or [], errors
+            )
             finish_images(pictures, json_path, plot, sheet)
             return
-        if task is Task.image_continuous:
+        if task is options.Task.image_continuous:
             bench_continuous(
-                model, ",".join(methods), concurrency, limit, temperature, guidance_scale, seed,
-                errors, json_path, plot, sheet,
+                model, names, concurrency, limit, temperature, guidance_scale, seed, errors,
+                json_path, plot, sheet,
             )  # fmt: skip
             return
-        if dataset is None:
-            raise InputError("--dataset is needed for --task text")
-        data = load_dataset(dataset)
+        data = load_texts(dataset, chat_template)
         measured, warmup = pick(data.questions, limit)
-        check_raw_prompts(data, chat_template)
         plan = Plan(
-            model=model,
-            methods=parse_methods(",".join(methods)),
-            concurrencies=parse_concurrencies(concurrency),
-            measured=measured,
-            warmup=warmup,
-            rounds=rounds,
-            repeat=repeat,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            chat_template=chat_template,
+            model, parse_methods(names), parse_concurrencies(concurrency), measured, warmup,
+            rounds=rounds, repeat=repeat, max_tokens=max_tokens, temperature=temperature,
+            seed=seed, chat_template=chat_template, sequential=sequential,
             engine_args=parse_engine_args(engine_arg or []),
-            sequential=sequential,
-        )
+        )  # fmt: skip
     except InputError as exc:
         errors.print(f"Error: {exc}", markup=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from exc
-
     if data.duplicates:
         errors.print(f"{data.duplicates} rows that repeat an earlier prompt are left out.")
+    bench_texts(plan, str(dataset), errors, json_path, plot)
+
+
+def load_texts(dataset: Path | None, chat_template: bool) -> Dataset:
+    """The questions of the file; InputError for those that cannot be asked."""
+    if dataset is None:
+        raise InputError("--dataset is needed for --task text")
+    data = load_dataset(dataset)
+    check_raw_prompts(data, chat_template)
+    return data
+
+
+def bench_texts(
+    plan: Plan, dataset: str, errors: Console, json_path: Path | None, plot: Path | None
+) -> None:
+    """Measure, print, and write what was asked for."""
     if BASELINE not in [method.name for method in plan.methods]:
         errors.print(f"Without {BASELINE} in --methods there are no ratios.")
 
@@ -218,7 +135,7 @@ def bench(
         if json_path:
             build_report(plan, machine, benchmark, sources).save(json_path)
 
-    sources = {"dataset": str(dataset), "log_dir": str(logs)}
+    sources = {"dataset": dataset, "log_dir": str(logs)}
     benchmark = run(plan, machine, logs, errors, save)
     report = build_report(plan, machine, benchmark, sources)
     print_report(Console(), report)
@@ -342,11 +259,13 @@ def check_options(
             raise InputError(f"--{name} needs matplotlib: pip install 'vllm-specplus[bench]'")
 
 
-def check_task(task: Task, context: typer.Context) -> None:
+def check_task(task: options.Task, context: typer.Context) -> None:
     """Refuse options that another task has and this one would ignore."""
-    for name in FOREIGN_OPTIONS[task]:
+    for name in options.FOREIGN_OPTIONS[task]:
         if context.get_parameter_source(name).name != "DEFAULT":
-            others = [str(other) for other in Task if name not in FOREIGN_OPTIONS[other]]
+            others = [
+                str(other) for other in options.Task if name not in options.FOREIGN_OPTIONS[other]
+            ]
             raise InputError(
                 f"--{name.replace('_', '-')} is for --task {' or '.join(others)}: remove it"
             )
