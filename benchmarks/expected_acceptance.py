@@ -77,15 +77,15 @@ def write(args: argparse.Namespace) -> dict[str, list]:
     return texts
 
 
-def expected_tokens(rule: str, p, rows, laws) -> np.ndarray:
-    """Of the step, for every request, float64 [R]; arguments as of ``sampled.verify``, of trees
+def expected_tokens(rule: str, p, rows, draft_probs) -> np.ndarray:
+    """Of the step, for every request, float64 [R]; arguments as of ``SampledRule.verify``, of trees
     whose nodes were all drawn."""
     if rule in ("block", "traversal"):
-        return _of_whole_trees(rule, p, rows, laws)
-    return np.add.reduceat(_reach(rule, p, rows, laws), rows.starts[:-1])
+        return _of_whole_trees(rule, p, rows, draft_probs)
+    return np.add.reduceat(_reach(rule, p, rows, draft_probs), rows.starts[:-1])
 
 
-def _reach(rule: str, p, rows, laws) -> np.ndarray:
+def _reach(rule: str, p, rows, draft_probs) -> np.ndarray:
     """How probably the walk from the root gets to each row, float64 [L]."""
     from vllm_specplus.samplers.sampled import best_rho
 
@@ -98,7 +98,7 @@ def _reach(rule: str, p, rows, laws) -> np.ndarray:
     for row, mine in enumerate(children):
         if not mine or out[row] == 0.0:
             continue
-        left, q = p[row].double(), laws.q[int(laws.index[row])].double()
+        left, q = p[row].double(), draft_probs.q[int(draft_probs.index[row])].double()
         left = left[: len(q)].clone()  # no draft has the tokens beyond
         rho = best_rho(left, q, len(mine)) if rule == "k_seq" else 1.0
         rejected, firsts = out[row], {}
@@ -128,22 +128,22 @@ class _Test:
         return False
 
 
-def _of_whole_trees(rule: str, p, rows, laws) -> np.ndarray:
+def _of_whole_trees(rule: str, p, rows, draft_probs) -> np.ndarray:
     """What these rules test, and in which order, does not depend on the noise: as long as
     tests fail, all follow."""
-    from vllm_specplus.samplers.sampled import _block, _traverse, _Tree
+    from vllm_specplus.samplers.registry import rule_class
+    from vllm_specplus.samplers.sampled import Tree
 
     out = np.ones(len(rows.starts) - 1)
     noted: list[tuple[int, float]] = []
     tests = [_Test(row, noted) for row in range(len(rows.tokens))]
     for r in range(len(out)):
         noted.clear()
-        tree = _Tree(p, rows, laws, tests, *map(int, rows.starts[r : r + 2]))
+        rule_class(rule)().walk(
+            Tree(p, rows, draft_probs, tests, *map(int, rows.starts[r : r + 2]))
+        )
         if rule == "block":
-            _block(tree)
             noted.reverse()  # the last test that passes counts
-        else:
-            _traverse(tree)
         failed = 1.0
         for row, passes in noted:
             out[r] += failed * passes * rows.depths[row]
@@ -156,24 +156,27 @@ class Replay:
     one token of the text it is to write."""
 
     def __init__(self, runner, rules: dict[str, str]):
-        from vllm_specplus.samplers import chains, lossless, sampled
+        from vllm_specplus.samplers import lossless
+        from vllm_specplus.samplers.registry import rule_class
+        from vllm_specplus.samplers.sampled import SampledRule
 
-        self._runner, self._rules = runner, rules
-        self._verify, self._accept = sampled.verify, lossless.accept
-        sampled.verify, lossless.accept = self.verify, self.accept
-        chains.all_chains = lambda rows: False  # has a verification of its own
+        self._runner = runner
+        self._rules = {label: rule_class(name)() for label, name in rules.items()}
+        self._accept = lossless.accept
+        SampledRule.verify = lambda rule, *step: self.verify(*step)
+        lossless.accept = self.accept
         self.texts: dict[tuple[int, ...], list[int]] = {}
         """Prompt -> what to write, the end of text included."""
         self.tokens: dict[str, dict[tuple[int, ...], list[tuple[float, int]]]] = {}
         """Rule -> prompt -> the step's tokens at every place: expected, and as judged once."""
 
-    def verify(self, rule, p, rows, laws, accept_noise, output_noise, relaxation=None):
-        """In the place of ``sampled.verify``, of requests that sample."""
+    def verify(self, p, rows, draft_probs, accept_noise, output_noise, relaxation=None):
+        """In the place of ``SampledRule.verify``, of requests that sample."""
         drafted = np.diff(rows.starts) > 1
         for label, judge in self._rules.items() if drafted.any() else ():
             noise = torch.rand(len(rows.tokens)), torch.rand(len(drafted))
-            outcome = self._verify(judge, p, rows, laws, *noise).numpy()
-            expected = expected_tokens(judge, p, rows, laws)
+            outcome = judge.reference(p, rows, draft_probs, *noise).numpy()
+            expected = expected_tokens(judge.name, p, rows, draft_probs)
             self._note(label, rows, expected, self._accept(rows, outcome).lengths)
         return torch.from_numpy(self._go_on(rows))
 

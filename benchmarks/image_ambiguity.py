@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from vllm_specplus.cli.model import IMAGE_MODEL
 from vllm_specplus.image.llamagen import LlamaGen, LlamaGenConfig
-from vllm_specplus.samplers.interchangeable import neighbours
+from vllm_specplus.samplers.relaxed_sampling import neighbours
 
 NEAREST = (1, 10, 50)
 

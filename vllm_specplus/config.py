@@ -29,7 +29,7 @@ class AcceptanceRule(StrictModel):
     """Which nodes become text."""
 
     compares: ClassVar[bool] = False
-    """Does it go by the probabilities of target and draft (``samplers/interchangeable.py``)?
+    """Does it go by the probabilities of target and draft (``samplers/relaxed_sampling.py``)?
     Other relaxed rules take deterministic nodes only (``samplers/relaxed.py``)."""
     needs_codebook: ClassVar[bool] = False
     """Is it for image models?"""

@@ -11,7 +11,7 @@ import torch
 
 from tests import tree_rules_oracle as oracle
 from tests.samplers.test_tree_rules import Drafts, P, Q
-from vllm_specplus.samplers.sampled import verify
+from vllm_specplus.samplers.registry import rule_class
 from vllm_specplus.step import DraftProbs
 from vllm_specplus.tree import accepted_paths
 
@@ -21,9 +21,9 @@ from expected_acceptance import expected_tokens, summary
 
 
 def expected(rule, drafts):
-    laws = DraftProbs(torch.tensor(Q, dtype=torch.float32), drafts.index, drafts.drawn)
+    draft_probs = DraftProbs(torch.tensor(Q, dtype=torch.float32), drafts.index, drafts.drawn)
     p = torch.tensor(P[drafts.contexts], dtype=torch.float32)
-    return p, laws, expected_tokens(rule, p, drafts.rows, laws)
+    return p, draft_probs, expected_tokens(rule, p, drafts.rows, draft_probs)
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,13 @@ def test_k_seq_at_one_level():
 )
 def test_each_tree_has_the_mean_of_its_judgements(rule, branching, mode):
     drafts = Drafts(branching, mode, 20)
-    p, laws, tokens = expected(rule, drafts)
+    p, draft_probs, tokens = expected(rule, drafts)
     torch.manual_seed(0)
     n, rows = 400, drafts.rows
     judged = np.zeros((n, drafts.n))
     for each in judged:
-        sampled = verify(rule, p, rows, laws, torch.rand(len(rows.tokens)), torch.rand(drafts.n))
+        noise = torch.rand(len(rows.tokens)), torch.rand(drafts.n)
+        sampled = rule_class(rule)().reference(p, rows, draft_probs, *noise)
         _, each[:] = accepted_paths(rows.tokens, rows.parents, rows.starts, sampled.numpy())
     # Chebyshev would allow more; 20 trees at 4.5 standard errors fail once in 7,000 seeds.
     assert (abs(judged.mean(0) - tokens) < 4.5 * judged.std(0) / n**0.5 + 1e-6).all()

@@ -171,13 +171,14 @@ def test_what_draws_and_what_judges_are_apart():
     """Generators of one seed repeat each other: with one draft of two nodes per step, the noise
     that judged a node then was the next step's first draw, and text was skewed (chi-square 300 at
     3 degrees of freedom in 400,000 steps)."""
-    from vllm_specplus.engine.verify import RuleSampler
+    from vllm_specplus.engine.row_sampling import RuleSampler
+    from vllm_specplus.samplers.sampled import WithoutReplacement
 
     cpu = torch.device("cpu")
     torch.manual_seed(0)  # as vLLM does
     streams = [
         DraftNoise(cpu)._generator,
-        RuleSampler("raw_logprobs", "without_replacement", cpu)._generator,
+        RuleSampler("raw_logprobs", WithoutReplacement(), cpu)._generator,
         torch.default_generator,
     ]
     assert len({each.initial_seed() for each in streams}) == len(streams)

@@ -62,24 +62,20 @@ def sabotage(kind: str) -> None:
         Controller.drafting_took = drafting_took
     elif kind == "q_not_renormalised":
         # The rule for draws with replacement on draws without.
-        from vllm_specplus.samplers import sampled
+        from vllm_specplus.samplers.sampled import WithoutReplacement
 
-        right_walk = sampled._one_by_one
-        sampled._one_by_one = lambda tree, row, left, renormalise: right_walk(
-            tree, row, left, renormalise=False
-        )
+        WithoutReplacement.renormalises = False
     elif kind == "foreign_draft_probs":
         # Nodes are judged by distributions they were not drawn from.
-        from vllm_specplus.engine.drafter import Drafter
+        from vllm_specplus.engine.row_sampling import RuleSampler
 
-        right_draft_probs = Drafter.draft_probs
+        right_judge = RuleSampler.judge_rows
 
-        def draft_probs(self, request_ids, rows):
-            found = right_draft_probs(self, request_ids, rows)
-            found.q = found.q.roll(1, 0)
-            return found
+        def judge_rows(self, logits, metadata, rows, draft_probs, *rest):
+            draft_probs.q = draft_probs.q.roll(1, 0)
+            return right_judge(self, logits, metadata, rows, draft_probs, *rest)
 
-        Drafter.draft_probs = draft_probs
+        RuleSampler.judge_rows = judge_rows
     elif kind == "found_as_drawn":
         # What was looked up is judged by the draft's distribution, like its drawn siblings.
         from vllm_specplus.proposers.trees import Fusion
@@ -90,9 +86,9 @@ def sabotage(kind: str) -> None:
             batch = right_fuse(self, drafts, step, least)
             if batch.drawn_from is not None:
                 tree = np.repeat(np.arange(len(batch.counts)), batch.counts)
-                laws = {}
+                first_draws = {}
                 for i, above in enumerate(zip(tree, batch.parents, strict=True)):
-                    batch.drawn_from[i] = laws.setdefault(above, batch.drawn_from[i])
+                    batch.drawn_from[i] = first_draws.setdefault(above, batch.drawn_from[i])
             return batch
 
         Fusion.fuse = fuse

@@ -27,7 +27,7 @@ from vllm_specplus.image.chameleon import (
 )
 from vllm_specplus.image.pictures import TextPictures, pictures_of
 from vllm_specplus.image.vq import to_bytes
-from vllm_specplus.samplers.interchangeable import neighbours
+from vllm_specplus.samplers.relaxed_sampling import neighbours
 
 KINDS = ("text", "code", "line", "end", "size")
 

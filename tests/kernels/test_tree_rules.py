@@ -1,4 +1,4 @@
-"""Rules for sampled trees: the Triton kernels decide like ``samplers/sampled.py``.
+"""Rules for sampled trees: the Triton kernels decide like the references of ``samplers.sampled``.
 
 The rules themselves are tested against an exact oracle in
 ``tests/samplers/test_tree_rules.py``; here the kernels get the same noise as the torch code and
@@ -16,8 +16,7 @@ import torch
 
 from tests.kernels.tree_batch import DEVICE
 from vllm_specplus.kernels import tree_rules as module
-from vllm_specplus.kernels.tree_rules import verify
-from vllm_specplus.samplers import sampled as reference
+from vllm_specplus.samplers.registry import rule_class
 from vllm_specplus.step import DraftProbs, Rows
 from vllm_specplus.tree import row_depths
 
@@ -94,9 +93,11 @@ class Trees:
         """What the kernels and the torch code return, given the same noise."""
         accept = torch.rand(len(self.rows.tokens), generator=self.noise)
         output = torch.rand(len(self.rows.starts) - 1, generator=self.noise)
-        laws = DraftProbs(self.q, self.index, self.drawn)
-        expected = reference.verify(reference_rule or rule, self.p, self.rows, laws, accept, output)
-        return on_device(rule, self.p, self.rows, laws, accept, output), expected.tolist()
+        draft_probs = DraftProbs(self.q, self.index, self.drawn)
+        expected = rule_class(reference_rule or rule)().reference(
+            self.p, self.rows, draft_probs, accept, output
+        )
+        return on_device(rule, self.p, self.rows, draft_probs, accept, output), expected.tolist()
 
 
 def _softmax(logits):
@@ -104,14 +105,18 @@ def _softmax(logits):
     return weights / weights.sum()
 
 
-def on_device(rule, p, rows, laws, accept, output) -> list[int]:
-    laws = DraftProbs(laws.q.to(DEVICE), laws.index, laws.drawn)
+def verify(rule, *step):
+    return rule_class(rule)().on_device(*step)
+
+
+def on_device(rule, p, rows, draft_probs, accept, output) -> list[int]:
+    draft_probs = DraftProbs(draft_probs.q.to(DEVICE), draft_probs.index, draft_probs.drawn)
     p, accept, output = (x.to(DEVICE) for x in (p, accept, output))
-    return verify(rule, p, rows, laws, accept, output).tolist()
+    return verify(rule, p, rows, draft_probs, accept, output).tolist()
 
 
 def one_request(tokens, parents, drawn) -> tuple[Rows, np.ndarray, np.ndarray]:
-    """``drawn``: drawn children of every row. Returns also ``index``, one law per inner row."""
+    """``drawn``: drawn children of every row. Returns also ``index``, one per inner row."""
     tokens, parents, drawn = (np.array(x, np.int32) for x in (tokens, parents, drawn))
     starts = np.array([0, len(tokens)], np.int32)
     index = np.where(drawn > 0, np.cumsum(drawn > 0) - 1, -1).astype(np.int32)
@@ -149,7 +154,7 @@ def test_another_rule_is_noticed(rule, other):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_strided_distributions(rule):
-    """Logits of some models are padded; a drafter's laws are cut out of a larger buffer."""
+    """Logits of some models are padded; those of a draft are cut out of a larger buffer."""
     trees = Trees(rule, 3)
     trees.p = torch.nn.functional.pad(trees.p, (0, 10), value=torch.nan)[:, :VOCAB]
     trees.q = torch.nn.functional.pad(trees.q, (0, 3), value=torch.nan)[:, :DRAFT_VOCAB]
@@ -159,7 +164,7 @@ def test_strided_distributions(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_without_draws(rule):
-    """Then there may be no laws at all."""
+    """Then there may be no draft probabilities at all."""
     trees = Trees(rule, 0)
     trees.q = torch.empty(0, 1)
     trees.index[:], trees.drawn[:] = -1, 0
@@ -175,8 +180,8 @@ def test_a_perfect_draft_is_always_accepted(rule, noise):
     p[:, [0, 1, 70, -1]] = 0.0
     p /= p.sum(-1, keepdim=True)
     rows, index, drawn = one_request([0, 3, 2, 9], [-1, 0, 1, 2], [1, 1, 1, 0])
-    laws = DraftProbs(p[:3].contiguous(), index, drawn)
-    result = on_device(rule, p, rows, laws, torch.full((4,), noise), torch.full((1,), noise))
+    draft_probs = DraftProbs(p[:3].contiguous(), index, drawn)
+    result = on_device(rule, p, rows, draft_probs, torch.full((4,), noise), torch.full((1,), noise))
     assert result[:3] == [3, 2, 9]
     assert p[3, result[3]] > 0
 
@@ -187,9 +192,9 @@ def test_a_draft_that_has_nothing_left(rule, noise):
     """q is certain of a token that p excludes: the siblings repeat it, and all are rejected."""
     p, q = torch.eye(3)[[0, 1, 1, 1]], torch.eye(3)[[2, 2]]
     rows, index, drawn = one_request([0, 2, 2, 2], [-1, 0, 0, 2], [2, 0, 1, 0])
-    laws = DraftProbs(q, index, drawn)
+    draft_probs = DraftProbs(q, index, drawn)
     noise = torch.full((4,), noise)
-    assert on_device(rule, p, rows, laws, noise, noise[:1]) == [0, -1, -1, -1]
+    assert on_device(rule, p, rows, draft_probs, noise, noise[:1]) == [0, -1, -1, -1]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -201,9 +206,9 @@ def test_rejected_children_are_not_output(rule, noise):
     if rule == "block":
         tokens, parents, drawn = [0, 0, 1], [-1, 0, 1], [1, 1, 0]
     rows, index, drawn = one_request(tokens, parents, drawn)
-    laws = DraftProbs(torch.full((2, 4), 0.25), index, drawn)
+    draft_probs = DraftProbs(torch.full((2, 4), 0.25), index, drawn)
     accept, output = torch.full((3,), ALMOST_1), torch.full((1,), noise)
-    result = on_device(rule, p, rows, laws, accept, output)
+    result = on_device(rule, p, rows, draft_probs, accept, output)
     for row, parent in enumerate(parents[1:], 1):
         assert result[parent] != tokens[row] or result[row] >= 0
 
@@ -211,13 +216,13 @@ def test_rejected_children_are_not_output(rule, noise):
 def test_what_the_rules_do_not_take():
     rows, index, drawn = one_request([0, 1, 2], [-1, 0, 0], [1, 0, 0])
     p, noise = torch.full((3, 4), 0.25, device=DEVICE), torch.zeros(3, device=DEVICE)
-    laws = DraftProbs(p[:1], index, drawn)
+    draft_probs = DraftProbs(p[:1], index, drawn)
     for rule in ("block", "traversal"):
         with pytest.raises(ValueError, match="no deterministic siblings"):
-            verify(rule, p, rows, laws, noise, noise[:1])
-    laws.drawn[0] = 2
+            verify(rule, p, rows, draft_probs, noise, noise[:1])
+    draft_probs.drawn[0] = 2
     with pytest.raises(ValueError, match="chains only"):
-        verify("block", p, rows, laws, noise, noise[:1])
+        verify("block", p, rows, draft_probs, noise, noise[:1])
 
 
 #: Run with the compiler instead of the interpreter.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tests.model_configs import target
 from tests.samplers.test_relaxed import make_rows
-from vllm_specplus.config import JudgeAcceptance, parse
+from vllm_specplus.config import parse
 from vllm_specplus.samplers import relaxed
 from vllm_specplus.samplers.judge import JudgeHead, head_size
 from vllm_specplus.training import judge as training
@@ -33,14 +33,16 @@ def test_a_node_is_judged_at_its_own_row(head):
     hidden = torch.eye(8)[torch.from_numpy(rows.tokens).long()]
     scores = JudgeHead(head, torch.device("cpu")).scores(hidden)
     logits = torch.randn(7, 12)
-    seen = relaxed.look(logits, rows, np.zeros(2, np.float32), scores)
-    assert seen.rows.tolist() == [1, 2, 3, 4, 6]
-    rule = JudgeAcceptance(rule="judge", head=head)
-    assert relaxed.judge(rule, seen).tolist() == [False, True, False, True, True]
-    none = JudgeAcceptance(rule="judge", head=head, threshold=1.0)
-    everything = JudgeAcceptance(rule="judge", head=head, threshold=0.0)
-    assert not relaxed.judge(none, seen).any()
-    assert relaxed.judge(everything, seen).all()
+    statistics = relaxed.candidate_statistics(logits, rows, np.zeros(2, np.float32), scores)
+    assert statistics.rows.tolist() == [1, 2, 3, 4, 6]
+
+    def judge(threshold: float) -> relaxed.Judge:
+        return relaxed.Judge(head=head, threshold=threshold, device=torch.device("cpu"))
+
+    assert judge(0.5).accepts(statistics).tolist() == [False, True, False, True, True]
+    assert not judge(1.0).accepts(statistics).any()
+    assert judge(0.0).accepts(statistics).all()
+    assert judge(0.5).head.scores(hidden).equal(scores)
 
 
 @pytest.mark.parametrize(

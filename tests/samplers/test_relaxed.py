@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplus.config import TopKMarginAcceptance, TypicalAcceptance, parse
+from vllm_specplus.config import parse
 from vllm_specplus.samplers import lossless, relaxed
 from vllm_specplus.step import Rows
 from vllm_specplus.tree import row_depths
 
 VOCAB = 12
-TYPICAL = TypicalAcceptance(rule="typical")
-MARGIN = TopKMarginAcceptance(rule="top_k_margin", top_k=3, margin=0.7)
+TYPICAL = relaxed.Typical(epsilon=0.09, delta=0.3)
+MARGIN = relaxed.TopKMargin(top_k=3, margin=0.7)
 
 
 def make_rows(tokens, parents, starts) -> Rows:
@@ -39,50 +39,54 @@ def test_what_the_rules_see():
     temperature = rng.choice([0.0, 0.5, 1.3], 30).astype(np.float32)
     logits = torch.from_numpy(rng.normal(0, 2, (len(rows.tokens), VOCAB))).float()
     logits[:, 3] = float("-inf")  # a padded vocabulary
-    seen = relaxed.look(logits.clone(), rows, temperature)
-    assert seen.rows.tolist() == np.flatnonzero(rows.parents >= 0).tolist()
-    assert len(seen.rows) > relaxed.CHUNK
-    for n, row in enumerate(seen.rows):
+    statistics = relaxed.candidate_statistics(logits.clone(), rows, temperature)
+    assert statistics.rows.tolist() == np.flatnonzero(rows.parents >= 0).tolist()
+    assert len(statistics.rows) > relaxed.CHUNK
+    for n, row in enumerate(statistics.rows):
         r = int(np.searchsorted(rows.starts, row, side="right")) - 1
         above = rows.starts[r] + rows.parents[row]
         p = torch.softmax(logits[above].double() / (temperature[r] or 1.0), 0).numpy()
         x = p[rows.tokens[row]]
-        assert seen.probability[n] == pytest.approx(x, rel=1e-4)
-        assert seen.rank[n] == (p > x).sum()
-        assert seen.mass_above[n] == pytest.approx(p[p > x].sum(), rel=1e-4, abs=1e-6)
-        assert seen.best[n] == pytest.approx(p.max(), rel=1e-4)
+        assert statistics.probability[n] == pytest.approx(x, rel=1e-4)
+        assert statistics.rank[n] == (p > x).sum()
+        assert statistics.mass_above[n] == pytest.approx(p[p > x].sum(), rel=1e-4, abs=1e-6)
+        assert statistics.best[n] == pytest.approx(p.max(), rel=1e-4)
         entropy = -sum(q * np.log(q) for q in p if q > 0)
-        assert seen.entropy[n] == pytest.approx(entropy, rel=1e-4, abs=1e-5)
+        assert statistics.entropy[n] == pytest.approx(entropy, rel=1e-4, abs=1e-5)
 
 
-def candidates(probability, rank, best, entropy) -> relaxed.Candidates:
+def candidates(probability, rank, best, entropy) -> relaxed.CandidateStatistics:
     columns = (probability, np.zeros(len(rank)), best, entropy)
     p, mass, best, entropy = (np.array(c, np.float32) for c in columns)
-    return relaxed.Candidates(np.arange(len(rank)), p, np.array(rank), mass, best, entropy)
+    return relaxed.CandidateStatistics(np.arange(len(rank)), p, np.array(rank), mass, best, entropy)
 
 
 def test_typical():
     """Certain texts (entropy 0): 9 %. Open ones: 30 % of exp(-H), here 1.5 % of e^-3."""
-    seen = candidates([0.08, 0.1, 0.014, 0.016], [1, 1, 9, 9], [0.9, 0.9, 0.1, 0.1], [0, 0, 3, 3])
-    assert relaxed.typical(TYPICAL, seen).tolist() == [False, True, False, True]
+    statistics = candidates(
+        [0.08, 0.1, 0.014, 0.016], [1, 1, 9, 9], [0.9, 0.9, 0.1, 0.1], [0, 0, 3, 3]
+    )
+    assert TYPICAL.accepts(statistics).tolist() == [False, True, False, True]
 
 
 def test_top_k_margin():
     best = [0.4] * 4
-    seen = candidates([0.19, 0.21, 0.4, 0.25], [2, 2, 0, 3], best, [0] * 4)
-    assert relaxed.top_k_margin(MARGIN, seen).tolist() == [False, True, True, False]
+    statistics = candidates([0.19, 0.21, 0.4, 0.25], [2, 2, 0, 3], best, [0] * 4)
+    assert MARGIN.accepts(statistics).tolist() == [False, True, True, False]
 
 
 def test_the_best_accepted_node_takes_the_place_of_a_draw_that_no_node_holds():
     #        root -> 5, 6;  5 -> 7;  6 -> 8 -> 9
     rows = make_rows([1, 5, 6, 7, 8, 9], [-1, 0, 0, 1, 2, 4], [0, 6])
-    seen = relaxed.Candidates(
+    statistics = relaxed.CandidateStatistics(
         np.arange(1, 6), np.array([0.2, 0.3, 0.5, 0.4, 0.1], np.float32), *[np.zeros(5)] * 4
     )
     everything = np.ones(5, bool)
 
     def text(sampled, accepted=everything, stop=frozenset()):
-        out, count = relaxed.follow(rows, np.array(sampled, np.int32), seen, accepted, [stop])
+        out, count = relaxed.substitute(
+            rows, np.array(sampled, np.int32), statistics, accepted, [stop]
+        )
         kept = lossless.accept(rows, out)
         return kept.output[0, : kept.lengths[0]].tolist(), count
 
@@ -101,12 +105,12 @@ def test_without_an_accepted_node_the_draws_stand():
     rows = random_rows(rng, 40)
     sampled = rng.integers(0, VOCAB, len(rows.tokens)).astype(np.int32)
     logits = torch.from_numpy(rng.normal(0, 1, (len(rows.tokens), VOCAB))).float()
-    seen = relaxed.look(logits, rows, np.ones(40, np.float32))
-    nothing = np.zeros(len(seen.rows), bool)
-    out, count = relaxed.follow(rows, sampled, seen, nothing, [frozenset()] * 40)
+    statistics = relaxed.candidate_statistics(logits, rows, np.ones(40, np.float32))
+    nothing = np.zeros(len(statistics.rows), bool)
+    out, count = relaxed.substitute(rows, sampled, statistics, nothing, [frozenset()] * 40)
     assert count == 0
     assert (out == sampled).all()
-    loose, _ = relaxed.follow(rows, sampled, seen, ~nothing, [frozenset()] * 40)
+    loose, _ = relaxed.substitute(rows, sampled, statistics, ~nothing, [frozenset()] * 40)
     before, after = lossless.accept(rows, sampled), lossless.accept(rows, loose)
     assert (after.lengths >= before.lengths).all()
     assert after.lengths.sum() > before.lengths.sum()

@@ -1,9 +1,9 @@
-"""Rules for sampled trees, in a world of four tokens whose laws are known exactly.
+"""Rules for sampled trees, in a world of four tokens whose probabilities are known exactly.
 
-The toy's drafts are drawn here, verified by ``samplers/sampled.py``, and the outcome is
-compared with ``tree_rules_oracle.py``, which computes the same in rational arithmetic: the
-law of three tokens, and the expected tokens of a step. Wrong ways to use a rule must be told
-from right ones by the same test.
+The toy's drafts are drawn here, verified by the references of ``samplers/sampled.py``, and the
+outcome is compared with ``tree_rules_oracle.py``, which computes the same in rational
+arithmetic: the distribution of three tokens, and the expected tokens of a step. Wrong ways to
+use a rule must be told from right ones by the same test.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tests import tree_rules_oracle as oracle
-from vllm_specplus.samplers.sampled import best_rho, verify
+from vllm_specplus.samplers.registry import rule_class
+from vllm_specplus.samplers.sampled import best_rho
 from vllm_specplus.step import DraftProbs, Rows
 from vllm_specplus.tree import accepted_paths, row_depths
 
@@ -87,25 +88,32 @@ class Drafts:
         return order[first]
 
     def verify(self, rule, deterministic=False) -> tuple[float, float, float]:
-        """(distance from the target's law, tokens per step, its standard error)."""
+        """(distance from the target's distribution, tokens per step, its standard error)."""
         torch.manual_seed(3)
-        laws = DraftProbs(torch.tensor(Q, dtype=torch.float32), self.index, self.drawn)
+        draft_probs = DraftProbs(torch.tensor(Q, dtype=torch.float32), self.index, self.drawn)
         if deterministic:
-            laws.index, laws.drawn = np.full_like(self.index, -1), np.zeros_like(self.drawn)
+            draft_probs.index, draft_probs.drawn = (
+                np.full_like(self.index, -1),
+                np.zeros_like(self.drawn),
+            )
         rows = self.rows
         p = torch.tensor(P[self.contexts], dtype=torch.float32)
         sampled = verify(
-            rule, p, rows, laws, torch.rand(len(rows.tokens)), torch.rand(self.n)
+            rule, p, rows, draft_probs, torch.rand(len(rows.tokens)), torch.rand(self.n)
         ).numpy()
         path, lengths = accepted_paths(rows.tokens, rows.parents, rows.starts, sampled)
         output = np.where(path >= 0, sampled[rows.starts[:-1, None] + np.maximum(path, 0)], -1)
         counts = Counter(tuple(t for t in row if t >= 0) for row in output.tolist())
-        law = {text: Fraction(count, self.n) for text, count in counts.items()}
-        return float(oracle.tv(law)), lengths.mean(), lengths.std() / self.n**0.5
+        found = {text: Fraction(count, self.n) for text, count in counts.items()}
+        return float(oracle.tv(found)), lengths.mean(), lengths.std() / self.n**0.5
+
+
+def verify(rule, *step):
+    return rule_class(rule)().reference(*step)
 
 
 def floor(n):
-    """Expected distance of a sample of ``n`` from its own law of 64 texts."""
+    """Expected distance of a sample of ``n`` from its own distribution of 64 texts."""
     return (64 / (2 * np.pi * n)) ** 0.5
 
 
@@ -130,22 +138,22 @@ RIGHT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "branching", "mode", "keys", "law"), RIGHT)
-def test_right_rules(rule, branching, mode, keys, law):
-    assert oracle.tv(law) == 0
+@pytest.mark.parametrize(("rule", "branching", "mode", "keys", "found"), RIGHT)
+def test_right_rules(rule, branching, mode, keys, found):
+    assert oracle.tv(found) == 0
     n = 20_000
     distance, tokens, error = Drafts(branching, mode, n, **keys).verify(rule)
     assert distance < 1.5 * floor(n)
-    assert tokens == pytest.approx(float(oracle.elen(law)), abs=4 * error)
+    assert tokens == pytest.approx(float(oracle.elen(found)), abs=4 * error)
 
 
 @pytest.mark.parametrize("mode", ["top", "without"])
 def test_any_draft_may_be_verified_as_deterministic(mode):
     n = 20_000
     distance, tokens, error = Drafts([2, 2], mode, n).verify("traversal", deterministic=True)
-    law = oracle.step([2, 2], mode, "onehot")
+    found = oracle.step([2, 2], mode, "onehot")
     assert distance < 1.5 * floor(n)
-    assert tokens == pytest.approx(float(oracle.elen(law)), abs=4 * error)
+    assert tokens == pytest.approx(float(oracle.elen(found)), abs=4 * error)
 
 
 @pytest.mark.parametrize(
@@ -191,14 +199,14 @@ def test_a_mixed_batch():
     starts = np.array([0, 3, 4, 7, 9], np.int32)
     tokens = np.array([0, 0, 0, 0, 0, 3, 5, 0, 0], np.int32)
     rows = Rows(tokens, parents, starts, row_depths(parents, starts))
-    laws = DraftProbs(
+    draft_probs = DraftProbs(
         q, np.array([0, 1, -1, -1, -1, -1, -1, 1, -1], np.int32),
         np.array([1, 1, 0, 0, 0, 0, 0, 1, 0], np.int32),
     )  # fmt: skip
     counts = np.zeros((4, 6))
     for _ in range(4000):
         tokens[[1, 2, 8]] = q[[0, 1, 1]].multinomial(1)[:, 0]
-        sampled = verify("traversal", p, rows, laws, torch.rand(9), torch.rand(4)).numpy()
+        sampled = verify("traversal", p, rows, draft_probs, torch.rand(9), torch.rand(4)).numpy()
         assert (sampled[starts[:-1]] >= 0).all()
         np.add.at(counts, (np.arange(4), sampled[starts[:-1]]), 1)
     np.testing.assert_allclose(counts / 4000, p[starts[:-1].tolist()].numpy(), atol=0.04)
@@ -210,9 +218,11 @@ def test_a_draft_that_has_nothing_left(rule):
     p, q = torch.eye(3)[[0, 1, 1, 1]], torch.eye(3)[[2, 2]]
     parents, starts = np.array([-1, 0, 0, 2], np.int32), np.array([0, 4], np.int32)
     rows = Rows(np.array([0, 2, 2, 2], np.int32), parents, starts, row_depths(parents, starts))
-    laws = DraftProbs(q, np.array([0, -1, 1, -1]), np.array([2, 0, 1, 0]))
+    draft_probs = DraftProbs(q, np.array([0, -1, 1, -1]), np.array([2, 0, 1, 0]))
     for noise in (0.0, 0.5, 0.999):
-        sampled = verify(rule, p, rows, laws, torch.full((4,), noise), torch.full((1,), noise))
+        sampled = verify(
+            rule, p, rows, draft_probs, torch.full((4,), noise), torch.full((1,), noise)
+        )
         assert sampled.tolist() == [0, -1, -1, -1]
 
 
@@ -220,10 +230,10 @@ def test_what_rules_over_whole_trees_do_not_take():
     parents, starts = np.array([-1, 0, 0], np.int32), np.array([0, 3], np.int32)
     rows = Rows(np.array([0, 1, 2], np.int32), parents, starts, row_depths(parents, starts))
     p, noise = torch.full((3, 4), 0.25), torch.zeros(3)
-    laws = DraftProbs(p[:1], np.array([0, -1, -1]), np.array([1, 0, 0]))
+    draft_probs = DraftProbs(p[:1], np.array([0, -1, -1]), np.array([1, 0, 0]))
     for rule in ("block", "traversal"):
         with pytest.raises(ValueError, match="no deterministic siblings"):
-            verify(rule, p, rows, laws, noise, noise[:1])
-    laws.drawn[0] = 2
+            verify(rule, p, rows, draft_probs, noise, noise[:1])
+    draft_probs.drawn[0] = 2
     with pytest.raises(ValueError, match="chains only"):
-        verify("block", p, rows, laws, noise, noise[:1])
+        verify("block", p, rows, draft_probs, noise, noise[:1])

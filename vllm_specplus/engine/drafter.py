@@ -50,11 +50,6 @@ class Drafter:
             vocab_size=model.get_vocab_size(),
             fingerprint=f"{model.model}|{model.tokenizer}|{model.get_vocab_size()}",
         )
-        self.rule = self.proposer.rule
-        """How sampled requests are verified: by what drew their nodes, or by a rule that
-        compares probabilities; None: by drawing at every row."""
-        if self.rule is None and self.config.acceptance.compares:
-            self.rule = "without_replacement"
         self.controller = Controller(
             self.config.control,
             self.proposer.sources,
@@ -138,9 +133,9 @@ class Drafter:
                 drafts.parents[mine] != parents - 1
             ).any():
                 continue
-            law = drafts.drawn_from[mine]
-            at = first - 1 + parents[law >= 0]
-            index[at] = law[law >= 0]
+            drawn_from = drafts.drawn_from[mine]
+            at = first - 1 + parents[drawn_from >= 0]
+            index[at] = drawn_from[drawn_from >= 0]
             np.add.at(drawn, at, 1)
         return DraftProbs(drafts.draft_probs, index, drawn)
 

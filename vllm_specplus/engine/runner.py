@@ -35,13 +35,11 @@ from vllm_specplus.control.cost import (
     StepShape,
 )
 from vllm_specplus.control.requests import RequestControls
-from vllm_specplus.engine import attention, verify
+from vllm_specplus.engine import attention
 from vllm_specplus.engine.attention.base import PageCache, TreeAttentionMetadata
 from vllm_specplus.engine.pictures import PictureRows
+from vllm_specplus.engine.verify import Verifier, VerifyBatch, make_verifier, top_ids
 from vllm_specplus.kernels import native
-from vllm_specplus.samplers import lossless, relaxed
-from vllm_specplus.samplers.interchangeable import Relaxation, RelaxedRule, make_rule
-from vllm_specplus.samplers.judge import JudgeHead
 from vllm_specplus.step import (
     Acceptance,
     LatentStep,
@@ -164,15 +162,13 @@ class TreeRunnerMixin(ImageRowsMixin):
         if self.drafter.proposer.hidden_layers is not None:
             self.use_aux_hidden_state_outputs = True
         self._wishes: dict[str, Wishes] = {}
-        self._relaxed_rule: RelaxedRule | None = None
 
     _step: Step | None = None
     _clock: Clock | None = None
     _pictures: PictureRows | None = None
     _verified_rows: np.ndarray
     _page_cache: PageCache | None = None
-    _rule_sampler: verify.RuleSampler | None = None
-    _judge_head: JudgeHead | None = None
+    verifier: Verifier
     _hidden: torch.Tensor | None = None
     """[L, hidden] of the step's verified rows, for a judge."""
     _faster_than_stock = False
@@ -182,6 +178,7 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def profile_step_cost(self) -> None:
         """Measure (or read) what a step costs by its rows; after the model is warm."""
+        self.verifier.warm_up(self.model_config.get_vocab_size())
         control = self.drafter.config.control
         if control.policy != "goodput":
             return
@@ -306,11 +303,12 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
-        codebook = getattr(self.get_model(), "codebook", None)
-        acceptance = self.drafter.config.acceptance
-        self._relaxed_rule = make_rule(acceptance, codebook)
-        if acceptance.rule == "judge":
-            self._judge_head = JudgeHead(acceptance.head, self.device)
+        drafter = self.drafter
+        self.verifier = make_verifier(
+            drafter.config, drafter.proposer, self.sampler, self.device,
+            getattr(self.get_model(), "codebook", None), drafter.counters, drafter.draft_probs,
+            get_tp_group(),
+        )  # fmt: skip
         layout = getattr(self.get_model(), "picture_layout", None)
         if layout is not None:
             self._pictures = PictureRows(layout, self._to_device)
@@ -477,119 +475,34 @@ class TreeRunnerMixin(ImageRowsMixin):
         if step is None:
             return super()._sample(logits, spec_decode_metadata)
         start = time.perf_counter()
-        counters = self.drafter.counters
-        metadata = self.input_batch.sampling_metadata
-        # Greedy steps need nothing else from the device: this is their only copy.
-        top_ids = self._top_ids(logits, max(self.drafter.proposer.top_k, 1)).cpu().numpy()
-        step.top_ids = top_ids
-        logprobs = seen = None
-        rule = self.drafter.config.acceptance.rule
-        if rule in relaxed.RULES and (step.rows.parents >= 0).any():
-            temperature = self.input_batch.temperature_cpu[: self.input_batch.num_reqs]
-            scores = None
-            if self._judge_head is not None:
-                scores = self._judge_head.scores(self._hidden)
-            # Now: the sampler changes the logits in place.
-            seen = relaxed.look(logits, step.rows, temperature, scores)
-        if verify.is_plain_greedy(metadata):
-            sampled = self._relax(step, np.ascontiguousarray(top_ids[:, 0]), seen)
-            step.acceptance = acceptance = lossless.accept(step.rows, sampled)
-        elif self.drafter.rule is not None:
-            sampled, samples = self._judge(step, logits, metadata)
-            step.acceptance = acceptance = lossless.accept(step.rows, sampled)
-            if samples is not None and samples.logprobs is not None:
-                logprobs = verify.gather_logprobs(samples.logprobs, step.rows, acceptance)
-            if samples is not None and self.drafter.proposer.reads_target_probs:
-                step.target_probs = samples.probabilities
-        else:
-            samples = verify.sample_rows(self.sampler, logits, metadata, step.rows)
-            sampled = self._relax(step, samples.tokens.cpu().numpy(), seen)
-            step.acceptance = acceptance = lossless.accept(step.rows, sampled)
-            verify.advance_generators(samples, metadata, self._draws(acceptance))
-            if samples.logprobs is not None:
-                logprobs = verify.gather_logprobs(samples.logprobs, step.rows, acceptance)
+        verdict = self.verifier.verify(logits, self._verify_batch(step))
+        step.acceptance, step.top_ids = verdict.acceptance, verdict.top_ids
+        step.target_probs = verdict.target_probs
         verified = time.perf_counter()
-        counters.add("verify_seconds", verified - start)
-        self._compact(step, acceptance)
-        counters.add("compact_seconds", time.perf_counter() - verified)
+        self.drafter.counters.add("verify_seconds", verified - start)
+        self._compact(step, step.acceptance)
+        self.drafter.counters.add("compact_seconds", time.perf_counter() - verified)
         # vLLM reads the output back at once; on the host it costs no second copy.
-        return SamplerOutput(
-            sampled_token_ids=torch.from_numpy(acceptance.output), logprobs_tensors=logprobs
+        output = torch.from_numpy(step.acceptance.output)
+        return SamplerOutput(sampled_token_ids=output, logprobs_tensors=verdict.logprobs)
+
+    def _verify_batch(self, step: Step) -> VerifyBatch:
+        batch, num_reqs = self.input_batch, self.input_batch.num_reqs
+        outside = None
+        if self._pictures is not None:
+            outside = self._pictures.outside(step.batch_rows[step.rows.starts[:-1]])
+        return VerifyBatch(
+            request_ids=batch.req_ids,
+            rows=step.rows,
+            metadata=batch.sampling_metadata,
+            temperature=batch.temperature_cpu[:num_reqs],
+            top_k=batch.top_k_cpu[:num_reqs],
+            top_p=batch.top_p_cpu[:num_reqs],
+            discarded=self.discard_request_mask.np[:num_reqs],
+            relaxed_stops=[self._wishes_of(name).relaxed_stops for name in batch.req_ids],
+            outside_pictures=outside,
+            hidden=self._hidden,
         )
-
-    def _relax(
-        self, step: Step, sampled: np.ndarray, seen: relaxed.Candidates | None
-    ) -> np.ndarray:
-        """The draws, with nodes in the place of some if a lossy rule accepts them."""
-        if seen is None:
-            return sampled
-        batch, rule = self.input_batch, self.drafter.config.acceptance
-        counts = np.diff(step.rows.starts)
-        request = np.repeat(np.arange(len(counts)), counts)[seen.rows]
-        accepted = relaxed.RULES[rule.rule](rule, seen)
-        accepted &= seen.rank < batch.top_k_cpu[request]
-        accepted &= seen.mass_above < batch.top_p_cpu[request]
-        stops = [self._wishes_of(name).relaxed_stops for name in batch.req_ids]
-        sampled, count = relaxed.follow(step.rows, sampled, seen, accepted, stops)
-        self.drafter.counters.add("relaxed_tokens", count)
-        return sampled
-
-    def _judge(self, step: Step, logits: torch.Tensor, metadata):
-        """Verify drafts that were drawn: (sampled int32 [L], RowSamples of rank 0).
-
-        The distributions they were drawn from are on rank 0, which judges for all.
-        """
-        group, sampled, samples = get_tp_group(), None, None
-        if group.rank_in_group == 0:
-            if self._rule_sampler is None:
-                self._rule_sampler = verify.RuleSampler(
-                    self.sampler.logprobs_mode, self.drafter.rule, self.device
-                )
-            laws = self.drafter.draft_probs(self.input_batch.req_ids, step.rows)
-            silent = self._discarded()
-            relaxation = None
-            if self._relaxed_rule is not None:
-                relaxation = Relaxation(self._relaxed_rule, self._sampled_stops())
-            samples = self._rule_sampler.judge_rows(
-                logits, metadata, step.rows, laws, silent, relaxation
-            )
-            sampled = samples.tokens.cpu().numpy()
-            if relaxation is not None:
-                self.drafter.counters.add("relaxed_tokens", int(relaxation.relaxed))
-        if group.world_size > 1:
-            sampled = group.broadcast_object(sampled, src=0)
-        return sampled, samples
-
-    def _sampled_stops(self) -> list[frozenset[int] | None]:
-        """Stop tokens of requests that may be relaxed, as ``Wishes.relaxed_stops``; greedy ones
-        may not."""
-        batch = self.input_batch
-        greedy = batch.temperature_cpu[: batch.num_reqs] == 0
-        stops = [self._wishes_of(name).relaxed_stops for name in batch.req_ids]
-        if self._pictures is not None:  # words are not interchangeable
-            roots = self._step.batch_rows[self._step.rows.starts[:-1]]
-            greedy |= self._pictures.outside(roots)
-        return [None if cold else each for cold, each in zip(greedy, stops, strict=True)]
-
-    def _discarded(self) -> np.ndarray:
-        """bool [R]: requests whose prompt is not read to its end, so nothing is output."""
-        return self.discard_request_mask.np[: self.input_batch.num_reqs]
-
-    def _top_ids(self, logits: torch.Tensor, k: int) -> torch.Tensor:
-        """The k most probable ids of every row, best first, as int32 on the device.
-
-        Before sampling, which changes logits in place. Column 0 is the argmax with
-        ties to the lower index, as in vLLM's greedy sampling.
-        """
-        if logits.device.type == "cpu":
-            return native.top_k(logits, k)[0]
-        ids = logits.topk(k, dim=-1).indices.to(torch.int32)
-        ids[:, 0] = logits.argmax(dim=-1)
-        return ids
-
-    def _draws(self, acceptance: Acceptance) -> np.ndarray:
-        """Draws each seeded generator has made; vLLM takes back those it discards."""
-        return acceptance.lengths
 
     def _compact(self, step: Step, acceptance: Acceptance) -> None:
         if not step.tree_attention.any():
@@ -756,15 +669,15 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def _show_prompt_rows(self, request: int, begin: int, size: int, logits: torch.Tensor) -> None:
         """Rows ``begin``.. of a request's text, with the logits after each of them."""
-        top_ids = self._top_ids(logits, self.drafter.proposer.top_k).cpu().numpy()
+        ids = top_ids(logits, self.drafter.proposer.top_k).cpu().numpy()
         text = self.input_batch.token_ids_cpu[request]
         previous = np.full(size, -1, np.int32)
         head = min(begin, 1)  # the very first token has none before it
         previous[1 - head :] = text[begin - head : begin + size - 1]
-        self.drafter.observe_prompt(text[begin : begin + size], previous, top_ids)
+        self.drafter.observe_prompt(text[begin : begin + size], previous, ids)
 
     def sample_tokens(self, grammar_output):
-        if self._judge_head is not None and self.execute_model_state is not None:
+        if self.verifier.reads_hidden and self.execute_model_state is not None:
             # Image models may have more than the hidden units in a row.
             size = self.model_config.get_hidden_size()
             self._hidden = self.execute_model_state.sample_hidden_states[:, :size]
@@ -844,9 +757,6 @@ class TreeCPUModelRunner(TreeRunnerMixin, DiscardedDrawsMixin, CPUModelRunner):
         """With several rows per request the stock kernel takes longer, and dividing a
         batch among two kernels costs copies in every layer."""
         return native.library() is not None
-
-    def _draws(self, acceptance: Acceptance) -> np.ndarray:
-        return np.where(self._discarded(), 0, acceptance.lengths)
 
 
 class TreeGPUModelRunner(TreeRunnerMixin, GPUModelRunner):

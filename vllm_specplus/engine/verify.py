@@ -1,282 +1,283 @@
-"""Sampling at every verified row with vLLM's own sampler.
+"""Verification of a step: from the target's logits to the tokens that become text.
 
-Two ways. Drafts that are a function of the past need one draw of the target per row
-(:func:`sample_rows`). Drafts that were themselves drawn are judged by their distribution
-(:meth:`RuleSampler.judge_rows`): there vLLM's sampler does everything up to its last step,
-the draw.
-
-One draw per row
-----------------
-
-vLLM's sampler works per request; a draft tree needs one draw per *row*. So the
-step's ``SamplingMetadata`` is expanded to one entry per row, where a row's past
-output is the request's output plus the tokens on the row's path: penalties, bad
-words, allowed tokens, top-k/top-p, temperature and logprobs then hold per node.
-
-Seeded requests: all rows of one depth share the state their generator would have
-at that position in plain decoding, and the generator advances by exactly the
-tokens that were output. The same seed therefore gives the same text whatever was
-drafted, and whatever else is in the batch. (Exact: only one row per depth is ever
-visited, so the draws along a path stay independent.)
+A :class:`Verifier` is built once, at load, of parts that the method and its acceptance rule
+choose: how a token is found at every row (:class:`TargetDraws`, :class:`JudgedDraws`), and
+whether accepted nodes take the place of some (:class:`Substitution`). A step in which every
+draw is the argmax skips the first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_specplus.drafting.noise import VERDICTS, stream
-from vllm_specplus.samplers import chains, sampled
-from vllm_specplus.samplers.interchangeable import Relaxation
-from vllm_specplus.samplers.sampled import Rule
+from vllm_specplus.engine.row_sampling import (
+    RowSamples,
+    RuleSampler,
+    advance_generators,
+    gather_logprobs,
+    is_plain_greedy,
+    sample_rows,
+)
+from vllm_specplus.kernels import native
+from vllm_specplus.samplers import lossless
+from vllm_specplus.samplers.registry import make_rule
+from vllm_specplus.samplers.relaxed import (
+    CandidateStatistics,
+    SubstitutionRule,
+    candidate_statistics,
+    substitute,
+)
+from vllm_specplus.samplers.relaxed_sampling import Relaxation, RelaxedSampling
+from vllm_specplus.samplers.sampled import SampledRule
 from vllm_specplus.step import Acceptance, DraftProbs, Rows
+
+if TYPE_CHECKING:
+    from vllm.distributed.parallel_state import GroupCoordinator
+
+    from vllm_specplus.config import MethodConfig
+    from vllm_specplus.metrics import Counters
+    from vllm_specplus.proposers.base import Proposer
+
+#: Finds what the children of each row were drawn from.
+FindDraftProbs = Callable[[list[str], Rows], DraftProbs]
 
 
 @dataclass(slots=True)
-class RowSamples:
-    """The target's draw at every row."""
+class VerifyBatch:
+    """What a step of R requests and L rows is verified by."""
 
-    tokens: torch.Tensor
-    """int32 [L] on the device."""
+    request_ids: list[str]
+    rows: Rows
+    metadata: SamplingMetadata
+    temperature: np.ndarray
+    """float32 [R]; 0 is greedy."""
+    top_k: np.ndarray
+    """int32 [R]; the vocabulary's size where nothing is cut."""
+    top_p: np.ndarray
+    """float32 [R]; 1 where nothing is cut."""
+    discarded: np.ndarray
+    """bool [R] requests that output nothing in this step: their prompt is not read to its
+    end."""
+    relaxed_stops: list[frozenset[int] | None]
+    """[R] stop tokens of the requests that a lossy rule may serve; None: losslessly."""
+    outside_pictures: np.ndarray | None = None
+    """bool [R] requests that are not in a picture, whose tokens are not compared by a codebook
+    then; None: all may be."""
+    hidden: torch.Tensor | None = None
+    """[L, hidden] hidden states of the rows, if the verifier ``reads_hidden``."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What a step came to."""
+
+    acceptance: Acceptance
+    top_ids: np.ndarray
+    """int32 [L, k] the k most probable next tokens of each row, best first."""
     logprobs: LogprobsTensors | None
-    """Of every row, or None."""
-    generators: dict[int, list[torch.Tensor]]
-    """Request -> states of its generator after 0, 1, 2, ... draws."""
-    probabilities: torch.Tensor | None = None
-    """float32 [L, V] what they were drawn from, where rules judge by it."""
+    """Of the accepted paths, [R * width] in the order of ``acceptance.output``."""
+    target_probs: torch.Tensor | None
+    """float32 [L, V] the target's distribution at each row, for a proposer that asks."""
 
 
-def is_plain_greedy(metadata: SamplingMetadata) -> bool:
-    """Is every draw just the argmax of the raw logits, with nothing to report?"""
-    return (
-        metadata.all_greedy
-        and metadata.no_penalties
-        and metadata.max_num_logprobs is None
-        and not metadata.logprob_token_ids
-        and metadata.allowed_token_ids_mask is None
-        and not metadata.bad_words_token_ids
-        and not any(_min_tokens(metadata))
-    )
+def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Finds the k most probable ids of every row, best first, as int32 on the device.
 
-
-def _min_tokens(metadata: SamplingMetadata):
-    """The requests' min_tokens entries: {request: (minimum, output ids, stop ids, ...)}."""
-    for processor in metadata.logitsprocs.non_argmax_invariant:
-        if isinstance(processor, MinTokensLogitsProcessor):
-            yield processor.min_toks
-
-
-def sample_rows(
-    sampler: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows
-) -> RowSamples:
-    """Draw one token per row. May change ``logits`` [L, V] in place."""
-    if len(rows.tokens) == len(rows.starts) - 1:  # one row per request: nothing to expand
-        states = {i: _states(g, 1, logits) for i, g in metadata.generators.items()}
-        out = sampler(logits=logits, sampling_metadata=metadata)
-        return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, states)
-    logits = _mask_min_tokens(logits, metadata, rows)
-    expanded, states = _expand(metadata, rows, logits)
-    out = sampler(logits=logits, sampling_metadata=expanded)
-    return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, states)
-
-
-class _Judge(torch.nn.Module):
-    """In the place of vLLM's ``TopKTopPSampler``, the last step of its sampler."""
-
-    def __init__(self, logprobs_mode: str, rule: Rule):
-        super().__init__()
-        self._logprobs_mode = logprobs_mode
-        self._rule = rule
-        self.step: tuple | None = None
-        """Arguments of ``sampled.verify`` behind the probabilities."""
-        self.tokens: torch.Tensor | None = None
-        self.probabilities: torch.Tensor | None = None
-
-    def forward(self, logits, generators, k, p):
-        logits = apply_top_k_top_p(logits, k, p)
-        processed = None
-        if self._logprobs_mode == "processed_logits":
-            processed = logits
-        elif self._logprobs_mode == "processed_logprobs":
-            processed = logits.log_softmax(-1, dtype=torch.float32)
-        self.probabilities = probabilities = logits.softmax(-1, dtype=torch.float32)
-        *step, relaxation = self.step
-        # The Triton kernels read a row's token unseen, and vLLM pads some drafts with -1.
-        on_cpu = logits.device.type == "cpu" or bool((step[0].tokens < 0).any())
-        one_by_one = relaxation is not None or self._rule == "without_replacement"
-        if one_by_one and (on_cpu or relaxation is not None) and chains.all_chains(step[0]):
-            self.tokens = chains.verify(probabilities, *step, relaxation)
-        elif on_cpu or relaxation is not None:
-            self.tokens = sampled.verify(self._rule, probabilities, *step, relaxation)
-        else:
-            from vllm_specplus.kernels import tree_rules
-
-            self.tokens = tree_rules.verify(self._rule, probabilities, *step)
-        # Rows off the accepted paths output nothing; any id serves their logprobs.
-        return self.tokens.clamp(min=0).long(), processed
-
-
-class RuleSampler(Sampler):
-    """vLLM's sampler with the draw replaced by a verification rule."""
-
-    def __init__(self, logprobs_mode: str, rule: Rule, device: torch.device):
-        super().__init__(logprobs_mode)
-        self.topk_topp_sampler = self._judge = _Judge(logprobs_mode, rule)
-        # Apart from the global one, which all ranks of a tensor-parallel group advance alike.
-        self._generator = stream(VERDICTS, device)
-
-    def judge_rows(
-        self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows, laws: DraftProbs,
-        silent: np.ndarray, relaxation: Relaxation | None = None,
-    ) -> RowSamples:  # fmt: skip
-        """Like :func:`sample_rows`, but ``tokens`` are -1 off the accepted paths.
-
-        ``silent`` bool [R]: requests that output nothing in this step (their prompt is not
-        read to its end), whose seeded generators stay as they are.
-        """
-        accept, output = self._noise(metadata, rows, silent, logits.device)
-        logits = _mask_min_tokens(logits, metadata, rows)
-        expanded, _ = _expand(replace(metadata, generators={}), rows, logits)
-        self._judge.step = rows, laws, accept, output, relaxation
-        try:
-            out = self(logits=logits, sampling_metadata=expanded)
-            tokens = out.sampled_token_ids[:, 0]
-            if self._judge.tokens is not None:  # else all requests are greedy
-                off_path = (self._judge.tokens < 0) & (expanded.temperature > 0)
-                tokens = tokens.masked_fill(off_path, -1)
-            probabilities = self._judge.probabilities
-        finally:
-            self._judge.step = self._judge.tokens = self._judge.probabilities = None
-        return RowSamples(tokens, out.logprobs_tensors, {}, probabilities)
-
-    def _noise(
-        self, metadata: SamplingMetadata, rows: Rows, silent: np.ndarray, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uniforms: one per row [L] to judge it, one per request [R] to draw the output."""
-        accept = torch.rand(len(rows.tokens), generator=self._generator, device=device)
-        output = torch.rand(len(rows.starts) - 1, generator=self._generator, device=device)
-        for request, generator in metadata.generators.items():
-            if silent[request]:
-                if device.type == "cuda":  # vLLM takes one draw back, whether or not it was made
-                    torch.rand(1, generator=generator, device=device)
-                continue
-            first, end = rows.starts[request : request + 2].tolist()
-            own = torch.rand(end - first + 1, generator=generator, device=device)
-            accept[first:end], output[request] = own[:-1], own[-1]
-        return accept, output
-
-
-def advance_generators(samples: RowSamples, metadata: SamplingMetadata, draws: np.ndarray) -> None:
-    """Leave every seeded generator as if it had made ``draws`` [R] draws in this step."""
-    for request, states in samples.generators.items():
-        metadata.generators[request].set_state(states[int(draws[request])])
-
-
-def gather_logprobs(
-    logprobs: LogprobsTensors, rows: Rows, acceptance: Acceptance
-) -> LogprobsTensors:
-    """Logprobs of the accepted paths, [R * width] in the order of ``acceptance.output``."""
-    index = rows.starts[:-1, None] + np.maximum(acceptance.path, 0)
-    index = torch.from_numpy(index.reshape(-1).astype(np.int64)).to(logprobs.logprobs.device)
-    # With "all logprobs" two of the three tensors are empty.
-    return LogprobsTensors(*(t[index] if torch.is_tensor(t) and t.numel() else t for t in logprobs))
-
-
-def _states(generator: torch.Generator, draws: int, logits: torch.Tensor) -> list[torch.Tensor]:
-    """States of ``generator`` after 0..draws draws of one token; its own is unchanged.
-
-    "One draw" is what vLLM's sampler takes per token: a 31-bit seed on the CPU, a
-    row of exponential noise elsewhere.
+    Before sampling, which changes logits in place. Column 0 is the argmax with
+    ties to the lower index, as in vLLM's greedy sampling.
     """
-    scout = generator.clone_state()
-    states = [scout.get_state()]
-    for _ in range(draws):
-        if logits.device.type == "cpu":
-            torch.randint(0, 2**31, (1,), generator=scout, dtype=torch.long)
-        else:
-            torch.empty(logits.shape[1], device=logits.device).exponential_(generator=scout)
-        states.append(scout.get_state())
-    return states
+    if logits.device.type == "cpu":
+        return native.top_k(logits, k)[0]
+    ids = logits.topk(k, dim=-1).indices.to(torch.int32)
+    ids[:, 0] = logits.argmax(dim=-1)
+    return ids
 
 
-def _path_tokens(rows: Rows, row: int, first: int) -> list[int]:
-    """Tokens from the root's first descendant down to ``row`` (flat index)."""
-    out = []
-    while rows.parents[row] >= 0:
-        out.append(int(rows.tokens[row]))
-        row = first + rows.parents[row]
-    return out[::-1]
+class Draws(Protocol):
+    """A way to find the token at every row that the walk down a tree follows."""
+
+    def __call__(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
+        """Samples from ``logits`` [L, V], which it may change in place."""
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Compiles what the first step should not wait for."""
 
 
-def _mask_min_tokens(logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows):
-    """Forbid stop tokens at rows whose path is still shorter than min_tokens."""
-    for entries in _min_tokens(metadata):
-        for request, (minimum, output, stop_ids, *_) in entries.items():
-            span = slice(rows.starts[request], rows.starts[request + 1])
-            short = np.flatnonzero(len(output) + rows.depths[span] < minimum) + span.start
-            if len(short) and stop_ids:
-                logits = logits.to(torch.float32)
-                index = torch.from_numpy(short).to(logits.device)
-                stop = torch.tensor(sorted(stop_ids), device=logits.device)
-                logits[index[:, None], stop] = float("-inf")
-    return logits
+class TargetDraws:
+    """Draws from the target at every row: losslessly for any draft that is a function of the
+    past."""
+
+    def __init__(self, sampler: Sampler):
+        self._sampler = sampler
+
+    def __call__(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
+        return sample_rows(self._sampler, logits, batch.metadata, batch.rows)
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Has nothing to compile."""
 
 
-def _expand(metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor):
-    """``metadata`` with one entry per row, and the generator states by request."""
-    counts = np.diff(rows.starts)
-    request_of = np.repeat(np.arange(len(counts)), counts)
-    index = torch.from_numpy(request_of).to(logits.device)
+class JudgedDraws:
+    """Judges drafts by what they were drawn from: by a lossless rule, or a relaxed one for the
+    requests that allow it.
 
-    def per_row(tensor):
-        return None if tensor is None else tensor[index]
+    The draft's distributions are on rank 0, which judges for all ranks of ``group``.
+    """
 
-    def spread(by_request):
-        return {
-            row: value
-            for request, value in (by_request or {}).items()
-            for row in range(rows.starts[request], rows.starts[request + 1])
-        }
+    def __init__(
+        self, sampler: RuleSampler, rule: SampledRule, relaxed: RelaxedSampling | None,
+        draft_probs: FindDraftProbs, counters: Counters, device: torch.device,
+        group: GroupCoordinator | None,
+    ):  # fmt: skip
+        self._sampler, self._rule, self._relaxed = sampler, rule, relaxed
+        self._draft_probs, self._counters = draft_probs, counters
+        self._device = device
+        self._group = group if group is not None and group.world_size > 1 else None
 
-    generators, states = {}, {}
-    for request, generator in metadata.generators.items():
-        span = range(rows.starts[request], rows.starts[request + 1])
-        draws = int(rows.depths[span.start : span.stop].max()) + 1
-        states[request] = _states(generator, draws, logits)
-        for row in span:
-            clone = generator.clone_state()
-            clone.set_state(states[request][rows.depths[row]])
-            generators[row] = clone
+    def __call__(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
+        if self._group is None:
+            return self._judge(logits, batch)
+        samples = None
+        if self._group.rank_in_group == 0:
+            samples = self._judge(logits, batch)
+        tokens = self._group.broadcast_object(None if samples is None else samples.tokens, src=0)
+        return RowSamples(tokens) if samples is None else samples
 
-    output_token_ids = metadata.output_token_ids
-    if output_token_ids:  # kept by vLLM only where penalties or bad words need it
-        output_token_ids = [
-            output_token_ids[r] + _path_tokens(rows, row, int(rows.starts[r]))
-            for row, r in enumerate(request_of.tolist())
+    def _judge(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
+        draft_probs = self._draft_probs(batch.request_ids, batch.rows)
+        relaxation = None
+        if self._relaxed is not None:
+            relaxation = Relaxation(self._relaxed, self._stops(batch))
+        samples = self._sampler.judge_rows(
+            logits, batch.metadata, batch.rows, draft_probs, batch.discarded, relaxation
+        )
+        if relaxation is not None:
+            self._counters.add("relaxed_tokens", int(relaxation.relaxed))
+        return samples
+
+    @staticmethod
+    def _stops(batch: VerifyBatch) -> list[frozenset[int] | None]:
+        """Lists what may be relaxed, as ``VerifyBatch.relaxed_stops``: nothing of greedy
+        requests, and nothing outside pictures, where tokens are words."""
+        strict = batch.temperature == 0
+        if batch.outside_pictures is not None:
+            strict = strict | batch.outside_pictures
+        return [
+            None if each else stops for each, stops in zip(strict, batch.relaxed_stops, strict=True)
         ]
-    expanded = replace(
-        metadata,
-        temperature=per_row(metadata.temperature),
-        top_p=per_row(metadata.top_p),
-        top_k=per_row(metadata.top_k),
-        generators=generators,
-        prompt_token_ids=per_row(metadata.prompt_token_ids),
-        frequency_penalties=per_row(metadata.frequency_penalties),
-        presence_penalties=per_row(metadata.presence_penalties),
-        repetition_penalties=per_row(metadata.repetition_penalties),
-        output_token_ids=output_token_ids,
-        allowed_token_ids_mask=per_row(metadata.allowed_token_ids_mask),
-        bad_words_token_ids=spread(metadata.bad_words_token_ids),
-        logprob_token_ids=spread(metadata.logprob_token_ids) or None,
-        logitsprocs=LogitsProcessors(),  # min_tokens, the only one allowed, is applied above
-        spec_token_ids=None,
-    )
-    return expanded, states
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Compiles the rule's kernels, on a GPU."""
+        if self._device.type != "cpu":
+            self._rule.warm_up(vocab_size, self._device)
+
+
+class Substitution:
+    """Puts nodes that a lossy rule accepts in the place of the target's draws."""
+
+    def __init__(self, rule: SubstitutionRule, counters: Counters):
+        self._rule, self._counters = rule, counters
+        self.reads_hidden = rule.head is not None
+
+    def statistics(self, logits: torch.Tensor, batch: VerifyBatch) -> CandidateStatistics | None:
+        """Computes what the rule goes by, before sampling changes ``logits`` in place; None
+        where there are no nodes."""
+        if not (batch.rows.parents >= 0).any():
+            return None
+        head = self._rule.head
+        scores = None if head is None else head.scores(batch.hidden)
+        return candidate_statistics(logits, batch.rows, batch.temperature, scores)
+
+    def __call__(
+        self, sampled: np.ndarray, statistics: CandidateStatistics, batch: VerifyBatch
+    ) -> np.ndarray:
+        """Returns ``sampled`` int32 [L] with some nodes' tokens in it."""
+        rows = batch.rows
+        counts = np.diff(rows.starts)
+        request = np.repeat(np.arange(len(counts)), counts)[statistics.rows]
+        accepted = self._rule.accepts(statistics)
+        accepted &= statistics.rank < batch.top_k[request]
+        accepted &= statistics.mass_above < batch.top_p[request]
+        sampled, count = substitute(rows, sampled, statistics, accepted, batch.relaxed_stops)
+        self._counters.add("relaxed_tokens", count)
+        return sampled
+
+
+class Verifier:
+    """Verifies steps: finds a token at every row, and follows them down the trees."""
+
+    def __init__(
+        self, draws: Draws, substitution: Substitution | None, top_k: int,
+        reads_target_probs: bool,
+    ):  # fmt: skip
+        self._draws, self._substitution = draws, substitution
+        self._top_k, self._reads_target_probs = top_k, reads_target_probs
+        self.reads_hidden = substitution is not None and substitution.reads_hidden
+        """Must a batch bring hidden states?"""
+
+    def verify(self, logits: torch.Tensor, batch: VerifyBatch) -> Verdict:
+        """Decides what becomes text by ``logits`` [L, V], which it may change in place."""
+        # Greedy steps need nothing else from the device: this is their only copy.
+        top = top_ids(logits, self._top_k).cpu().numpy()
+        statistics = None
+        if self._substitution is not None:
+            statistics = self._substitution.statistics(logits, batch)
+        if is_plain_greedy(batch.metadata):
+            samples = RowSamples(np.ascontiguousarray(top[:, 0]))
+        else:
+            samples = self._draws(logits, batch)
+        sampled = samples.tokens
+        if statistics is not None:
+            sampled = self._substitution(sampled, statistics, batch)
+        acceptance = lossless.accept(batch.rows, sampled)
+        if samples.generators:
+            draws = acceptance.lengths
+            if logits.device.type == "cpu":  # elsewhere vLLM takes discarded draws back
+                draws = np.where(batch.discarded, 0, draws)
+            advance_generators(samples, batch.metadata, draws)
+        logprobs = samples.logprobs
+        if logprobs is not None:
+            logprobs = gather_logprobs(logprobs, batch.rows, acceptance)
+        target_probs = samples.target_probs if self._reads_target_probs else None
+        return Verdict(acceptance, top, logprobs, target_probs)
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Compiles what the first step should not wait for, for logits of ``vocab_size``."""
+        self._draws.warm_up(vocab_size)
+
+
+def make_verifier(
+    config: MethodConfig, proposer: Proposer, sampler: Sampler, device: torch.device,
+    codebook: torch.Tensor | None, counters: Counters, draft_probs: FindDraftProbs,
+    group: GroupCoordinator | None = None,
+) -> Verifier:  # fmt: skip
+    """Builds the verifier of a method: its acceptance rule, and how its nodes are drawn, choose
+    the parts.
+
+    ``sampler`` is the runner's; ``codebook`` [V, d] an image model's; ``group`` the
+    tensor-parallel ranks, None: one alone.
+    """
+    keys = config.acceptance.model_dump(exclude={"rule"})
+    acceptance = make_rule(config.acceptance.rule, keys, codebook=codebook, device=device)
+    relaxed = acceptance if isinstance(acceptance, RelaxedSampling) else None
+    name = proposer.rule
+    if name is None and relaxed is not None:
+        name = "without_replacement"  # probabilities are compared, also of deterministic nodes
+    if name is None:
+        draws: Draws = TargetDraws(sampler)
+    else:
+        rule = make_rule(name, {})
+        rule_sampler = RuleSampler(sampler.logprobs_mode, rule, device)
+        draws = JudgedDraws(rule_sampler, rule, relaxed, draft_probs, counters, device, group)
+    substitution = None
+    if isinstance(acceptance, SubstitutionRule):
+        substitution = Substitution(acceptance, counters)
+    return Verifier(draws, substitution, max(proposer.top_k, 1), proposer.reads_target_probs)

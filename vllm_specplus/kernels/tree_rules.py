@@ -1,4 +1,4 @@
-"""Verification of sampled trees on the GPU: the rules of ``samplers/sampled.py`` in Triton.
+"""Verification of sampled trees on the GPU: the lossless rules for drawn nodes, in Triton.
 
 One program per request walks its tree; nothing is read back to the host.
 
@@ -25,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_specplus.samplers.sampled import Rule
 from vllm_specplus.step import DraftProbs, Rows
 
 #: Tokens of the vocabulary per step of a program.
@@ -39,52 +38,80 @@ TOKENS, PARENTS, CHILDREN, FIRST_CHILDREN, INDEX, DRAWN, STARTS, REQUESTS, NEXT 
 NUM_ARRAYS = 9
 
 
-def verify(
-    rule: Rule, p: torch.Tensor, rows: Rows, laws: DraftProbs,
-    accept_noise: torch.Tensor, output_noise: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """The same as :func:`vllm_specplus.samplers.sampled.verify`, without waiting for the device.
+class _Launch:
+    """What the kernels of a step are launched with; see ``SampledRule`` for the arguments."""
 
-    ``p`` and ``laws.q`` may be views with strided rows.
-    """
-    num_rows, num_requests = len(rows.tokens), len(rows.starts) - 1
-    host, has_draws = _arrays(rows, laws)
-    if rule in ("block", "traversal"):
-        _check_siblings(rule, host, has_draws)
-    tree = torch.from_numpy(host)
-    if p.device.type == "cuda":
-        tree = tree.pin_memory().to(p.device, non_blocking=True)
+    def __init__(
+        self, target_probs: torch.Tensor, rows: Rows, draft_probs: DraftProbs,
+        accept_noise: torch.Tensor, output_noise: torch.Tensor,
+    ):  # fmt: skip
+        num_rows, p = len(rows.tokens), target_probs
+        host, has_draws = _arrays(rows, draft_probs)
+        tree = torch.from_numpy(host)
+        if p.device.type == "cuda":
+            tree = tree.pin_memory().to(p.device, non_blocking=True)
+        self.out = torch.full((num_rows,), -1, dtype=torch.int32, device=p.device)
+        # A step without draws may come without draft probabilities.
+        q = draft_probs.q if has_draws.any() else p
+        assert p.stride(1) == q.stride(1) == 1
+        noise = accept_noise.float(), output_noise.float()
+        self._arguments = (self.out, p, q, *noise, tree, tree.stride(0))
+        self._sizes = (p.shape[1], q.shape[1], p.stride(0), q.stride(0))
+        # Requests without draws are walked whatever the rule, those with draws come first.
+        self._drawn, self._requests = int(has_draws.sum()), len(has_draws)
 
-    out = torch.full((num_rows,), -1, dtype=torch.int32, device=p.device)
-    q = laws.q if has_draws.any() else p  # a step without draws may come without laws
-    assert p.stride(1) == q.stride(1) == 1
-    arguments = (out, p, q, accept_noise.float(), output_noise.float(), tree, tree.stride(0))
-    sizes = (p.shape[1], q.shape[1], p.stride(0), q.stride(0))
-    drawn, others = int(has_draws.sum()), int((~has_draws).sum())
-    # Requests without draws are walked whatever the rule, those with draws come first.
-    if rule in ("block", "traversal"):
-        if drawn:
-            state = torch.empty(num_rows, 4, dtype=torch.float64, device=p.device)
-            kernel = _block_kernel if rule == "block" else _traversal_kernel
-            kernel[(drawn,)](*arguments, state, *sizes, BLOCK=BLOCK, num_warps=NUM_WARPS)
-        first, count = drawn, others
-    else:
-        first, count = 0, num_requests
-    if count:
-        _walk_kernel[(count,)](
-            *arguments,
-            first,
-            *sizes,
-            K_SEQ=rule == "k_seq",
-            RENORMALISE=rule == "without_replacement",
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
-    return out
+    def walk(self, first: int, k_seq: bool, renormalise: bool) -> torch.Tensor:
+        """Walks the requests from ``first`` on level by level; returns the output, int32 [L]."""
+        if first < self._requests:
+            _walk_kernel[(self._requests - first,)](
+                *self._arguments,
+                first,
+                *self._sizes,
+                K_SEQ=k_seq,
+                RENORMALISE=renormalise,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )
+        return self.out
+
+    def whole_trees(self, kernel) -> torch.Tensor:
+        """Runs ``kernel`` on requests with draws and walks the others; returns the output."""
+        if self._drawn:
+            state = torch.empty(len(self.out), 4, dtype=torch.float64, device=self.out.device)
+            kernel[(self._drawn,)](
+                *self._arguments, state, *self._sizes, BLOCK=BLOCK, num_warps=NUM_WARPS
+            )
+        return self.walk(self._drawn, k_seq=False, renormalise=False)
 
 
-def _arrays(rows: Rows, laws: DraftProbs) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 [NUM_ARRAYS, at least L + 1] what the kernels read, bool [R] which have draws).
+def walk_with_replacement(*step) -> torch.Tensor:
+    """Verifies as ``samplers.sampled.WithReplacement`` does."""
+    return _Launch(*step).walk(0, k_seq=False, renormalise=False)
+
+
+def walk_without_replacement(*step) -> torch.Tensor:
+    """Verifies as ``samplers.sampled.WithoutReplacement`` does."""
+    return _Launch(*step).walk(0, k_seq=False, renormalise=True)
+
+
+def walk_k_seq(*step) -> torch.Tensor:
+    """Verifies as ``samplers.sampled.KSeq`` does."""
+    return _Launch(*step).walk(0, k_seq=True, renormalise=False)
+
+
+def verify_block(*step) -> torch.Tensor:
+    """Verifies as ``samplers.sampled.Block`` does."""
+    return _Launch(*step).whole_trees(_block_kernel)
+
+
+def verify_traversal(*step) -> torch.Tensor:
+    """Verifies as ``samplers.sampled.Traversal`` does."""
+    return _Launch(*step).whole_trees(_traversal_kernel)
+
+
+def _arrays(rows: Rows, draft_probs: DraftProbs) -> tuple[np.ndarray, np.ndarray]:
+    """Lays out what the kernels read, int32 [NUM_ARRAYS, at least L + 1], and says which requests
+    have draws, bool [R].
 
     ``PARENTS`` and ``CHILDREN`` are rows of the step; those of row ``i`` are
     ``CHILDREN[FIRST_CHILDREN[i] : FIRST_CHILDREN[i + 1]]``, in draw order.
@@ -100,30 +127,19 @@ def _arrays(rows: Rows, laws: DraftProbs) -> tuple[np.ndarray, np.ndarray]:
     out[CHILDREN.value, : len(nodes)] = nodes[np.argsort(parents, kind="stable")]
     counts = np.bincount(parents, minlength=num_rows)
     out[FIRST_CHILDREN.value, 1 : num_rows + 1] = np.cumsum(counts)
-    out[INDEX.value, :num_rows] = laws.index
-    out[DRAWN.value, :num_rows] = laws.drawn
+    out[INDEX.value, :num_rows] = draft_probs.index
+    out[DRAWN.value, :num_rows] = draft_probs.drawn
     out[STARTS.value, : num_requests + 1] = rows.starts
-    has_draws = np.add.reduceat(laws.drawn, rows.starts[:-1]) > 0
+    has_draws = np.add.reduceat(draft_probs.drawn, rows.starts[:-1]) > 0
     order = np.concatenate([np.flatnonzero(has_draws), np.flatnonzero(~has_draws)])
     out[REQUESTS.value, :num_requests] = order
     out[NEXT.value] = out[FIRST_CHILDREN.value]
     return out, has_draws
 
 
-def _check_siblings(rule: Rule, tree: np.ndarray, has_draws: np.ndarray) -> None:
-    """Rules over whole trees know no deterministic siblings, block verification only chains."""
-    starts = tree[STARTS.value, : len(has_draws) + 1]
-    mine = np.repeat(has_draws, np.diff(starts))
-    children = np.diff(tree[FIRST_CHILDREN.value, : len(mine) + 1])[mine]
-    if (children != tree[DRAWN.value, : len(mine)][mine]).any():
-        raise ValueError(f"{rule} verification takes no deterministic siblings")
-    if rule == "block" and (children > 1).any():
-        raise ValueError("block verification takes chains only")
-
-
 @triton.jit
 def _left(p, q, ids, c, cap, vocab, q_vocab):
-    """(p - c min(q, p cap))+ of one node at token ``ids``; ``p`` and ``q`` point to its rows."""
+    """Computes (p - c min(q, p cap))+ at tokens ``ids``; ``p`` and ``q`` point to a node's rows."""
     # Finite in float32: infinity times a q of 0 is NaN.
     c, cap = tl.minimum(c, 1e38).to(tl.float32), cap.to(tl.float32)
     target = tl.load(p + ids, mask=ids < vocab, other=0.0)
@@ -133,7 +149,7 @@ def _left(p, q, ids, c, cap, vocab, q_vocab):
 
 @triton.jit
 def _without(values, ids, tree, tree_stride, low, high):
-    """``values`` [BLOCK] with those of the children ``low`` .. ``high`` (exclusive) zeroed."""
+    """Zeroes those of ``values`` [BLOCK] of the children ``low`` .. ``high`` (exclusive)."""
     for child in range(low, high):
         row = tl.load(tree + CHILDREN * tree_stride + child)
         token = tl.load(tree + TOKENS * tree_stride + row)
@@ -145,7 +161,7 @@ def _without(values, ids, tree, tree_stride, low, high):
 def _sums(
     p, q, tree, tree_stride, low, high, c, cap, vocab, q_vocab, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Sums of what is left and of ``q``, float64, both without the children low .. high.
+    """Sums what is left, and ``q``, float64, both without the children low .. high.
 
     ``q`` has to be summed anew and without them, not less them: what remains of a sharp ``q``
     is far below the rounding of its sum.
@@ -167,7 +183,7 @@ def _sums(
 def _draw(
     p, q, tree, tree_stride, low, high, c, cap, noise, vocab, q_vocab, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A token with probability proportional to what is left, never one of probability 0.
+    """Draws a token with probability proportional to what is left, never one of probability 0.
 
     The children low .. high were rejected, so nothing is left of them; rounding must not say
     otherwise. Where rounding says that nothing is left at all, ``p`` and ``q`` are equal, and
@@ -215,17 +231,18 @@ def _is_repeated(tree, tree_stride, low, child, token):
 
 @triton.jit
 def _node(p, q, tree, tree_stride, row, p_stride, q_stride):
-    """Rows of ``p`` and ``q`` of a node, and the range of its children."""
-    law = tl.maximum(tl.load(tree + INDEX * tree_stride + row), 0)  # without draws: not used
+    """Finds the rows of ``p`` and ``q`` of a node, and the range of its children."""
+    # Without draws this one is not used.
+    draft_row = tl.maximum(tl.load(tree + INDEX * tree_stride + row), 0)
     low = tl.load(tree + FIRST_CHILDREN * tree_stride + row)
     high = tl.load(tree + FIRST_CHILDREN * tree_stride + row + 1)
     # int64: a batch's distributions have more than 2**31 elements.
-    return p + row.to(tl.int64) * p_stride, q + law.to(tl.int64) * q_stride, low, high
+    return p + row.to(tl.int64) * p_stride, q + draft_row.to(tl.int64) * q_stride, low, high
 
 
 @triton.jit
 def _candidate(p, q, tree, tree_stride, low, child, c, cap, vocab, q_vocab):
-    """A child's row and token, what is left of its probability, and its ``q``, both float64.
+    """Reads a child's row and token, what is left of its probability, and its ``q``, float64.
 
     Draws without replacement that repeat a sibling stand for a ``q`` that had no more tokens.
     Of a repeated sibling nothing is left, whatever rounding says.
@@ -250,7 +267,7 @@ def _power(base, exponent):
 
 @triton.jit
 def _best_rho(p, q, k, vocab, q_vocab, BLOCK: tl.constexpr):
-    """SpecTr's rho* in [1, k] and its beta; see ``samplers.sampled.best_rho``.
+    """Finds SpecTr's rho* in [1, k] and its beta; see ``samplers.sampled.best_rho``.
 
     Each pass over the vocabulary tries three points between the ends, which leaves a quarter.
     """
@@ -298,7 +315,7 @@ def _walk_kernel(
     RENORMALISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rules A to F: from the root down, one level at a time."""
+    """Walks from the root down, one level at a time."""
     NO_CAP: tl.constexpr = 3e38
     request = tl.load(tree + REQUESTS * tree_stride + first_request + tl.program_id(0))
     row = tl.load(tree + STARTS * tree_stride + request)
@@ -394,7 +411,7 @@ def _block_kernel(
     q_stride,
     BLOCK: tl.constexpr,
 ):
-    """Rule I, from the chain's end: the first prefix whose test passes is the longest one."""
+    """Tests prefixes from the chain's end: the first that passes is the longest one."""
     NO_CAP: tl.constexpr = 3e38
     request = tl.load(tree + REQUESTS * tree_stride + tl.program_id(0))
     root = tl.load(tree + STARTS * tree_stride + request)
@@ -463,8 +480,8 @@ def _traversal_kernel(
     q_stride,
     BLOCK: tl.constexpr,
 ):
-    """Rule J: down to the first leaf; where its test fails it is cut off, and its parent, a
-    leaf itself after its last child, goes on with what is left."""
+    """Walks down to the first leaf; where its test fails it is cut off, and its parent, a leaf
+    itself after its last child, goes on with what is left."""
     NO_CAP: tl.constexpr = 3e38
     request = tl.load(tree + REQUESTS * tree_stride + tl.program_id(0))
     root = tl.load(tree + STARTS * tree_stride + request)

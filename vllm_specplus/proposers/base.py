@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from vllm_specplus.drafting.graphs import Record
     from vllm_specplus.drafting.model import LayeredModel
-    from vllm_specplus.samplers.sampled import Rule
 
 
 class Proposer(ABC):
@@ -36,8 +35,9 @@ class Proposer(ABC):
     """For a method whose drafting costs a forward pass per level of the tree: nodes of
     each level. The controller then decides *before* drafting how many levels each request
     gets, and verifies all that is drafted."""
-    rule: Rule | None = None
-    """How its sampled nodes are verified; None: it never draws."""
+    rule: str | None = None
+    """Name of the rule (``samplers.sampled``) that verifies its drawn nodes; None: it never
+    draws."""
     reads_target_probs: bool = False
     """Does it draft from the distributions of the verified rows?"""
     reads_prompt: bool = False

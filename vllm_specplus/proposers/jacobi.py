@@ -21,7 +21,7 @@ import torch
 from vllm_specplus.config import JacobiConfig
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.proposers.base import Proposer
-from vllm_specplus.samplers.sampled import draw
+from vllm_specplus.samplers.probabilities import draw
 from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
 

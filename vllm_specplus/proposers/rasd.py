@@ -15,7 +15,7 @@ give less than this probability (0, the default, prunes nothing).
 Most sources draft deterministically, given the text (a draft model by default too: its
 most probable sequences, as EAGLE-2's trees in the paper): the one-hot rule of the engine is
 exact for their union (``tests/proposers/test_rasd.py`` enumerates it). One draft model may draw its
-nodes instead. Siblings are then tried in draw order by rule C of ``samplers/sampled.py``,
+nodes instead. Siblings are then tried in draw order by ``samplers.sampled.WithoutReplacement``,
 and what others found after them, by what is left of the target's distribution. What was
 drawn stays, whatever it is: nodes to verify, their number and the labels that decide about
 them are fixed before the draw. What was looked up may depend on anything.

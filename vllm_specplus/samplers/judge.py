@@ -22,7 +22,7 @@ WEIGHT, BIAS = "weight", "bias"
 
 
 def head_size(path: str | Path) -> int:
-    """Hidden size of the head in a file; ValueError if there is none."""
+    """Reads the hidden size of the head in a file; ValueError if there is none."""
     try:
         with safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -36,6 +36,8 @@ def head_size(path: str | Path) -> int:
 
 
 class JudgeHead:
+    """The linear layer and its sigmoid."""
+
     def __init__(self, path: str | Path, device: torch.device):
         from safetensors.torch import load_file
 
@@ -45,5 +47,5 @@ class JudgeHead:
         self.bias = tensors[BIAS].float().to(device)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [L], 0 to 1, of ``hidden`` [L, hidden]."""
+        """Scores ``hidden`` [L, hidden]: float32 [L], 0 to 1."""
         return (hidden.float() @ self.weight + self.bias).sigmoid()

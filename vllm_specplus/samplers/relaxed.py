@@ -17,23 +17,22 @@ distribution; ``docs/acceptance.md`` has what that costs and brings.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from vllm_specplus.samplers.judge import JudgeHead
+from vllm_specplus.samplers.rules import Nodes, Rule
 from vllm_specplus.step import Rows
-
-if TYPE_CHECKING:
-    from vllm_specplus.config import JudgeAcceptance, TopKMarginAcceptance, TypicalAcceptance
 
 #: Nodes whose ranks are counted at a time: bounds the copies of distributions.
 CHUNK = 64
 
 
 @dataclass(slots=True)
-class Candidates:
+class CandidateStatistics:
     """The N nodes of a step as the target sees them; host arrays."""
 
     rows: np.ndarray
@@ -52,10 +51,10 @@ class Candidates:
     """float32 [N] a judge's, of the node's own row."""
 
 
-def look(
+def candidate_statistics(
     logits: torch.Tensor, rows: Rows, temperature: np.ndarray, scores: torch.Tensor | None = None
-) -> Candidates:
-    """What the rules need to know, in one copy from the device.
+) -> CandidateStatistics:
+    """Computes what the rules need to know, in one copy from the device.
 
     ``logits`` [L, V]; ``temperature`` float32 [R], 0 for greedy requests; ``scores`` float32 [L]:
     a judge's.
@@ -79,50 +78,103 @@ def look(
     rank, mass = [], []
     for begin in range(0, len(nodes), CHUNK):
         here = slice(begin, begin + CHUNK)
-        law = p[parent[here]]
-        more = law > probability[here, None]
+        target_probs = p[parent[here]]
+        more = target_probs > probability[here, None]
         rank.append(more.sum(-1).float())
-        mass.append((law * more).sum(-1))
+        mass.append((target_probs * more).sum(-1))
     columns = [
         probability, torch.cat(rank), torch.cat(mass), p.max(-1).values[parent], entropy[parent]
     ]  # fmt: skip
     if scores is not None:
         columns.append(scores[put(nodes)])
     probability, rank, mass, best, entropy, *score = torch.stack(columns).cpu().numpy()
-    return Candidates(nodes, probability, rank.astype(np.int64), mass, best, entropy, *score)
+    return CandidateStatistics(
+        nodes, probability, rank.astype(np.int64), mass, best, entropy, *score
+    )
 
 
-def typical(rule: TypicalAcceptance, seen: Candidates) -> np.ndarray:
-    """bool [N]"""
-    threshold = np.minimum(rule.epsilon, rule.delta * np.exp(-seen.entropy))
-    return seen.probability > threshold
+class SubstitutionRule(Rule):
+    """Says which nodes may take the place of the target's draw."""
+
+    verifies = frozenset({Nodes.DETERMINISTIC})
+    head: JudgeHead | None = None
+    """Scores nodes by their hidden states, if the rule goes by that."""
+
+    @abstractmethod
+    def accepts(self, statistics: CandidateStatistics) -> np.ndarray:
+        """Returns bool [N]."""
+
+    @abstractmethod
+    def reference(self, target_probs: np.ndarray, token: int, score: float | None) -> bool:
+        """Decides on one node, ``token`` of ``target_probs`` float64 [V]; ``score`` is its
+        judge's."""
 
 
-def top_k_margin(rule: TopKMarginAcceptance, seen: Candidates) -> np.ndarray:
-    """bool [N]"""
-    return (seen.rank < rule.top_k) & (seen.probability >= seen.best * np.exp(-rule.margin))
+class Typical(SubstitutionRule):
+    """Accepts nodes that are probable enough, the less the more open the text is (Medusa)."""
+
+    name = "typical"
+
+    def __init__(self, *, epsilon: float, delta: float):
+        self._epsilon, self._delta = epsilon, delta
+
+    def accepts(self, statistics):
+        threshold = np.minimum(self._epsilon, self._delta * np.exp(-statistics.entropy))
+        return statistics.probability > threshold
+
+    def reference(self, target_probs, token, score):
+        entropy = -sum(p * np.log(p) for p in target_probs if p > 0)
+        return target_probs[token] > min(self._epsilon, self._delta * np.exp(-entropy))
 
 
-def judge(rule: JudgeAcceptance, seen: Candidates) -> np.ndarray:
-    """bool [N]"""
-    return seen.score > rule.threshold
+class TopKMargin(SubstitutionRule):
+    """Accepts nodes among the most probable tokens, and nearly as probable as the best."""
+
+    name = "top_k_margin"
+
+    def __init__(self, *, top_k: int, margin: float):
+        self._top_k, self._margin = top_k, margin
+
+    def accepts(self, statistics):
+        enough = statistics.best * np.exp(-self._margin)
+        return (statistics.rank < self._top_k) & (statistics.probability >= enough)
+
+    def reference(self, target_probs, token, score):
+        p_x = target_probs[token]
+        rank = sum(p > p_x for p in target_probs)
+        return rank < self._top_k and p_x >= max(target_probs) * np.exp(-self._margin)
 
 
-RULES = {"judge": judge, "typical": typical, "top_k_margin": top_k_margin}
+class Judge(SubstitutionRule):
+    """Accepts nodes that a trained head calls valid (Judge Decoding)."""
+
+    name = "judge"
+    needs = ("device",)
+
+    def __init__(self, *, head: str, threshold: float, device: torch.device):
+        self.head = JudgeHead(head, device)
+        self._threshold = threshold
+
+    def accepts(self, statistics):
+        return statistics.score > self._threshold
+
+    def reference(self, target_probs, token, score):
+        return score > self._threshold
 
 
-def follow(
-    rows: Rows, sampled: np.ndarray, seen: Candidates, accepted: np.ndarray,
+def substitute(
+    rows: Rows, sampled: np.ndarray, statistics: CandidateStatistics, accepted: np.ndarray,
     stops: list[frozenset[int] | None],
 ) -> tuple[np.ndarray, int]:  # fmt: skip
-    """The target's draws with accepted nodes in the place of some, and how many.
+    """Puts accepted nodes in the place of some of the target's draws; returns the result, int32
+    [L], and how many it put.
 
     ``sampled`` int32 [L]; ``accepted`` bool [N] what the rule says; ``stops`` [R] stop tokens
     of each request, None for one that is verified losslessly.
     """
     out, relaxed = sampled.copy(), 0
     likely = np.zeros(len(sampled), np.float32)
-    likely[seen.rows[accepted]] = seen.probability[accepted]
+    likely[statistics.rows[accepted]] = statistics.probability[accepted]
     for r, stop in enumerate(stops):
         if stop is None:
             continue

@@ -1,8 +1,7 @@
-"""Relaxed speculative sampling: the cards' vectors, limits, bounds, and the lossless limit."""
+"""Relaxed speculative sampling: the papers' examples, bounds, and the lossless limit."""
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,55 +13,56 @@ from hypothesis import strategies as st
 from vllm_specplus.config import parse
 from vllm_specplus.plugin import worker_config
 from vllm_specplus.samplers import chains
-from vllm_specplus.samplers.interchangeable import (
-    Laws,
-    Relaxation,
-    make_rule,
-    neighbours,
-)
-from vllm_specplus.samplers.sampled import verify
+from vllm_specplus.samplers.probabilities import Probabilities
+from vllm_specplus.samplers.registry import make_rule
+from vllm_specplus.samplers.relaxed_sampling import Relaxation, neighbours
+from vllm_specplus.samplers.sampled import WithoutReplacement
 from vllm_specplus.step import DraftProbs, Rows
 from vllm_specplus.target import Target
 
-# Codes on a line; p and q of the card (../shared/methods/lantern.md, section 5).
+# Codes on a line, and a p and q that differ most at the first.
 LINE = torch.tensor([[0.0], [1.0], [2.1], [4.0], [8.0]])
 P = torch.tensor([0.30, 0.25, 0.20, 0.15, 0.10])
 Q = torch.tensor([0.70, 0.10, 0.10, 0.05, 0.05])
 
 
+verify = WithoutReplacement().reference
+
+
 def rule_of(acceptance: dict, codebook: torch.Tensor = LINE):
-    return make_rule(parse({"method": "jacobi", "acceptance": acceptance}).acceptance, codebook)
+    keys = {"method": "jacobi", "acceptance": acceptance, "allow_lossy": True}
+    config = parse(keys).acceptance
+    return make_rule(config.rule, config.model_dump(exclude={"rule"}), codebook=codebook)
 
 
 def masses(rule, p, q, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one row ``p`` [V], for every token; ``q`` None: nothing drew them."""
     rows = torch.zeros_like(tokens)
-    laws = Laws(p[None], torch.empty(0, len(p)) if q is None else q[None])
-    return rule.masses(laws, rows, rows - int(q is None), tokens)
+    known = Probabilities(p[None], torch.empty(0, len(p)) if q is None else q[None])
+    return rule.masses(known, rows, rows - int(q is None), tokens)
 
 
 def residual(rule, p, q, token) -> torch.Tensor:
-    law = torch.eye(len(p))[token] if q is None else q
-    return rule.residual(p[None], law[None], torch.tensor([q is not None]), torch.tensor([token]))[
-        0
-    ]
+    row = torch.eye(len(p))[token] if q is None else q
+    drawn = torch.tensor([q is not None])
+    return rule.residual(p[None], row[None], drawn, torch.tensor([token]))[0]
 
 
 def acceptances(rule, p, q) -> torch.Tensor:
-    mine, theirs = masses(rule, p, q, torch.arange(len(p)))
-    return (mine / theirs).clamp(max=1)
+    target_mass, draft_mass = masses(rule, p, q, torch.arange(len(p)))
+    return (target_mass / draft_mass).clamp(max=1)
 
 
-def output_law(rule, p, q) -> torch.Tensor:
+def output_probs(rule, p, q) -> torch.Tensor:
     """Of a chain's one position, exactly: accepted draws, and residuals of rejected ones."""
     f = acceptances(rule, p, q)
-    law = q * f
+    probs = q * f
     for token in range(len(p)):
         rejected = float(q[token] * (1 - f[token]))
         if rejected > 0:
             left = residual(rule, p, q, token)
-            law = law + rejected * left / left.sum()
-    return law
+            probs = probs + rejected * left / left.sum()
+    return probs
 
 
 def tv(a, b) -> float:
@@ -85,7 +85,7 @@ def test_the_nearest_codes_come_first_and_a_code_is_not_its_own_neighbour():
 
 
 @pytest.mark.parametrize(
-    ("acceptance", "f0", "rate", "law", "distance"),
+    ("acceptance", "f0", "rate", "probs", "distance"),
     [
         ({"rule": "lantern", "k": 0}, 0.4286, 0.60, [0.30, 0.25, 0.20, 0.15, 0.10], 0.0),
         (
@@ -106,14 +106,14 @@ def test_the_nearest_codes_come_first_and_a_code_is_not_its_own_neighbour():
         ),
     ],
 )  # fmt: skip
-def test_vectors_of_the_lantern_card(acceptance, f0, rate, law, distance):
+def test_vectors_of_the_lantern_card(acceptance, f0, rate, probs, distance):
     rule = rule_of(acceptance)
     f = acceptances(rule, P, Q)
     assert float(f[0]) == pytest.approx(f0, abs=1e-4)
     assert (f[1:] == 1).all()
     assert float((Q * f).sum()) == pytest.approx(rate, abs=1e-6)
-    out = output_law(rule, P, Q)
-    assert out.tolist() == pytest.approx(law, abs=1e-4)
+    out = output_probs(rule, P, Q)
+    assert out.tolist() == pytest.approx(probs, abs=1e-4)
     assert tv(out, P) == pytest.approx(distance, abs=1e-6)
 
 
@@ -121,8 +121,8 @@ def test_vectors_of_the_lantern_card(acceptance, f0, rate, law, distance):
 def test_a_token_that_nothing_drew(variant, distance):
     """The acceptance is p(x) + S; the reference code leaves (0, 0, 0, .6, .4)."""
     rule = rule_of({"rule": "lantern", "k": 1, "delta": 0.3, "residual": variant})
-    mine, theirs = masses(rule, P, None, torch.tensor([0]))
-    assert float(mine / theirs) == pytest.approx(0.55)
+    target_mass, draft_mass = masses(rule, P, None, torch.tensor([0]))
+    assert float(target_mass / draft_mass) == pytest.approx(0.55)
     left = residual(rule, P, None, 0)
     left = left / left.sum()
     if variant == "llamagen":
@@ -147,33 +147,28 @@ def test_vectors_of_the_gsd_card(group, rate, distance):
     assert tv(q * f + (1 - (q * f).sum()) * left / left.sum(), p) == pytest.approx(
         distance, abs=1e-3
     )
-    assert tv(output_law(rule, p, q), p) <= distance + 1e-3
+    assert tv(output_probs(rule, p, q), p) <= distance + 1e-3
 
 
 def test_what_top_k_cut_off_joins_no_group():
     p = torch.tensor([0.0, 0.0, 0.5, 0.5])
     q = torch.tensor([0.4, 0.4, 0.1, 0.1])
     rule = rule_of({"rule": "gsd", "group": 3, "max_gap": 1.0}, torch.zeros(4, 1))
-    mine, theirs = masses(rule, p, q, torch.tensor([2, 3]))
-    assert mine.tolist() == pytest.approx([1.0, 1.0])
-    assert theirs.tolist() == pytest.approx([0.2, 0.2])
+    target_mass, draft_mass = masses(rule, p, q, torch.tensor([2, 3]))
+    assert target_mass.tolist() == pytest.approx([1.0, 1.0])
+    assert draft_mass.tolist() == pytest.approx([0.2, 0.2])
 
 
 def test_a_distant_code_joins_no_group():
     p = torch.tensor([0.3, 0.33, 0.37])
     far = torch.tensor([[0.0], [5.0], [0.1]])
     rule = rule_of({"rule": "gsd", "group": 5, "max_gap": 1.0, "max_distance": 1.0}, far)
-    mine, _ = masses(rule, p, p, torch.arange(3))
-    assert mine.tolist() == pytest.approx([0.67, 0.33, 0.67])
+    target_mass, _ = masses(rule, p, p, torch.arange(3))
+    assert target_mass.tolist() == pytest.approx([0.67, 0.33, 0.67])
 
 
 def test_the_judge_accepts_only_where_both_are_alike_and_open():
-    rule = make_rule(
-        parse({
-            "method": "jacobi", "allow_lossy": True,
-            "acceptance": {"rule": "kl_judge", "threshold": 0.2, "sure": 0.6},
-        }).acceptance, None,
-    )  # fmt: skip
+    rule = rule_of({"rule": "kl_judge", "threshold": 0.2, "sure": 0.6})
     near = torch.tensor([0.30, 0.30, 0.20, 0.10, 0.10])
     assert (acceptances(rule, P, near) == 1).all()
     assert (acceptances(rule, P, Q) < 1).any()  # KL(P || Q) = 0.39
@@ -181,7 +176,7 @@ def test_the_judge_accepts_only_where_both_are_alike_and_open():
     assert (acceptances(rule, sure, torch.tensor([0.65, 0.15, 0.1, 0.05, 0.05])) < 1).any()
 
 
-def laws(seed: int, size: int, count: int) -> torch.Tensor:
+def random_probs(seed: int, size: int, count: int) -> torch.Tensor:
     return torch.from_numpy(
         np.random.default_rng(seed).dirichlet(np.full(size, 0.3), count).astype(np.float32)
     )
@@ -201,7 +196,7 @@ LOSSLESS = [
 def test_the_lossless_limit_is_the_lossless_rule_bit_for_bit(acceptance, seed, drawn):
     """The same uniforms give the same tokens, for drawn and for other drafts."""
     rng = np.random.default_rng(seed)
-    p, q = laws(seed, 12, 5), laws(seed + 1, 12, 4)
+    p, q = random_probs(seed, 12, 5), random_probs(seed + 1, 12, 4)
     tokens = [int(rng.choice(12, p=row / row.sum())) for row in q.double().numpy()]
     rows = chain(tokens)
     index = np.full(5, -1, np.int32)
@@ -210,17 +205,17 @@ def test_the_lossless_limit_is_the_lossless_rule_bit_for_bit(acceptance, seed, d
         index[:4], counts[:4] = range(4), 1
     noise = torch.from_numpy(rng.random(5, np.float32)), torch.from_numpy(rng.random(1, np.float32))
     draft = DraftProbs(q, index, counts)
-    plain = verify("without_replacement", p, rows, draft, *noise)
+    plain = verify(p, rows, draft, *noise)
     codebook = torch.from_numpy(rng.normal(size=(12, 3)).astype(np.float32))
     relaxation = Relaxation(rule_of(acceptance, codebook), [frozenset()])
-    assert verify("without_replacement", p, rows, draft, *noise, relaxation).equal(plain)
+    assert verify(p, rows, draft, *noise, relaxation).equal(plain)
     assert relaxation.relaxed == 0
 
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_acceptance_grows_with_every_knob_of_lantern(seed):
-    p, q = laws(seed, 12, 2)
+    p, q = random_probs(seed, 12, 2)
     codebook = torch.from_numpy(np.random.default_rng(seed).normal(size=(12, 3)))
     for knobs in (
         [{"rule": "lantern", "k": k, "delta": 0.3} for k in (0, 2, 5, 11)],
@@ -236,16 +231,16 @@ def test_acceptance_grows_with_every_knob_of_lantern(seed):
 @given(seed=st.integers(0, 10**6), delta=st.sampled_from([0.05, 0.2, 0.5]))
 def test_the_output_moves_by_no_more_than_was_lent(seed, delta):
     """Total variation, exactly; lantern++ also keeps f below lambda p / q."""
-    p, q = laws(seed, 12, 2)
+    p, q = random_probs(seed, 12, 2)
     codebook = torch.from_numpy(np.random.default_rng(seed).normal(size=(12, 3)))
     rule = rule_of({"rule": "lantern", "k": 11, "delta": delta}, codebook)
     lent = masses(rule, p, q, torch.arange(12))[0] - p
     assert float(lent.max()) <= delta + 1e-6
-    assert tv(output_law(rule, p, q), p) <= float((q > 0).float() @ lent) + 1e-5
+    assert tv(output_probs(rule, p, q), p) <= float((q > 0).float() @ lent) + 1e-5
     # All of q on one token: by what that one borrowed.
     for token in range(12):
         sure = torch.eye(12)[token]
-        assert tv(output_law(rule, p, sure), p) <= float(lent[token]) + 1e-5
+        assert tv(output_probs(rule, p, sure), p) <= float(lent[token]) + 1e-5
     plus = rule_of({"rule": "lantern++", "k": 11, "lambda": 2.0}, codebook)
     assert (masses(plus, p, q, torch.arange(12))[0] <= 2.0 * p + 1e-6).all()
 
@@ -259,7 +254,7 @@ def test_stop_tokens_and_strict_requests_are_verified_losslessly():
     rule = rule_of({"rule": "lantern", "k": 3, "delta": 1.0}, torch.arange(4.0)[:, None])
     for stops, first in ((frozenset(), 3), (frozenset({3}), 0), (None, 0)):
         relaxation = Relaxation(rule, [stops])
-        out = verify("without_replacement", p, rows, draft, *noise, relaxation)
+        out = verify(p, rows, draft, *noise, relaxation)
         assert int(out[0]) == first
         assert relaxation.relaxed == (first == 3)
 
@@ -343,7 +338,7 @@ def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     rows, codes, size = int(starts[-1]), 12, 15  # the last three are labels
     parents = np.concatenate([np.arange(-1, n - 1) for n in counts]).astype(np.int32)
-    p, q = laws(seed, codes, rows), laws(seed + 1, codes - 2, rows)
+    p, q = random_probs(seed, codes, rows), random_probs(seed + 1, codes - 2, rows)
     p[rng.random((rows, codes)) < 0.2] = 0.0  # cut off by top-k
     p = torch.nn.functional.pad(p, (0, size - codes)) + 0.0
     p[:, 0] += 0.01
@@ -368,11 +363,10 @@ def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
     relaxations = [None, None]
     if acceptance is not None:
         codebook = torch.from_numpy(rng.normal(size=(codes, 3)).astype(np.float32))
-        keys = {"method": "jacobi", "acceptance": acceptance, "allow_lossy": True}
-        rule = make_rule(parse(keys).acceptance, codebook)
+        rule = rule_of(acceptance, codebook)
         stops = [(None, frozenset(), frozenset({3, 5}))[i] for i in rng.integers(0, 3, len(counts))]
         relaxations = [Relaxation(rule, stops), Relaxation(rule, stops)]
-    slow = verify("without_replacement", p, verified, draft, *noise, relaxations[0])
+    slow = verify(p, verified, draft, *noise, relaxations[0])
     fast = chains.verify(p, verified, draft, *noise, relaxations[1])
     assert fast.tolist() == slow.tolist()
     judged = torch.from_numpy(np.flatnonzero(fast.numpy() >= 0))
@@ -387,8 +381,8 @@ def test_siblings_are_no_chain():
     assert not chains.all_chains(rows)
 
 
-@pytest.mark.parametrize("check", [chains.verify, partial(verify, "without_replacement")])
-def test_padding_is_no_token_and_changes_no_law(check):
+@pytest.mark.parametrize("check", [chains.verify, verify])
+def test_padding_is_no_token_and_changes_no_probability(check):
     """Every token of the vocabulary is still drawn as often as the target says."""
     p = torch.tensor([0.4, 0.3, 0.2, 0.1]).repeat(8000, 1)
     parents = np.tile(np.array([-1, 0], np.int32), 4000)

@@ -1,0 +1,275 @@
+"""Sampling at every verified row with vLLM's own sampler.
+
+Two ways. Drafts that are a function of the past need one draw of the target per row
+(:func:`sample_rows`). Drafts that were themselves drawn are judged by their distribution
+(:meth:`RuleSampler.judge_rows`): there vLLM's sampler does everything up to its last step,
+the draw.
+
+One draw per row
+----------------
+
+vLLM's sampler works per request; a draft tree needs one draw per *row*. So the
+step's ``SamplingMetadata`` is expanded to one entry per row, where a row's past
+output is the request's output plus the tokens on the row's path: penalties, bad
+words, allowed tokens, top-k/top-p, temperature and logprobs then hold per node.
+
+Seeded requests: all rows of one depth share the state their generator would have
+at that position in plain decoding, and the generator advances by exactly the
+tokens that were output. The same seed therefore gives the same text whatever was
+drafted, and whatever else is in the batch. (Exact: only one row per depth is ever
+visited, so the draws along a path stay independent.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_specplus.drafting.noise import VERDICTS, stream
+from vllm_specplus.samplers.relaxed_sampling import Relaxation
+from vllm_specplus.samplers.sampled import SampledRule
+from vllm_specplus.step import Acceptance, DraftProbs, Rows
+
+
+@dataclass(slots=True)
+class RowSamples:
+    """The token at every row that the walk down a tree follows."""
+
+    tokens: np.ndarray
+    """int32 [L]; -1 where a rule has judged, off the accepted paths."""
+    logprobs: LogprobsTensors | None = None
+    """Of every row, or None."""
+    generators: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Request -> states of its generator after 0, 1, 2, ... draws."""
+    target_probs: torch.Tensor | None = None
+    """float32 [L, V] what they were drawn from, where rules judge by it."""
+
+
+def is_plain_greedy(metadata: SamplingMetadata) -> bool:
+    """Says whether every draw is the argmax of the raw logits, with nothing to report."""
+    return (
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and not any(_min_tokens(metadata))
+    )
+
+
+def _min_tokens(metadata: SamplingMetadata):
+    """Finds the requests' min_tokens entries: {request: (minimum, output ids, stop ids, ...)}."""
+    for processor in metadata.logitsprocs.non_argmax_invariant:
+        if isinstance(processor, MinTokensLogitsProcessor):
+            yield processor.min_toks
+
+
+def sample_rows(
+    sampler: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows
+) -> RowSamples:
+    """Draws one token per row. May change ``logits`` [L, V] in place."""
+    if len(rows.tokens) == len(rows.starts) - 1:  # one row per request: nothing to expand
+        states = {i: _states(g, 1, logits) for i, g in metadata.generators.items()}
+        out = sampler(logits=logits, sampling_metadata=metadata)
+        return RowSamples(_on_host(out), out.logprobs_tensors, states)
+    logits = _mask_min_tokens(logits, metadata, rows)
+    expanded, states = _expand(metadata, rows, logits)
+    out = sampler(logits=logits, sampling_metadata=expanded)
+    return RowSamples(_on_host(out), out.logprobs_tensors, states)
+
+
+def _on_host(out: SamplerOutput) -> np.ndarray:
+    return out.sampled_token_ids[:, 0].cpu().numpy()
+
+
+class _RuleInsteadOfDraw(torch.nn.Module):
+    """In the place of vLLM's ``TopKTopPSampler``, the last step of its sampler."""
+
+    def __init__(self, logprobs_mode: str, rule: SampledRule):
+        super().__init__()
+        self._logprobs_mode = logprobs_mode
+        self._rule = rule
+        self.step: tuple | None = None
+        """Arguments of ``SampledRule.verify`` behind the target's probabilities."""
+        self.tokens: torch.Tensor | None = None
+        self.target_probs: torch.Tensor | None = None
+
+    def forward(self, logits, generators, k, p):
+        logits = apply_top_k_top_p(logits, k, p)
+        processed = None
+        if self._logprobs_mode == "processed_logits":
+            processed = logits
+        elif self._logprobs_mode == "processed_logprobs":
+            processed = logits.log_softmax(-1, dtype=torch.float32)
+        self.target_probs = logits.softmax(-1, dtype=torch.float32)
+        self.tokens = self._rule.verify(self.target_probs, *self.step)
+        # Rows off the accepted paths output nothing; any id serves their logprobs.
+        return self.tokens.clamp(min=0).long(), processed
+
+
+class RuleSampler(Sampler):
+    """vLLM's sampler with the draw replaced by a verification rule."""
+
+    def __init__(self, logprobs_mode: str, rule: SampledRule, device: torch.device):
+        super().__init__(logprobs_mode)
+        self.topk_topp_sampler = self._judge = _RuleInsteadOfDraw(logprobs_mode, rule)
+        # Apart from the global one, which all ranks of a tensor-parallel group advance alike.
+        self._generator = stream(VERDICTS, device)
+
+    def judge_rows(
+        self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows,
+        draft_probs: DraftProbs, discarded: np.ndarray, relaxation: Relaxation | None = None,
+    ) -> RowSamples:  # fmt: skip
+        """Judges the drafts like :func:`sample_rows`, but ``tokens`` are -1 off the accepted
+        paths.
+
+        ``discarded`` bool [R]: requests that output nothing in this step (their prompt is not
+        read to its end), whose seeded generators stay as they are.
+        """
+        accept, output = self._noise(metadata, rows, discarded, logits.device)
+        logits = _mask_min_tokens(logits, metadata, rows)
+        expanded, _ = _expand(replace(metadata, generators={}), rows, logits)
+        self._judge.step = rows, draft_probs, accept, output, relaxation
+        try:
+            out = self(logits=logits, sampling_metadata=expanded)
+            tokens = out.sampled_token_ids[:, 0]
+            if self._judge.tokens is not None:  # else all requests are greedy
+                off_path = (self._judge.tokens < 0) & (expanded.temperature > 0)
+                tokens = tokens.masked_fill(off_path, -1)
+            target_probs = self._judge.target_probs
+        finally:
+            self._judge.step = self._judge.tokens = self._judge.target_probs = None
+        return RowSamples(tokens.cpu().numpy(), out.logprobs_tensors, target_probs=target_probs)
+
+    def _noise(
+        self, metadata: SamplingMetadata, rows: Rows, discarded: np.ndarray, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws uniforms: one per row [L] to judge it, one per request [R] to draw the output."""
+        accept = torch.rand(len(rows.tokens), generator=self._generator, device=device)
+        output = torch.rand(len(rows.starts) - 1, generator=self._generator, device=device)
+        for request, generator in metadata.generators.items():
+            if discarded[request]:
+                if device.type == "cuda":  # vLLM takes one draw back, whether or not it was made
+                    torch.rand(1, generator=generator, device=device)
+                continue
+            first, end = rows.starts[request : request + 2].tolist()
+            own = torch.rand(end - first + 1, generator=generator, device=device)
+            accept[first:end], output[request] = own[:-1], own[-1]
+        return accept, output
+
+
+def advance_generators(samples: RowSamples, metadata: SamplingMetadata, draws: np.ndarray) -> None:
+    """Leaves every seeded generator as if it had made ``draws`` [R] draws in this step."""
+    for request, states in samples.generators.items():
+        metadata.generators[request].set_state(states[int(draws[request])])
+
+
+def gather_logprobs(
+    logprobs: LogprobsTensors, rows: Rows, acceptance: Acceptance
+) -> LogprobsTensors:
+    """Picks logprobs of the accepted paths, [R * width] in the order of ``acceptance.output``."""
+    index = rows.starts[:-1, None] + np.maximum(acceptance.path, 0)
+    index = torch.from_numpy(index.reshape(-1).astype(np.int64)).to(logprobs.logprobs.device)
+    # With "all logprobs" two of the three tensors are empty.
+    return LogprobsTensors(*(t[index] if torch.is_tensor(t) and t.numel() else t for t in logprobs))
+
+
+def _states(generator: torch.Generator, draws: int, logits: torch.Tensor) -> list[torch.Tensor]:
+    """Lists the states of ``generator`` after 0..draws draws of one token; its own is unchanged.
+
+    "One draw" is what vLLM's sampler takes per token: a 31-bit seed on the CPU, a
+    row of exponential noise elsewhere.
+    """
+    scout = generator.clone_state()
+    states = [scout.get_state()]
+    for _ in range(draws):
+        if logits.device.type == "cpu":
+            torch.randint(0, 2**31, (1,), generator=scout, dtype=torch.long)
+        else:
+            torch.empty(logits.shape[1], device=logits.device).exponential_(generator=scout)
+        states.append(scout.get_state())
+    return states
+
+
+def _path_tokens(rows: Rows, row: int, first: int) -> list[int]:
+    """Lists the tokens from the root's first descendant down to ``row`` (flat index)."""
+    out = []
+    while rows.parents[row] >= 0:
+        out.append(int(rows.tokens[row]))
+        row = first + rows.parents[row]
+    return out[::-1]
+
+
+def _mask_min_tokens(logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows):
+    """Forbids stop tokens at rows whose path is still shorter than min_tokens."""
+    for entries in _min_tokens(metadata):
+        for request, (minimum, output, stop_ids, *_) in entries.items():
+            span = slice(rows.starts[request], rows.starts[request + 1])
+            short = np.flatnonzero(len(output) + rows.depths[span] < minimum) + span.start
+            if len(short) and stop_ids:
+                logits = logits.to(torch.float32)
+                index = torch.from_numpy(short).to(logits.device)
+                stop = torch.tensor(sorted(stop_ids), device=logits.device)
+                logits[index[:, None], stop] = float("-inf")
+    return logits
+
+
+def _expand(metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor):
+    """Returns ``metadata`` with one entry per row, and the generator states by request."""
+    counts = np.diff(rows.starts)
+    request_of = np.repeat(np.arange(len(counts)), counts)
+    index = torch.from_numpy(request_of).to(logits.device)
+
+    def per_row(tensor):
+        return None if tensor is None else tensor[index]
+
+    def spread(by_request):
+        return {
+            row: value
+            for request, value in (by_request or {}).items()
+            for row in range(rows.starts[request], rows.starts[request + 1])
+        }
+
+    generators, states = {}, {}
+    for request, generator in metadata.generators.items():
+        span = range(rows.starts[request], rows.starts[request + 1])
+        draws = int(rows.depths[span.start : span.stop].max()) + 1
+        states[request] = _states(generator, draws, logits)
+        for row in span:
+            clone = generator.clone_state()
+            clone.set_state(states[request][rows.depths[row]])
+            generators[row] = clone
+
+    output_token_ids = metadata.output_token_ids
+    if output_token_ids:  # kept by vLLM only where penalties or bad words need it
+        output_token_ids = [
+            output_token_ids[r] + _path_tokens(rows, row, int(rows.starts[r]))
+            for row, r in enumerate(request_of.tolist())
+        ]
+    expanded = replace(
+        metadata,
+        temperature=per_row(metadata.temperature),
+        top_p=per_row(metadata.top_p),
+        top_k=per_row(metadata.top_k),
+        generators=generators,
+        prompt_token_ids=per_row(metadata.prompt_token_ids),
+        frequency_penalties=per_row(metadata.frequency_penalties),
+        presence_penalties=per_row(metadata.presence_penalties),
+        repetition_penalties=per_row(metadata.repetition_penalties),
+        output_token_ids=output_token_ids,
+        allowed_token_ids_mask=per_row(metadata.allowed_token_ids_mask),
+        bad_words_token_ids=spread(metadata.bad_words_token_ids),
+        logprob_token_ids=spread(metadata.logprob_token_ids) or None,
+        logitsprocs=LogitsProcessors(),  # min_tokens, the only one allowed, is applied above
+        spec_token_ids=None,
+    )
+    return expanded, states
