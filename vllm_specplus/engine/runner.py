@@ -303,12 +303,16 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
-        drafter = self.drafter
         self.verifier = make_verifier(
-            drafter.config, drafter.proposer, self.sampler, self.device,
-            getattr(self.get_model(), "codebook", None), drafter.counters, drafter.draft_probs,
+            self.drafter.config,
+            self.drafter.proposer,
+            self.sampler,
+            self.device,
+            getattr(self.get_model(), "codebook", None),
+            self.drafter.counters,
+            self.drafter.draft_probs,
             get_tp_group(),
-        )  # fmt: skip
+        )
         layout = getattr(self.get_model(), "picture_layout", None)
         if layout is not None:
             self._pictures = PictureRows(layout, self._to_device)
