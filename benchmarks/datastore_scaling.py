@@ -77,14 +77,14 @@ class Progress:
 def measure_queries(job: dict) -> dict:
     import psutil
 
-    from vllm_specplus.config import RestConfig
-    from vllm_specplus.proposers.rest import LONGEST, Rest
+    from vllm_specplus.proposer import Services
+    from vllm_specplus.proposers.rest import LONGEST, Rest, RestConfig
     from vllm_specplus.retrieval.datastore import Datastore, verify
     from vllm_specplus.step import bare_step
 
     verify(job["store"])  # reads every page, as the engine's start does
     store = Datastore.open(job["store"])
-    proposer = Rest(RestConfig(datastore=job["store"]), store.manifest.vocab_size, "")
+    proposer = Rest(RestConfig(datastore=job["store"]), Services(store.manifest.vocab_size))
     proposer.warm_up()
     rng = np.random.default_rng(0)
     out = {}

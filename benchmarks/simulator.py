@@ -37,8 +37,8 @@ from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import CostCurve, CostProfile, StepCost, StepShape
 from vllm_specplus.control.settings import FixedControl, GoodputControl
 from vllm_specplus.metrics import Counters
-from vllm_specplus.proposers import proposer_class
-from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.registry import method_class
 from vllm_specplus.step import Observation, StepContext
 from vllm_specplus.tree import DraftBatch
 
@@ -198,7 +198,7 @@ class Simulator:
         seed: int = 0,
         config: MethodConfig = DEFAULT,
     ):
-        self.proposer = proposer_class(config.method)(config, vocab_size, "simulated")
+        self.proposer = method_class(config.method)(config, Services(vocab_size))
         self.times = times
         self.controller = policy(self.proposer, times)
         self.texts = np.zeros((max_batch, max_len), np.int32)

@@ -74,7 +74,6 @@ def main() -> None:
     import vllm
     from vllm import LLM, SamplingParams
 
-    from vllm_specplus.config import TokenRecyclingConfig
     from vllm_specplus.control.controller import Controller
     from vllm_specplus.control.settings import FixedControl
     from vllm_specplus.plugin import register
@@ -92,7 +91,7 @@ def main() -> None:
         },
     )  # fmt: skip
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    from vllm_specplus.proposers.token_recycling import TokenRecycling
+    from vllm_specplus.proposers.token_recycling import TokenRecycling, TokenRecyclingConfig
 
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     llm.chat([[{"role": "user", "content": "Hello"}]], params, use_tqdm=False)
@@ -101,9 +100,7 @@ def main() -> None:
     for name, keys in VARIANTS.items():
         if wanted and not any(w in name for w in wanted):
             continue
-        proposer = TokenRecycling(
-            TokenRecyclingConfig(**keys), runner.drafter.proposer.vocab_size, "ablation"
-        )
+        proposer = TokenRecycling(TokenRecyclingConfig(**keys), runner.drafter.proposer.services)
         runner.drafter.proposer = proposer
         runner.drafter.controller = Controller(
             FixedControl(policy="fixed"), proposer.sources, 80, 1 << 16, runner.drafter.counters

@@ -12,8 +12,8 @@ import functools
 import logging
 from typing import Any
 
-from vllm_specplus import compat
-from vllm_specplus.config import METHODS, MethodConfig, parse
+from vllm_specplus import compat, registry
+from vllm_specplus.config import MethodConfig, parse
 from vllm_specplus.control import requests
 from vllm_specplus.engine import needs
 from vllm_specplus.engine.names import CONFIG_KEY, DRAFTER, SCHEDULER, WORKERS
@@ -152,14 +152,14 @@ def _ours(args: Any) -> dict[str, Any] | None:
         if value is None:
             continue
         if key in raw:
-            if raw.get("method") in METHODS:
+            if raw.get("method") in registry.method_names():
                 raise ValueError(
                     f"--{flag.replace('_', '-')} and --speculative-config[{key!r}] are mutually "
                     f"exclusive: keep one of them"
                 )
             return None  # vLLM's own method: vLLM reports it
         raw[key] = value
-    return raw if raw.get("method") in METHODS else None
+    return raw if raw.get("method") in registry.method_names() else None
 
 
 def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) -> None:

@@ -14,9 +14,9 @@ from vllm_specplus import compat
 from vllm_specplus.cli import doctor
 from vllm_specplus.cli.main import app
 from vllm_specplus.compat.report import Problem, Report
-from vllm_specplus.config import TokenRecyclingConfig
 from vllm_specplus.control.memory import ModelDimensions, speculation_bytes
 from vllm_specplus.kernels import native
+from vllm_specplus.proposers.token_recycling import TokenRecyclingConfig
 
 PATCH = ("vllm.somewhere.Args.create", "vllm_specplus/plugin.py:1")
 SOUND = Report(counts={"imports": 7, "overrides": 5}, patches=[PATCH])

@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 from vllm.v1.sample.ops import topk_topp_sampler
 
 from tests.model_configs import LLAMA_2_7B, LLAMA_3_8B
-from vllm_specplus.config import TokenRecyclingConfig
 from vllm_specplus.control import memory
 from vllm_specplus.control.memory import ModelDimensions
 from vllm_specplus.engine.runner import PROMPT_CHUNK
-from vllm_specplus.proposers.token_recycling import TokenRecycling
+from vllm_specplus.proposer import Services
+from vllm_specplus.proposers.token_recycling import TokenRecycling, TokenRecyclingConfig
 
 LLAMA_3 = ModelDimensions.from_config(LLAMA_3_8B)
 LLAMA_2 = ModelDimensions.from_config(LLAMA_2_7B)
@@ -173,7 +173,7 @@ def test_tensor_parallel():
 @pytest.mark.parametrize(("top_k", "pair_keys"), [(8, True), (3, True), (8, False)])
 def test_token_recycling_state_is_what_it_allocates(top_k, pair_keys):
     config = TokenRecyclingConfig(top_k=top_k, pair_keys=pair_keys)
-    proposer = TokenRecycling(config, 1000, "")
+    proposer = TokenRecycling(config, Services(1000))
     arrays = (proposer.matrix, proposer.pair_keys, proposer.pair_rows)
     options = {} if pair_keys else {"pair_slots": 0}
     assert memory.token_recycling_bytes(1000, top_k, **options) == sum(a.nbytes for a in arrays)

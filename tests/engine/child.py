@@ -78,7 +78,7 @@ def sabotage(kind: str) -> None:
         RuleSampler.judge_rows = judge_rows
     elif kind == "found_as_drawn":
         # What was looked up is judged by the draft's distribution, like its drawn siblings.
-        from vllm_specplus.proposers.trees import Fusion
+        from vllm_specplus.drafting.trees import Fusion
 
         right_fuse = Fusion.fuse
 
@@ -101,7 +101,7 @@ def sabotage(kind: str) -> None:
 
 
 def load_plugin() -> None:
-    import tests.engine.methods  # noqa: F401  registers the test methods
+    import tests.engine.drafters  # noqa: F401  registers the test methods
     from vllm_specplus.plugin import register
 
     register()

@@ -1,19 +1,44 @@
 """Test-only drafting methods: worst and best cases that no real method reaches.
 
-Their configs are in ``methods.py``, which registers them like any method.
+Registered like any method when this file is imported.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import numpy as np
+from pydantic import model_validator
 
-from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.config import MethodConfig
+from vllm_specplus.control.settings import ControlConfig, FixedControl
+from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.registry import register_method
 from vllm_specplus.step import StepContext
 from vllm_specplus.tree import DraftBatch
 
 
+class Everything(MethodConfig):
+    """Verifies all that is drafted, unless a test wants the controller."""
+
+    control: ControlConfig = FixedControl(policy="fixed")
+
+    @model_validator(mode="after")
+    def _fixed_says_how_many(self):
+        return self
+
+
+class HiddenTruthConfig(Everything):
+    method: Literal["hidden_truth"] = "hidden_truth"
+    num_speculative_tokens: int = 8
+    reference: str
+    """JSON file: list of [prompt ids, output ids] of plain decoding."""
+    shape: Literal["tree", "chain", "random"] = "tree"
+    seed: int = 0
+
+
+@register_method
 class HiddenTruth(Proposer):
     """Hides a random prefix of the true continuation somewhere in a random tree.
 
@@ -22,10 +47,11 @@ class HiddenTruth(Proposer):
     change the text at once. ``chain`` proposes only the truth; ``random`` never does.
     """
 
+    config_class = HiddenTruthConfig
     top_k = 1
 
-    def __init__(self, config, vocab_size, fingerprint):
-        super().__init__(config, vocab_size, fingerprint)
+    def __init__(self, config: HiddenTruthConfig, services: Services):
+        super().__init__(config, services)
         with open(config.reference) as f:
             self.texts = [prompt + output for prompt, output in json.load(f)]
         self.rng = np.random.default_rng(config.seed)
@@ -57,18 +83,30 @@ class HiddenTruth(Proposer):
                 nodes.append((truth.pop(0), tip))
                 tip = len(nodes) - 1
             else:
-                token = int(self.rng.integers(self.vocab_size))
+                token = int(self.rng.integers(self.services.vocab_size))
                 nodes.append((token, int(self.rng.integers(-1, len(nodes)))))
         return nodes
 
 
+class SwitchingConfig(Everything):
+    method: Literal["switching"] = "switching"
+    num_speculative_tokens: int = 8
+    reference: str
+    record: str
+    """File to write: [[tokens known, nodes verified in the step before], ...]."""
+    wrong: list[int]
+    """Output positions between which all drafts are wrong."""
+
+
+@register_method
 class Switching(Proposer):
     """Chains of the truth for a single request, except between two positions."""
 
+    config_class = SwitchingConfig
     top_k = 1
 
-    def __init__(self, config, vocab_size, fingerprint):
-        super().__init__(config, vocab_size, fingerprint)
+    def __init__(self, config: SwitchingConfig, services: Services):
+        super().__init__(config, services)
         with open(config.reference) as f:
             ((self.prompt, self.output),) = json.load(f)
         self.steps = []
@@ -80,7 +118,7 @@ class Switching(Proposer):
         drafts = self.output[place : place + int(step.max_nodes[0])]
         first, end = self.config.wrong
         if first <= place < end:
-            drafts = [(token + 1) % self.vocab_size for token in drafts]
+            drafts = [(token + 1) % self.services.vocab_size for token in drafts]
         n = len(drafts)
         parents = np.arange(-1, n - 1, dtype=np.int32)
         return DraftBatch(np.array(drafts, np.int32), parents, np.array([n], np.int32))
@@ -90,8 +128,16 @@ class Switching(Proposer):
             json.dump(self.steps, f)
 
 
+class BrokenConfig(Everything):
+    method: Literal["broken"] = "broken"
+    num_speculative_tokens: int = 4
+
+
+@register_method
 class Broken(Proposer):
     """Fails in every step."""
+
+    config_class = BrokenConfig
 
     def propose(self, step: StepContext) -> DraftBatch:
         raise OSError("the datastore is gone")

@@ -19,6 +19,7 @@ from vllm_specplus.image.continuous.decoding import (
     decode_speculative,
 )
 from vllm_specplus.image.continuous.slots import LatentSlots, Picture, Windows
+from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.cspd import Cspd
 from vllm_specplus.step import LatentStep, bare_step
 
@@ -71,7 +72,7 @@ def proposer(tmp_path_factory):
 
     def make(**keys) -> Cspd:
         config = parse({"method": "cspd", "model": str(folder)} | keys)
-        out = Cspd(config, vocab_size=5, fingerprint="")
+        out = Cspd(config, Services(5))
         out.load_draft(torch.device("cpu"), torch.float32)
         return out
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_specplus.config import parse
+from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.jacobi import Jacobi
 from vllm_specplus.step import Observation, Sampling, StepContext
 
@@ -13,7 +14,7 @@ VOCAB = 10
 
 
 def proposer() -> Jacobi:
-    made = Jacobi(parse({"method": "jacobi", "num_speculative_tokens": 4}), VOCAB, "")
+    made = Jacobi(parse({"method": "jacobi", "num_speculative_tokens": 4}), Services(VOCAB))
     made.load_draft(torch.device("cpu"), torch.float32)
     return made
 

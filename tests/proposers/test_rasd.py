@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from tests.datastores import build_datastore
 from tests.drafting.test_drafting import save_draft
 from vllm_specplus import config
-from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.drafting.trees import Fusion
+from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.proposers.rasd import Rasd
-from vllm_specplus.proposers.trees import Fusion
 from vllm_specplus.samplers import lossless
 from vllm_specplus.step import (
     PROBABILITY_CLASSES,
@@ -53,7 +53,12 @@ def paths_of(batch: DraftBatch) -> set[tuple[int, ...]]:
 
 
 @pytest.fixture
-def rasd(tmp_path) -> Rasd:
+def reported() -> list[Exception]:
+    return []
+
+
+@pytest.fixture
+def rasd(tmp_path, reported) -> Rasd:
     store = build_datastore(tmp_path / "store", [[7, 8, 30, 31, 32], [7, 8, 9, 33]], VOCAB)
     parsed = config.parse(
         {
@@ -62,7 +67,7 @@ def rasd(tmp_path) -> Rasd:
                         {"method": "token_recycling", "top_k": 4, "match_context": False}],
         }
     )  # fmt: skip
-    return Rasd(parsed, VOCAB, "")
+    return Rasd(parsed, Services(VOCAB, report=reported.append))
 
 
 TEXT = [5, 7, 8, 9, 10, 5, 7, 8]
@@ -88,9 +93,7 @@ def test_drafters_come_first_and_get_the_ranks_they_asked_for(rasd):
     assert rasd.members[0].matrix[5].tolist() == [7, 8, 9, 10]
 
 
-def test_a_failing_source_costs_only_its_own_drafts(rasd):
-    reported = []
-    rasd.report = reported.append
+def test_a_failing_source_costs_only_its_own_drafts(rasd, reported):
     store = rasd.members[2]
     os.truncate(store.datastore.path / "order.bin", 5)
     paths = paths_of(rasd.propose(context(rasd, TEXT, nodes=60)))
@@ -114,10 +117,9 @@ def test_without_retrieved_tokens_the_draft_is_the_drafters(tmp_path):
         config.parse(
             {"method": "rasd", "sources": [keys, {"method": "rest", "datastore": str(store)}]}
         ),
-        VOCAB,
-        "",
+        Services(VOCAB),
     )
-    alone = Rasd(config.parse({"method": "rasd", "sources": [keys]}), VOCAB, "")
+    alone = Rasd(config.parse({"method": "rasd", "sources": [keys]}), Services(VOCAB))
     drafts = [r.propose(context(r, TEXT)) for r in (both, alone)]
     assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
     assert drafts[0].parents.tolist() == drafts[1].parents.tolist()
@@ -128,17 +130,17 @@ def test_without_retrieved_tokens_the_draft_is_the_drafters(tmp_path):
 
 
 @pytest.fixture
-def with_draft(tmp_path) -> Rasd:
-    return make_with_draft(tmp_path)
+def with_draft(tmp_path, reported) -> Rasd:
+    return make_with_draft(tmp_path, reported.append)
 
 
-def make_with_draft(tmp_path, **keys) -> Rasd:
+def make_with_draft(tmp_path, report=lambda error: None, **keys) -> Rasd:
     draft = {
         "method": "draft_tree", "model": save_draft(tmp_path / "draft", vocab=VOCAB), "width": 3,
         "num_speculative_tokens": 6, **keys,
     }  # fmt: skip
     parsed = config.parse({"method": "rasd", "sources": ["suffix_tree", draft]})
-    proposer = Rasd(parsed, VOCAB, "")
+    proposer = Rasd(parsed, Services(VOCAB, report=report))
     torch.manual_seed(0)  # of what is drawn
     proposer.load_draft(torch.device("cpu"), torch.float32)
     return proposer
@@ -171,9 +173,7 @@ def test_a_small_budget_takes_fewer_passes_of_the_draft(with_draft):
         assert len(passes) == expected
 
 
-def test_a_draft_without_room_is_reported_and_left_out(with_draft):
-    reported = []
-    with_draft.report = reported.append
+def test_a_draft_without_room_is_reported_and_left_out(with_draft, reported):
     with_draft.members[0]._executor.room = lambda *args: False
     paths = paths_of(with_draft.propose(context(with_draft, TEXT, nodes=60)))
     assert "raise kv_memory_mb" in str(reported[0])

@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vllm_specplus.config import SuffixTreeConfig
-from vllm_specplus.proposers.suffix_tree import SuffixTree
+from vllm_specplus.proposer import Services
+from vllm_specplus.proposers.suffix_tree import SuffixTree, SuffixTreeConfig
 from vllm_specplus.step import bare_step
 
 A, B, C, D = 1, 2, 3, 4
 
 
 def proposer(**keys) -> SuffixTree:
-    return SuffixTree(SuffixTreeConfig(**keys), 1000, "")
+    return SuffixTree(SuffixTreeConfig(**keys), Services(1000))
 
 
 def draft(tree: SuffixTree, texts: dict, prompt=0, salts=None, nodes=16, chain=False):

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from vllm_specplus.config import TokenRecyclingConfig
+from vllm_specplus.proposer import Services
 from vllm_specplus.proposers import token_recycling as tr
+from vllm_specplus.proposers.token_recycling import TokenRecyclingConfig
 from vllm_specplus.step import Observation, StepContext, prior_tables
 
 V = 10
 
 
 def make(vocab=V, fingerprint="model|tokenizer", **keys):
-    return tr.TokenRecycling(TokenRecyclingConfig(**keys), vocab, fingerprint)
+    return tr.TokenRecycling(TokenRecyclingConfig(**keys), Services(vocab, fingerprint))
 
 
 def observe(tokens, top_ids, accepted=None, previous=None):

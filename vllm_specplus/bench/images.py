@@ -29,7 +29,7 @@ from rich.table import Table
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.report import ReportHead
-from vllm_specplus.config import METHODS
+from vllm_specplus.registry import method_names
 
 
 class ImageJob(BaseModel):
@@ -141,7 +141,7 @@ class ImageBench:
         self.in_flight, self.temperature, self.seed = in_flight, temperature, seed
         self.engine_args = engine_args
         for method in methods:
-            if method.name not in (BASELINE, *METHODS):
+            if method.name not in (BASELINE, *method_names()):
                 # Their steps are not counted.
                 raise InputError(
                     f"--methods: --task image measures {BASELINE} and methods of vllm-specplus, "

@@ -39,7 +39,7 @@ from vllm_specplus.bench.report import (
 )
 from vllm_specplus.bench.runner import Benchmark, EngineError, Plan, describe_machine
 from vllm_specplus.cli import bench_options as options
-from vllm_specplus.config import METHODS
+from vllm_specplus.registry import method_names
 
 FAILED = 1
 BAD_INPUT = 2
@@ -339,7 +339,7 @@ def build_report(
         },
         runs=build_runs(
             benchmark.sessions,
-            ours=METHODS,
+            ours=method_names(),
             categories={question.id: question.category for question in plan.measured},
             temperature=plan.temperature,
         ),

@@ -127,9 +127,9 @@ def query(
     """Show the draft tree that `rest` would make after a text."""
     import numpy as np
 
-    from vllm_specplus.config import RestConfig
     from vllm_specplus.control.acceptance import label_nodes
-    from vllm_specplus.proposers.rest import Rest
+    from vllm_specplus.proposer import Services
+    from vllm_specplus.proposers.rest import Rest, RestConfig
     from vllm_specplus.step import bare_step
 
     with _errors():
@@ -140,7 +140,7 @@ def query(
         if ids.shape[1] < 2:
             _fail("a query needs two tokens of text at least")
         Datastore.open(store)
-        proposer = Rest(RestConfig(datastore=str(store)), vocab_size, "")
+        proposer = Rest(RestConfig(datastore=str(store)), Services(vocab_size))
     draft = proposer.propose(bare_step(proposer.sources, ids, nodes))
     if not len(draft.tokens):
         typer.echo("nothing in the datastore continues the last two tokens")

@@ -22,7 +22,6 @@ from rich.table import Table
 
 import vllm_specplus
 from vllm_specplus import compat
-from vllm_specplus.config import TokenRecyclingConfig
 from vllm_specplus.control import memory
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
@@ -72,7 +71,7 @@ def doctor(
     max_num_seqs: Annotated[int, typer.Option(min=1, help="With --model: requests at once.")] = 256,
     nodes: Annotated[
         int, typer.Option(min=1, max=80, help="With --model: num_speculative_tokens.")
-    ] = TokenRecyclingConfig().num_speculative_tokens,
+    ] = 32,
     block_size: Annotated[
         int, typer.Option(min=1, help="With --model: tokens per block of the KV cache.")
     ] = 16,

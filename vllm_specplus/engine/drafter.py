@@ -14,14 +14,13 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from vllm_specplus import metrics
-from vllm_specplus.config import METHODS
+from vllm_specplus import metrics, registry
 from vllm_specplus.control import memory
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.names import CONFIG_KEY
 from vllm_specplus.engine.target_layers import TargetLayers
-from vllm_specplus.proposers import proposer_class
+from vllm_specplus.proposer import Services
 from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext, TargetRows
 from vllm_specplus.tree import DraftBatch
 
@@ -37,19 +36,15 @@ class Drafter:
 
     def __init__(self, vllm_config: VllmConfig):
         extra = vllm_config.additional_config[CONFIG_KEY]
-        self.config = METHODS[extra["config"]["method"]].model_validate(extra["config"])
+        proposer = registry.method_class(extra["config"]["method"])
+        self.config = proposer.config_class.model_validate(extra["config"])
         # Every rank verifies and compacts; one of them counts for /metrics.
         self._first_rank = get_tensor_model_parallel_rank() == 0
         path = os.environ.get(metrics.VARIABLE) if self._first_rank else None
         self.counters = metrics.Counters(path)
-        model = vllm_config.model_config
-        self._dtype = model.dtype
         self._vllm_config = vllm_config
-        self.proposer = proposer_class(self.config.method)(
-            self.config,
-            vocab_size=model.get_vocab_size(),
-            fingerprint=f"{model.model}|{model.tokenizer}|{model.get_vocab_size()}",
-        )
+        self._warned = False
+        self.proposer = proposer(self.config, self._services())
         self.controller = Controller(
             self.config.control,
             self.proposer.sources,
@@ -60,18 +55,27 @@ class Drafter:
             draws=self.proposer.rule is not None,
         )
         self._drafted: tuple[list[str], DraftBatch] | None = None
-        self._warned = False
-        self.proposer.report, self.proposer.count = self._failed, self.counters.add
+
+    def _services(self) -> Services:
+        config, model = self._vllm_config, self._vllm_config.model_config
+        on_cuda = self._first_rank and config.device_config.device_type == "cuda"
+        # As of the target: recorded where its steps are.
+        graphs = on_cuda and config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+        return Services(
+            vocab_size=model.get_vocab_size(),
+            fingerprint=f"{model.model}|{model.tokenizer}|{model.get_vocab_size()}",
+            report=self._failed,
+            count=self.counters.add,
+            target_layers=lambda: TargetLayers(self._model, config),
+            record=CudaRecorder() if graphs else None,
+        )
 
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""
         if self._first_rank:  # the one that drafts
-            self.proposer.target_layers = lambda: TargetLayers(model, self._vllm_config)
+            self._model = model
             device = next(model.parameters()).device
-            graphs = self._vllm_config.compilation_config.cudagraph_mode
-            if device.type == "cuda" and graphs != CUDAGraphMode.NONE:  # as of the target
-                self.proposer.record = CudaRecorder()
-            self.proposer.load_draft(device, self._dtype)
+            self.proposer.load_draft(device, self._vllm_config.model_config.dtype)
             self.proposer.warm_up()
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:

@@ -11,23 +11,98 @@ values of its own.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 
-from vllm_specplus.config import CspdConfig
+from vllm_specplus.config import MethodConfig
 from vllm_specplus.image.continuous.causal import CausalLatents
 from vllm_specplus.image.continuous.decoding import CausalModel, Guided, draft_chains
 from vllm_specplus.image.continuous.slots import LatentSlots
-from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.registry import register_method
 from vllm_specplus.step import Source, StepContext
+from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
 
+class CspdConfig(MethodConfig):
+    """``{"method": "cspd", "model": "...", ...}``."""
+
+    fuses: ClassVar[bool] = False
+    drafts_latents: ClassVar[bool] = True
+
+    method: Literal["cspd"] = "cspd"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 4
+    """Latents drafted per step, at most."""
+    model: str
+    """Folder of the draft, a smaller causal model of the same latents."""
+    verification: Literal["exact", "paper", "reference"] = "exact"
+    """How a drafted latent is judged; see ``image/continuous/acceptance.py``."""
+    prefill: Annotated[int, Field(ge=0)] = 0
+    """First latents of a picture that are not drafted."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Denoising steps of a drafted latent; by default the target's."""
+    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    """The draft's own keys and values; requests beyond it go undrafted."""
+
+    @property
+    def accepts_by(self) -> str:
+        return self.verification
+
+    @property
+    def lossless(self) -> bool:
+        return self.verification == "exact"
+
+    @model_validator(mode="after")
+    def _loss_is_wanted(self):
+        if self.acceptance.rule != "lossless":
+            raise ValueError("'acceptance' is for tokens, and latents have 'verification': use it")
+        if self.lossless and self.allow_lossy:
+            raise ValueError("'allow_lossy' is for a 'verification' that is not exact: remove it")
+        if not self.lossless and not self.allow_lossy:
+            raise ValueError(
+                f"verification {self.verification!r} changes what is made: set 'allow_lossy' to "
+                f"true if that is wanted"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_is_there(self):
+        self._draft()
+        return self
+
+    def _draft(self) -> dict[str, Any]:
+        path = Path(self.model) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"'model' {self.model!r} is not a folder with a config.json")
+        return json.loads(path.read_text())
+
+    def check_target(self, target: Target) -> None:
+        draft = self._draft()
+        if self.steps is not None and self.steps > target.latents["steps"]:
+            raise ValueError(
+                f"'steps' is {self.steps}, and the target takes {target.latents['steps']}: lower it"
+            )
+        for key in ("model_type", "num_classes", "grid_size", "size", "end", "prediction"):
+            if draft.get(key) != target.latents.get(key):
+                raise ValueError(
+                    f"'model' {self.model!r} does not draft for this target: its {key!r} is "
+                    f"{draft.get(key)!r}, and the target's is {target.latents.get(key)!r}"
+                )
+
+
+@register_method
 class Cspd(Proposer):
+    config_class = CspdConfig
     sources = (Source("window", "draft", 0.5),)
 
-    def __init__(self, config: CspdConfig, vocab_size: int, fingerprint: str):
-        super().__init__(config, vocab_size, fingerprint)
+    def __init__(self, config: CspdConfig, services: Services):
+        super().__init__(config, services)
         # Every place of the window is a pass of the draft: how many pay is decided before.
         self.levels = (1,) * config.num_speculative_tokens
         self._model: CausalModel

@@ -21,14 +21,16 @@ gave a node tells how good it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 
 from vllm_specplus.drafting.executor import DraftExecutor
-from vllm_specplus.drafting.model import DraftModel, LayeredModel
+from vllm_specplus.drafting.model import DraftModel, LayeredModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
+from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shapes import (
     BestFirst,
     ConstantBranching,
@@ -37,12 +39,11 @@ from vllm_specplus.drafting.shapes import (
     StochasticBeam,
     draft_distribution,
 )
-from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.registry import register_method
 from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
+from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
-
-if TYPE_CHECKING:
-    from vllm_specplus.config import DraftTreeConfig
 
 SHAPES = {
     "chain": StochasticBeam,
@@ -66,13 +67,36 @@ class DraftMemoryError(RuntimeError):
     """A request goes undrafted because the draft cannot hold its text."""
 
 
+class DraftTreeConfig(ShapedDraftConfig):
+    """``{"method": "draft_tree", "model": "...", ...}``."""
+
+    method: Literal["draft_tree"] = "draft_tree"
+    model: str
+    """Hugging Face folder of the draft, with the target's tokenizer."""
+    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "rsd_s"
+    head_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
+    of frequency, and the output layer is most of a small draft (arXiv 2502.14856)."""
+    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    """The draft's own keys and values; requests beyond it go undrafted."""
+
+    @model_validator(mode="after")
+    def _model_runs(self):
+        read_config(self.model)
+        return self
+
+    def check_target(self, target: Target) -> None:
+        check_target(self.model, target.load_tokenizer(), target.vocab_size)
+
+
+@register_method
 class DraftTree(Proposer):
+    config_class = DraftTreeConfig
     sources = (LEVEL, *LIKELY)
 
-    def __init__(self, config: DraftTreeConfig, vocab_size: int, fingerprint: str):
-        super().__init__(config, vocab_size, fingerprint)
+    def __init__(self, config: DraftTreeConfig, services: Services):
+        super().__init__(config, services)
         self.levels = config.levels()
-        self.rule = config.rule
         self._executor: DraftExecutor | None = None
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -85,7 +109,7 @@ class DraftTree(Proposer):
         return DraftModel(self.config.model, device, dtype, self.config.head_tokens)
 
     def _make_executor(self, model: LayeredModel, max_slots: int) -> DraftExecutor:
-        return DraftExecutor(model, max_slots, sum(self.levels), self.record)
+        return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
 
     def forget(self, request_id: str) -> None:
         self._executor.forget(request_id)
@@ -100,7 +124,7 @@ class DraftTree(Proposer):
         length = int(step.num_tokens[r])
         if self._executor.room(step.request_ids[r], length):
             return True
-        self.report(
+        self.services.report(
             DraftMemoryError(
                 f"the draft cannot hold a text of {length} tokens: raise kv_memory_mb "
                 f"({self.config.kv_memory_mb}), unless the draft's own context of "
@@ -116,7 +140,7 @@ class DraftTree(Proposer):
         before = np.cumsum((0, *self.levels[:-1]))  # nodes above each level
         depths = (before < counts[:, None]).sum(1)
         model = self._executor.model
-        knobs = Knobs.of(step, rows, self.vocab_size, model.device)
+        knobs = Knobs.of(step, rows, self.services.vocab_size, model.device)
         names = [step.request_ids[r] for r in rows]
         texts = [step.token_ids[r, : step.num_tokens[r]] for r in rows]
         shape = SHAPES[self.config.shape](

@@ -10,37 +10,66 @@ keys and values lie beside the target's (``drafting/head_executor.py``).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import model_validator
 
+from vllm_specplus.capabilities import TEXT, Need
+from vllm_specplus.drafting import eagle_checkpoint
 from vllm_specplus.drafting.eagle import EagleHead
-from vllm_specplus.drafting.eagle_checkpoint import read_config
 from vllm_specplus.drafting.head_executor import HeadExecutor
 from vllm_specplus.drafting.noise import DraftNoise
+from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
+from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.draft_tree import DraftTree
+from vllm_specplus.registry import register_method
 from vllm_specplus.step import StepContext
+from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
-if TYPE_CHECKING:
-    from vllm_specplus.config import EagleTreeConfig
+
+class EagleTreeConfig(ShapedDraftConfig):
+    """``{"method": "eagle_tree", "model": "...", ...}``."""
+
+    supports: ClassVar[frozenset[Need]] = TEXT - {Need.MROPE}
+    fuses: ClassVar[bool] = False
+
+    method: Literal["eagle_tree"] = "eagle_tree"
+    model: str
+    """Folder of an EAGLE or EAGLE-3 head that was trained for the target."""
+
+    @model_validator(mode="after")
+    def _head_runs(self):
+        eagle_checkpoint.read_config(self.model)
+        return self
+
+    def check_target(self, target: Target) -> None:
+        head = eagle_checkpoint.read_config(self.model)
+        eagle_checkpoint.check_target(head, self.model, target)
 
 
+@register_method
 class EagleTree(DraftTree):
+    config_class = EagleTreeConfig
     reads_hidden = True
     _executor: HeadExecutor | None
     config: EagleTreeConfig
 
-    def __init__(self, config: EagleTreeConfig, vocab_size: int, fingerprint: str):
-        super().__init__(config, vocab_size, fingerprint)
-        head = read_config(config.model)
+    def __init__(self, config: EagleTreeConfig, services: Services):
+        super().__init__(config, services)
+        head = eagle_checkpoint.read_config(config.model)
         if head.generation == 3:
             self.hidden_layers = head.layer_ids or ()
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = EagleHead(
-            self.config.model, self.target_layers(), self.vocab_size, device, dtype
+            self.config.model,
+            self.services.target_layers(),
+            self.services.vocab_size,
+            device,
+            dtype,
         )
         self._noise = DraftNoise(device)
 
@@ -50,7 +79,7 @@ class EagleTree(DraftTree):
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         self._executor = HeadExecutor(
-            self._head, sum(self.levels), max_requests, pages, page, self.record
+            self._head, sum(self.levels), max_requests, pages, page, self.services.record
         )
 
     def propose(self, step: StepContext) -> DraftBatch:

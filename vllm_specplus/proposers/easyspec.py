@@ -11,31 +11,73 @@ and their drafts' caches are filled again by reading their texts.
 
 from __future__ import annotations
 
+import importlib.util
 import threading
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layers_of
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.placement import Placement
 from vllm_specplus.drafting.shards import Plan, RemoteAttentions
-from vllm_specplus.proposers.draft_tree import DraftTree
+from vllm_specplus.proposer import Services
+from vllm_specplus.proposers.draft_tree import DraftTree, DraftTreeConfig
+from vllm_specplus.registry import register_method
 from vllm_specplus.step import StepContext
+from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
-
-if TYPE_CHECKING:
-    from vllm_specplus.config import EasySpecConfig
-
 
 #: Between two attempts to start lost owners anew.
 RETRY_SECONDS = 30
 
 
+class EasySpecConfig(DraftTreeConfig):
+    """``{"method": "easyspec", "model": "...", ...}``."""
+
+    method: Literal["easyspec"] = "easyspec"
+    group_size: Annotated[int, Field(ge=1, le=16)] = 4
+    """Consecutive layers of the draft whose attentions read the same input."""
+    shards: Annotated[int, Field(ge=1, le=16)] = 1
+    """Processes that share the attentions, this one included; the others are placed by Ray."""
+    ray_address: str | None = None
+    """Cluster for the other shards; by default the one vLLM runs on, or a local one."""
+    share_target: bool = False
+    """Do the other shards run on the devices of the target's other ranks, which idle while rank 0
+    drafts, instead of devices of their own?"""
+
+    @model_validator(mode="after")
+    def _shards_have_work(self):
+        if self.shards > self.group_size:
+            raise ValueError(
+                f"'shards' ({self.shards}) is more than 'group_size' ({self.group_size}), the "
+                f"layers that run at the same time: lower it"
+            )
+        if self.shards > 1 and importlib.util.find_spec("ray") is None:
+            raise ValueError("more than one shard needs Ray: pip install 'vllm-specplus[ray]'")
+        if self.shards == 1 and self.ray_address is not None:
+            raise ValueError("'ray_address' is for 'shards' > 1: set it or remove the address")
+        if self.shards == 1 and self.share_target:
+            raise ValueError("'share_target' is for 'shards' > 1: set it or remove the key")
+        return self
+
+    def check_target(self, target: Target) -> None:
+        super().check_target(target)
+        if self.share_target and self.shards > target.tensor_parallel_size:
+            raise ValueError(
+                f"'share_target' puts every shard on the device of a rank of the target: 'shards' "
+                f"({self.shards}) is more than tensor_parallel_size ({target.tensor_parallel_size})"
+            )
+
+
+@register_method
 class EasySpec(DraftTree):
+    config_class = EasySpecConfig
     _placement: Placement | None = None
     _rebuild: threading.Thread | None = None
 
-    def __init__(self, config: EasySpecConfig, vocab_size: int, fingerprint: str):
-        super().__init__(config, vocab_size, fingerprint)
+    def __init__(self, config: EasySpecConfig, services: Services):
+        super().__init__(config, services)
         self._closing = threading.Event()
 
     def _make_executor(self, model: DraftModel, max_slots: int) -> LayerParallelExecutor:
@@ -75,13 +117,13 @@ class EasySpec(DraftTree):
         try:
             self._placement.restart()
         except Exception as error:
-            self.report(error)
+            self.services.report(error)
             # The next step finds no owners and tries again, but a cluster may be away for long.
             self._closing.wait(RETRY_SECONDS)
             return
         self._attach(self._executor)
         self._executor.cache.forget_texts()
-        self.count("draft_group_rebuilds")
+        self.services.count("draft_group_rebuilds")
 
     def close(self) -> None:
         self._closing.set()

@@ -15,12 +15,16 @@ constrain each other, as in pictures; text accepts little.
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar, Literal
+
 import numpy as np
 import torch
+from pydantic import Field
 
-from vllm_specplus.config import JacobiConfig
+from vllm_specplus.config import MethodConfig
 from vllm_specplus.drafting.noise import DraftNoise
-from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.registry import register_method
 from vllm_specplus.samplers.probabilities import draw
 from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
@@ -29,13 +33,28 @@ from vllm_specplus.tree import DraftBatch
 JACOBI = 2305_10427
 
 
+class JacobiConfig(MethodConfig):
+    """``{"method": "jacobi", ...}``."""
+
+    fuses: ClassVar[bool] = False
+
+    method: Literal["jacobi"] = "jacobi"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 15
+    """The window less the token that is being read."""
+
+    @property
+    def rule(self) -> str | None:
+        return "without_replacement"
+
+
+@register_method
 class Jacobi(Proposer):
+    config_class = JacobiConfig
     sources = (Source("window", "draft", 0.5),)
     reads_target_probs = True
 
-    def __init__(self, config: JacobiConfig, vocab_size: int, fingerprint: str):
-        super().__init__(config, vocab_size, fingerprint)
-        self.rule = config.rule
+    def __init__(self, config: JacobiConfig, services: Services):
+        super().__init__(config, services)
         # A place of the window is a level: how many pay is decided before they are drawn.
         self.levels = (1,) * config.num_speculative_tokens
 

@@ -15,18 +15,88 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 
+from vllm_specplus.capabilities import TEXT, Need
+from vllm_specplus.drafting.model import FAMILIES
 from vllm_specplus.drafting.self_speculation import SelfDraftExecutor, Skips, SkipSearch
+from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.proposers.draft_tree import DraftTree
+from vllm_specplus.registry import register_method
 from vllm_specplus.step import StepContext
+from vllm_specplus.target import Target
 
 logger = logging.getLogger("vllm.specplus")
 
 #: Rounds of drafting between two replays.
 REPLAY_EVERY = 8
+
+
+class SelfSpeculationConfig(ShapedDraftConfig):
+    """Keys of the methods that draft with the target's own layers."""
+
+    supports: ClassVar[frozenset[Need]] = TEXT - {Need.MROPE}
+    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    """The draft's own keys and values; requests beyond it go undrafted."""
+
+    def check_target(self, target: Target) -> None:
+        if target.family not in FAMILIES:
+            raise ValueError(
+                f"method {self.method!r} knows the layers of {', '.join(FAMILIES)}, "
+                f"and the target is of type {target.family!r}"
+            )
+        if target.tensor_parallel_size > 1:
+            raise ValueError(
+                f"method {self.method!r} drafts with the target's layers on one rank: set "
+                f"tensor_parallel_size to 1"
+            )
+        for key, layers in self.named_layers().items():
+            if layers and not 0 <= min(layers) <= max(layers) < target.num_layers:
+                raise ValueError(
+                    f"{key!r} is {layers}, and the target's layers are 0 to {target.num_layers - 1}"
+                )
+
+    @abstractmethod
+    def named_layers(self) -> dict[str, list[int] | None]:
+        """Keys that name layers of the target."""
+
+
+class LayerSkipConfig(SelfSpeculationConfig):
+    """``{"method": "layer_skip", ...}``."""
+
+    method: Literal["layer_skip"] = "layer_skip"
+    skip_share: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    """Share of the attention and MLP blocks that drafting leaves out, first and last layer
+    aside; which ones is found while serving."""
+    skip_attention: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers whose attention is left out, instead of a search."""
+    skip_mlp: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers whose MLP is left out, instead of a search."""
+
+    @model_validator(mode="after")
+    def _searched_or_given(self):
+        given = [key for key, layers in self.named_layers().items() if layers is not None]
+        if given and "skip_share" in self.model_fields_set:
+            raise ValueError(
+                f"'skip_share' is for the search, and {given[0]!r} says what to leave out: remove "
+                f"one of them"
+            )
+        return self
+
+    def check_target(self, target: Target) -> None:
+        super().check_target(target)
+        if target.num_layers < 3:
+            raise ValueError(
+                f"method 'layer_skip' keeps the first and the last layer, and the target has "
+                f"{target.num_layers}"
+            )
+
+    def named_layers(self) -> dict[str, list[int] | None]:
+        return {"skip_attention": self.skip_attention, "skip_mlp": self.skip_mlp}
 
 
 class SelfSpeculation(DraftTree):
@@ -36,7 +106,7 @@ class SelfSpeculation(DraftTree):
     _rounds = 0
 
     def _make_model(self, device: torch.device, dtype: torch.dtype):
-        return self.target_layers()
+        return self.services.target_layers()
 
     def _make_executor(self, model, max_slots: int) -> SelfDraftExecutor:
         executor = SelfDraftExecutor(model, max_slots, max_nodes=sum(self.levels))
@@ -61,7 +131,7 @@ class SelfSpeculation(DraftTree):
         chosen = self.choose(names, texts, starts)
         if chosen != self._executor.skips:
             self._executor.skips = chosen
-            self.count("draft_layer_changes")
+            self.services.count("draft_layer_changes")
             logger.debug("%s now leaves out %s", self.config.method, chosen)
 
     @abstractmethod
@@ -74,7 +144,9 @@ class SelfSpeculation(DraftTree):
         to leave out from now on."""
 
 
+@register_method
 class LayerSkip(SelfSpeculation):
+    config_class = LayerSkipConfig
     _search: SkipSearch | None = None
 
     def first_choice(self, num_layers: int) -> Skips:

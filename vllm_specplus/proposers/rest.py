@@ -13,15 +13,22 @@ not lossless when sampling, by the engine's.
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar, Literal
+
 import numpy as np
 from numba import njit
+from pydantic import Field, model_validator
 
-from vllm_specplus.proposers.base import Proposer
-from vllm_specplus.proposers.trees import keep_best
+from vllm_specplus.config import MethodConfig
+from vllm_specplus.drafting.trees import keep_best
+from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.registry import register_method
+from vllm_specplus.retrieval import datastore
 from vllm_specplus.retrieval.datastore import Datastore
 from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
 from vllm_specplus.retrieval.search import NEAREST, SAMPLES, continuations_trie, longest_match
 from vllm_specplus.step import StepContext, bare_step
+from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
 SHORTEST, LONGEST = 2, 16
@@ -69,13 +76,35 @@ def retrieve(
     return total
 
 
+class RestConfig(MethodConfig):
+    """``{"method": "rest", ...}``."""
+
+    retrieves: ClassVar[bool] = True
+
+    method: Literal["rest"] = "rest"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
+    datastore: str
+    """Folder written by ``vllm-specplus datastore build``."""
+
+    @model_validator(mode="after")
+    def _datastore_opens(self):
+        datastore.Datastore.open(self.datastore)
+        return self
+
+    def check_target(self, target: Target) -> None:
+        manifest = datastore.verify(self.datastore)
+        datastore.check_target(manifest, self.datastore, target.load_tokenizer(), target.vocab_size)
+
+
+@register_method
 class Rest(Proposer):
     """Retrieval from one memory-mapped datastore."""
 
+    config_class = RestConfig
     sources = evidence_sources("datastore", 0.7)
 
-    def __init__(self, config, vocab_size: int, fingerprint: str):
-        super().__init__(config, vocab_size, fingerprint)
+    def __init__(self, config: RestConfig, services: Services):
+        super().__init__(config, services)
         self.datastore = Datastore.open(config.datastore)
         self._out = np.empty((4, 0), np.int32)
 

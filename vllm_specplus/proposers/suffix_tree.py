@@ -14,14 +14,19 @@ oldest finished responses go once ``max_memory_mb`` is reached.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numba import njit
+from pydantic import Field, model_validator
 
-from vllm_specplus.proposers.base import Proposer
-from vllm_specplus.proposers.trees import Fusion
+from vllm_specplus.config import MethodConfig
+from vllm_specplus.drafting.trees import Fusion
+from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.registry import register_method
 from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
 from vllm_specplus.step import StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
@@ -74,11 +79,35 @@ def _classes(parents, probability, length):
     return out
 
 
+class SuffixTreeConfig(MethodConfig):
+    """``{"method": "suffix_tree", ...}``."""
+
+    retrieves: ClassVar[bool] = True
+
+    method: Literal["suffix_tree"] = "suffix_tree"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
+    max_depth: Annotated[int, Field(ge=2, le=256)] = 24
+    """Longest match plus continuation the trees hold."""
+    max_memory_mb: Annotated[int, Field(ge=1)] = 256
+    """Finished responses are forgotten, oldest first, beyond this."""
+
+    @model_validator(mode="after")
+    def _library_is_there(self):
+        if importlib.util.find_spec("arctic_inference") is None:
+            raise ValueError(
+                "method 'suffix_tree' needs arctic-inference: pip install 'vllm-specplus[suffix]'"
+            )
+        return self
+
+
+@register_method
 class SuffixTree(Proposer):
     """Online suffix trees over requests and responses."""
 
-    def __init__(self, config, vocab_size: int, fingerprint: str):
-        super().__init__(config, vocab_size, fingerprint)
+    config_class = SuffixTreeConfig
+
+    def __init__(self, config: SuffixTreeConfig, services: Services):
+        super().__init__(config, services)
         # An optional library; the config has made sure that it is there.
         from arctic_inference.suffix_decoding.cache import SuffixTree as NativeTree
 

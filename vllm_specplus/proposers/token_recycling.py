@@ -22,11 +22,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from numba import njit
+from pydantic import Field, model_validator
 
-from vllm_specplus.proposers.base import Proposer
+from vllm_specplus.config import MethodConfig
+from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.registry import register_method
 from vllm_specplus.step import Observation, Source, StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
@@ -348,14 +352,59 @@ def sources_of(top_k: int, pair_width: int, longest: int) -> tuple[Source, ...]:
     )
 
 
+class TokenRecyclingConfig(MethodConfig):
+    """``{"method": "token_recycling", ...}``."""
+
+    method: Literal["token_recycling"] = "token_recycling"
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
+    tree: Literal["best_first", "2.2.2"] = "best_first"
+    """Grown best first by acceptance probability, or the paper's static template."""
+    top_k: Annotated[int, Field(ge=1, le=16)] = 8
+    """Successors kept per token."""
+    pair_keys: bool = True
+    """Also keep successors keyed by the last two tokens."""
+    match_context: bool = True
+    """Merge the continuation of the longest match in the request's own text."""
+    seed_from_prompt: bool = False
+    """Fill the matrix from the prompt's logits (costs the output layer per prompt token)."""
+    load_matrix: str | None = None
+    """Start from a matrix written by ``save_matrix``."""
+    save_matrix: str | None = None
+    """Write the matrix here when the engine shuts down."""
+
+    @model_validator(mode="after")
+    def _files_can_be_used(self):
+        if self.load_matrix and not Path(self.load_matrix).is_file():
+            raise ValueError(f"load_matrix {self.load_matrix!r} is not a file")
+        if self.save_matrix and not Path(self.save_matrix).resolve().parent.is_dir():
+            raise ValueError(f"save_matrix {self.save_matrix!r} is in a folder that does not exist")
+        return self
+
+    @model_validator(mode="after")
+    def _template_is_the_papers(self):
+        if self.tree == "2.2.2":
+            if self.top_k < 8:
+                raise ValueError('tree "2.2.2" uses ranks 0..7: set top_k to 8 or more')
+            for key in ("pair_keys", "match_context"):
+                if getattr(self, key) and key in self.model_fields_set:
+                    raise ValueError(
+                        f'tree "2.2.2" is the paper\'s static tree and cannot use {key}: '
+                        f'remove it, or use tree "best_first"'
+                    )
+        return self
+
+
+@register_method
 class TokenRecycling(Proposer):
     """The adjacency matrix and its tree; state lives on the host, see ``base``."""
 
-    def __init__(self, config, vocab_size: int, fingerprint: str):
-        super().__init__(config, vocab_size, fingerprint)
+    config_class = TokenRecyclingConfig
+
+    def __init__(self, config: TokenRecyclingConfig, services: Services):
+        super().__init__(config, services)
         self.top_k = config.top_k
         self.reads_prompt = config.seed_from_prompt
-        self.matrix = np.full((vocab_size, config.top_k), UNSET, np.int32)
+        self.matrix = np.full((services.vocab_size, config.top_k), UNSET, np.int32)
         pairs = PAIR_SLOTS if config.pair_keys else 0
         self.pair_keys = np.full((pairs, 2), UNSET, np.int32)
         self.pair_rows = np.full((pairs, min(config.top_k, PAIR_WIDTH)), UNSET, np.int32)
@@ -406,7 +455,7 @@ class TokenRecycling(Proposer):
         save_file(
             {"matrix": self.matrix, "pair_keys": self.pair_keys, "pair_rows": self.pair_rows},
             str(part),
-            metadata={"format": STATE_FORMAT, "fingerprint": self.fingerprint},
+            metadata={"format": STATE_FORMAT, "fingerprint": self.services.fingerprint},
         )
         part.replace(path)
 
@@ -423,10 +472,10 @@ class TokenRecycling(Proposer):
                 state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"load_matrix {path!r} is not readable: {error}") from error
-        if meta.get("fingerprint") != self.fingerprint:
+        if meta.get("fingerprint") != self.services.fingerprint:
             raise ValueError(
                 f"load_matrix {path!r} was saved for another model or tokenizer "
-                f"({meta.get('fingerprint')}, this one is {self.fingerprint})"
+                f"({meta.get('fingerprint')}, this one is {self.services.fingerprint})"
             )
         for name in ("matrix", "pair_keys", "pair_rows"):
             mine, saved = getattr(self, name), state.get(name)
@@ -434,7 +483,7 @@ class TokenRecycling(Proposer):
                 raise ValueError(
                     f"load_matrix {path!r} was saved with other top_k or pair_keys settings"
                 )
-            if saved.size and (saved.min() < UNSET or saved.max() >= self.vocab_size):
+            if saved.size and (saved.min() < UNSET or saved.max() >= self.services.vocab_size):
                 raise ValueError(f"load_matrix {path!r} holds token ids outside the vocabulary")
             mine[...] = saved
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_specplus.proposers.trees import Fusion, keep_best
+from vllm_specplus.drafting.trees import Fusion, keep_best
 from vllm_specplus.step import DEPTHS, PROBABILITY_CLASSES, Source, StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
