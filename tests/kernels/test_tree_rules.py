@@ -225,6 +225,34 @@ def test_what_the_rules_do_not_take():
         verify("block", p, rows, draft_probs, noise, noise[:1])
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("vocab", [96, 100])
+def test_warm_up_runs_what_a_step_runs(rule, vocab, monkeypatch):
+    """Requests with draws and without; drafts of a vocabulary as large as the target's and of
+    another, which differ in what the compiler knows of them: is it a multiple of 16?"""
+    launched = set()
+
+    class Recorded:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                vocab, q_vocab = arguments[-4:-2]
+                launched.add((self.name, vocab % 16 == 0, q_vocab % 16 == 0))
+                assert vocab >= q_vocab
+                return self.kernel[grid](*arguments, **constants)
+
+            return launch
+
+    for name in ("_walk_kernel", "_block_kernel", "_traversal_kernel"):
+        monkeypatch.setattr(module, name, Recorded(getattr(module, name), name))
+    rule_class(rule)().warm_up(vocab, torch.device(DEVICE))
+    kernels = {"block": {"_block_kernel"}, "traversal": {"_traversal_kernel"}}.get(rule, set())
+    expected = {(n, vocab == 96, whole) for n in kernels | {"_walk_kernel"} for whole in (0, 1)}
+    assert launched == expected
+
+
 #: Run with the compiler instead of the interpreter.
 COMPILE = """
 import sys

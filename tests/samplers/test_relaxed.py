@@ -116,6 +116,35 @@ def test_without_an_accepted_node_the_draws_stand():
     assert after.lengths.sum() > before.lengths.sum()
 
 
+@pytest.mark.parametrize("rule", [TYPICAL, MARGIN], ids=lambda rule: rule.name)
+def test_all_nodes_at_once_equal_the_reference(rule):
+    rng = np.random.default_rng(3)
+    rows = random_rows(rng, 60)
+    logits = torch.from_numpy(rng.normal(0, 2, (len(rows.tokens), VOCAB)))
+    temperature = rng.choice([0.0, 0.7], 60).astype(np.float32)
+    statistics = relaxed.candidate_statistics(logits.float(), rows, temperature)
+    expected = []
+    for row in statistics.rows:
+        r = int(np.searchsorted(rows.starts, row, side="right")) - 1
+        above = rows.starts[r] + rows.parents[row]
+        p = torch.softmax(logits[above] / float(temperature[r] or 1.0), 0).numpy()
+        expected.append(bool(rule.reference(p, rows.tokens[row], None)))
+    assert rule.accepts(statistics).tolist() == expected
+    assert {True, False} == set(expected)
+
+
+def test_the_draws_are_followed_as_the_reference_does():
+    rng = np.random.default_rng(4)
+    rows = random_rows(rng, 80)
+    sampled = rng.integers(-1, 4, len(rows.tokens)).astype(np.int32)
+    sampled[rows.starts[:-1]] = rng.integers(0, 4, 80)
+    rows.tokens[:] %= 4
+    kept = lossless.accept(rows, sampled)
+    texts = [out[:n].tolist() for out, n in zip(kept.output, kept.lengths, strict=True)]
+    assert texts == lossless.Lossless().reference(rows, sampled)
+    assert kept.lengths.max() > 2
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [

@@ -375,6 +375,33 @@ def test_all_chains_at_once_equal_one_by_one(acceptance, seed):
         assert int(relaxations[1].relaxed) == relaxations[0].relaxed
 
 
+@pytest.mark.parametrize("acceptance", [rule for rule in RULES if rule], ids=str)
+@pytest.mark.parametrize("drawn", [True, False])
+def test_masses_equal_the_reference(acceptance, drawn):
+    """Token by token, in plain Python; ids beyond the codes among them."""
+    rng = np.random.default_rng(5)
+    codes, size, changed = 12, 14, 0
+    for seed in range(20):
+        p, q = (
+            torch.nn.functional.pad(random_probs(seed + shift, codes, 1)[0], (0, size - codes))
+            for shift in (0, 100)
+        )
+        p[int(rng.integers(codes))] = 0.0
+        rule = rule_of(acceptance, torch.from_numpy(rng.normal(size=(codes, 3)).astype(np.float32)))
+        q = q if drawn else None
+        target_mass, draft_mass = masses(rule, p, q, torch.arange(size))
+        expected = [
+            rule.reference(p.tolist(), None if q is None else q.tolist(), token)
+            for token in range(size)
+        ]
+        possible = (p > 0).numpy()  # of others nothing is asked
+        found = torch.stack((target_mass, draft_mass), 1).numpy()[possible]
+        np.testing.assert_allclose(found, np.array(expected)[possible], atol=1e-6)
+        changed += (np.abs(found[:, 0] - p.numpy()[possible]) > 1e-6).sum()
+    if acceptance not in LOSSLESS and (drawn or acceptance["rule"] != "kl_judge"):
+        assert changed > 5
+
+
 def test_siblings_are_no_chain():
     rows = chain([1, 2])
     rows.parents[2] = 0

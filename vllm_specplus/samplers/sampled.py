@@ -91,13 +91,15 @@ class SampledRule(Rule):
         verified by that, level by level."""
         out = np.full(len(rows.tokens), -1, np.int32)
         accept, output = accept_noise.double().tolist(), output_noise.double().tolist()
-        stops = [None] * (len(rows.starts) - 1) if relaxation is None else relaxation.stops
+        stops: list[frozenset[int] | None] = [None] * (len(rows.starts) - 1)
+        if relaxation is not None:
+            stops = relaxation.stops
         has_draws = np.add.reduceat(draft_probs.drawn, rows.starts[:-1]) > 0
         self.check(rows, draft_probs, has_draws & [each is None for each in stops])
         for r, (first, end) in enumerate(pairwise(rows.starts.tolist())):
-            tree = Tree(target_probs, rows, draft_probs, accept, first, end)
-            if relaxation is not None and stops[r] is not None:
-                path, residual = _relaxed_walk(tree, relaxation, stops[r])
+            tree, stop = Tree(target_probs, rows, draft_probs, accept, first, end), stops[r]
+            if relaxation is not None and stop is not None:
+                path, residual = _relaxed_walk(tree, relaxation, stop)
             elif has_draws[r]:
                 path, residual = self.walk(tree)
             else:
@@ -203,7 +205,7 @@ def _walk_levels(
     while True:
         row = path[-1]
         residual, chosen, drawn = tree.p(row), None, tree.drawn(row)
-        if drawn:
+        if choose is not None and drawn:
             chosen, residual = choose(tree, row, residual)
         if chosen is None:
             chosen = _deterministic(tree, tree.children[row][drawn:], residual)
