@@ -15,7 +15,7 @@ from vllm.v1.sample.ops import topk_topp_sampler
 from tests.model_configs import LLAMA_2_7B, LLAMA_3_8B
 from vllm_specplus.control import memory
 from vllm_specplus.control.memory import ModelDimensions
-from vllm_specplus.engine.runner import PROMPT_CHUNK
+from vllm_specplus.engine.proposing import PROMPT_CHUNK
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.token_recycling import TokenRecycling, TokenRecyclingConfig
 

@@ -21,11 +21,11 @@ def sabotage(kind: str) -> None:
     from vllm_specplus.samplers import lossless
 
     if kind == "no_compaction":
-        TreeRunnerMixin._compact = lambda self, step, acceptance: None
+        TreeRunnerMixin._compact = lambda self, step: None
     elif kind == "no_depth":
-        import vllm_specplus.engine.runner as runner
+        from vllm_specplus.engine import batch
 
-        runner.row_depths = lambda parents, starts: (
+        batch.row_depths = lambda parents, starts: (
             np.arange(len(parents)) - np.repeat(starts[:-1], np.diff(starts))
         ).astype(np.int32)
     elif kind == "first_draft_wins":

@@ -136,7 +136,8 @@ class EngineError(RuntimeError):
 class EngineProcess:
     """An engine's process, and the line-by-line conversation with it."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, cwd: Path | None = None) -> None:
+        """`cwd`: a checkout whose code the engine runs; by default the code of this process."""
         self.log = log
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
@@ -145,6 +146,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
+                cwd=cwd,
             )
 
     def __enter__(self) -> "EngineProcess":
@@ -376,7 +378,7 @@ class Benchmark:
         self._engines += 1
         name = re.sub(r"[^\w.=-]+", "_", method.label)
         log = self._logs / f"{self._engines:02}-{name}-c{concurrency}.log"
-        engine = stack.enter_context(EngineProcess(log))
+        engine = stack.enter_context(EngineProcess(log, cwd=self._checkout(method)))
         setup = EngineSetup(
             model=self.plan.model,
             speculative_config=method.speculative_config,
@@ -398,6 +400,10 @@ class Benchmark:
             raise
         engine.suspend()
         return Live(Session(method, concurrency, repeat, ready.startup_s), engine)
+
+    def _checkout(self, method: MethodSpec) -> Path | None:
+        """Whose code the method's engine runs; None: that of this process."""
+        return None
 
     def _take_turns(self, live: list[Live], rounds: Sequence[Sequence[Question]]) -> list[Live]:
         """Measure every round with every engine; return the ones that lasted."""

@@ -41,7 +41,7 @@ ACTIVATION_FACTOR = 8
 4 to 8. An estimate; compiled and fused layers keep fewer."""
 
 PROMPT_CHUNK = 256
-"""Rows of a prompt shown to Token Recycling at once (``engine/runner.py``)."""
+"""Rows of a prompt shown to Token Recycling at once (``engine/proposing.py``)."""
 
 LOGITS_BUDGET = 2**30
 """What the logits of a step may take where nobody says otherwise: 1 GiB, which vLLM's V2

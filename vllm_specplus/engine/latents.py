@@ -23,12 +23,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_specplus.control import requests as request_controls
-from vllm_specplus.engine.runner import (
-    DiscardedDrawsMixin,
-    TreeCPUModelRunner,
-    TreeGPUModelRunner,
-    UndraftedMixin,
-)
+from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, UndraftedMixin
+from vllm_specplus.engine.runner import TreeCPUModelRunner, TreeGPUModelRunner
+from vllm_specplus.engine.v1 import V1Batch
 from vllm_specplus.image.continuous.chain import Noise, denoise
 from vllm_specplus.image.continuous.decoding import Settings
 from vllm_specplus.image.continuous.slots import LatentSlots, Picture, Windows
@@ -41,6 +38,10 @@ class LatentsMixin:
     rule = "exact"
     window = 0
     """Most latents drafted per request and step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batch = V1Batch(self)
 
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
@@ -55,33 +56,27 @@ class LatentsMixin:
 
     def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
         out = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        batch = self.input_batch
-        for name in batch.req_ids:
+        view = self.batch.view(scheduler_output, num_scheduled_tokens)
+        for name in view.request_ids:
             if name not in self.slots:
                 self.slots.take(name, self._picture(name))
-        slot = self.slots.of(batch.req_ids)
-        count = np.ones(len(slot), np.int64)
-        for name, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
-            count[batch.req_id_to_index[name]] += len(drafts)
-        computed = batch.num_computed_tokens_cpu[: len(slot)].astype(np.int64)
+        slot = self.slots.of(view.request_ids)
+        count = np.array([1 + len(drafts) for drafts in view.drafts], np.int64)
+        computed = view.num_computed.astype(np.int64)
         self._windows = Windows(slot, computed + num_scheduled_tokens - count, count)
         # What every row reads, windows or not.
         ends = np.cumsum(num_scheduled_tokens)
         within = np.arange(ends[-1]) - np.repeat(ends - num_scheduled_tokens, num_scheduled_tokens)
-        place = self._put(np.repeat(computed, num_scheduled_tokens) + within)
-        rows = self.slots.inputs(self._put(np.repeat(slot, num_scheduled_tokens)), place)
+        place = self.batch.to_device(np.repeat(computed, num_scheduled_tokens) + within)
+        rows = self.slots.inputs(self.batch.to_device(np.repeat(slot, num_scheduled_tokens)), place)
         self.get_model().latents[: len(rows)] = rows
         return out
 
-    def _put(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
-
     def _picture(self, request_id: str) -> Picture:
-        request = self.requests[request_id]
-        params, config = request.sampling_params, self.get_model().config
+        params, config = self.batch.params(request_id), self.get_model().config
         scale = request_controls.guidance(params.extra_args, possible=True)
         return Picture(
-            label=request.prompt_token_ids[0] - config.label_token(0),
+            label=self.batch.prompt(request_id)[0] - config.label_token(0),
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             temperature=params.temperature,
             guidance=(config.guidance_scale or 1.0) if scale is None else scale,
@@ -90,11 +85,10 @@ class LatentsMixin:
     def _sample(self, logits, spec_decode_metadata) -> SamplerOutput:
         conditions, windows = logits, self._windows
         if self.slots.guided:
-            slot = self._put(np.repeat(windows.slot, windows.count))
+            slot = self.batch.to_device(np.repeat(windows.slot, windows.count))
             conditions = torch.cat((conditions, self.slots.guidance[slot, None]), -1)
-        silent = self.discard_request_mask.np[: len(windows.slot)]
         lengths, given_up = self.slots.verify(
-            self.get_model(), conditions, windows, silent, self.rule
+            self.get_model(), conditions, windows, self.batch.discarded, self.rule
         )
         column = np.arange(lengths.max())
         path = np.where(column < lengths[:, None], column, -1).astype(np.int32)
@@ -110,9 +104,9 @@ class LatentsMixin:
     def _as_logprobs(self, path: np.ndarray) -> LogprobsTensors:
         """The latents of ``path``, one by one, behind a column for the placeholder itself."""
         width = path.shape[1]
-        slot = self._put(np.repeat(self._windows.slot, width))
+        slot = self.batch.to_device(np.repeat(self._windows.slot, width))
         place = np.repeat(self._windows.first, width) + np.maximum(path, 0).reshape(-1)
-        values = self.slots.latents[slot, self._put(place)]
+        values = self.slots.latents[slot, self.batch.to_device(place)]
         ids = torch.arange(values.shape[1] + 1, dtype=torch.int32, device=self.device)
         return LogprobsTensors(
             logprob_token_ids=ids.expand(len(values), -1).contiguous(),

@@ -20,8 +20,8 @@ from vllm_specplus.tree import DraftTokens, ancestor_mask, row_depths
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.worker.gpu_input_batch import InputBatch
 
+    from vllm_specplus.engine.v1 import V1Batch
     from vllm_specplus.image.chameleon import Layout
 
 
@@ -31,14 +31,14 @@ class PictureRows:
     def __init__(self, layout: Layout, to_device: Callable[[np.ndarray], torch.Tensor]):
         self._layout, self._to_device = layout, to_device
 
-    def read(self, batch: InputBatch, num_scheduled: np.ndarray, rows: Rows) -> torch.Tensor:
+    def read(self, batch: V1Batch, num_scheduled: np.ndarray, rows: Rows) -> torch.Tensor:
         """Begin a step of R requests, ``num_scheduled`` int32 [R] rows of each, of which ``rows``
         are verified. Returns what may follow each, int64 [T] on the device."""
-        computed = batch.num_computed_tokens_cpu[: len(num_scheduled)].astype(np.int64)
+        computed = batch.num_computed.astype(np.int64)
         read = []
         for i, (first, count) in enumerate(zip(computed, num_scheduled, strict=True)):
             depths = rows.depths[rows.starts[i] + 1 : rows.starts[i + 1]]
-            text = batch.token_ids_cpu[i, : first + count - len(depths)]
+            text = batch.texts[i, : first + count - len(depths)]
             read.append(self._layout.read(text, int(first), depths))
         # Where the picture begins that each row is in, -1 in no picture.
         self._begins, follows = (np.concatenate(each) for each in zip(*read, strict=True))
@@ -53,11 +53,11 @@ class PictureRows:
         return self._begins[batch_rows] < 0
 
     def attention(
-        self, batch: InputBatch, common: CommonAttentionMetadata, num_scheduled: np.ndarray,
+        self, batch: V1Batch, common: CommonAttentionMetadata, num_scheduled: np.ndarray,
         rows: Rows, batch_rows: np.ndarray, device: str,
     ) -> TreeAttentionMetadata:  # fmt: skip
         """For layers that do not see the prompt; ``batch_rows`` int64 are the verified rows'."""
-        block_size = batch.block_table[0].block_size
+        block_size = batch.page_size
         inside = np.flatnonzero(self._begins >= 0)
         request, begins = self._request[inside], self._begins[inside]
         new = np.ones(len(inside), bool)
@@ -102,7 +102,7 @@ class PictureRows:
             first=self._to_device((first % block_size).astype(np.int32)),
         )
 
-    def cut(self, drafts: list[DraftTokens], batch: InputBatch) -> list[DraftTokens]:
+    def cut(self, drafts: list[DraftTokens], batch: V1Batch) -> list[DraftTokens]:
         """Each as far as none of its tokens begins a picture or leaves one."""
         out = []
         for i, draft in enumerate(drafts):
@@ -112,7 +112,7 @@ class PictureRows:
                     parents = np.arange(-1, len(draft) - 1, dtype=np.int32)
                 rows = np.append(np.int32(-1), parents + 1)
                 depths = row_depths(rows, np.array((0, len(rows)), np.int32))[1:]
-                text = batch.token_ids_cpu[i, : batch.num_tokens_no_spec[i]]
+                text = batch.texts[i, : batch.num_tokens[i]]
                 draft = draft[: self._layout.kept(text, np.array(draft), depths)]
             out.append(draft)
         return out

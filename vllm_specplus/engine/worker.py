@@ -69,18 +69,18 @@ class ImageCPUWorker(TreeCPUWorker):
     """With or without drafts."""
 
     def _runner_class(self) -> type:
-        from vllm_specplus.engine import runner
+        from vllm_specplus.engine import image_rows
 
         drafted = self.vllm_config.speculative_config is not None
-        return runner.TreeCPUModelRunner if drafted else runner.ImageCPUModelRunner
+        return super()._runner_class() if drafted else image_rows.ImageCPUModelRunner
 
 
 class ImageGPUWorker(TreeGPUWorker):
     def _runner_class(self) -> type:
-        from vllm_specplus.engine import runner
+        from vllm_specplus.engine import image_rows
 
         drafted = self.vllm_config.speculative_config is not None
-        return runner.TreeGPUModelRunner if drafted else runner.ImageGPUModelRunner
+        return super()._runner_class() if drafted else image_rows.ImageGPUModelRunner
 
 
 class LatentsCPUWorker(TreeCPUWorker):

@@ -1,0 +1,150 @@
+"""Is any method slower than at an earlier commit? Both in one run, taking turns.
+
+    python benchmarks/against_commit.py --commit REV --model DIR --draft DIR \\
+        --dataset question.jsonl --methods token_recycling,suffix_tree,draft_tree \\
+        --concurrency 1,16 --out benchmarks/results/against_commit.json
+
+The earlier code is checked out beside this one and runs in engines of its own; at every number of
+requests in flight the engines of one method, before and now, answer the same questions in turns of
+a few seconds. Reported is the ratio of throughputs, per round and in all; a ratio is called slower
+or faster only where the rounds agree: where 1 is outside the 95 % interval of their mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from vllm_specplus.bench.dataset import load_dataset, pick
+from vllm_specplus.bench.methods import MethodSpec, parse_concurrencies, parse_methods
+from vllm_specplus.bench.runner import Benchmark, Plan, Session, describe_machine
+from vllm_specplus.compat import vllm_version
+
+ROOT = Path(__file__).resolve().parents[1]
+BEFORE, NOW = "before", "now"
+#: 97.5 % quantile of Student's t by degrees of freedom; 1.96 from 30 on.
+STUDENT = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 7: 2.36, 9: 2.26, 11: 2.20, 15: 2.13, 23: 2.07}
+
+
+class Comparison(Benchmark):
+    """Every method twice: with the code of a checkout, and with this one's."""
+
+    def __init__(self, *args, checkout: Path, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._before = checkout
+
+    def _checkout(self, method: MethodSpec) -> Path:
+        return self._before if method.label.endswith(BEFORE) else ROOT
+
+
+def throughputs(session: Session) -> np.ndarray:
+    """Tokens per second of every round, float64 [rounds]."""
+    return np.array(
+        [sum(len(r.token_ids) for r in each.requests) / each.wall_s for each in session.rounds]
+    )
+
+
+def compare(before: Session, now: Session) -> dict:
+    """How much faster it is now, and whether the rounds agree about that."""
+    ratios = throughputs(now) / throughputs(before)
+    count = len(ratios)
+    known = [n for n in STUDENT if n <= count - 1]
+    quantile = STUDENT[max(known)] if count - 1 < 30 and known else 1.96
+    half = quantile * float(ratios.std(ddof=1)) / np.sqrt(count)
+    mean = float(ratios.mean())
+    answers, others = now.answers(), before.answers()
+    return {
+        "ratio": mean,
+        "half_width": half,
+        "verdict": "slower" if mean + half < 1 else "faster" if mean - half > 1 else "equal",
+        "rounds": [float(each) for each in ratios],
+        "tokens_per_s": [float(np.median(throughputs(each))) for each in (before, now)],
+        "startup_s": [before.startup_s, now.startup_s],
+        "equal_answers": sum(answers[q] == others[q] for q in answers),
+        "answers": len(answers),
+    }
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--methods", default="token_recycling,suffix_tree,rasd")
+    parser.add_argument("--draft", help="model of the methods that need one")
+    parser.add_argument("--concurrency", default="1,16")
+    parser.add_argument("--limit", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out")
+    return parser
+
+
+def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan:
+    """One method at one number of requests in flight, twice."""
+    measured, warmup = pick(load_dataset(args.dataset).questions, args.limit)
+    config = method.speculative_config
+    if config is not None and method.name in ("draft_tree", "easyspec"):
+        config = {"model": args.draft} | config
+    both = [MethodSpec(f"{method.label} {when}", method.name, config) for when in (BEFORE, NOW)]
+    return Plan(
+        model=args.model, methods=both, concurrencies=[concurrency], measured=measured,
+        warmup=warmup, rounds=args.rounds, repeat=1, max_tokens=args.max_tokens, temperature=0.0,
+        seed=0, chat_template=True, sequential=False,
+        engine_args={"dtype": args.dtype, "max_model_len": 2048},
+    )  # fmt: skip
+
+
+def main() -> None:
+    args = options().parse_args()
+    results: dict[str, dict[str, dict]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkout, logs = Path(folder) / "before", Path(folder) / "logs"
+        logs.mkdir()
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--detach", str(checkout), args.commit], check=True)
+        try:
+            machine = describe_machine(logs / "describe.log")
+            for method in parse_methods(args.methods):
+                for concurrency in parse_concurrencies(args.concurrency):
+                    run = Comparison(
+                        plan(args, method, concurrency), machine, logs,
+                        lambda *_: None, lambda _: None, checkout=checkout,
+                    )  # fmt: skip
+                    run.run()
+                    if run.failures:
+                        raise SystemExit("\n".join(each.error for each in run.failures))
+                    found = compare(*sorted(run.sessions, key=lambda s: s.method.label))
+                    results.setdefault(method.label, {})[str(concurrency)] = found
+                    print(
+                        f"{method.label} at {concurrency}: {found['ratio']:.3f} "
+                        f"±{found['half_width']:.3f} {found['verdict']}, "
+                        f"{found['equal_answers']} of {found['answers']} answers equal",
+                        flush=True,
+                    )
+        finally:
+            subprocess.run([*git, "remove", "--force", str(checkout)], check=True)
+    if args.out:
+        commit = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", args.commit, "HEAD"],
+            check=True, capture_output=True, text=True,
+        ).stdout.split()  # fmt: skip
+        setting = vars(args) | {
+            "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "before": commit[0], "now": commit[1],
+        }  # fmt: skip
+        for key in ("model", "draft", "dataset", "out"):
+            setting[key] = setting[key] and Path(setting[key]).name
+        Path(args.out).write_text(json.dumps({"setting": setting, "methods": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""vLLM's metadata of a batch, divided between our attention and the stock kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_specplus.engine import tree_metadata
+from vllm_specplus.engine.tree_metadata import Others, subset
+from vllm_specplus.engine.v1 import V1Batch
+
+
+def make_common(**more) -> CommonAttentionMetadata:
+    """Three requests with 2, 3 and 1 rows."""
+    starts = torch.tensor([0, 2, 5, 6], dtype=torch.int32)
+    lengths = torch.tensor([12, 23, 31], dtype=torch.int32)
+    values = {
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts,
+        "seq_lens": lengths,
+        "seq_lens_cpu_upper_bound": lengths,
+        "num_reqs": 3,
+        "num_actual_tokens": 6,
+        "max_query_len": 3,
+        "max_seq_len": 31,
+        "block_table_tensor": torch.arange(12, dtype=torch.int32).view(3, 4),
+        "slot_mapping": torch.arange(100, 106),
+        "positions": torch.arange(6) * 7,
+        "is_prefilling": torch.tensor([False, True, False]),
+    }
+    return CommonAttentionMetadata(**values | more)
+
+
+def others(*chosen: bool) -> Others:
+    return Others.of(np.array(chosen), np.array([2, 3, 1], np.int32))
+
+
+def test_a_subset_is_the_metadata_of_its_requests():
+    part = subset(make_common(), others(False, True, True), torch.from_numpy)
+    assert part.query_start_loc.tolist() == part.query_start_loc_cpu.tolist() == [0, 3, 4]
+    assert (part.num_reqs, part.num_actual_tokens) == (2, 4)
+    assert (part.max_query_len, part.max_seq_len) == (3, 31)
+    assert part.seq_lens.tolist() == part.seq_lens_cpu_upper_bound.tolist() == [23, 31]
+    assert part.block_table_tensor.tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert part.slot_mapping.tolist() == [102, 103, 104, 105]
+    assert part.positions.tolist() == [14, 21, 28, 35]
+    assert part.is_prefilling.tolist() == [True, False]
+    assert part.causal is True
+
+
+def test_pictures_stay_with_their_request():
+    """Ranges that see each other are kept by a request's number in the batch, which changes."""
+    ranges = {0: [(0, 4)], 1: [(7, 9), (11, 12)], 2: []}
+    part = subset(
+        make_common(mm_req_doc_ranges=ranges), others(False, True, True), torch.from_numpy
+    )
+    assert part.mm_req_doc_ranges == {0: [(7, 9), (11, 12)], 1: []}
+    assert (
+        subset(make_common(), others(True, False, True), torch.from_numpy).mm_req_doc_ranges is None
+    )
+
+
+def test_arrays_per_request_on_the_host_too():
+    part = subset(
+        make_common(
+            req_idx=np.array([4, 5, 6]), rswa_prefix_lens=torch.tensor([1, 2, 3], dtype=torch.int32)
+        ),
+        others(True, False, True),
+        torch.from_numpy,
+    )
+    assert part.req_idx.tolist() == [4, 6]
+    assert part.rswa_prefix_lens.tolist() == [1, 3]
+
+
+def test_every_field_of_this_vllm_is_known(monkeypatch):
+    """A field nobody has thought of must end the start, not be copied from another request."""
+    assert tree_metadata.unknown_fields() == []
+    monkeypatch.setattr(tree_metadata, "PER_REQUEST", tree_metadata.PER_REQUEST - {"req_idx"})
+    assert tree_metadata.unknown_fields() == ["req_idx"]
+
+
+def make_runner(mrope: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        positions=torch.arange(8),
+        uses_mrope=mrope,
+        mrope_positions=SimpleNamespace(gpu=torch.arange(8).expand(3, 8).clone()),
+    )
+
+
+def test_positions_of_three_axes_follow_depth():
+    """M-RoPE has a position of time, height and width for every row: all three shift."""
+    runner = make_runner(mrope=True)
+    V1Batch(runner).shift_positions(np.array([2, 5]), np.array([-1, -3]))
+    assert runner.positions.tolist() == [0, 1, 1, 3, 4, 2, 6, 7]
+    assert runner.mrope_positions.gpu.tolist() == [[0, 1, 1, 3, 4, 2, 6, 7]] * 3
+
+
+def test_positions_of_one_axis():
+    runner = make_runner(mrope=False)
+    V1Batch(runner).shift_positions(np.array([7]), np.array([-2]))
+    assert runner.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5]
+    assert runner.mrope_positions.gpu.tolist() == [list(range(8))] * 3

@@ -1,0 +1,134 @@
+"""The step as a proposer sees it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+
+from vllm_specplus.engine.batch import (
+    Step,
+    accepted_rows,
+    draft_room,
+    kept_rows,
+    prompt_chunks,
+    text_before,
+)
+from vllm_specplus.engine.request_options import RequestOptions
+from vllm_specplus.engine.verify import top_ids
+from vllm_specplus.step import LatentStep, Observation, ReadKV, StepContext, TargetRows
+
+if TYPE_CHECKING:
+    from vllm_specplus.engine.drafter import Drafter
+    from vllm_specplus.engine.v1 import V1Batch
+    from vllm_specplus.tree import DraftBatch
+
+#: Prompt rows per call of the target's output layer while a proposer reads a
+#: prompt: bounds the logits to this times the vocabulary.
+PROMPT_CHUNK = 256
+
+
+class Proposing:
+    """Shows every step to the drafter, with what its requests ask for."""
+
+    def __init__(self, drafter: Drafter, batch: V1Batch, most_nodes: int, max_model_len: int):
+        """``most_nodes`` of a request that asks for nothing."""
+        self._drafter, self._batch = drafter, batch
+        self._most_nodes, self._max_model_len = most_nodes, max_model_len
+        self._options: dict[str, RequestOptions] = {}
+
+    def options(self) -> list[RequestOptions]:
+        """[R] of the requests of the batch."""
+        return [self._options_of(name) for name in self._batch.request_ids]
+
+    def _options_of(self, request_id: str) -> RequestOptions:
+        options = self._options.get(request_id)
+        if options is None:
+            params = self._batch.params(request_id)
+            options = RequestOptions.of(params, self._most_nodes)
+            self._options[request_id] = options
+        return options
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone."""
+        self._options.pop(request_id, None)
+        self._drafter.forget(request_id)
+
+    def propose(
+        self, step: Step, decoding: np.ndarray, hidden: torch.Tensor,
+        layers: list[torch.Tensor] | None, read_kv: ReadKV, latents: LatentStep | None,
+    ) -> DraftBatch:  # fmt: skip
+        """Drafts for the next step, on the rank that drafts.
+
+        ``decoding`` bool [R] requests that have an output; ``hidden`` [T, hidden] of the batch's
+        rows, ``layers`` the same of the layers that the proposer asks for.
+        """
+        self._count(step, decoding)
+        context = self._context(step, decoding)
+        context.target_kv, context.latents = read_kv, latents
+        return self._drafter.draft(context, lambda: self._target_rows(step, hidden, layers))
+
+    def _context(self, step: Step, decoding: np.ndarray) -> StepContext:
+        options, num_tokens = self.options(), self._batch.num_tokens
+        limits = np.minimum([each.max_nodes for each in options], self._most_nodes)
+        chain_only = np.array([each.chain_only for each in options], bool)
+        self._drafter.counters.add("chain_fallbacks:structured_output", int(chain_only.sum()))
+        return StepContext(
+            request_ids=self._batch.request_ids,
+            token_ids=self._batch.texts,
+            num_tokens=num_tokens,
+            max_nodes=draft_room(num_tokens, limits, decoding, self._max_model_len),
+            chain_only=chain_only,
+            observation=Observation(
+                step.rows.tokens, step.previous, step.top_ids, accepted_rows(step)
+            ),
+            num_prompt_tokens=self._batch.num_prompt,
+            cache_salts=[each.cache_salt for each in options],
+            sampling=self._batch.sampling([each.seed for each in options]),
+            row_starts=step.rows.starts,
+            target_probs=step.target_probs,
+        )
+
+    def _target_rows(
+        self, step: Step, hidden: torch.Tensor, layers: list[torch.Tensor] | None
+    ) -> TargetRows | None:
+        """What was computed for the rows on the kept texts, for a proposer that asks."""
+        if not self._drafter.proposer.reads_hidden:
+            return None
+        rows, positions, starts = kept_rows(step)
+        index = self._batch.to_device(rows)
+        states = torch.cat([each[index] for each in layers or [hidden]], -1)
+        return TargetRows(states, positions, starts, self._batch.pages)
+
+    def show_prompt(
+        self, step: Step, hidden: torch.Tensor,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:  # fmt: skip
+        """Let the proposer see what follows every prompt token read in this step; the verified
+        rows, a request's last ones, are observed with the step. On every rank: the output layer
+        is collective."""
+        if not self._drafter.proposer.reads_prompt or not step.shape.prompt_rows:
+            return
+        start = time.perf_counter()
+        for request, begin, count, row in prompt_chunks(step, PROMPT_CHUNK):
+            logits = compute_logits(hidden[row : row + count])
+            if get_tensor_model_parallel_rank() == 0:
+                ids = top_ids(logits, self._drafter.proposer.top_k).cpu().numpy()
+                text = self._batch.texts[request]
+                previous = text_before(text, begin, count)
+                self._drafter.observe_prompt(text[begin : begin + count], previous, ids)
+        self._drafter.counters.add("draft_seconds", time.perf_counter() - start)
+
+    def _count(self, step: Step, decoding: np.ndarray) -> None:
+        """Count decoding steps; a prompt's last chunk makes its first token, not a step."""
+        in_output = (step.num_computed >= self._batch.num_prompt) & decoding
+        drafted = np.diff(step.rows.starts) - 1
+        lengths, counters = step.acceptance.lengths, self._drafter.counters
+        counters.add("request_steps", int(in_output.sum()))
+        counters.add("output_tokens", int(lengths[in_output].sum()))
+        counters.add("nodes_drafted", int(drafted[in_output].sum()))
+        counters.add("nodes_accepted", int(lengths[in_output].sum() - in_output.sum()))

@@ -1,0 +1,52 @@
+"""What a request's parameters say about drafting and acceptance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_specplus.control.requests import RequestControls, parse
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """Fixed for a request's life."""
+
+    max_nodes: int
+    chain_only: bool
+    """Structured output: grammar states know no branches."""
+    cache_salt: str
+    seed: int | None
+    relaxed_stops: frozenset[int] | None
+    """Its stop tokens; None: it must be verified losslessly."""
+
+    @classmethod
+    def of(cls, params: SamplingParams | None, most_nodes: int) -> RequestOptions:
+        """Of a request that was admitted: its parameters have been checked in the front end, so
+        that nothing here can fail. A request without any is not drafted."""
+        if params is None:
+            return cls(0, False, "", None, None)
+        controls = parse(params.extra_args)
+        return cls(
+            max_nodes=most_nodes if controls.limit is None else controls.limit,
+            chain_only=params.structured_outputs is not None,
+            cache_salt=controls.cache_salt,
+            seed=params.seed,
+            relaxed_stops=_relaxed_stops(params, controls),
+        )
+
+
+def _relaxed_stops(params: SamplingParams, controls: RequestControls) -> frozenset[int] | None:
+    """A lossy rule sees the model's distribution, so it is not for requests that change it or
+    want to know it."""
+    if controls.lossless:
+        return None
+    changed = (
+        params.structured_outputs, params.bad_words, params.allowed_token_ids, params.min_tokens,
+        params.presence_penalty, params.frequency_penalty, params.repetition_penalty != 1,
+        params.logprobs is not None,
+    )  # fmt: skip
+    return None if any(changed) else frozenset(params.all_stop_token_ids)

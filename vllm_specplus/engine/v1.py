@@ -1,0 +1,153 @@
+"""vLLM's V1 model runner, as the rest of this folder sees it.
+
+The one place that reads the fields of ``GPUModelRunner`` and of its input batch. A runner of
+another generation needs a file like this one, and overrides like those of ``runner.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_specplus.engine.batch import BatchView, cache_slots
+from vllm_specplus.engine.verify import VerifyBatch
+from vllm_specplus.step import Rows, Sampling
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+class V1Batch:
+    """The current batch of R requests; arrays are views, good for one step."""
+
+    def __init__(self, runner: GPUModelRunner):
+        self._runner = runner
+
+    # -- requests ---------------------------------------------------------------
+
+    @property
+    def request_ids(self) -> list[str]:
+        """[R] in the batch's order."""
+        return self._runner.input_batch.req_ids
+
+    def params(self, request_id: str) -> SamplingParams | None:
+        """What a request asked for."""
+        return self._runner.requests[request_id].sampling_params
+
+    def prompt(self, request_id: str) -> list[int]:
+        """Its prompt's ids."""
+        return self._runner.requests[request_id].prompt_token_ids
+
+    @property
+    def texts(self) -> np.ndarray:
+        """int32 [R, max_model_len] prompts and outputs."""
+        return self._runner.input_batch.token_ids_cpu
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """int32 [R] known tokens of each text."""
+        batch = self._runner.input_batch
+        return batch.num_tokens_no_spec[: batch.num_reqs].astype(np.int32)
+
+    @property
+    def num_prompt(self) -> np.ndarray:
+        """int32 [R] tokens of each prompt."""
+        batch = self._runner.input_batch
+        return batch.num_prompt_tokens[: batch.num_reqs]
+
+    @property
+    def num_computed(self) -> np.ndarray:
+        """int32 [R] tokens whose keys and values were in the cache before the step."""
+        batch = self._runner.input_batch
+        return batch.num_computed_tokens_cpu[: batch.num_reqs]
+
+    @property
+    def discarded(self) -> np.ndarray:
+        """bool [R]: requests whose prompt is not read to its end, so that nothing is output."""
+        return self._runner.discard_request_mask.np[: self._runner.input_batch.num_reqs]
+
+    # -- the step ---------------------------------------------------------------
+
+    def view(self, scheduler_output: SchedulerOutput, num_scheduled: np.ndarray) -> BatchView:
+        """The batch of a step that begins; ``num_scheduled`` int32 [R] as vLLM hands it over."""
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        return BatchView(
+            request_ids=self.request_ids,
+            drafts=[drafts.get(name) or () for name in self.request_ids],
+            num_scheduled=num_scheduled,
+            num_computed=self.num_computed,
+            token_ids=self.texts,
+            input_ids=self._runner.input_ids.np,
+        )
+
+    def blank(self, rows: np.ndarray) -> None:
+        """Let batch rows ``rows`` int64 [n] read token 0: vLLM pads some first decodes with -1."""
+        self._runner.input_ids.gpu[self.to_device(rows)] = 0
+
+    def shift_positions(self, rows: np.ndarray, shifts: np.ndarray) -> None:
+        """Add ``shifts`` int64 [n] to the positions of batch rows ``rows`` int64 [n]. Cache slots,
+        which vLLM has computed from sequential positions, stay."""
+        index, shift = self.to_device(rows), self.to_device(shifts)
+        self._runner.positions.index_add_(0, index, shift)
+        if self._runner.uses_mrope:
+            # Time, height and width advance alike in text, which is all that is drafted.
+            positions = self._runner.mrope_positions.gpu
+            positions.index_add_(1, index, shift.expand(len(positions), -1))
+
+    # -- sampling ---------------------------------------------------------------
+
+    def sampling(self, seeds: list[int | None]) -> Sampling:
+        """How the requests sample, on the host."""
+        batch = self._runner.input_batch
+        return Sampling(
+            temperature=batch.temperature_cpu[: batch.num_reqs],
+            top_k=batch.top_k_cpu[: batch.num_reqs],
+            top_p=batch.top_p_cpu[: batch.num_reqs],
+            seeds=seeds,
+        )
+
+    def verify_batch(
+        self, rows: Rows, relaxed_stops: list[frozenset[int] | None],
+        outside_pictures: np.ndarray | None, hidden: torch.Tensor | None,
+    ) -> VerifyBatch:  # fmt: skip
+        """What the step's ``rows`` are verified by; the arguments as in ``VerifyBatch``."""
+        sampling = self.sampling([])
+        return VerifyBatch(
+            request_ids=self.request_ids,
+            rows=rows,
+            metadata=self._runner.input_batch.sampling_metadata,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            discarded=self.discarded,
+            relaxed_stops=relaxed_stops,
+            outside_pictures=outside_pictures,
+            hidden=hidden,
+        )
+
+    # -- memory -----------------------------------------------------------------
+
+    @property
+    def pages(self) -> np.ndarray:
+        """int32 [R, P] pages of the KV cache that hold each text."""
+        return self._runner.input_batch.block_table[0].block_table.np
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page."""
+        return self._runner.input_batch.block_table[0].block_size
+
+    def slots(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Cache slot int64 [n] of each (``request``, ``position`` in its text) int64 [n]."""
+        return cache_slots(self.pages, self.page_size, request, position)
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        """A copy where the model is, on the current stream."""
+        tensor = torch.from_numpy(array)
+        if self._runner.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._runner.device, non_blocking=True)
