@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 
 from vllm_specplus import config
+from vllm_specplus.drafting import shaped_config
 from vllm_specplus.samplers.registry import make_rule, rule_class, rule_names
 from vllm_specplus.samplers.rules import Nodes, Rule
 from vllm_specplus.samplers.sampled import SampledRule
@@ -33,7 +34,7 @@ def test_a_class_is_complete(name):
 
 def test_every_rule_has_a_user():
     """Either its name is an ``acceptance`` rule, or a way to verify drawn nodes."""
-    drawing = {rule for rules in config._RULES.values() for rule in rules.values()}
+    drawing = {rule for rules in shaped_config._RULES.values() for rule in rules.values()}
     assert set(rule_names()) == set(SETTINGS) | drawing
     assert all(issubclass(rule_class(name), SampledRule) for name in drawing)
 

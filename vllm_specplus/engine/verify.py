@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from vllm_specplus.config import MethodConfig
     from vllm_specplus.metrics import Counters
-    from vllm_specplus.proposers.base import Proposer
+    from vllm_specplus.proposer import Proposer
 
 #: Finds what the children of each row were drawn from.
 FindDraftProbs = Callable[[list[str], Rows], DraftProbs]
