@@ -1,27 +1,46 @@
-# make demo          answers with and without the plugin, side by side, on the CPU
-# make test          the test suite
-# BACKEND=cuda make  the same with vLLM for NVIDIA GPUs
+# make demo                 answers with and without the plugin, side by side, on the CPU
+# make check                lint, types, and all tests without an engine: before every commit
+# make engine-test T=...    one test that starts an engine, as T=tests/engine/test_greedy.py -k jacobi
+# make test                 every test, as CI runs them
+# make check-vllm           is all we take from vLLM in the source of every supported version?
+# BACKEND=cuda make ...     the same with vLLM for NVIDIA GPUs
 
 PYTHON ?= python3
 export BACKEND ?= cpu
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+T ?=
 
-.PHONY: demo test lint setup clean
+.PHONY: demo check test engine-test check-vllm lint types setup clean
 
 demo: setup
 	$(BIN)/vllm-specplus demo
 
+check: lint types
+	$(PYTEST) $(IN_PARALLEL) -m "not engine and not slow" $(PYTEST_ARGS)
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(IN_PARALLEL) $(PYTEST_ARGS)
+
+engine-test: setup
+	@test -n "$(T)" || { echo "name a test: make engine-test T='tests/engine/test_greedy.py -k jacobi'"; exit 2; }
+	$(PYTEST) -x $(T)
+
+check-vllm: setup
+	$(BIN)/python scripts/check_vllm.py --installed --wheel 0.32.0 --wheel 0.33.0
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
 
 # Returns at once when nothing changed.
 setup:
 	@$(PYTHON) scripts/setup.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

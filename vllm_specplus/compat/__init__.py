@@ -48,13 +48,13 @@ def let_vllm_scan_numba() -> None:
     original = handle.__getattr__
 
     @functools.wraps(original)
-    def __getattr__(self, name):
+    def answer(self, name):
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
         return original(self, name)
 
-    __getattr__._specplus = True
-    handle.__getattr__ = __getattr__
+    answer._specplus = True  # type: ignore[attr-defined]
+    handle.__getattr__ = answer
 
 
 def vllm_version() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from functools import cache
 
 from vllm_specplus.compat import signatures
@@ -32,7 +33,7 @@ class CodeCheck:
     def __init__(self, index: Index, family: Family, ledger: Ledger):
         self.index, self.family, self.ledger = index, family, ledger
 
-    def check(self, scope: Scope, body: list[ast.AST]) -> None:
+    def check(self, scope: Scope, body: Iterable[ast.AST]) -> None:
         """Check statements, and functions in them; classes are checked as such."""
         for statement in body:
             for node in _looked_at(statement):
@@ -47,8 +48,7 @@ class CodeCheck:
 
     def _check_function(self, around: Scope, node: Def | ast.Lambda) -> None:
         scope = Scope(around.inference, around.module, node, around)
-        body = [node.body] if isinstance(node, ast.Lambda) else node.body
-        self.check(scope, body)
+        self.check(scope, [node.body] if isinstance(node, ast.Lambda) else node.body)
 
     def _check_attribute(self, scope: Scope, node: ast.Attribute) -> None:
         types = scope.type_of(node.value)
@@ -103,10 +103,11 @@ class CodeCheck:
         if not types or not all(isinstance(t, Instance) and self._theirs(t) for t in types):
             return
         self.ledger.checked("calls", scope.module, node, "replace")
-        known = {name for t in types for name in signatures.fields(t.cls)}
+        classes = [t.cls for t in types if isinstance(t, Instance)]
+        known = {name for cls in classes for name in signatures.fields(cls)}
         for keyword in node.keywords:
             if keyword.arg and keyword.arg not in known:
-                target = f"{title(types[0].cls)}.{keyword.arg}"
+                target = f"{title(classes[0])}.{keyword.arg}"
                 self.ledger.problem(scope.module, keyword.value, target, "is no field to replace")
 
     def _signature(self, called: Type) -> tuple[str, signatures.Signature | None]:
@@ -126,8 +127,8 @@ class CodeCheck:
     def _check_patch(self, scope: Scope, node: ast.Assign) -> None:
         """An assignment that replaces something of a module, class or table of vLLM."""
         for target in (each for whole in node.targets for each in targets(whole)):
-            is_entry = isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name)
-            if is_entry and (table := scope.origin(target.value.id)):
+            entry = target.value if isinstance(target, ast.Subscript) else None
+            if isinstance(entry, ast.Name) and (table := scope.origin(entry.id)):
                 self.ledger.patch(scope.module, target, f"{table}[...]")
             if not isinstance(target, ast.Attribute):
                 continue
@@ -139,9 +140,9 @@ class CodeCheck:
                 self.ledger.patch(scope.module, target, f"{owner.name}.{target.attr}")
             elif isinstance(owner, ClassObject) and owner.cls.module.name.startswith("vllm."):
                 self.ledger.patch(scope.module, target, f"{title(owner.cls)}.{target.attr}")
-                theirs, ours = owner.cls.method(target.attr), scope.type_of(node.value)
-                if theirs and ours and isinstance(ours[0], Bound):
-                    ours = Function(scope.module, ours[0].function.node)
+                theirs, given = owner.cls.method(target.attr), scope.type_of(node.value)
+                if theirs and given and isinstance(given[0], Bound):
+                    ours = Function(scope.module, given[0].function.node)
                     compare(ours, theirs, self.ledger, skip_self=False)
 
 
@@ -154,6 +155,7 @@ def _looked_at(statement: ast.AST) -> list[ast.AST]:
 
 def _of_vllm(owner: Type) -> Class | Module:
     """What of vLLM ``owner`` is, or builds on."""
+    assert not isinstance(owner, Bound | Container)
     if isinstance(owner, Module):
         return owner
     return next((c for c in owner.cls.mro if is_vllm(c.module)), owner.cls)

@@ -9,6 +9,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from vllm_specplus.compat.source import (
     Class,
@@ -69,9 +70,10 @@ SAME = {"list", "sorted", "tuple", "reversed", "iter", "copy", "deepcopy", "repl
 
 def union(parts: list[Types]) -> Types:
     """One of several types; unknown if one is."""
-    if not parts or any(part is None for part in parts):
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
         return None
-    return tuple(dict.fromkeys(each for part in parts for each in part))
+    return tuple(dict.fromkeys(each for part in known for each in part))
 
 
 def is_none(node: ast.AST | None) -> bool:
@@ -216,7 +218,7 @@ def is_ellipsis(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is ...
 
 
-Source = tuple[str, object]
+Source = tuple[str, Any]
 
 
 class Names:
@@ -242,9 +244,9 @@ class Names:
                 self._add(argument.arg, "annotation", argument.annotation)
             else:
                 self._add(argument.arg, "parameter", None)
-        for argument in (arguments.vararg, arguments.kwarg):
-            if argument:
-                self._add(argument.arg, "opaque", None)
+        for rest in (arguments.vararg, arguments.kwarg):
+            if rest:
+                self._add(rest.arg, "opaque", None)
 
     def _add(self, name: str, kind: str, node: object) -> None:
         self.sources.setdefault(name, []).append((kind, node))
@@ -272,9 +274,9 @@ class Names:
         elif isinstance(node, ast.ClassDef | Def):
             self._add(node.name, "local", node)
         elif isinstance(node, ast.Call) and last_name(node.func) == "isinstance":
-            tested, kind = node.args
+            tested, cls = node.args
             if isinstance(tested, ast.Name):
-                self.tested.setdefault(tested.id, []).append(kind)
+                self.tested.setdefault(tested.id, []).append(cls)
 
     def _assign(self, target: ast.expr, kind: str, node: object) -> None:
         if isinstance(target, ast.Name):
@@ -340,10 +342,9 @@ class Scope:
         return union([self._source(name, kind, node) for kind, node in kinds])
 
     def _source(self, name: str, kind: str, node) -> Types:
-        if kind == "self":
-            return (Instance(self.cls),)
-        if kind == "class":
-            return (ClassObject(self.cls),)
+        if kind in ("self", "class"):
+            assert self.cls is not None
+            return (Instance(self.cls) if kind == "self" else ClassObject(self.cls),)
         if kind == "parameter":
             return self._declared.get(name)
         if kind == "annotation":
@@ -361,10 +362,10 @@ class Scope:
     def _imported(self, node: ast.Import | ast.ImportFrom, alias: ast.alias) -> Types:
         index = self.inference.index
         if isinstance(node, ast.Import):
-            found = [index.module(alias.name if alias.asname else alias.name.split(".")[0])]
-        else:
-            found = index.lookup(self.module.absolute(node), alias.name)
-        return self.inference.of_symbol(found[0]) if len(found) == 1 and found[0] else None
+            found = index.module(alias.name if alias.asname else alias.name.split(".")[0])
+            return (found,) if found else None
+        symbols = index.lookup(self.module.absolute(node), alias.name)
+        return self.inference.of_symbol(symbols[0]) if len(symbols) == 1 else None
 
     def _element(self, node: ast.expr) -> Types:
         """Type of what a loop over ``node`` gives."""
@@ -421,7 +422,7 @@ class Scope:
 
     def _of_Call(self, node: ast.Call) -> Types:
         name = node.func.id if isinstance(node.func, ast.Name) else None
-        if name == "super" and not node.args and self.cls is not None:
+        if name == "super" and not node.args and self.cls and self.owner:
             return (Super(self.cls, self.owner),)
         if name == "next" and node.args:
             return self._element(node.args[0])
@@ -443,7 +444,7 @@ class Scope:
         return None
 
 
-def walk_function(node: ast.AST) -> Iterator[ast.AST]:
+def walk_function(node: Def | ast.Lambda) -> Iterator[ast.AST]:
     """All nodes of a function's body but those inside of functions and classes in it, whose own
     nodes come along."""
     if isinstance(node, ast.Lambda):

@@ -14,8 +14,8 @@ def compare(ours: Function, theirs: Function, ledger: Ledger, skip_self: bool) -
     kinds = {"staticmethod", "classmethod", "property", "cached_property"}
     mine, stock = ours.decorators & kinds, theirs.decorators & kinds
     if skip_self and mine != stock and not {*mine, *stock} <= {"property", "cached_property"}:
-        text = f"is {_kind(stock)} and overridden by {_kind(mine)}"
-        ledger.problem(ours.module, ours.node, target, text)
+        kind = f"is {_kind(stock)} and overridden by {_kind(mine)}"
+        ledger.problem(ours.module, ours.node, target, kind)
         return
     skip = skip_self and "staticmethod" not in stock
     text = signatures.problem_of_override(

@@ -9,6 +9,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 Def = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -20,7 +21,7 @@ BARE_BASES = frozenset({"ABC", "Generic", "Protocol", "object", "NamedTuple"})
 class Binding:
     """One statement that gives a name of a module or a class its value."""
 
-    node: ast.AST
+    node: Any
     """A definition, an ``alias`` of an import, or the assignment."""
     typing_only: bool = False
     """Does it stand under ``if TYPE_CHECKING``?"""
@@ -54,7 +55,7 @@ class Module:
 class Member:
     """What a class says of one of its attributes."""
 
-    node: ast.AST
+    node: Any
     """A definition, an annotation, or the value that is assigned."""
     kind: str
     """``def``, ``class``, ``annotation`` or ``value``."""
@@ -155,7 +156,7 @@ class Index:
         text = self._overlay.get(name) or path.read_text(encoding="utf-8")
         module = Module(name, path, ast.parse(text, str(path)))
         for binding_name, binding in _bindings(module.tree.body):
-            if binding_name == "*":
+            if binding_name == "*" and binding.source:
                 module.stars.append(module.absolute(binding.source))
             else:
                 module.bindings.setdefault(binding_name, []).append(binding)
@@ -341,23 +342,23 @@ def _assigned(method: Def, own: str) -> Iterator[tuple[str, ast.AST, str]]:
             for whole in node.targets:
                 single = isinstance(whole, ast.Attribute)
                 for target in targets(whole):
-                    if _of(target, own):
-                        yield target.attr, node.value if single else ast.Pass(), "value"
-        elif isinstance(node, ast.AnnAssign) and _of(node.target, own):
-            yield node.target.attr, node.annotation, "annotation"
+                    if name := _own_attribute(target, own):
+                        yield name, node.value if single else ast.Pass(), "value"
+        elif isinstance(node, ast.AnnAssign):
+            if name := _own_attribute(node.target, own):
+                yield name, node.annotation, "annotation"
         elif isinstance(node, ast.For | ast.AugAssign | ast.withitem):
-            whole = node.optional_vars if isinstance(node, ast.withitem) else node.target
-            for target in targets(whole) if whole else ():
-                if _of(target, own):
-                    yield target.attr, ast.Pass(), "value"
+            given = node.optional_vars if isinstance(node, ast.withitem) else node.target
+            for target in targets(given) if given else ():
+                if name := _own_attribute(target, own):
+                    yield name, ast.Pass(), "value"
 
 
-def _of(target: ast.expr, own: str) -> bool:
-    return (
-        isinstance(target, ast.Attribute)
-        and isinstance(target.value, ast.Name)
-        and target.value.id == own
-    )
+def _own_attribute(target: ast.expr, own: str) -> str | None:
+    """``x`` of ``self.x``."""
+    if not isinstance(target, ast.Attribute) or not isinstance(target.value, ast.Name):
+        return None
+    return target.attr if target.value.id == own else None
 
 
 def _merge(sequences: list[list[Class]]) -> list[Class]:

@@ -75,7 +75,8 @@ def examine(
 
 
 def _instance(index: Index, place: str) -> Types:
-    found = index.lookup(*place.split(":"))
+    module_name, _, name = place.partition(":")
+    found = index.lookup(module_name, name)
     return (Instance(found[0]),) if len(found) == 1 and isinstance(found[0], Class) else None
 
 
