@@ -105,6 +105,11 @@ class Need(Enum):
         "rotary positions of several axes (M-RoPE)",
         "use a method that drafts without positions of the target's, such as 'token_recycling'",
     )
+    NGRAM_EMBEDDINGS = (
+        "engine",
+        "embeddings of the tokens before (n-grams), which in a draft are not those beside it",
+        _PLAIN,
+    )
     NO_METHOD = (
         "engine",
         "decoding without a method of vllm-specplus, whose model runner this model needs",

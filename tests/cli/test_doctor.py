@@ -9,8 +9,10 @@ import pytest
 import vllm.engine.arg_utils  # noqa: F401  before a test pretends to be on another platform
 from typer.testing import CliRunner
 
+import vllm_specplus.engine.attention.cpu  # noqa: F401  the same
 from tests.model_configs import LLAMA_3_8B
 from vllm_specplus import compat
+from vllm_specplus.capabilities import Found, Need
 from vllm_specplus.cli import doctor
 from vllm_specplus.cli.main import app
 from vllm_specplus.compat.report import Problem, Report
@@ -325,3 +327,53 @@ def test_optional_libraries_are_named_with_their_extra(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "1.2.3")
     assert all(f.remedy is None and "1.2.3" in f.value for f in doctor.optional_parts())
     assert {f.status for f in doctor.optional_parts()} == {"ok"}
+
+
+# -- what a model needs -----------------------------------------------------------
+
+
+def needs_report(monkeypatch, model, found):
+    monkeypatch.setattr("vllm_specplus.engine.needs.of_folder", lambda folder: found)
+    result = run("--json", "--model", str(model))
+    report = json.loads(result.stdout)
+    section = {f["name"]: f for f in report["findings"] if f["section"] == "What this model needs"}
+    assert report["works"] is (result.exit_code == 0)
+    return report["works"], section
+
+
+def test_a_model_that_needs_nothing_is_served_by_every_method(monkeypatch, model):
+    works, section = needs_report(monkeypatch, model, [])
+    assert works
+    assert set(section) == {"methods"}
+    for name in ("token_recycling", "eagle_tree", "draft_tree"):
+        assert name in section["methods"]["value"]
+
+
+def test_what_only_some_methods_serve(monkeypatch, model):
+    works, section = needs_report(monkeypatch, model, [Found(Need.MROPE, "type 'qwen2_vl'")])
+    assert works
+    assert section["MROPE"]["status"] == "ok"
+    value = section["MROPE"]["value"]
+    assert value.startswith("rotary positions of several axes (M-RoPE): type 'qwen2_vl'; all")
+    assert "layer_skip" in value
+    assert "layer_skip" not in section["methods"]["value"]
+    assert "token_recycling" in section["methods"]["value"]
+
+
+def test_what_no_method_serves_has_a_remedy(monkeypatch, model):
+    found = [Found(Need.SLIDING_WINDOW, "sliding_window=64", "switch it off")]
+    works, section = needs_report(monkeypatch, model, found)
+    assert not works
+    assert section["SLIDING_WINDOW"]["status"] == "error"
+    assert section["SLIDING_WINDOW"]["remedy"] == "switch it off"
+    assert section["methods"]["value"] == "none"
+
+
+def test_a_config_that_vllm_cannot_read_is_a_warning(monkeypatch, model):
+    def unknown(folder):
+        raise ValueError("no such architecture\nmore")
+
+    monkeypatch.setattr("vllm_specplus.engine.needs.of_folder", unknown)
+    (finding,) = doctor.contract(model)
+    assert finding.status == "warning"
+    assert finding.value == "vLLM: no such architecture"

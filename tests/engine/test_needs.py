@@ -81,6 +81,7 @@ def test_ordinary_launches_are_served():
         ({"model": model_config({"attn_logit_softcapping": 50.0})}, "soft-capped"),
         ({"model": model_config({"attention_chunk_size": 8192})}, "chunked attention"),
         ({"model": model_config({"model_type": "gpt_oss"})}, "attention sinks"),
+        ({"model": model_config({"engram_layer_ids": [1]})}, "n-grams"),
         ({"model": model_config({"add_swa_attention_sink_bias": True})}, "attention sinks"),
         ({"model": model_config({"sparse_attention_config": {"on": 1}})}, "sparse attention"),
         ({"model": model_config({"layer_types": ["full_attention", "linear_attention"]})},

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import vllm_specplus
-from vllm_specplus import compat
+from vllm_specplus import capabilities, compat, registry
 from vllm_specplus.control import memory
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
@@ -66,7 +66,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
     model: Annotated[
         Path | None,
-        typer.Option(help="Folder of a model: also say what memory speculation needs with it."),
+        typer.Option(
+            help="Folder of a model: also say which methods serve it, and what memory they need."
+        ),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="With --model: requests at once.")] = 256,
     nodes: Annotated[
@@ -86,6 +88,8 @@ def doctor(
         terms = memory.speculation_bytes(dims, max_num_seqs, nodes, block_size)
     with _silenced():
         findings = examine()
+        if model and all(finding.status != "error" for finding in findings):
+            findings += contract(model)
     if model:
         findings += speculation_memory(dims, terms, max_num_seqs, nodes)
     works = all(finding.status != "error" for finding in findings)
@@ -268,6 +272,43 @@ def hooks() -> Iterator[Finding]:
     yield Finding(section, "compared with vLLM's source", checked)
     for target, place in report.patches:
         yield Finding(section, target, f"replaced while vLLM runs, by {place}")
+
+
+def contract(model: Path) -> Iterator[Finding]:
+    """What the model in the folder ``model`` needs, and which methods serve it."""
+    from vllm.platforms import current_platform
+
+    from vllm_specplus.engine import needs
+
+    section = "What this model needs"
+    try:
+        found = needs.of_folder(model)
+        attention = needs.served_by_attention(current_platform.device_type)
+    except Exception as error:  # vLLM's own words for a config that it cannot read
+        reason = (str(error).splitlines() or [""])[0]
+        remedy = "serve it with vLLM alone first; the engine checks once more when it starts"
+        yield Finding(section, "config.json", f"vLLM: {reason}", "warning", remedy)
+        return
+    methods = registry.usable_methods(lambda config: True)
+    able = set(methods)
+    for each in found:
+        serving = {
+            name
+            for name in methods
+            if not capabilities.gaps(
+                [each], name, attention=attention, method=registry.config_class(name).supports
+            )
+        }
+        able &= serving
+        source = f"{each.need.what}: {each.source}"
+        if serving:
+            lacking = ", ".join(sorted(set(methods) - serving))
+            value = f"{source}; {f'all methods but {lacking}' if lacking else 'every method'}"
+            yield Finding(section, each.need.name, value)
+        else:
+            remedy = each.remedy or each.need.remedy
+            yield Finding(section, each.need.name, f"{source}; no method", "error", remedy)
+    yield Finding(section, "methods", ", ".join(sorted(able)) or "none")
 
 
 def speculation_memory(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm_specplus import capabilities
@@ -45,6 +46,10 @@ SIZES = {
     "tensor_parallel_size": Need.TENSOR_PARALLEL,
     "ubatch_size": Need.DUAL_BATCH_OVERLAP,
 }
+#: Arguments that are read in ways of their own below.
+READ = frozenset(
+    {"attention_backend", "attention_config", "kv_cache_dtype", "scheduler_cls", "worker_cls"}
+)
 #: KV caches that hold keys and values as the model computes them.
 PLAIN_KV = ("auto", "bfloat16", "float16")
 #: Model types whose layers all have the window of the config, and go by it in nothing else.
@@ -71,6 +76,11 @@ def of_launch(args: Any, model: Any, parallel: Any, device_type: str) -> list[Fo
     found += _of_attention_backend(args, device_type)
     found += _of_kv_dtype(getattr(args, "kv_cache_dtype", "auto"), model)
     found += of_model(model)
+    return _once(found)
+
+
+def _once(found: list[Found]) -> list[Found]:
+    """The first of each need."""
     unique: dict[Need, Found] = {}
     for each in found:
         unique.setdefault(each.need, each)
@@ -163,6 +173,15 @@ def of_model(model: Any) -> list[Found]:
     return found + list(_of_config(config)) if config is not None else found
 
 
+def of_folder(folder: Path) -> list[Found]:
+    """The same of a model's folder, with the dtype that its checkpoint asks of the KV cache."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = EngineArgs(model=str(folder), skip_tokenizer_init=True).create_model_config()
+    found = [*_of_kv_dtype("auto", model), *of_model(model)]
+    return _once(found)
+
+
 def _family(model: Any) -> str:
     config = getattr(model, "hf_config", None)
     return f"a model of type {config.model_type!r}" if hasattr(config, "model_type") else ""
@@ -186,6 +205,9 @@ def _of_config(config: Any) -> Iterator[Found]:
         yield Found(Need.ATTENTION_SINKS, f"a model of type {family!r}")
     if getattr(config, "sparse_attention_config", None) or hasattr(config, "index_topk"):
         yield Found(Need.SPARSE_ATTENTION, f"a model of type {family!r}")
+    for key in ("engram_layer_ids", "ple_layer_ids", "emb_neighbor_num"):
+        if getattr(config, key, None):
+            yield Found(Need.NGRAM_EMBEDDINGS, key)
     if getattr(config, "num_kv_shared_layers", None):
         yield Found(Need.KV_SHARING, f"num_kv_shared_layers={config.num_kv_shared_layers}")
 

@@ -1,0 +1,85 @@
+"""Runs launch lines through vLLM's own parser and configuration, one process each.
+
+``python -m tests.contract.launches FOLDERS`` reads JSON lines ``[[model, line, spec], ...]`` from
+stdin and writes for each null (vLLM takes it) or what it says. The processes are forked from this
+one, which has imported vLLM once: a configuration leaves traces in its process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.contract import folders
+
+ROOT = Path(__file__).parents[2]
+Launch = tuple[str, str, dict | None]
+
+
+def outcomes(launches: Iterable[Launch], root: Path, timeout: float = 3600) -> list[str | None]:
+    """What vLLM says of each launch in a fresh process, None: it takes it."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.contract.launches", str(root)],
+        input=json.dumps(list(launches)), env=environment, cwd=ROOT, timeout=timeout,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(('"', "null"))]
+
+
+def _configure(parser, folder: Path, line: str, spec: dict | None) -> str | None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    words = ["--model", str(folder), *shlex.split(line)]
+    if spec is not None:
+        words += ["--speculative-config", json.dumps(spec)]
+    try:
+        args = AsyncEngineArgs.from_cli_args(parser.parse_args(words))
+        args.create_engine_config()
+    except SystemExit:
+        return "vLLM's parser does not know the line"
+    except Exception as error:  # whatever vLLM raises is its answer
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def main(root: str) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_specplus import compat
+    from vllm_specplus.plugin import register
+
+    register()
+    compat.check()  # imports what a method of ours would import in every process
+    parser = make_arg_parser(FlexibleArgumentParser())
+    # Imports more, as any launch does, and leaves no more than an environment behind.
+    _configure(parser, folders.make(Path(root), "llama3"), "", None)
+    for model, line, spec in json.load(sys.stdin):
+        folder = folders.make(Path(root), model)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.dup2(2, 1)
+            answer = json.dumps(_configure(parser, folder, line, spec))
+            os.write(writing, answer.encode())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as stream:
+            answer = stream.read() or json.dumps("the process died")
+        os.waitpid(child, 0)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,87 @@
+"""Models of every kind of attention: the same text with drafts in it, or a refusal at start."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.contract import folders
+from tests.engine import harness
+
+pytestmark = pytest.mark.engine
+
+ENGINE = {
+    "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8,
+    "skip_tokenizer_init": True, "block_size": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bloom", "ALiBi"),
+        ("falcon_alibi", "ALiBi"),
+        ("gemma2", "sliding-window attention|soft-cap"),
+        ("gpt_oss", "sinks|sliding-window attention"),
+        ("mistral_window", "sliding-window attention"),
+        ("llama4", "chunked attention|several groups of KV caches"),
+        ("qwen3_next", "recurrent layers|several groups of KV caches"),
+        ("deepseek_v3", "no draft trees|multi-head latent"),
+    ],
+)
+def test_what_the_config_does_not_tell_is_refused_after_load(tmp_path, name, words):
+    """The checks of the launch are off, as if nothing were known of the model's config."""
+    engine = ENGINE | {
+        "model": str(folders.make(tmp_path, name)), "load_format": "dummy",
+        "speculative_config": {"method": "token_recycling"},
+    }  # fmt: skip
+    request = [[3, 4, 5, 6, 7, 8] * 8, {"temperature": 0, "max_tokens": 32, "detokenize": False}]
+    with pytest.raises(RuntimeError, match=f"vllm-specplus.*({words})"):
+        harness.run(tmp_path, engine, [{"requests": [request]}], sabotage="unchecked_launch")
+
+
+SERVED = {
+    # Rotary positions of three axes.
+    "qwen2_vl": {"limit_mm_per_prompt": {"image": 0, "video": 0}},
+    "glm4": {},
+    "granite": {},
+    "mixtral": {},
+    "olmo2": {},
+    "phi4": {},
+}
+
+
+def equal(tmp_path, name: str, plain: dict, ours: dict) -> None:
+    """The same text under the worst drafts, by a plain engine and by ours, for random weights."""
+    folder = folders.make(tmp_path, name, weights=True)
+    rng = np.random.default_rng(5)
+    params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    requests = [[rng.integers(3, 250, n).tolist(), params] for n in (5, 17)]
+    engine = ENGINE | {"model": str(folder)}
+    want = harness.run(tmp_path, engine | plain, [{"requests": requests}])
+    assert all(len(set(r["ids"][0])) > 10 for r in want["batches"][0])
+    reference = tmp_path / "reference.json"
+    reference.write_text(json.dumps([[r["prompt"], r["ids"][0]] for r in want["batches"][0]]))
+    spec = {"method": "hidden_truth", "reference": str(reference), "num_speculative_tokens": 8}
+    got = harness.run(
+        tmp_path, engine | ours | {"speculative_config": spec}, [{"requests": requests}]
+    )
+    assert harness.ids(got) == harness.ids(want)
+    assert got["counters"]["nodes_accepted"] > 20
+    assert got["counters"]["kv_slots_moved"] > 0
+    assert got["counters"]["draft_failures"] == 0
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_text_is_the_same(tmp_path, name):
+    equal(tmp_path, name, SERVED[name], SERVED[name])
+
+
+def test_a_window_can_be_switched_off_where_we_advise_it(tmp_path):
+    """Up to the window, full attention is what the model has."""
+    equal(
+        tmp_path, "mistral_short_window", {"max_model_len": 64},
+        {"disable_sliding_window": True, "max_model_len": 64},
+    )  # fmt: skip
