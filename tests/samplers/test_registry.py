@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from vllm_specplus import config
 from vllm_specplus.drafting import shaped_config
+from vllm_specplus.samplers import chains
 from vllm_specplus.samplers.registry import make_rule, rule_class, rule_names
+from vllm_specplus.samplers.relaxed_sampling import Relaxation
 from vllm_specplus.samplers.rules import Nodes, Rule
 from vllm_specplus.samplers.sampled import SampledRule
+from vllm_specplus.step import Rows
 
 SETTINGS = {each.model_fields["rule"].annotation.__args__[0]: each
             for each in get_args(config.AcceptanceConfig)}  # fmt: skip
@@ -67,3 +72,36 @@ def test_the_front_end_loads_no_rule():
         "sys.exit([name for name in ('torch', 'triton') if name in sys.modules] or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CHAIN = Rows(*(np.array(each, np.int32) for each in ([0, 1, 2], [-1, 0, 1], [0, 3], [0, 1, 2])))
+TREE = Rows(*(np.array(each, np.int32) for each in ([0, 1, 2], [-1, 0, 0], [0, 3], [0, 1, 1])))
+PADDED = Rows(*(np.array(each, np.int32) for each in ([0, -1, -1], [-1, 0, 1], [0, 3], [0, 1, 2])))
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "rows", "relaxed", "way"),
+    [
+        ("without_replacement", "cpu", CHAIN, False, "chains"),
+        ("without_replacement", "cpu", TREE, False, "reference"),
+        ("without_replacement", "cuda", CHAIN, False, "kernel"),
+        ("without_replacement", "cuda", TREE, False, "kernel"),
+        ("without_replacement", "cuda", PADDED, False, "chains"),
+        ("block", "cpu", CHAIN, False, "reference"),
+        ("block", "cuda", CHAIN, False, "kernel"),
+        ("block", "cuda", PADDED, False, "reference"),
+        ("traversal", "cuda", CHAIN, True, "chains"),
+        ("traversal", "cuda", TREE, True, "reference"),
+        ("k_seq", "cpu", TREE, False, "reference"),
+    ],
+)
+def test_the_fastest_way_that_knows_the_step_is_taken(
+    name, device, rows, relaxed, way, monkeypatch
+):
+    rule = rule_class(name)()
+    monkeypatch.setattr(chains, "verify", lambda *step: "chains")
+    monkeypatch.setattr(rule, "reference", lambda *step: "reference")
+    monkeypatch.setattr(rule, "on_device", lambda *step: "kernel")
+    target_probs = SimpleNamespace(device=SimpleNamespace(type=device))
+    relaxation = Relaxation(None, [frozenset()]) if relaxed else None
+    assert rule.verify(target_probs, rows, None, None, None, relaxation) == way
