@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -80,6 +81,15 @@ def test_every_field_of_this_vllm_is_known(monkeypatch):
     assert tree_metadata.unknown_fields() == []
     monkeypatch.setattr(tree_metadata, "PER_REQUEST", tree_metadata.PER_REQUEST - {"req_idx"})
     assert tree_metadata.unknown_fields() == ["req_idx"]
+
+
+def test_unknown_metadata_ends_the_start(monkeypatch):
+    tree_metadata.check_groups([SimpleNamespace(kernel_block_size=None)])
+    with pytest.raises(ValueError, match="set --block-size to 16"):
+        tree_metadata.check_groups([SimpleNamespace(kernel_block_size=16)])
+    monkeypatch.setattr(tree_metadata, "unknown_fields", lambda: ["tenants"])
+    with pytest.raises(ValueError, match=r"does not know \(tenants\)"):
+        tree_metadata.check_groups([])
 
 
 def make_runner(mrope: bool) -> SimpleNamespace:

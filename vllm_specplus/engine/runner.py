@@ -36,7 +36,7 @@ from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, ImageRowsMixin
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.engine.profile_trees import profiled_step
 from vllm_specplus.engine.proposing import Proposing
-from vllm_specplus.engine.tree_metadata import tree_metadata
+from vllm_specplus.engine.tree_metadata import check_groups, tree_metadata
 from vllm_specplus.engine.verify import Verifier, VerifyBatch, make_verifier
 from vllm_specplus.kernels import native
 from vllm_specplus.step import LatentStep
@@ -97,6 +97,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._layers = attention.cached_layers(self.vllm_config)
         needs.check_loaded(self.vllm_config, self._layers, kv_cache_config)
+        check_groups(self.attn_groups[0])
         self._cache = attention.page_cache(self._layers)
         if self.drafter.proposer.reads_hidden:
             (group,) = kv_cache_config.kv_cache_groups

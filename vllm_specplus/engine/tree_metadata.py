@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,23 @@ def unknown_fields() -> list[str]:
     """Names of fields of this vLLM's metadata that we cannot divide among requests."""
     known = COMPUTED | PER_REQUEST | PER_ROW | BY_REQUEST | COMMON | CACHES
     return [each.name for each in fields(CommonAttentionMetadata) if each.name not in known]
+
+
+def check_groups(groups: Iterable[AttentionGroup]) -> None:
+    """Raise ValueError with one sentence if the metadata of these groups cannot be divided among
+    requests, or addresses other blocks than the scheduler's."""
+    if unknown := unknown_fields():
+        raise ValueError(
+            f"vLLM's attention metadata has fields that vllm-specplus does not know "
+            f"({', '.join(unknown)}): use a vLLM of the supported range"
+        )
+    for group in groups:
+        if group.kernel_block_size is not None:
+            raise ValueError(
+                f"the attention kernels use blocks of {group.kernel_block_size} tokens, and the KV "
+                f"cache others, which vllm-specplus does not address: set --block-size to "
+                f"{group.kernel_block_size}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
