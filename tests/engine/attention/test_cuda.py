@@ -3,18 +3,23 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from tests.kernels.tree_batch import CHAIN, DEVICE, STAR, Batch, random_tree
+from vllm_specplus.engine.attention import page_cache, warm_up
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.engine.attention.cuda import kv_views
 from vllm_specplus.engine.attention.flash import TreeFlashAttentionBackend
-from vllm_specplus.engine.attention.triton import TreeTritonBackend
+from vllm_specplus.engine.attention.triton import PictureTritonBackend, TreeTritonBackend
+from vllm_specplus.kernels import move_slots
+from vllm_specplus.kernels import tree_attention as tree_kernels
 from vllm_specplus.kernels.tree_attention import tree_attention_reference
 
 BACKENDS = [TreeFlashAttentionBackend, TreeTritonBackend]
@@ -187,3 +192,132 @@ def test_views_of_a_single_kv_head_have_aligned_strides():
     key_cache, value_cache = kv_views(torch.zeros(4, 16, 1, 128).transpose(1, 2))
     assert key_cache.stride() == value_cache.stride()
     assert key_cache.stride(2) * key_cache.element_size() % 16 == 0
+
+
+class Launches:
+    """Records the launches of a Triton kernel, which it wraps, as the variants that they select:
+    of tensors the data type and alignment, of integers divisibility by 16 and equality to 1."""
+
+    def __init__(self, kernel, run: bool = True):
+        self.kernel, self.run, self.variants = kernel, run, []
+        # The interpreter keeps the decorator's arguments, the compiler what it makes of them.
+        kept = getattr(kernel, "kwargs", None) or vars(kernel)
+        self.unspecialized = kept.get("do_not_specialize") or ()
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            variant = [
+                self.specialization(name, value)
+                for name, value in zip(self.kernel.arg_names, args, strict=False)
+            ]
+            self.variants.append((*variant, *sorted(constants.items())))
+            if self.run:
+                self.kernel[grid](*args, **constants)
+
+        return launch
+
+    def specialization(self, name: str, value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16
+        if name in self.unspecialized or isinstance(value, float):
+            return None
+        return value % 16 == 0, value == 1
+
+
+def layers_of(backend, count: int, dtype=torch.float32) -> dict[str, SimpleNamespace]:
+    """Layers of 4 query heads and, by turns, 1, 2 and 4 KV heads."""
+    made = {}
+    for i in range(count):
+        impl = object.__new__(backend.get_impl_cls())
+        impl.num_heads, impl.head_size, impl.scale, impl.num_kv_heads = 4, 16, 0.25, 2 ** (i % 3)
+        impl.num_queries_per_kv = impl.num_heads // impl.num_kv_heads
+        impl.vllm_flash_attn_version, impl.batch_invariant_enabled = 3, False
+        made[str(i)] = SimpleNamespace(
+            get_attn_backend=lambda: backend,
+            impl=impl,
+            kv_cache=torch.randn(4, impl.num_kv_heads, 16, 32).to(DEVICE, dtype),
+        )
+    return made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [2, 12])
+def test_a_step_moves_all_layers_in_one_launch_and_one_upload(backend, count, monkeypatch):
+    layers = layers_of(backend, count)
+    layers["sharing"] = layers["0"]
+    pages = page_cache(layers)
+    before = [layer.kv_cache.clone() for layer in layers.values()]
+    # Two requests, of which one moves across the end of a page.
+    src, dst = np.array([15, 17, 18, 50, 53]), np.array([14, 15, 16, 49, 50])
+    pages.move(src, dst)
+    for layer, old in zip(layers.values(), before, strict=True):
+        where = (torch.from_numpy(slots).to(DEVICE) for slots in (src, dst))
+        move_slots.move_slots_reference(old, *where)
+        assert torch.equal(layer.kv_cache, old)
+
+    launches = Launches(move_slots._move_slots_kernel, run=False)
+    monkeypatch.setattr(move_slots, "_move_slots_kernel", launches)
+    with CountOperations() as operations:
+        pages.move(src, dst)
+    assert len(launches.variants) == 1
+    # Beside it, one copy to the device, if it is one.
+    assert len(operations.names) <= 2, operations.names
+
+
+class CountOperations(TorchDispatchMode):
+    """Names of the tensor operations that torch runs meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_empty_move_launches_nothing(monkeypatch):
+    launches = Launches(move_slots._move_slots_kernel)
+    monkeypatch.setattr(move_slots, "_move_slots_kernel", launches)
+    none = np.empty(0, np.int64)
+    page_cache(layers_of(TreeTritonBackend, 2)).move(none, none)
+    assert not launches.variants
+
+
+def test_reads_layer_by_layer():
+    layers = layers_of(TreeTritonBackend, 3)
+    slots = np.array([3, 16, 63])
+    read = page_cache(layers).read(slots)
+    for (keys, values), layer in zip(read, layers.values(), strict=True):
+        for i, slot in enumerate(slots.tolist()):
+            row = layer.kv_cache[slot // 16, :, slot % 16]
+            assert torch.equal(torch.cat((keys[i], values[i]), -1), row)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, PictureTritonBackend])
+def test_warm_up_compiles_what_trees_of_any_size_run(backend, monkeypatch):
+    """Each variant of a kernel that a step selects was selected before; the caches are as they
+    were."""
+    monkeypatch.setattr(tree_kernels, "_num_processors", lambda device: 132)
+    kernels = [Launches(tree_kernels._tree_attention_kernel),
+               Launches(tree_kernels._merge_splits_kernel)]  # fmt: skip
+    monkeypatch.setattr(tree_kernels, "_tree_attention_kernel", kernels[0])
+    monkeypatch.setattr(tree_kernels, "_merge_splits_kernel", kernels[1])
+    layers = layers_of(backend, 6, torch.bfloat16)
+    before = [layer.kv_cache.clone() for layer in layers.values()]
+    warm_up(layers, page_cache(layers), torch.bfloat16, rows=20)
+    for layer, old in zip(layers.values(), before, strict=True):
+        assert torch.equal(layer.kv_cache, old)
+    warm = [set(kernel.variants) for kernel in kernels]
+
+    for kernel in kernels:
+        kernel.variants.clear()
+    for layer in list(layers.values())[:3]:
+        for rows, context in ((1, 3), (5, 600), (8, 0), (20, 1100)):
+            keys, _ = kv_views(layer.kv_cache)
+            tree = layer.impl._chain(rows, context, keys)
+            query = torch.randn(rows, 4, 16).to(DEVICE, torch.bfloat16)
+            layer.impl._tree_forward(layer, query, layer.kv_cache, tree, torch.empty_like(query))
+    for kernel, variants in zip(kernels, warm, strict=True):
+        assert set(kernel.variants) <= variants
+    assert kernels[0].variants

@@ -233,9 +233,11 @@ def check_arguments(
         if known is None:
             default = parameters[name].default
             if value is not default and not _equal(value, default):
+                shown = value if isinstance(value, (bool, int, float, str)) else type(value)
                 raise NotImplementedError(
-                    f"vllm-specplus does not know the attention argument {name}={value!r} of this "
-                    f"model, which its draft trees might ignore: serve the model without it"
+                    f"vllm-specplus does not know the attention argument {name}={shown!r} of this "
+                    f"model, which its draft trees might ignore: serve the model without "
+                    f"vllm-specplus"
                 )
         elif known.need not in supports and known.used(value):
             raise _refusal(known.words)
