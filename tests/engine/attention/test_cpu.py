@@ -40,7 +40,7 @@ def implementation(backend=TreeCPUBackend, heads: int = 4, head_size: int = 64, 
     [
         ({"sliding_window": 8}, "sliding-window"),
         ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "soft-capping"),
+        ({"logits_soft_cap": 30.0}, "soft-capped"),
         ({"sinks": torch.zeros(4)}, "sinks"),
         ({"kv_cache_dtype": "fp8"}, "quantized KV cache"),
         ({"kv_cache_dtype": "a_dtype_of_tomorrow"}, "quantized KV cache"),
@@ -56,7 +56,7 @@ def test_refuses_what_the_tree_path_ignores(backend, feature, name):
 
 def test_refuses_a_reference_window(vllm_config):
     vllm_config.model_config.rswa_window = 64
-    with pytest.raises(NotImplementedError, match="reference sliding-window"):
+    with pytest.raises(NotImplementedError, match="reference sliding-window attention"):
         implementation()
 
 

@@ -168,7 +168,7 @@ def test_without_trees_the_stock_forward_runs(backend, attn_metadata, batch, sto
     [
         ({"sliding_window": 8}, "sliding-window"),
         ({"alibi_slopes": [0.5] * 8}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "soft-capping"),
+        ({"logits_soft_cap": 30.0}, "soft-capped"),
         ({"attn_type": "encoder_only"}, "encoder"),
     ],
 )

@@ -23,7 +23,8 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_specplus.capabilities import Need
+from vllm_specplus.capabilities import Found, Need, sentence
+from vllm_specplus.engine.needs import PLAIN_KV
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
@@ -183,7 +184,6 @@ class Argument:
     """A constructor argument of attention that means a need, if its value is more than nothing."""
 
     need: Need
-    words: str
     used: Callable[[Any], bool]
 
 
@@ -195,23 +195,16 @@ def _given(value: Any) -> bool:
 HONOURED = frozenset(
     ("num_heads", "head_size", "scale", "num_kv_heads", "kv_sharing_target_layer_name")
 )
+#: The others of vLLM's back ends that we stand in for.
 ARGUMENTS = {
-    "alibi_slopes": Argument(Need.ALIBI, "ALiBi", _given),
-    "use_alibi_sqrt": Argument(Need.ALIBI, "ALiBi", bool),
-    "sliding_window": Argument(Need.SLIDING_WINDOW, "sliding-window attention", _given),
-    "chunk_lookback": Argument(Need.CHUNKED_ATTENTION, "chunked attention", lambda n: n >= 0),
-    "logits_soft_cap": Argument(Need.LOGITS_SOFT_CAP, "attention logits soft-capping", bool),
-    "sinks": Argument(Need.ATTENTION_SINKS, "attention sinks", _given),
-    "kv_cache_dtype": Argument(
-        Need.QUANTIZED_KV,
-        "a quantized KV cache",
-        lambda name: name not in ("auto", "float16", "bfloat16"),
-    ),
-    "attn_type": Argument(
-        Need.ENCODER_ATTENTION,
-        "encoder or cross attention",
-        lambda kind: kind != AttentionType.DECODER,
-    ),
+    "alibi_slopes": Argument(Need.ALIBI, _given),
+    "attn_type": Argument(Need.ENCODER_ATTENTION, lambda kind: kind != AttentionType.DECODER),
+    "chunk_lookback": Argument(Need.CHUNKED_ATTENTION, lambda chunks: chunks >= 0),
+    "kv_cache_dtype": Argument(Need.QUANTIZED_KV, lambda name: name not in PLAIN_KV),
+    "logits_soft_cap": Argument(Need.LOGITS_SOFT_CAP, bool),
+    "sinks": Argument(Need.ATTENTION_SINKS, _given),
+    "sliding_window": Argument(Need.SLIDING_WINDOW, _given),
+    "use_alibi_sqrt": Argument(Need.ALIBI, bool),
 }
 
 
@@ -224,35 +217,30 @@ def check_arguments(
     ``kwargs`` go to. An argument that neither :data:`HONOURED` nor :data:`ARGUMENTS` knows may
     only have its default value.
     """
-    parameters = inspect.signature(stock_init).parameters
-    bound = inspect.signature(stock_init).bind(*args, **kwargs)
-    for name, value in bound.arguments.items():
-        if name in HONOURED:
-            continue
+    signature = inspect.signature(stock_init)
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
         known = ARGUMENTS.get(name)
-        if known is None:
-            default = parameters[name].default
-            if value is not default and not _equal(value, default):
-                shown = value if isinstance(value, (bool, int, float, str)) else type(value)
-                raise NotImplementedError(
-                    f"vllm-specplus does not know the attention argument {name}={shown!r} of this "
-                    f"model, which its draft trees might ignore: serve the model without "
-                    f"vllm-specplus"
-                )
-        elif known.need not in supports and known.used(value):
-            raise _refusal(known.words)
+        if known is not None:
+            if known.used(value):
+                _require(known.need, supports, name)
+        elif name not in HONOURED and not _equal(value, signature.parameters[name].default):
+            shown = value if isinstance(value, (bool, int, float, str)) else type(value)
+            raise NotImplementedError(
+                f"vllm-specplus does not know the attention argument {name}={shown!r} of this "
+                f"model, which its draft trees might ignore: serve the model without vllm-specplus"
+            )
 
 
 def _equal(value: Any, default: Any) -> bool:
-    """Are two plain values equal? Tensors and arrays are never a default."""
-    return type(value) is type(default) and not hasattr(value, "shape") and value == default
-
-
-def _refusal(words: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"vllm-specplus does not support draft trees with {words}: serve this model without "
-        f"vllm-specplus"
+    """Are two plain values equal? A tensor or an array is never a default."""
+    return value is default or (
+        type(value) is type(default) and not hasattr(value, "shape") and value == default
     )
+
+
+def _require(need: Need, supports: frozenset[Need], source: str = "") -> None:
+    if need not in supports:
+        raise NotImplementedError(sentence("vllm-specplus", Found(need, source)))
 
 
 def check_launch(supports: frozenset[Need], context_parallel: int) -> None:
@@ -262,10 +250,10 @@ def check_launch(supports: frozenset[Need], context_parallel: int) -> None:
     """
     config = get_current_vllm_config_or_none()
     model = None if config is None else config.model_config
-    if context_parallel > 1 and Need.CONTEXT_PARALLEL not in supports:
-        raise _refusal("decode context parallelism")
-    if model is not None and model.rswa_window and Need.REFERENCE_WINDOW not in supports:
-        raise _refusal("reference sliding-window attention")
+    if context_parallel > 1:
+        _require(Need.CONTEXT_PARALLEL, supports)
+    if model is not None and model.rswa_window:
+        _require(Need.REFERENCE_WINDOW, supports)
 
 
 class TreeAttention:

@@ -162,7 +162,7 @@ class TreeCPUBackend(CPUAttentionBackend):
     """``CPU_ATTN`` with draft trees."""
 
     vllm_name = "CPU_ATTN"
-    supports = frozenset((Need.KV_SHARING, Need.MROPE, Need.PREFIX_LM, Need.VARIABLE_HEADS))
+    supports = frozenset((Need.KV_SHARING, Need.PREFIX_LM, Need.VARIABLE_HEADS))
     sees_prompt = True
     page_cache = CpuPageCache
 

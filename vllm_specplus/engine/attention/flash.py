@@ -27,7 +27,7 @@ class TreeFlashAttentionBackend(FlashAttentionBackend):
     """``FLASH_ATTN`` with draft trees."""
 
     vllm_name = "FLASH_ATTN"
-    supports = frozenset((Need.KV_SHARING, Need.MROPE, Need.PREFIX_LM, Need.VARIABLE_HEADS))
+    supports = frozenset((Need.KV_SHARING, Need.PREFIX_LM, Need.VARIABLE_HEADS))
     sees_prompt = True
     page_cache = CudaPageCache
 

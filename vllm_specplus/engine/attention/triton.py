@@ -27,7 +27,7 @@ class TreeTritonBackend(TritonAttentionBackend):
     """``TRITON_ATTN`` with draft trees."""
 
     vllm_name = "TRITON_ATTN"
-    supports = frozenset((Need.KV_SHARING, Need.MROPE, Need.PREFIX_LM, Need.VARIABLE_HEADS))
+    supports = frozenset((Need.KV_SHARING, Need.PREFIX_LM, Need.VARIABLE_HEADS))
     sees_prompt = True
     page_cache = CudaPageCache
 
