@@ -43,7 +43,7 @@ def run_layers(
 ) -> torch.Tensor:
     """Every rank's share of a pass; the sums are collectives."""
     for layer in range(model.num_layers):
-        hidden = hidden + summed(attentions.alone(layer, hidden), group)
+        hidden = hidden + summed(attentions.one_layer(layer, hidden), group)
         hidden = hidden + summed(model.mlp(layer, hidden), group)
     return hidden
 

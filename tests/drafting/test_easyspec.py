@@ -84,11 +84,11 @@ def test_fuzzy_is_the_sum_and_exact_the_product():
         def begin(self, *_):
             pass
 
-        def alone(self, layer, hidden):
+        def one_layer(self, layer, hidden):
             return (0.1 if 0 < layer < 5 else 0.0) * hidden
 
-        def together(self, layers, hidden):
-            return [self.alone(layer, hidden) for layer in layers]
+        def layer_group(self, layers, hidden):
+            return [self.one_layer(layer, hidden) for layer in layers]
 
     run = LayerParallelExecutor.__new__(LayerParallelExecutor)
     run.model, run.attentions, run._groups = Model(), Attentions(), layer_groups(6, 4)

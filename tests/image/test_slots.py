@@ -102,7 +102,7 @@ class Engine:
         return guided if self.slots.guided else self.target
 
     @torch.inference_mode()
-    def step(self, names: list[str], silent=(), padding: int = 0) -> None:
+    def step(self, names: list[str], discarded=(), padding: int = 0) -> None:
         """``padding``: drafts that vLLM makes up for requests without any."""
         count = np.array([1 + (self.drafts.get(name) or padding) for name in names])
         first = np.array([self.known[name] for name in names])
@@ -110,10 +110,10 @@ class Engine:
         conditions = torch.cat(
             [self.conditions(name, n) for name, n in zip(names, count.tolist(), strict=True)]
         )
-        quiet = np.array([name in silent for name in names])
+        quiet = np.array([name in discarded for name in names])
         lengths, _ = self.slots.verify(self.model(), conditions, windows, quiet, "exact")
         for name, length in zip(names, lengths.tolist(), strict=True):
-            if name not in silent:
+            if name not in discarded:
                 self.known[name] += length
         known = np.array([self.known[name] for name in names])
         step = bare_step(self.proposer.sources, np.zeros((len(names), 10), np.int32), 0)
@@ -193,7 +193,7 @@ def test_what_was_not_drafted_is_not_judged(proposer):
     for i in range(3):
         engine.enter(f"p{i}", picture(i))
     names = ["p0", "p1", "p2"]
-    engine.step(names, silent=("p2",), padding=2)
+    engine.step(names, discarded=("p2",), padding=2)
     assert engine.known == {"p0": 1, "p1": 1, "p2": 0}
     assert not engine.slots.latents[2].any()
     with torch.inference_mode():

@@ -202,7 +202,7 @@ class ImageBench:
 
         tokens, counted = found["tokens"], found["counted"]
         seen = quality.features(self.classifier, self.pictures(tokens))
-        mine = quality.Gaussian.of(seen)
+        gaussian = quality.Gaussian.of(seen)
         pictures = len(tokens)
         # Plain decoding counts nothing; its first code comes with the prompt.
         steps = counted.get("request_steps", pictures * (tokens.shape[1] - 1.0))
@@ -215,13 +215,13 @@ class ImageBench:
             nodes_per_step=counted.get("nodes_drafted", 0.0) / steps,
             relaxed_per_picture=counted.get("relaxed_tokens", 0.0) / pictures,
             accuracy=quality.accuracy(self.classifier, seen, np.array(self.labels)),
-            distance=mine.distance(self.reference),
+            distance=gaussian.distance(self.reference),
             distance_error=quality.distance_error(seen, self.reference),
-            distance_to_plain=None if plain is None else mine.distance(plain),
+            distance_to_plain=None if plain is None else gaussian.distance(plain),
             distance_to_plain_error=None if plain is None else quality.distance_error(seen, plain),
             codes=len(np.unique(tokens)) if tokens.ndim == 2 else None,
         )
-        return run, mine if method.name == BASELINE else plain
+        return run, gaussian if method.name == BASELINE else plain
 
     def pictures(self, tokens: np.ndarray):
         """float32 [N, channels, height, width] in about [-1, 1] of the tokens of N requests."""

@@ -188,7 +188,7 @@ def _difference(llm: LLM, plain: Answer, specplus: Answer) -> Difference | None:
     from vllm import SamplingParams
 
     pairs = zip(plain.tokens, specplus.tokens, strict=False)
-    position = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+    position = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
     if position is None:
         return None
     prompt = {"prompt_token_ids": plain.prompt_tokens + plain.tokens[:position]}

@@ -8,7 +8,7 @@ request adds an offset in log-odds per group of sources, which follows how predi
 *its* text is right now. A node's *survival* is the product along its path, and the
 expected output of a step is one token per request plus the survival of its nodes.
 
-Labels come from the text: a drafted node is observed once the token at its place is
+Labels come from the text: a drafted node is observed once the token at its position is
 known and its parent's token was right, whether or not the target verified the node.
 Drafts that were grown but not verified therefore teach for free, and an engine that
 has stopped speculating notices when it would pay again. Nodes below a wrong token are
@@ -51,9 +51,9 @@ def label_nodes(tokens, parents, text, drafted_at, known):
     for i in range(count):
         parent = parents[i]
         depths[i] = 1 if parent < 0 else depths[parent] + 1
-        place = drafted_at + depths[i] - 1
-        if place < known and (parent < 0 or labels[parent] == 1):
-            labels[i] = tokens[i] == text[place]
+        position = drafted_at + depths[i] - 1
+        if position < known and (parent < 0 or labels[parent] == 1):
+            labels[i] = tokens[i] == text[position]
     return labels, depths
 
 
@@ -149,8 +149,8 @@ def _tables(hits, trials, groups, offsets, slots, out):
         for s in range(hits.shape[1]):
             odds = _odds(hits[d, s], trials[d, s])
             for r in range(slots.shape[0]):
-                mine = odds * factors[r, groups[s]]
-                out[r, d, s] = mine / (1.0 + mine)
+                conditional_odds = odds * factors[r, groups[s]]
+                out[r, d, s] = conditional_odds / (1.0 + conditional_odds)
 
 
 class AcceptanceEstimator:

@@ -52,10 +52,10 @@ class Attentions(Protocol):
     ) -> None:  # fmt: skip
         """The coming calls belong to a pass over these rows."""
 
-    def together(self, layers: range, hidden: torch.Tensor) -> list[torch.Tensor]:
+    def layer_group(self, layers: range, hidden: torch.Tensor) -> list[torch.Tensor]:
         """A_j of the same input [R, n, d], for every layer of a group."""
 
-    def alone(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    def one_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """A_j of its own input."""
 
 
@@ -71,10 +71,10 @@ class LocalAttentions:
         self._rotary = self._model.rotary(positions)
         self._mask = mask
 
-    def together(self, layers, hidden):
-        return [self.alone(layer, hidden) for layer in layers]
+    def layer_group(self, layers, hidden):
+        return [self.one_layer(layer, hidden) for layer in layers]
 
-    def alone(self, layer, hidden):
+    def one_layer(self, layer, hidden):
         return self._model.attention(layer, hidden, self._rotary, self._mask, self._cache)
 
 
@@ -93,10 +93,10 @@ class LayerParallelExecutor(DraftExecutor):
         for group in self._groups:
             if exact or len(group) == 1:
                 for layer in group:
-                    hidden = hidden + attentions.alone(layer, hidden)
+                    hidden = hidden + attentions.one_layer(layer, hidden)
                     hidden = hidden + model.mlp(layer, hidden)
             else:
-                for layer, a in zip(group, attentions.together(group, hidden), strict=True):
+                for layer, a in zip(group, attentions.layer_group(group, hidden), strict=True):
                     hidden = hidden + a
                     hidden = hidden + model.mlp(layer, hidden)
         return hidden

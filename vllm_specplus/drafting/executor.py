@@ -73,8 +73,8 @@ class TreeExecutor(ABC):
         self._depth[row, own] = depth
 
         table, first_slot = self._table[active], self._first_slot[active][:, None]
-        place = first_slot + own
-        slots = table.gather(1, place // self._page) * self._page + place % self._page
+        cached_at = first_slot + own
+        slots = table.gather(1, cached_at // self._page) * self._page + cached_at % self._page
         seen = torch.arange(table.shape[1] * self._page, device=tokens.device)
         node = seen - first_slot  # [A, S]: which node a slot holds, if it holds one
         is_node = (node >= 0) & (node < self._nodes)

@@ -79,9 +79,9 @@ class LevelGraphs:
             return self._run(*inputs)
         graph = self._graphs.get(size)
         static = self._tensors(size, inputs) if graph is None else graph.inputs
-        for place, new in zip(static, inputs, strict=True):
-            place.zero_()  # padding writes to page 0
-            place[tuple(slice(n) for n in new.shape)] = new
+        for buffer, new in zip(static, inputs, strict=True):
+            buffer.zero_()  # padding writes to page 0
+            buffer[tuple(slice(n) for n in new.shape)] = new
         static[-1][requests:, :, 0] = True  # it has to see something
         if graph is None:
             try:

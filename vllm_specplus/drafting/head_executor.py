@@ -62,7 +62,7 @@ class HeadExecutor(TreeExecutor):
     ):  # fmt: skip
         """``pages``, ``page``: how many the target has, and slots per page; ``record``: makes
         graphs of levels."""
-        # Behind the target's pages those of the trees, by place in the batch.
+        # Behind the target's pages those of the trees, by index in the batch.
         self._pages_per_tree = -(-max_nodes // page)
         trees = max_requests * self._pages_per_tree
         store = PageStore(

@@ -121,7 +121,7 @@ def reserve(order: Order) -> PlacementGroup:
     return bundles
 
 
-def places(order: Order) -> list[dict[str, Any]]:
+def placements(order: Order) -> list[dict[str, Any]]:
     """Ray's options of each owner: where it runs, and on what."""
     import ray
     from ray.util.scheduling_strategies import (
@@ -163,7 +163,7 @@ def start(order: Order) -> tuple[dict[str, Any], list]:
         actor.options(
             max_concurrency=2, runtime_env={"env_vars": environment(order, number)}, **options
         ).remote()
-        for number, options in enumerate(places(order))
+        for number, options in enumerate(placements(order))
     ]  # fmt: skip
     runs = [
         owner.run.remote(order.plan, rank, host, port) for rank, owner in enumerate(owners, start=1)

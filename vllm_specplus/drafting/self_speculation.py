@@ -106,7 +106,7 @@ class SelfDraftExecutor(DraftExecutor):
         """
         shape = (len(texts), WINDOW)
         tokens, positions, slots, targets = np.zeros((4, *shape), np.int64)
-        places = np.zeros(shape, np.int64)  # of the rows themselves, counted as text goes on
+        cached_at = np.zeros(shape, np.int64)  # of the rows themselves, counted as text goes on
         valid = np.zeros(shape, bool)
         table = self.cache.table(requests)
         for r, text in enumerate(texts):
@@ -114,13 +114,13 @@ class SelfDraftExecutor(DraftExecutor):
             here = slice(len(before))
             tokens[r, here], targets[r, here] = text[before], text[before + 1]
             positions[r, here], valid[r, here] = before, True
-            places[r, here] = len(text) + np.arange(len(before))
-            slots[r, here] = table[r, places[r, here] // PAGE] * PAGE + places[r, here] % PAGE
-        tokens, positions, slots, targets, places, valid, table = map(
-            self._to_device, (tokens, positions, slots, targets, places, valid, table)
+            cached_at[r, here] = len(text) + np.arange(len(before))
+            slots[r, here] = table[r, cached_at[r, here] // PAGE] * PAGE + cached_at[r, here] % PAGE
+        tokens, positions, slots, targets, cached_at, valid, table = map(
+            self._to_device, (tokens, positions, slots, targets, cached_at, valid, table)
         )
         seen = torch.arange(table.shape[1] * PAGE, device=table.device)
-        mask = (seen < positions[..., None]) | (seen == places[..., None])
+        mask = (seen < positions[..., None]) | (seen == cached_at[..., None])
         right = []
         passed = self._pass(skips, tokens, positions, slots, table, mask)
         for layers, hidden in passed:

@@ -30,7 +30,7 @@ class Level:
     tokens: torch.Tensor
     """int64 [R, w]; siblings in draw order."""
     parents: torch.Tensor
-    """int64 [R, w] places in the level before; 0 is the root in the first. Also the row of
+    """int64 [R, w] indices in the level before; 0 is the root in the first. Also the row of
     ``q`` that each token was drawn from."""
 
 
@@ -150,9 +150,9 @@ class StochasticBeam(Shape):
         arrival = self._arrival[..., None] + waits.cumsum(-1)
         # Without noise: the ordinary beam search, the most probable first.
         arrival = torch.where(greedy, 1.0 / probability, arrival)
-        self._arrival, place = arrival.flatten(1).topk(width, -1, largest=False)
-        self._probability = probability.flatten(1).gather(1, place)
-        return Level(tokens.flatten(1).gather(1, place), place // width)
+        self._arrival, best = arrival.flatten(1).topk(width, -1, largest=False)
+        self._probability = probability.flatten(1).gather(1, best)
+        return Level(tokens.flatten(1).gather(1, best), best // width)
 
     def select(self, keep):
         super().select(keep)
@@ -168,7 +168,7 @@ class IndependentPaths(Shape):
 
     def __init__(self, width: int, depth: int, greedy: torch.Tensor):
         super().__init__((width,) * depth, greedy)
-        # Where each path stands: a place in the last level.
+        # Where each path stands: an index in the last level.
         self._node = torch.zeros(len(greedy), width, dtype=torch.int64, device=greedy.device)
 
     def noise_size(self, nodes):
@@ -199,7 +199,7 @@ class BestFirst(Shape):
     def __init__(self, width: int, depth: int, greedy: torch.Tensor):
         super().__init__((width,) * depth, greedy)
         self._phi = torch.zeros(len(greedy), 1, device=greedy.device)
-        self._place = torch.full_like(self._phi, -1, dtype=torch.int64)
+        self._index = torch.full_like(self._phi, -1, dtype=torch.int64)
         self._trees = torch.arange(len(greedy), device=greedy.device)
         self._seen: list[tuple[torch.Tensor, ...]] = []
         self._count = 0
@@ -209,16 +209,16 @@ class BestFirst(Shape):
         best, tokens = q.topk(width, -1)
         phi = (self._phi[..., None] + _log(best)).flatten(1)
         tokens = tokens.flatten(1)
-        parents = self._place.repeat_interleave(width, 1)
+        parents = self._index.repeat_interleave(width, 1)
         self._seen.append((self._trees, phi, tokens, parents))
-        self._phi, place = phi.topk(width, -1)
-        self._place = self._count + place
+        self._phi, best = phi.topk(width, -1)
+        self._index = self._count + best
         self._count += phi.shape[1]
-        return Level(tokens.gather(1, place), place // width)
+        return Level(tokens.gather(1, best), best // width)
 
     def select(self, keep):
         super().select(keep)
-        self._phi, self._place = self._phi[keep], self._place[keep]
+        self._phi, self._index = self._phi[keep], self._index[keep]
         self._trees = self._trees[keep]
 
     def best(
@@ -240,10 +240,10 @@ class BestFirst(Shape):
             phi, ids, above = all_phi[at], all_ids[at], all_above[at]
             # A parent is never less probable than its child, and comes first among equals.
             chosen = np.argsort(-phi, kind="stable")[:count]
-            places = np.full(len(phi) + 1, -1)  # the last one is the root's
-            places[chosen] = np.arange(len(chosen))
+            renumbered = np.full(len(phi) + 1, -1)  # the last one is the root's
+            renumbered[chosen] = np.arange(len(chosen))
             tokens.append(ids[chosen].astype(np.int32))
-            parents.append(places[above[chosen]].astype(np.int32))
+            parents.append(renumbered[above[chosen]].astype(np.int32))
             of_parents = np.append(phi, np.float32(0))[above[chosen]]
             probabilities.append(np.exp(phi[chosen] - of_parents))
         return tokens, parents, probabilities

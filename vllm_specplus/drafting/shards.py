@@ -152,27 +152,30 @@ class RemoteAttentions(LocalAttentions):
         raw = torch.cat([_bytes(numbers), _bytes(mask.flatten())])
         self._group.broadcast(raw)
 
-    def together(self, layers, hidden):
+    def layer_group(self, layers, hidden):
         owners = [self._plan.owner(layer, self._model.num_layers) for layer in layers]
         if not any(owners):
-            return super().together(layers, hidden)
+            return super().layer_group(layers, hidden)
         self._group.broadcast(hidden.contiguous())
-        mine = [super(RemoteAttentions, self).alone(j, hidden)
-                for j, owner in zip(layers, owners, strict=True) if owner == 0]  # fmt: skip
+        own = [
+            super(RemoteAttentions, self).one_layer(layer, hidden)
+            for layer, owner in zip(layers, owners, strict=True)
+            if owner == 0
+        ]
         # Every shard sends as many results as the busiest one has.
         most = max(owners.count(shard) for shard in range(self._plan.shards))
-        parts = self._group.gather(_stacked(mine, most, hidden))
+        parts = self._group.gather(_stacked(own, most, hidden))
         taken = [0] * self._plan.shards
         out = []
         for owner in owners:
-            out.append(mine[taken[0]] if owner == 0 else parts[owner][taken[owner]])
+            out.append(own[taken[0]] if owner == 0 else parts[owner][taken[owner]])
             taken[owner] += 1
         return out
 
-    def alone(self, layer, hidden):
+    def one_layer(self, layer, hidden):
         owner = self._plan.owner(layer, self._model.num_layers)
         if owner == 0:
-            return super().alone(layer, hidden)
+            return super().one_layer(layer, hidden)
         self._group.send(hidden.contiguous(), owner)
         return self._group.receive(torch.empty_like(hidden), owner)
 
@@ -207,9 +210,9 @@ def serve(
 ) -> None:
     """An owner's life: attentions for home, until home is gone (RuntimeError)."""
     model = DraftModel(plan.folder, device, getattr(torch, plan.dtype))
-    mine = layers_of(rank, model.num_layers, plan.group_size, plan.shards)
-    model.keep_attention(mine, mlps=False)
-    cache = PagedCache(mine, model.kv_heads, model.head_dim, plan.pages, model.dtype, device)
+    own_layers = layers_of(rank, model.num_layers, plan.group_size, plan.shards)
+    model.keep_attention(own_layers, mlps=False)
+    cache = PagedCache(own_layers, model.kv_heads, model.head_dim, plan.pages, model.dtype, device)
     local = LocalAttentions(model, cache)
     size = model.config.hidden_size
     # Last, when nothing slow is left: home does not wait long within a step.
@@ -220,15 +223,15 @@ def serve(
         hidden = torch.empty(*positions.shape, size, dtype=model.dtype, device=device)
         for layers in layer_groups(model.num_layers, plan.group_size):
             owners = [plan.owner(layer, model.num_layers) for layer in layers]
-            own = [layer for layer in layers if layer in mine]
+            own = [layer for layer in layers if layer in own_layers]
             if exact:
                 for layer in own:
                     group.receive(hidden, 0)
-                    group.send(local.alone(layer, hidden).contiguous(), 0)
+                    group.send(local.one_layer(layer, hidden).contiguous(), 0)
             elif any(owners):
                 group.broadcast(hidden)
                 most = max(owners.count(shard) for shard in range(plan.shards))
-                group.gather(_stacked(local.together(own, hidden), most, hidden))
+                group.gather(_stacked(local.layer_group(own, hidden), most, hidden))
 
 
 def messages(num_layers: int, group_size: int, shards: int) -> dict[str, Counter[str]]:

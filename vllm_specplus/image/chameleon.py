@@ -123,9 +123,9 @@ class Layout:
     def begins(self, text: np.ndarray) -> np.ndarray:
         """int64 [n] of a text int32 [n]: where the picture begins that each token is in, -1 if it
         is in none. Its begin token is in it, its end token is not."""
-        place = np.arange(len(text))
-        begun = np.maximum.accumulate(np.where(text == self.begin, place, -1))
-        ended = np.maximum.accumulate(np.where(text == self.end, place, -1))
+        position = np.arange(len(text))
+        begun = np.maximum.accumulate(np.where(text == self.begin, position, -1))
+        ended = np.maximum.accumulate(np.where(text == self.end, position, -1))
         return np.where(begun > ended, begun, -1)
 
     def read(self, text: np.ndarray, first: int, depths: np.ndarray):
@@ -137,11 +137,11 @@ class Layout:
         """
         begins = self.begins(text)
         begins = np.concatenate((begins[first:], np.full(len(depths), begins[-1])))
-        places = np.concatenate((np.arange(first, len(text)), len(text) - 1 + depths))
+        positions = np.concatenate((np.arange(first, len(text)), len(text) - 1 + depths))
         follows = np.full(len(begins), TEXT, np.int64)
         for begin in np.unique(begins[begins >= 0]):
             inside = begins == begin
-            follows[inside] = self._follows(places[inside] - begin, *self._shape(text[begin:]))
+            follows[inside] = self._follows(positions[inside] - begin, *self._shape(text[begin:]))
         return begins, follows
 
     def _shape(self, picture: np.ndarray) -> tuple[int, int]:
@@ -158,11 +158,11 @@ class Layout:
         """Tokens of the rows of a picture of so many codes."""
         return rows * (columns + (self.line is not None))
 
-    def _follows(self, places: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """What follows the tokens at ``places`` int64 [n] of a picture, its begin token's being
+    def _follows(self, positions: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        """What follows the tokens at ``positions`` int64 [n] of a picture, its begin token's being
         0."""
-        index = places - self.header
-        follows = np.full(len(places), CODE, np.int64)
+        index = positions - self.header
+        follows = np.full(len(positions), CODE, np.int64)
         if self.line is not None:
             follows[index % (columns + 1) == columns] = LINE
         follows[index >= self.length(rows, columns)] = END

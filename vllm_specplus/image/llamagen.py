@@ -96,7 +96,7 @@ class LlamaGenConfig(PretrainedConfig):
 
 
 def rotary_2d(config: LlamaGenConfig) -> torch.Tensor:
-    """float32 [1 + codes, head_dim / 2, 2]: cosine and sine by place in the picture, behind
+    """float32 [1 + codes, head_dim / 2, 2]: cosine and sine by position in the picture, behind
     0 for its condition."""
     half = config.head_dim // 2
     frequency = config.rope_base ** -(torch.arange(0, half, 2).float() / half)
@@ -237,8 +237,8 @@ class LlamaGen(nn.Module):
         before = self.cls_embedding(conditions)
         x = torch.cat((before, self.tok_embeddings(codes)), 1)
         x = F.dropout(x, self.dropout, self.training)
-        place = torch.arange(x.shape[1], device=x.device) - (before.shape[1] - 1)
-        turn = self.turn[place.clamp(min=0)]
+        position = torch.arange(x.shape[1], device=x.device) - (before.shape[1] - 1)
+        turn = self.turn[position.clamp(min=0)]
         for layer in self.layers:
             x = layer(x, turn, self.dropout)
         return self.output(self.norm(x[:, before.shape[1] - 1 :])).float()

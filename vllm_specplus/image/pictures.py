@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def latents_of(output: CompletionOutput) -> torch.Tensor:
     """float32 [n, d]: what a model of latents has generated. They travel as logprobs, channel i
     as that of token id i + 1."""
-    places = output.logprobs or []
+    positions = output.logprobs or []
     return torch.tensor(
-        [[place[i].logprob for i in range(1, len(place))] for place in places]
+        [[position[i].logprob for i in range(1, len(position))] for position in positions]
     )  # fmt: skip
 
 

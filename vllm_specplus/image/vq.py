@@ -224,5 +224,5 @@ def _own_name(name: str, levels: int) -> str:
     if found is None:
         return name
     level, part, rest = found.groups()
-    place = f"decoder.conv_blocks.{levels - 1 - int(level)}"
-    return f"{place}.{'res' if part == 'block' else part}.{rest}"
+    block = f"decoder.conv_blocks.{levels - 1 - int(level)}"
+    return f"{block}.{'res' if part == 'block' else part}.{rest}"

@@ -22,10 +22,10 @@ def _compare(tokens, base, position, text, n, most):
     for k in range(most):
         if position < k:
             return -1, k
-        ours = np.int64(tokens[base + position - k])
-        theirs = np.int64(text[n - 1 - k])
-        if ours != theirs:
-            return (-1 if ours < theirs else 1), k
+        stored = np.int64(tokens[base + position - k])
+        wanted = np.int64(text[n - 1 - k])
+        if stored != wanted:
+            return (-1 if stored < wanted else 1), k
     return 0, most
 
 
@@ -67,9 +67,9 @@ def longest_match(tokens, order, first, starts, text, n, shortest, longest, rang
         high = min(high, size)
         if low >= high:
             continue
-        place = _bound(tokens, order, base, size, low, high, text, n, most, False)
+        rank = _bound(tokens, order, base, size, low, high, text, n, most, False)
         # The longest match is next to where the context would stand.
-        for i in range(max(place - 1, low), min(place + 1, high)):
+        for i in range(max(rank - 1, low), min(rank + 1, high)):
             position = np.int64(order[base + i])
             if position < size:
                 _, length = _compare(tokens, base, position, text, n, most)
@@ -109,13 +109,13 @@ def continuations_trie(
     sibling = np.full(node_tokens.shape[0], -1, np.int32)
     nodes = 0
     for i in range(followed):
-        place = i * matches // followed
+        match = i * matches // followed
         s = 0
-        while place >= ranges[s, 1] - ranges[s, 0]:
-            place -= ranges[s, 1] - ranges[s, 0]
+        while match >= ranges[s, 1] - ranges[s, 0]:
+            match -= ranges[s, 1] - ranges[s, 0]
             s += 1
         size = starts[s + 1] - starts[s]
-        position = np.int64(order[starts[s] + ranges[s, 0] + place]) + 1
+        position = np.int64(order[starts[s] + ranges[s, 0] + match]) + 1
         node = -1
         for ahead in range(position, min(position + deepest, size)):
             token = np.int64(tokens[starts[s] + ahead])

@@ -82,8 +82,8 @@ def train_vq(pictures: torch.Tensor, epochs: int, batch: int = 64) -> tuple[VQMo
             idle = (used < 2).nonzero()[:, 0]
             there = z.detach().flatten(0, -2)
             with torch.no_grad():
-                places = torch.randint(len(there), (len(idle),))
-                model.quantize.embedding.weight[idle] = there[places]
+                chosen = torch.randint(len(there), (len(idle),))
+                model.quantize.embedding.weight[idle] = there[chosen]
             used.zero_()
         if step % (steps // max(epochs, 1)) == 0 or step == steps - 1:
             seconds = time.perf_counter() - start

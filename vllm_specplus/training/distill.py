@@ -230,18 +230,18 @@ def follow(
             rate = min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * done))
             for group in optimiser.param_groups:
                 group["lr"] = LEARNING_RATE * max(rate, 0.01)
-            theirs, ours = rows(*batch)
-            leaf, total = ours.detach().requires_grad_(), 0.0
+            target_states, draft_states = rows(*batch)
+            leaf, total = draft_states.detach().requires_grad_(), 0.0
             for at in range(0, len(leaf), SLICE):
                 here = slice(at, at + SLICE)
                 with torch.no_grad():
-                    p = (theirs[here].to(torch.bfloat16) @ head.T).float().softmax(-1)
+                    p = (target_states[here].to(torch.bfloat16) @ head.T).float().softmax(-1)
                 log_q = (leaf[here].to(torch.bfloat16) @ head.T).float().log_softmax(-1)
-                part = loss(p, log_q, theirs[here], leaf[here], done).sum() / len(leaf)
+                part = loss(p, log_q, target_states[here], leaf[here], done).sum() / len(leaf)
                 part.backward()
                 total += float(part.detach())
             optimiser.zero_grad()
-            ours.backward(leaf.grad.to(ours.dtype))
+            draft_states.backward(leaf.grad.to(draft_states.dtype))
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             steps += 1
@@ -283,7 +283,7 @@ def train(
     weights = [w for w in draft.parameters() if w.requires_grad]
     first, last = (DIVERGENCES[name] for name in divergences)
 
-    def loss(p, log_q, theirs, ours, done):
+    def loss(p, log_q, target_states, draft_states, done):
         return (first if done < 1 - FINISH else last)(p, log_q)
 
     lessons = Lessons(target, texts)

@@ -103,8 +103,8 @@ def train(head: EagleHead, target, texts: list[list[int]], minutes: float, seed:
     """Passes over ``texts`` until the time is up; returns the number of steps."""
     weights = list(head.parts.requires_grad_(True).parameters())
 
-    def loss(p, log_q, theirs, ours, done):
-        distance = smooth_l1_loss(ours, theirs, reduction="none").mean(-1)
+    def loss(p, log_q, target_states, draft_states, done):
+        distance = smooth_l1_loss(draft_states, target_states, reduction="none").mean(-1)
         return forward_kl(p, log_q) + DISTANCE_WEIGHT * distance
 
     lessons = Lessons(target, texts)

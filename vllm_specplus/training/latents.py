@@ -63,9 +63,9 @@ def train_latents(
     held: tuple[torch.Tensor, torch.Tensor], epochs: float, anything: int, batch: int = 64,
 ) -> list:  # fmt: skip
     """``clean`` float32 [N, n, size]; ``anything`` is the label that stands for all."""
-    for place, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():
         # The head starts as the identity, which it has seen to itself.
-        if parameter.dim() > 1 and not place.startswith(("head", "diffloss")):
+        if parameter.dim() > 1 and not key.startswith(("head", "diffloss")):
             nn.init.normal_(parameter, std=0.02)
     schedule = Schedule(STEPS, end=END, prediction=PREDICTION)
 
@@ -100,10 +100,10 @@ def align(
             torch.randn(rows, SIZE), torch.randn(rows, schedule.steps, SIZE), torch.empty(rows)
         )
         with torch.no_grad():
-            theirs = target.conditions(before, label).flatten(0, 1)
-            goal = trace(target.head, schedule, theirs, noise)
-        mine = draft.conditions(before, label).flatten(0, 1)
-        return trace(draft.head, schedule, mine, noise), goal
+            target_conditions = target.conditions(before, label).flatten(0, 1)
+            goal = trace(target.head, schedule, target_conditions, noise)
+        draft_conditions = draft.conditions(before, label).flatten(0, 1)
+        return trace(draft.head, schedule, draft_conditions, noise), goal
 
     def random() -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(len(clean), (batch,))
@@ -196,15 +196,15 @@ def main(
         error = (vae.decode(vae.noisy(held_clean)) - held).abs().mean().item()
     print("vae", {"held_out_error": error}, flush=True)
     labels, held_labels = labels[apart:].repeat(len(SHIFTS)), labels[:apart]
-    for place, (make, epochs) in MODELS.items():
-        if only not in (None, place) or only_align:
+    for name, (make, epochs) in MODELS.items():
+        if only not in (None, name) or only_align:
             continue
         model = make()
         anything = 10 if isinstance(model, CausalLatents) else -1
-        logs[place] = train_latents(
-            place, model, vae, clean, labels, (held_clean, held_labels), epochs * scale, anything
+        logs[name] = train_latents(
+            name, model, vae, clean, labels, (held_clean, held_labels), epochs * scale, anything
         )
-        model.save(out / place)
+        model.save(out / name)
     if only in (None, "draft"):
         draft, target = CausalLatents.load(out / "draft"), CausalLatents.load(out)
         held_pair = held_clean, held_labels

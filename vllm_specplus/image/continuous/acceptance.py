@@ -107,9 +107,9 @@ def residual(
     return Residual(sample, looked, given_up)
 
 
-def generators_of(seeds: Sequence[int], places: Sequence[int]) -> list[torch.Generator]:
-    """For :func:`residual`: of pictures' seeds and places alone."""
-    pairs = zip(seeds, places, strict=True)
+def generators_of(seeds: Sequence[int], positions: Sequence[int]) -> list[torch.Generator]:
+    """For :func:`residual`: of pictures' seeds and positions alone."""
+    pairs = zip(seeds, positions, strict=True)
     return [torch.Generator().manual_seed(hash(pair) % 2**63) for pair in pairs]
 
 
@@ -133,12 +133,12 @@ class Verdict:
 @torch.inference_mode()
 def judge(
     drafts: Chain, chains: Chain, uniforms: torch.Tensor, room: torch.Tensor,
-    seeds: Sequence[int], places: torch.Tensor, rule: Rule = "exact",
+    seeds: Sequence[int], positions: torch.Tensor, rule: Rule = "exact",
 ) -> Verdict:  # fmt: skip
     """Windows of ``room`` int64 [P] drafted latents, picture by picture.
 
     ``drafts`` has ``sum(room)`` rows. ``chains``, the target's, and ``uniforms`` have
-    ``sum(room + 1)``: those of the drafted places, and of the one behind them. ``places``
+    ``sum(room + 1)``: those of the drafted positions, and of the one behind them. ``positions``
     int64 [P] of a window's first; they and the pictures' seeds decide how residuals are drawn.
     """
     first = (room + 1).cumsum(0) - room - 1
@@ -155,7 +155,7 @@ def judge(
     given_up = torch.zeros_like(rejected)
     if len(wrong := rejected.nonzero()[:, 0]):
         generators = generators_of(
-            [seeds[p] for p in wrong.tolist()], (places + accepted)[wrong].tolist()
+            [seeds[p] for p in wrong.tolist()], (positions + accepted)[wrong].tolist()
         )
         draft_row = (room.cumsum(0) - room + accepted)[wrong]
         instead = residual(drafts[draft_row], chains[row[wrong]], generators, rule)

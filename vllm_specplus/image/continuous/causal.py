@@ -113,7 +113,7 @@ class CausalLatents(nn.Module):
 class CachedSession:
     """A :class:`~vllm_specplus.image.continuous.decoding.Session` that keeps keys and values.
 
-    Keys of a place are right once its input, the latent before it, is final; ``known`` tells how
+    Keys of a position are right once its input, the latent before it, is final; ``known`` tells how
     many are. What is behind them is overwritten before it is looked at.
     """
 
@@ -137,35 +137,35 @@ class CachedSession:
         self, latents: torch.Tensor, pictures: torch.Tensor, first: torch.Tensor, count: int
     ) -> torch.Tensor:
         start = torch.minimum(self.known[pictures], first)
-        # Places before ``first`` whose keys are missing are read as well.
-        places = first + count - start
-        rows = int(places.max())
+        # Positions before ``first`` whose keys are missing are read as well.
+        count_read = first + count - start
+        rows = int(count_read.max())
         offset = torch.arange(rows, device=first.device)
-        # Read twice, a place gets the same keys twice.
-        place = (start[:, None] + torch.minimum(offset, places[:, None] - 1)).clamp(
+        # Read twice, a position gets the same keys twice.
+        position = (start[:, None] + torch.minimum(offset, count_read[:, None] - 1)).clamp(
             max=self.length - 1
         )
         picture = torch.arange(len(pictures), device=first.device)[:, None]
-        x = self.model.z_proj(latents[picture, (place - 1).clamp(min=0)])
-        x = torch.where((place == 0)[..., None], self.labels[pictures][:, None], x)
-        turn = self.model.turn[place.flatten()]
-        sees = torch.arange(self.length, device=first.device) <= place[..., None]
+        x = self.model.z_proj(latents[picture, (position - 1).clamp(min=0)])
+        x = torch.where((position == 0)[..., None], self.labels[pictures][:, None], x)
+        turn = self.model.turn[position.flatten()]
+        sees = torch.arange(self.length, device=first.device) <= position[..., None]
         for i, layer in enumerate(self.model.layers):
-            x = self._block(layer, x, turn, self.cache[:, i], pictures, place, sees)
+            x = self._block(layer, x, turn, self.cache[:, i], pictures, position, sees)
         self.known[pictures] = (first + count).clamp(max=self.length)
         wanted = (first - start)[:, None] + torch.arange(count, device=first.device)
         return self.model.norm(x[picture, wanted])
 
     @staticmethod
-    def _block(layer: Block, x, turn, cache, pictures, place, sees) -> torch.Tensor:
+    def _block(layer: Block, x, turn, cache, pictures, position, sees) -> torch.Tensor:
         """One layer over ``x`` [P, rows, hidden]; its keys and values go to ``cache``
         [2, B, length, heads, head_dim]."""
         attention = layer.attention
         qkv = attention.wqkv(layer.attention_norm(x))
         qkv = qkv.unflatten(-1, (-1, attention.head_dim)).split(attention.heads, dim=2)
         q, k = (rotate(part.flatten(0, 1), turn).view_as(part) for part in qkv[:2])
-        cache[0, pictures[:, None], place] = k
-        cache[1, pictures[:, None], place] = qkv[2]
+        cache[0, pictures[:, None], position] = k
+        cache[1, pictures[:, None], position] = qkv[2]
         keys, values = cache[:, pictures].transpose(2, 3)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=sees[:, None],

@@ -54,8 +54,8 @@ class Noise:
         """For chains of fewer steps: the last step's noise, and of the others some, evenly."""
         if steps == self.steps.shape[-2]:
             return self
-        places = torch.linspace(self.steps.shape[-2] - 1, 0, steps).round().long().flip(0)
-        return Noise(self.start, self.steps[..., places, :], self.uniforms)
+        kept = torch.linspace(self.steps.shape[-2] - 1, 0, steps).round().long().flip(0)
+        return Noise(self.start, self.steps[..., kept, :], self.uniforms)
 
 
 def picture_noise(seed: int, length: int, steps: int, size: int) -> Noise:

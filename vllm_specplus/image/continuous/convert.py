@@ -29,7 +29,7 @@ def mar_config(tensors: dict[str, torch.Tensor], heads: int | None = None) -> Ma
     try:
         classes, encoder = tensors["class_emb.weight"].shape
         _, length, decoder = tensors["diffusion_pos_embed_learned"].shape
-        places = tensors["encoder_pos_embed_learned"].shape[1]
+        positions = tensors["encoder_pos_embed_learned"].shape[1]
         head_width, size = tensors["diffloss.net.input_proj.weight"].shape
     except KeyError as error:
         raise ValueError(f"not a MAR: it has no {error.args[0]}") from None
@@ -41,7 +41,7 @@ def mar_config(tensors: dict[str, torch.Tensor], heads: int | None = None) -> Ma
                        if name.startswith(part))  # fmt: skip
 
     return MaskedConfig(
-        length=length, size=size, num_classes=classes, buffer_size=places - length,
+        length=length, size=size, num_classes=classes, buffer_size=positions - length,
         encoder_width=encoder, encoder_depth=depth("encoder_blocks."),
         encoder_heads=heads or HEADS[encoder], decoder_width=decoder,
         decoder_depth=depth("decoder_blocks."), decoder_heads=heads or HEADS[decoder],

@@ -38,8 +38,8 @@ class Session(Protocol):
     def conditions(
         self, latents: torch.Tensor, pictures: torch.Tensor, first: torch.Tensor, count: int
     ) -> torch.Tensor:
-        """Of the places ``first`` int64 [P] and the ``count - 1`` behind it (clipped to the
-        picture's last) of ``pictures`` int64 [P]: [P, count, c]. A place's condition is from the
+        """Of the positions ``first`` int64 [P] and the ``count - 1`` behind it (clipped to the
+        picture's last) of ``pictures`` int64 [P]: [P, count, c]. A position's condition is from the
         label and the latents before it in ``latents`` float32 [P, length, d]."""
         ...
 
@@ -68,9 +68,9 @@ class Recompute:
 
     def conditions(self, latents, pictures, first, count):
         every = self.model.conditions(latents[:, :-1], self.labels[pictures])
-        places = first[:, None] + torch.arange(count, device=first.device)
-        places = places.clamp(max=latents.shape[1] - 1)
-        return every[torch.arange(len(pictures), device=first.device)[:, None], places]
+        positions = first[:, None] + torch.arange(count, device=first.device)
+        positions = positions.clamp(max=latents.shape[1] - 1)
+        return every[torch.arange(len(pictures), device=first.device)[:, None], positions]
 
     def keep(self, known):
         pass
@@ -250,7 +250,7 @@ def decode_speculative(
         draft_noise = noise_of([hash((seed, -1)) for seed in seeds], settings, labels.device)
     draft_settings = settings.drafting(speculation.steps)
     length = settings.length
-    looks = target.begin(labels, length), draft.begin(labels, length)
+    sessions = target.begin(labels, length), draft.begin(labels, length)
     latents = torch.zeros_like(noise.start)
     done, counts = torch.zeros_like(labels), Counts.of(labels)
     while (active := (done < length).nonzero()[:, 0]).numel():
@@ -258,15 +258,15 @@ def decode_speculative(
         room = (length - done - 1).clamp(max=speculation.window)
         room = torch.where(done < speculation.prefill, 0, room)[active]
         drafts = draft_chains(
-            draft, looks[1], latents, active, done, room, draft_noise, draft_settings
+            draft, sessions[1], latents, active, done, room, draft_noise, draft_settings
         )  # fmt: skip
-        # [A, window + 1]: the drafted places and the one behind them.
+        # [A, window + 1]: the drafted positions and the one behind them.
         offset = torch.arange(int(room.max()) + 1, device=labels.device)
         wanted = offset <= room[:, None]
-        conditions = looks[0].conditions(latents[active], active, done[active], len(offset))
-        which, place = (x[wanted] for x in torch.broadcast_tensors(
+        conditions = sessions[0].conditions(latents[active], active, done[active], len(offset))
+        which, position = (x[wanted] for x in torch.broadcast_tensors(
             active[:, None], done[active, None] + offset))  # fmt: skip
-        own = noise[which, place]
+        own = noise[which, position]
         chains = chain_of(target, conditions[wanted], own, settings, which)
         verdict = judge(
             drafts, chains, own.uniforms, room, [seeds[b] for b in active.tolist()],
@@ -280,8 +280,8 @@ def decode_speculative(
         counts.proposals[active] += verdict.proposals
         counts.given_up[active] += verdict.given_up.long()
         done[active] += verdict.accepted + 1
-        for look in looks:
-            look.keep(done)
+        for session in sessions:
+            session.keep(done)
     return latents, counts
 
 
@@ -298,10 +298,10 @@ def draft_chains(
     for offset in range(int(room.max())):
         rows = (offset < room).nonzero()[:, 0]
         pictures = active[rows]
-        places = done[pictures] + offset
-        condition = session.conditions(latents[pictures], pictures, places, 1)[:, 0]
-        chain = chain_of(draft, condition, noise[pictures, places], settings, pictures)
-        latents[pictures, places] = chain.sample
+        positions = done[pictures] + offset
+        condition = session.conditions(latents[pictures], pictures, positions, 1)[:, 0]
+        chain = chain_of(draft, condition, noise[pictures, positions], settings, pictures)
+        latents[pictures, positions] = chain.sample
         for part in ("sample", "mean", "log_sigma", "path_log_sigma"):
             getattr(out, part)[starts[rows] + offset] = getattr(chain, part)
     return out

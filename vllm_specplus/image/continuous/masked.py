@@ -2,7 +2,7 @@
 
 Parameters carry the names of the public checkpoints. An encoder reads the latents that are known
 behind a buffer of class embeddings, a decoder puts mask tokens in the place of the others, and
-what it says of a place conditions the diffusion head there.
+what it says of a position conditions the diffusion head there.
 
 Speculation drafts the latents of several iterations and verifies them at once. In which *context*
 the target judges them decides what comes out:
@@ -107,20 +107,20 @@ class MaskedLatents(nn.Module):
         super().__init__()
         self.config = config
         encoder, decoder = config.encoder_width, config.decoder_width
-        places = config.buffer_size + config.length
+        positions = config.buffer_size + config.length
         self.class_emb = nn.Embedding(config.num_classes, encoder)
         self.fake_latent = nn.Parameter(torch.zeros(1, encoder))
         """The embedding of "any class", for guidance."""
         self.z_proj = nn.Linear(config.size, encoder)
         self.z_proj_ln = nn.LayerNorm(encoder, eps=EPS)
-        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, encoder))
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, encoder))
         self.encoder_blocks = nn.ModuleList(
             Block(encoder, config.encoder_heads) for _ in range(config.encoder_depth)
         )
         self.encoder_norm = nn.LayerNorm(encoder, eps=EPS)
         self.decoder_embed = nn.Linear(encoder, decoder)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder))
-        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, decoder))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, decoder))
         self.decoder_blocks = nn.ModuleList(
             Block(decoder, config.decoder_heads) for _ in range(config.decoder_depth)
         )
@@ -135,8 +135,9 @@ class MaskedLatents(nn.Module):
     def conditions(
         self, latents: torch.Tensor, known: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """Of every place, [B, length, decoder]; ``latents`` float32 [B, length, size] count where
-        ``known`` bool [B, length], as many in every picture. ``labels`` int64 [B], -1: any."""
+        """Of every position, [B, length, decoder]; ``latents`` float32 [B, length, size] count
+        where ``known`` bool [B, length], as many in every picture. ``labels`` int64 [B], -1: any.
+        """
         batch, buffer = len(latents), self.config.buffer_size
         label = self.class_emb(labels.clamp(min=0))
         label = torch.where(labels[:, None] < 0, self.fake_latent, label)
@@ -196,7 +197,7 @@ def known_latents(length: int, iterations: int) -> list[int]:
 
 
 def orders(seeds: list[int], length: int) -> torch.Tensor:
-    """int64 [B, length]: places in the order in which they become known, by the seed alone."""
+    """int64 [B, length]: positions in the order in which they become known, by the seed alone."""
     generators = [torch.Generator().manual_seed(hash((seed, 0, 0)) % 2**63) for seed in seeds]
     return torch.stack([torch.randperm(length, generator=each) for each in generators])
 
@@ -244,15 +245,15 @@ class Run:
         self.counts = known_latents(settings.length, iterations)
         self.noise = noise_of(seeds, settings, labels.device)
 
-    def places(self, iteration: int) -> torch.Tensor:
+    def positions(self, iteration: int) -> torch.Tensor:
         """int64 [B, n] that become known in it."""
         return self.order[:, self.counts[iteration] : self.counts[iteration + 1]]
 
     def draw(
         self, model: MaskedLatents, latents: torch.Tensor, pictures: torch.Tensor, known: int,
-        places: torch.Tensor, steps: int | None = None,
+        positions: torch.Tensor, steps: int | None = None,
     ) -> Chain:  # fmt: skip
-        """Chains, flat [len(pictures) * n], at ``places`` [len(pictures), n] of ``pictures``
+        """Chains, flat [len(pictures) * n], at ``positions`` [len(pictures), n] of ``pictures``
         int64, whose first ``known`` latents in order are seen; of ``steps`` steps, or all."""
         settings = self.settings.drafting(steps)
         seen, labels = self.rank[pictures] < known, self.labels[pictures]
@@ -262,13 +263,13 @@ class Run:
         else:
             twice = torch.cat((labels, torch.full_like(labels, -1)))
             both = model.conditions(latents.repeat(2, 1, 1), seen.repeat(2, 1), twice).chunk(2)
-            share = (known + places.shape[1]) / self.settings.length
+            share = (known + positions.shape[1]) / self.settings.length
             scale = torch.full_like(both[0][..., :1], self.guidance.at(share))
             conditions, head = torch.cat((*both, scale), -1), GuidedHead(head)
         rows = torch.arange(len(pictures), device=pictures.device)[:, None]
-        noise = self.noise[pictures[:, None], places]
+        noise = self.noise[pictures[:, None], positions]
         flat = Noise(*(getattr(noise, name).flatten(0, 1) for name in Noise.__slots__))
-        own = conditions[rows, places].flatten(0, 1)
+        own = conditions[rows, positions].flatten(0, 1)
         return denoise(head, settings.schedule, own, flat, settings.temperature)
 
 
@@ -282,9 +283,9 @@ def decode_masked(
     everyone = torch.arange(len(labels), device=labels.device)
     latents = torch.zeros_like(run.noise.start)
     for i in range(iterations):
-        places = run.places(i)
-        chain = run.draw(model, latents, everyone, run.counts[i], places)
-        latents[everyone[:, None], places] = chain.sample.unflatten(0, places.shape)
+        positions = run.positions(i)
+        chain = run.draw(model, latents, everyone, run.counts[i], positions)
+        latents[everyone[:, None], positions] = chain.sample.unflatten(0, positions.shape)
     return latents
 
 
@@ -307,15 +308,15 @@ def decode_masked_speculative(
         drafted = range(start, min(start + window, iterations))
         q = {}
         for i in drafted:
-            places = run.places(i)[pictures]
-            q[i] = run.draw(draft, latents, pictures, run.counts[i], places, speculation.steps)
-            latents[pictures[:, None], places] = q[i].sample.unflatten(0, places.shape)
-        counts.drafted[pictures] += sum(run.places(i).shape[1] for i in drafted)
+            positions = run.positions(i)[pictures]
+            q[i] = run.draw(draft, latents, pictures, run.counts[i], positions, speculation.steps)
+            latents[pictures[:, None], positions] = q[i].sample.unflatten(0, positions.shape)
+        counts.drafted[pictures] += sum(run.positions(i).shape[1] for i in drafted)
         if speculation.contexts == "shared" and drafted:
-            places = torch.cat([run.places(i)[pictures] for i in drafted], 1)
+            positions = torch.cat([run.positions(i)[pictures] for i in drafted], 1)
             joined = _join([q[i] for i in drafted], len(pictures))
-            p = run.draw(target, latents, pictures, run.counts[start], places)
-            _judge(run, latents, pictures, places, joined, p, speculation.rule, counts)
+            p = run.draw(target, latents, pictures, run.counts[start], positions)
+            _judge(run, latents, pictures, positions, joined, p, speculation.rule, counts)
             counts.target_passes[pictures] += 1
             done[pictures] = drafted.stop
             continue
@@ -324,40 +325,40 @@ def decode_masked_speculative(
             if not len(going):
                 break
             here = torch.isin(pictures, going)
-            places = run.places(i)[going]
-            p = run.draw(target, latents, going, run.counts[i], places)
-            own = q[i][here.repeat_interleave(places.shape[1])]
+            positions = run.positions(i)[going]
+            p = run.draw(target, latents, going, run.counts[i], positions)
+            own = q[i][here.repeat_interleave(positions.shape[1])]
             counts.target_passes[going] += 1
-            whole = _judge(run, latents, going, places, own, p, speculation.rule, counts)
+            whole = _judge(run, latents, going, positions, own, p, speculation.rule, counts)
             done[going] = i + 1
             going = going[whole]
         # The iteration behind the drafts comes with the same verification, from the target.
         if drafted.stop < iterations and len(going):
-            places = run.places(drafted.stop)[going]
-            p = run.draw(target, latents, going, run.counts[drafted.stop], places)
-            latents[going[:, None], places] = p.sample.unflatten(0, places.shape)
+            positions = run.positions(drafted.stop)[going]
+            p = run.draw(target, latents, going, run.counts[drafted.stop], positions)
+            latents[going[:, None], positions] = p.sample.unflatten(0, positions.shape)
             counts.target_passes[going] += 1
             done[going] = drafted.stop + 1
     return latents, counts
 
 
-def _judge(run: Run, latents, pictures, places, q: Chain, p: Chain, rule: Rule, counts: Counts):
+def _judge(run: Run, latents, pictures, positions, q: Chain, p: Chain, rule: Rule, counts: Counts):
     """Keep or replace every drafted latent; bool [len(pictures)]: all of a picture's kept."""
-    uniforms = run.noise.uniforms[pictures[:, None], places].flatten()
+    uniforms = run.noise.uniforms[pictures[:, None], positions].flatten()
     taken = uniforms.log() < log_ratio(q, p, rule)
-    picture = pictures[:, None].expand_as(places).flatten()
-    place = places.flatten()
+    picture = pictures[:, None].expand_as(positions).flatten()
+    position = positions.flatten()
     wrong = (~taken).nonzero()[:, 0]
     counts.accepted += torch.bincount(picture[taken], minlength=len(latents))
     counts.rejected += torch.bincount(picture[wrong], minlength=len(latents))
     if len(wrong):
         seeds = [run.seeds[b] for b in picture[wrong].tolist()]
-        generators = generators_of(seeds, place[wrong].tolist())
+        generators = generators_of(seeds, position[wrong].tolist())
         instead = residual(q[wrong], p[wrong], generators, rule)
-        latents[picture[wrong], place[wrong]] = instead.sample
+        latents[picture[wrong], position[wrong]] = instead.sample
         counts.proposals.index_add_(0, picture[wrong], instead.proposals)
         counts.given_up.index_add_(0, picture[wrong], instead.given_up.long())
-    return taken.view(places.shape).all(1)
+    return taken.view(positions.shape).all(1)
 
 
 def _join(chains: list[Chain], pictures: int) -> Chain:

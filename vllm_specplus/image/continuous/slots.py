@@ -1,6 +1,6 @@
 """What the requests of an engine have drawn so far: a slot each, on the device.
 
-For vLLM a latent is a placeholder token. The latents themselves are here, by request and place,
+For vLLM a latent is a placeholder token. The latents themselves are here, by request and position,
 from a request's first step until it is gone, however often it is preempted in between.
 """
 
@@ -29,14 +29,14 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """The places that a step verifies, of R requests; on the host."""
+    """The positions that a step verifies, of R requests; on the host."""
 
     slot: np.ndarray
     """int64 [R]"""
     first: np.ndarray
-    """int64 [R] the place of each request's next latent."""
+    """int64 [R] the position of each request's next latent."""
     count: np.ndarray
-    """int64 [R] places from there on; all but the first read a draft."""
+    """int64 [R] positions from there on; all but the first read a draft."""
 
 
 class LatentSlots:
@@ -53,7 +53,7 @@ class LatentSlots:
             return torch.zeros((slots, *shape), dtype=dtype, device=device)
 
         self.latents = zeros(length, size)
-        """float32 [S, length, d]: of each place, known or drafted; 0 where neither."""
+        """float32 [S, length, d]: of each position, known or drafted; 0 where neither."""
         self.noise = Noise(zeros(length, size), zeros(length, steps, size), zeros(length))
         self.guided = guided
         self.labels = zeros(dtype=torch.long)
@@ -62,7 +62,7 @@ class LatentSlots:
         self.drafts = Chain(*(zeros(window, size) for _ in range(3)), zeros(window))
         """[S, window]: how the latents drafted last came about."""
         self.drafted = np.zeros((slots, 2), np.int64)
-        """Place of the first latent drafted last, and how many; on the host."""
+        """Position of the first latent drafted last, and how many; on the host."""
         self.seeds = [0] * slots
         self._slot_of: dict[str, int] = {}
         # The lowest first: a draft model's cache need not be larger than the batch.
@@ -120,39 +120,39 @@ class LatentSlots:
         """int64 [R]"""
         return np.array([self._slot_of[name] for name in request_ids], np.int64)
 
-    def inputs(self, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """float32 [n, d]: the latent before each of ``places`` int64 [n], what a causal model
-        reads there; at place 0, where it reads the label, any."""
-        return self.latents[slots, (places - 1).clamp(min=0)]
+    def inputs(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """float32 [n, d]: the latent before each of ``positions`` int64 [n], what a causal model
+        reads there; at position 0, where it reads the label, any."""
+        return self.latents[slots, (positions - 1).clamp(min=0)]
 
     def set_drafts(self, slots: np.ndarray, first: np.ndarray, count: np.ndarray, drafts: Chain):
         """``count`` int64 [R] latents were drafted from ``first`` int64 [R] on, ``sum(count)``
         in ``drafts``, request by request."""
         self.drafted[slots] = np.stack((first, count), 1)
-        slot, place = self._device(np.repeat(slots, count)), self._device(_within(count))
+        slot, position = self._device(np.repeat(slots, count)), self._device(_within(count))
         for part in ("sample", "mean", "log_sigma", "path_log_sigma"):
-            getattr(self.drafts, part)[slot, place] = getattr(drafts, part)
+            getattr(self.drafts, part)[slot, position] = getattr(drafts, part)
 
     def verify(
-        self, model: CausalModel, conditions: torch.Tensor, windows: Windows, silent: np.ndarray,
+        self, model: CausalModel, conditions: torch.Tensor, windows: Windows, discarded: np.ndarray,
         rule: Rule,
     ) -> tuple[np.ndarray, int]:  # fmt: skip
         """Draw what the requests get in this step.
 
-        ``conditions`` [sum(count), c]: the target's at all places of the windows. ``silent`` bool
-        [R]: requests that get nothing. Returns how many latents each has got, int64 [R], which
-        are in ``latents`` from ``first`` on, and how many residuals were given up.
+        ``conditions`` [sum(count), c]: the target's at all positions of the windows.
+        ``discarded`` bool [R]: requests that get nothing. Returns how many latents each has got,
+        int64 [R], which are in ``latents`` from ``first`` on, and how many residuals were given up.
         """
         slot, first, count = windows.slot, windows.first, windows.count
         # Drafts that are not the ones made last, such as vLLM's padding, are not looked at.
-        known = (self.drafted[slot, 0] == first) & ~silent
+        known = (self.drafted[slot, 0] == first) & ~discarded
         room = np.where(known, np.minimum(count - 1, self.drafted[slot, 1]), 0)
         wanted = np.flatnonzero(_within(count) <= np.repeat(room, count))
         offset = _within(room + 1)
         judged = self._device(np.flatnonzero(offset < np.repeat(room, room + 1)))
         slots = self._device(np.repeat(slot, room + 1))
-        places = self._device(np.repeat(first, room + 1) + offset)
-        noise = self.noise[slots, places]
+        positions = self._device(np.repeat(first, room + 1) + offset)
+        noise = self.noise[slots, positions]
         chains = chain_of(model, conditions[self._device(wanted)], noise, self.settings, slots)
         drafts = self.drafts[slots[judged], self._device(_within(room))]
         seeds = [self.seeds[s] for s in slot.tolist()]
@@ -160,9 +160,9 @@ class LatentSlots:
             drafts, chains, noise.uniforms, self._device(room), seeds, self._device(first), rule
         )
         accepted = verdict.accepted.cpu().numpy()
-        heard = np.flatnonzero(~silent)
-        place = self._device((first + accepted)[heard])
-        self.latents[self._device(slot[heard]), place] = verdict.latent[self._device(heard)]
+        drawn = np.flatnonzero(~discarded)
+        position = self._device((first + accepted)[drawn])
+        self.latents[self._device(slot[drawn]), position] = verdict.latent[self._device(drawn)]
         return accepted + 1, int(verdict.given_up.sum())
 
     def _device(self, array: np.ndarray) -> torch.Tensor:
