@@ -12,6 +12,15 @@ import sys
 import threading
 import time
 
+from vllm_specplus.testing.engine import (
+    counters_of,
+    generate,
+    metrics_of,
+    prompt_of,
+    requests_of,
+    sampling_params,
+)
+
 
 def sabotage(kind: str) -> None:
     """Break one part of the engine on purpose; the tests must notice."""
@@ -107,25 +116,11 @@ def load_plugin() -> None:
     register()
 
 
-def prompt_of(given):
-    """Text, token ids, or prompt embeddings as lists of floats."""
-    from vllm import TokensPrompt
-    from vllm.inputs import EmbedsPrompt
-
-    if isinstance(given, str):
-        return given
-    if given and isinstance(given[0], list):
-        import torch
-
-        return EmbedsPrompt(prompt_embeds=torch.tensor(given))
-    return TokensPrompt(prompt_token_ids=given)
-
-
-def abort(llm, requests, params, steps: int) -> None:
+def abort(llm, requests, steps: int) -> None:
     """Start the requests, and abort all of them after so many steps."""
     names = [f"aborted-{i}" for i in range(len(requests))]
     for name, (prompt, fields) in zip(names, requests, strict=True):
-        llm.llm_engine.add_request(name, prompt_of(prompt), params(fields))
+        llm.llm_engine.add_request(name, prompt_of(prompt), sampling_params(fields))
     for _ in range(steps):
         llm.llm_engine.step()
     llm.llm_engine.abort_request(names)
@@ -143,15 +138,7 @@ def main(job_path: str, out_path: str) -> None:
 
         needs.check_launch = lambda *args: None
         job["sabotage"] = None
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
-    def params(fields):
-        fields = dict(fields)
-        if "json_schema" in fields:
-            schema = fields.pop("json_schema")
-            fields["structured_outputs"] = StructuredOutputsParams(json=schema)
-        return SamplingParams(**fields)
+    from vllm import LLM
 
     if job["engine"].get("distributed_executor_backend") == "ray":
         import ray
@@ -173,37 +160,14 @@ def main(job_path: str, out_path: str) -> None:
             kill = (owners[-1][0], signal.SIGKILL)
             threading.Timer(batch["kill_owner_after"], os.kill, kill).start()
         if "abort_after" in batch:
-            abort(llm, batch["requests"], params, batch["abort_after"])
+            abort(llm, batch["requests"], batch["abort_after"])
             continue
         if batch.get("truncate"):
             os.truncate(batch["truncate"], 8)
-        if batch.get("repeat"):
-            requests = [(batch["prompt"], batch["params"])] * batch["repeat"]
-        else:
-            requests = batch["requests"]
-        prompts = [prompt_of(prompt) for prompt, _ in requests]
-        outputs = llm.generate(prompts, [params(s) for _, s in requests], use_tqdm=False)
-        result.append(
-            [
-                {
-                    "prompt": list(o.prompt_token_ids),
-                    "ids": [list(c.token_ids) for c in o.outputs],
-                    "text": [c.text for c in o.outputs],
-                    "finish": [c.finish_reason for c in o.outputs],
-                    "logprobs": [
-                        c.logprobs
-                        and [{t: lp.logprob for t, lp in step.items()} for step in c.logprobs]
-                        for c in o.outputs
-                    ],
-                }
-                for o in outputs
-            ]
-        )
-    runners = llm.collective_rpc(_counters)
+        result.append(generate(llm, requests_of(batch)))
+    runners = llm.collective_rpc(counters_of)
     slots = llm.collective_rpc(_slots)[0]
-    metrics = {}
-    if not job["engine"].get("disable_log_stats", True):
-        metrics = {m.name.removeprefix("vllm:"): m for m in llm.get_metrics()}
+    metrics = metrics_of(llm)
     preemptions = getattr(metrics.get("num_preemptions"), "value", None)
     accepted = getattr(metrics.get("spec_decode_num_accepted_tokens_per_pos"), "values", None)
     llm.llm_engine.engine_core.shutdown()
@@ -239,11 +203,6 @@ def _slots(worker):
         "hashes": [hashlib.sha256(each).hexdigest() for each in bare],
         "slots": len(slots), "free": sorted(slots._free),
     }  # fmt: skip
-
-
-def _counters(worker):
-    drafter = getattr(worker.model_runner, "drafter", None)
-    return drafter.counters.as_dict() if hasattr(drafter, "counters") else None
 
 
 if __name__ == "__main__":

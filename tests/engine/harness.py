@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vllm_specplus.testing import engine
+
 ROOT = Path(__file__).parents[2]
 #: Seconds an engine may take for its job.
 TIMEOUT = 600
@@ -50,16 +52,7 @@ def run(
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
-    # TRITON_INTERPRET is for the kernel tests only.
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return inherited | {
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "PYTHONPATH": str(ROOT),
-        # The models are tiny: a second OpenMP thread only spins against the test process.
-        "OMP_NUM_THREADS": "1",
-        **extra,
-    }
+    return engine.environment() | {"PYTHONPATH": str(ROOT), **extra}
 
 
 def _spawn(job: Path, out: Path, log: Path, env: dict[str, str]) -> int:

@@ -7,7 +7,9 @@ import pytest
 
 from tests.datastores import build_datastore
 from tests.engine import harness
-from tests.engine.conftest import build_model
+from vllm_specplus.testing import distribution
+from vllm_specplus.testing.distribution import chi_square
+from vllm_specplus.testing.models import build_model
 
 pytestmark = pytest.mark.engine
 
@@ -20,43 +22,7 @@ def small_vocab_model(tmp_path_factory) -> str:
 
 
 def joint_probabilities(model: str, prompt: list[int], top_k: int) -> dict[tuple, float]:
-    """Exact law of the next TOKENS tokens under top-k sampling, by enumeration."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    llama = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    law = {(): 1.0}
-    for _ in range(TOKENS):
-        paths = list(law)
-        with torch.inference_mode():
-            logits = llama(torch.tensor([prompt + list(p) for p in paths])).logits[:, -1].double()
-        values, ids = logits.topk(top_k)
-        probabilities = values.softmax(-1)
-        law = {
-            (*path, int(t)): law[path] * float(q)
-            for path, row, p in zip(paths, ids, probabilities, strict=False)
-            for t, q in zip(row, p, strict=False)
-        }
-    return law
-
-
-def chi_square(law: dict[tuple, float], texts: list[tuple]) -> float:
-    """p-value of the observed texts, 0 for an impossible one; cells expected below 5 are
-    pooled."""
-    from scipy.stats import chisquare
-
-    counts = dict.fromkeys(law, 0)
-    for text in texts:
-        if text not in counts:
-            return 0.0
-        counts[text] += 1
-    expected = np.array([law[p] for p in counts]) * len(texts)
-    observed = np.array(list(counts.values()))
-    small = expected < 5
-    expected = np.append(expected[~small], expected[small].sum())
-    observed = np.append(observed[~small], observed[small].sum())
-    keep = expected > 0
-    return chisquare(observed[keep], expected[keep] * observed.sum() / expected[keep].sum()).pvalue
+    return distribution.joint_probabilities(model, prompt, top_k, TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def examine() -> list[Finding]:
                 f"vLLM needs them for multimodal models only: pip uninstall {' '.join(present)}"
             )
         return [*findings, Finding("vLLM", "import vllm", broken, "error", remedy)]
-    return [*findings, *device(), *optional_parts(), *hooks()]
+    return [*findings, *device(), *methods(), *optional_parts(), *hooks()]
 
 
 def versions() -> Iterator[Finding]:
@@ -207,6 +207,17 @@ def plugin() -> Iterator[Finding]:
             "error",
             "unset VLLM_USE_V2_MODEL_RUNNER",
         )
+
+
+def methods() -> Iterator[Finding]:
+    """Every drafting method that is installed, and which package brings it."""
+    for method in registry.methods():
+        if method.problem is None:
+            yield Finding("Methods", method.name, method.package)
+        else:
+            value = f"{method.package}: {method.problem}"
+            remedy = "it cannot be used until then; all others can"
+            yield Finding("Methods", method.name, value, "warning", remedy)
 
 
 def optional_parts() -> Iterator[Finding]:

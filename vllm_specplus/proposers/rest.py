@@ -39,8 +39,9 @@ def retrieve(
     tokens, order, first, starts, vocab_size, acceptance,
     token_ids, num_tokens, max_nodes, chain_only, out, counts,
 ):  # fmt: skip
-    """Drafts of all requests, back to back in ``out`` int32 [3, >= sum(max_nodes)] (tokens,
-    parents, sources); ``counts`` int32 [R]. Returns the total number of nodes."""
+    """Write the drafts of all requests, back to back, to ``out`` int32 [4, >= sum(max_nodes)]
+    (tokens, parents, sources, -1: nothing is drawn), and their sizes to ``counts`` int32 [R].
+    Returns the total number of nodes."""
     capacity = SAMPLES * NEAREST
     trie_tokens = np.empty(capacity, np.int32)
     trie_parents = np.empty(capacity, np.int32)
