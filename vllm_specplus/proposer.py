@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
     from vllm_specplus.config import MethodConfig
     from vllm_specplus.drafting.graphs import Record
-    from vllm_specplus.drafting.model import LayeredModel
 
 
-def _no_target() -> LayeredModel:
+def _no_target() -> Any:
     raise RuntimeError("there is no target model whose layers could draft")
 
 
@@ -43,9 +42,9 @@ class Services:
     engine sees them, and the step goes on undrafted."""
     count: Callable[[str], None] = lambda name: None
     """Adds 1 to a counter of ``metrics.COUNTERS``."""
-    target_layers: Callable[[], LayeredModel] = _no_target
-    """Returns the target's own layers, for a method that drafts with them; from
-    :meth:`Proposer.load_draft` on."""
+    target_layers: Callable[[], Any] = _no_target
+    """Returns the target's own layers (``drafting.model.LayeredModel``), for a method that drafts
+    with them; from :meth:`Proposer.load_draft` on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
 

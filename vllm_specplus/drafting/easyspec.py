@@ -81,6 +81,8 @@ class LocalAttentions:
 class LayerParallelExecutor(DraftExecutor):
     """A draft executor whose tree levels are fuzzy."""
 
+    model: DraftModel
+
     def __init__(self, model: DraftModel, max_slots: int, max_nodes: int, group_size: int):
         super().__init__(model, max_slots, max_nodes)
         self._groups = layer_groups(model.num_layers, group_size)

@@ -106,7 +106,7 @@ class Cspd(Proposer):
         # Every place of the window is a pass of the draft: how many pay is decided before.
         self.levels = (1,) * config.num_speculative_tokens
         self._model: CausalModel
-        self._session = None
+        self._session: Any = None
         self._capacity = 0
         self._pictures: dict[str, int] = {}
 

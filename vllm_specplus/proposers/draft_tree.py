@@ -21,14 +21,14 @@ gave a node tells how good it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from vllm_specplus.drafting.executor import DraftExecutor
-from vllm_specplus.drafting.model import DraftModel, LayeredModel, check_target, read_config
+from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shapes import (
@@ -97,7 +97,7 @@ class DraftTree(Proposer):
     def __init__(self, config: DraftTreeConfig, services: Services):
         super().__init__(config, services)
         self.levels = config.levels()
-        self._executor: DraftExecutor | None = None
+        self._executor: Any = None  # one of the kind that :meth:`_make_executor` makes
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         model = self._make_model(device, dtype)
@@ -105,10 +105,10 @@ class DraftTree(Proposer):
         self._executor = self._make_executor(model, self.config.kv_memory_mb * 2**20 // slot)
         self._noise = DraftNoise(device)
 
-    def _make_model(self, device: torch.device, dtype: torch.dtype) -> LayeredModel:
+    def _make_model(self, device: torch.device, dtype: torch.dtype) -> Any:
         return DraftModel(self.config.model, device, dtype, self.config.head_tokens)
 
-    def _make_executor(self, model: LayeredModel, max_slots: int) -> DraftExecutor:
+    def _make_executor(self, model: Any, max_slots: int) -> DraftExecutor:
         return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
 
     def forget(self, request_id: str) -> None:

@@ -35,7 +35,7 @@ RETRY_SECONDS = 30
 class EasySpecConfig(DraftTreeConfig):
     """``{"method": "easyspec", "model": "...", ...}``."""
 
-    method: Literal["easyspec"] = "easyspec"
+    method: Literal["easyspec"] = "easyspec"  # type: ignore[assignment]
     group_size: Annotated[int, Field(ge=1, le=16)] = 4
     """Consecutive layers of the draft whose attentions read the same input."""
     shards: Annotated[int, Field(ge=1, le=16)] = 1

@@ -92,7 +92,9 @@ class RasdConfig(MethodConfig):
     def members(self) -> list[MethodConfig]:
         """The sources' own configs; all but draft models get ``num_speculative_tokens``."""
         members = []
-        sources = [{"method": s} if isinstance(s, str) else dict(s) for s in self.sources]
+        sources: list[dict[str, Any]] = [
+            {"method": s} if isinstance(s, str) else dict(s) for s in self.sources
+        ]
         names = [keys.get("method") for keys in sources]
         for source, keys, name in zip(self.sources, sources, names, strict=True):
             method = _source(name)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numba import njit
@@ -47,14 +47,14 @@ _NOTHING = (_EMPTY, _EMPTY, _EMPTY)
 class _Shared:
     """The responses of one cache salt."""
 
-    tree: object
+    tree: Any
     tokens: int = 0
 
 
 @dataclass(slots=True)
 class _Request:
     salt: str
-    local: object
+    local: Any
     """Suffix tree of its prompt and output."""
     response: int
     """Sequence number of its response in the shared tree."""
