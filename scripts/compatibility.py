@@ -47,7 +47,9 @@ def tables() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         answers = launches.outcomes(wanted, Path(folder))
     # Folders have names by chance.
-    answers = [answer and answer.replace(folder, "").split("\n")[0] for answer in answers]
+    answers = [
+        answer and " ".join(answer.replace(folder, "").split("\n")[:3]) for answer in answers
+    ]
     pairs = zip(lines, answers[::2], answers[1::2], strict=True)
     return [each | {"plain": plain, "ours": ours} for each, plain, ours in pairs]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 TEXT = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 16,
     "max_position_embeddings": 65536, "tie_word_embeddings": False,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -16,7 +16,7 @@ MLA = {
     "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
     "v_head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
     "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 64, "head_dim": None,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 16,
 }  # fmt: skip
 VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "embed_dim": 32}
 
@@ -54,6 +54,18 @@ MODELS: dict[str, tuple[str, str, dict, dict | None]] = {
     "mistral_window": ("MistralForCausalLM", "mistral", {"sliding_window": 4096}, None),
     "mistral_short_window": ("MistralForCausalLM", "mistral", {"sliding_window": 64}, None),
     "mixtral": ("MixtralForCausalLM", "mixtral", {"num_local_experts": 4}, None),
+    "mrope": (
+        "MRopeTextForCausalLM",
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 3, 3],
+            }
+        },
+        None,
+    ),
     "olmo2": ("Olmo2ForCausalLM", "olmo2", {}, None),
     "phi4": ("Phi3ForCausalLM", "phi3", {"pad_token_id": 0, "sliding_window": None}, None),
     "qwen2": ("Qwen2ForCausalLM", "qwen2", {}, None),
@@ -108,8 +120,11 @@ def make(root: Path, name: str, weights: bool = False) -> Path:
         torch.manual_seed(7)
         for each in (config, config.get_text_config()):
             each.initializer_range = 0.25
-        model = getattr(transformers, architecture)._from_config(config)
+        known = architecture.replace("MRopeText", "Qwen2")
+        model = getattr(transformers, known)._from_config(config)
         model.to(torch.float32).save_pretrained(folder)
+        config.architectures = [architecture]
+        config.save_pretrained(folder)
     if name.endswith("fp8kv"):
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": FP8_KV}))

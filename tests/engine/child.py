@@ -130,6 +130,10 @@ def main(job_path: str, out_path: str) -> None:
     with open(job_path) as f:
         job = json.load(f)
     load_plugin()
+    if "mrope" in job["engine"]["model"]:
+        from vllm import ModelRegistry
+
+        ModelRegistry.register_model("MRopeTextForCausalLM", "tests.engine.mrope_model:MRopeText")
     if job["engine"].get("reasoning_parser") == "first_sentence":
         import tests.engine.reasoning_parser  # noqa: F401  registers it
     if job.get("sabotage") == "unchecked_launch":

@@ -42,15 +42,8 @@ def test_what_the_config_does_not_tell_is_refused_after_load(tmp_path, name, wor
         harness.run(tmp_path, engine, [{"requests": [request]}], sabotage="unchecked_launch")
 
 
-SERVED = {
-    # Rotary positions of three axes.
-    "qwen2_vl": {"limit_mm_per_prompt": {"image": 0, "video": 0}},
-    "glm4": {},
-    "granite": {},
-    "mixtral": {},
-    "olmo2": {},
-    "phi4": {},
-}
+#: "mrope": rotary positions of three axes.
+SERVED = ("mrope", "glm4", "granite", "mixtral", "olmo2", "phi4")
 
 
 def equal(tmp_path, name: str, plain: dict, ours: dict) -> None:
@@ -76,7 +69,7 @@ def equal(tmp_path, name: str, plain: dict, ours: dict) -> None:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_text_is_the_same(tmp_path, name):
-    equal(tmp_path, name, SERVED[name], SERVED[name])
+    equal(tmp_path, name, {}, {})
 
 
 def test_a_window_can_be_switched_off_where_we_advise_it(tmp_path):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 REQUESTS = [
     [chat(question), {"temperature": 0, "max_tokens": 90, "json_schema": SCHEMA}]
     for question in (
-        "Say a sentence about Paris, then describe it as JSON.",
+        "Tell me about Paris in one sentence",
         "Why is the sky blue?",
     )
 ]
