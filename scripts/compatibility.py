@@ -27,8 +27,8 @@ The launch lines below are those of the recipes of well-known models. Each goes 
 parser and `create_engine_config`, as it is and with `--speculative-config
 '{{"method": "token_recycling"}}'`, on a folder whose `config.json` has the model's architecture in
 small sizes (`scripts/compatibility.py` writes this page; `tests/contract` has the lines). They run
-on a CPU build of vLLM {version}, so a line that vLLM itself takes only on a GPU shows as "vLLM
-refuses". What a model and a launch may need, and who serves it, is the table in
+on a CPU build of vLLM {version}, which itself refuses a few that need a GPU or the libraries of
+vision models. What a model and a launch may need, and who serves it, is the table in
 [`capabilities.py`](../vllm_specplus/capabilities.py); `vllm-specplus doctor --model DIR` shows it
 for your model.
 
