@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -13,7 +14,7 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-def sentence(error: dict[str, Any], model: type[StrictModel]) -> str:
+def sentence(error: Mapping[str, Any], model: type[StrictModel]) -> str:
     """One mistake, as pydantic describes it, for the user; ``model`` was validated."""
     keys, allows = list(error["loc"]), "allowed"
     field = model.model_fields.get(str(keys[0])) if keys else None

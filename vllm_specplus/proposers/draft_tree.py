@@ -21,12 +21,13 @@ gave a node tells how good it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from vllm_specplus.config import MethodConfig
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
@@ -91,7 +92,7 @@ class DraftTreeConfig(ShapedDraftConfig):
 
 @register_method
 class DraftTree(Proposer):
-    config_class = DraftTreeConfig
+    config_class: ClassVar[type[MethodConfig]] = DraftTreeConfig
     sources = (LEVEL, *LIKELY)
 
     def __init__(self, config: DraftTreeConfig, services: Services):

@@ -54,11 +54,11 @@ class EagleTreeConfig(ShapedDraftConfig):
 class EagleTree(DraftTree):
     config_class = EagleTreeConfig
     reads_hidden = True
-    _executor: HeadExecutor | None
+    _executor: HeadExecutor | None  # type: ignore[assignment]
     config: EagleTreeConfig
 
     def __init__(self, config: EagleTreeConfig, services: Services):
-        super().__init__(config, services)
+        super().__init__(config, services)  # type: ignore[arg-type]
         head = eagle_checkpoint.read_config(config.model)
         if head.generation == 3:
             self.hidden_layers = head.layer_ids or ()
@@ -66,7 +66,7 @@ class EagleTree(DraftTree):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = EagleHead(
             self.config.model,
-            self.services.target_layers(),
+            self.services.target_layers(),  # type: ignore[arg-type]
             self.services.vocab_size,
             device,
             dtype,
