@@ -49,6 +49,7 @@ def test_folders_say_what_they_hold(folder):
         LatentsFolder.load(folder / "draft")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "methods", "passes"),
     [

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from expected_acceptance import expected_tokens, summary
 
+pytestmark = pytest.mark.slow  # tens of seconds together
+
 
 def expected(rule, drafts):
     draft_probs = DraftProbs(torch.tensor(Q, dtype=torch.float32), drafts.index, drafts.drawn)

@@ -209,12 +209,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_script_on_the_installed_vllm():
     done = run("--installed")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no problems" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_script_fails_with_a_line_for_each_problem(tmp_path):
     # A vLLM in which one module is missing.
     vllm = tmp_path / "vllm"

@@ -185,6 +185,7 @@ for words in (64, 128, 512):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernel_compiles_for_gpus(capability):
     """The interpreter accepts what the compiler rejects. Compiling needs no GPU."""

@@ -203,6 +203,7 @@ compile(_merge_splits_kernel, pointers, dict(HEAD_SIZE=80, BLOCK_S=32, BLOCK_D=1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_for_gpus(capability):
     """The interpreter accepts what the compiler rejects. Compiling needs no GPU."""

@@ -20,6 +20,8 @@ from vllm_specplus.samplers.registry import rule_class
 from vllm_specplus.step import DraftProbs, Rows
 from vllm_specplus.tree import row_depths
 
+pytestmark = pytest.mark.slow  # tens of seconds together
+
 VOCAB, DRAFT_VOCAB = 150, 139
 RULES = ["without_replacement", "with_replacement", "k_seq", "block", "traversal"]
 #: The largest uniform below 1.

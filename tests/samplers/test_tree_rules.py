@@ -138,6 +138,7 @@ RIGHT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "branching", "mode", "keys", "found"), RIGHT)
 def test_right_rules(rule, branching, mode, keys, found):
     assert oracle.tv(found) == 0

@@ -1,4 +1,5 @@
-"""Places that are named to vLLM: its workers, drafter and scheduler of ours. Imports nothing."""
+"""What vLLM is told by name: its workers, drafter and scheduler of ours; and names of vLLM's own
+that several of our modules know. Imports nothing."""
 
 #: Key of ``additional_config`` that carries the validated config to every worker.
 CONFIG_KEY = "specplus"
@@ -17,3 +18,5 @@ LATENTS_WORKERS = {
     "cpu": "vllm_specplus.engine.worker.LatentsCPUWorker",
     "cuda": "vllm_specplus.engine.worker.LatentsGPUWorker",
 }
+#: KV caches that hold keys and values as the model computes them.
+PLAIN_KV = ("auto", "bfloat16", "float16")

@@ -50,8 +50,6 @@ SIZES = {
 READ = frozenset(
     {"attention_backend", "attention_config", "kv_cache_dtype", "scheduler_cls", "worker_cls"}
 )
-#: KV caches that hold keys and values as the model computes them.
-PLAIN_KV = ("auto", "bfloat16", "float16")
 #: Model types whose layers all have the window of the config, and go by it in nothing else.
 UNIFORM_WINDOWS = ("mistral", "mixtral", "phi3")
 #: Words in ``layer_types`` -> what such a layer needs, None: nothing.
@@ -139,7 +137,7 @@ def _of_kv_dtype(asked: str, model: Any) -> Iterator[Found]:
     scheme = getattr(getattr(model, "hf_config", None), "quantization_config", None)
     if dtype == "auto" and isinstance(scheme, dict) and scheme.get("kv_cache_scheme"):
         dtype = "fp8"  # vLLM finds that out when it makes the layers
-    if dtype not in PLAIN_KV:
+    if dtype not in names.PLAIN_KV:
         source = f"kv_cache_dtype={asked!r}"
         if asked == "auto":
             source += f", which is {dtype!r} for this checkpoint"

@@ -24,7 +24,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_specplus.capabilities import Found, Need, sentence
-from vllm_specplus.engine.needs import PLAIN_KV
+from vllm_specplus.engine.names import PLAIN_KV
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
