@@ -54,7 +54,7 @@ class EagleTreeConfig(ShapedDraftConfig):
 class EagleTree(DraftTree):
     config_class = EagleTreeConfig
     reads_hidden = True
-    _executor: HeadExecutor | None  # type: ignore[assignment]
+    _executor: HeadExecutor | None
     config: EagleTreeConfig
 
     def __init__(self, config: EagleTreeConfig, services: Services):
@@ -66,7 +66,7 @@ class EagleTree(DraftTree):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = EagleHead(
             self.config.model,
-            self.services.target_layers(),  # type: ignore[arg-type]
+            self.services.target_layers(),
             self.services.vocab_size,
             device,
             dtype,

@@ -80,9 +80,7 @@ class EasySpec(DraftTree):
         super().__init__(config, services)
         self._closing = threading.Event()
 
-    def _make_executor(  # type: ignore[override]
-        self, model: DraftModel, max_slots: int
-    ) -> LayerParallelExecutor:
+    def _make_executor(self, model: DraftModel, max_slots: int) -> LayerParallelExecutor:
         size, shards = self.config.group_size, self.config.shards
         model.keep_attention(layers_of(0, model.num_layers, size, shards), mlps=True)
         executor = LayerParallelExecutor(model, max_slots, sum(self.levels), size)
@@ -97,7 +95,7 @@ class EasySpec(DraftTree):
 
     def _attach(self, executor: LayerParallelExecutor) -> None:
         executor.attentions = RemoteAttentions(
-            executor.model,  # type: ignore[arg-type]
+            executor.model,
             executor.cache,
             self._plan,
             self._placement.group,
@@ -126,7 +124,7 @@ class EasySpec(DraftTree):
             # The next step finds no owners and tries again, but a cluster may be away for long.
             self._closing.wait(RETRY_SECONDS)
             return
-        self._attach(self._executor)  # type: ignore[arg-type]
+        self._attach(self._executor)
         self._executor.cache.forget_texts()
         self.services.count("draft_group_rebuilds")
 
