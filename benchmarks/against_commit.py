@@ -84,6 +84,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--enforce-eager", action="store_true", help="compile nothing: starts fast")
     parser.add_argument("--out")
     return parser
 
@@ -99,7 +100,9 @@ def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan
         model=args.model, methods=both, concurrencies=[concurrency], measured=measured,
         warmup=warmup, rounds=args.rounds, repeat=1, max_tokens=args.max_tokens, temperature=0.0,
         seed=0, chat_template=True, sequential=False,
-        engine_args={"dtype": args.dtype, "max_model_len": 2048},
+        engine_args={
+            "dtype": args.dtype, "max_model_len": 2048, "enforce_eager": args.enforce_eager,
+        },
     )  # fmt: skip
 
 
