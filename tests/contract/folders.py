@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, str, dict, dict | None]] = {
     "falcon_alibi": ("FalconForCausalLM", "falcon", {"alibi": True, "head_dim": None}, None),
     "gemma2": ("Gemma2ForCausalLM", "gemma2", {"sliding_window": 64}, None),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text", {"sliding_window": 64}, None),
-    "glm4": ("Glm4ForCausalLM", "glm4", {}, None),
+    "glm4": ("Glm4ForCausalLM", "glm4", {"pad_token_id": 0}, None),
     "glm4_moe": (
         "Glm4MoeForCausalLM",
         "glm4_moe",
