@@ -124,20 +124,20 @@ class Drafter:
             return DraftProbs(torch.empty(0, 1), index, drawn)
         names, drafts = self._drafted
         ends = np.cumsum(drafts.counts)
-        places = {name: i for i, name in enumerate(names)}
+        row_of = {name: i for i, name in enumerate(names)}
         for r, name in enumerate(request_ids):
             first, end = int(rows.starts[r]) + 1, int(rows.starts[r + 1])
-            i = places.get(name)
+            i = row_of.get(name)
             if i is None or first == end or end - first > drafts.counts[i]:
                 continue
             begin = int(ends[i] - drafts.counts[i])
-            mine = slice(begin, begin + end - first)  # memory may have cut the tree's end
+            drafted = slice(begin, begin + end - first)  # memory may have cut the tree's end
             parents = rows.parents[first:end]
-            if (drafts.tokens[mine] != rows.tokens[first:end]).any() or (
-                drafts.parents[mine] != parents - 1
+            if (drafts.tokens[drafted] != rows.tokens[first:end]).any() or (
+                drafts.parents[drafted] != parents - 1
             ).any():
                 continue
-            drawn_from = drafts.drawn_from[mine]
+            drawn_from = drafts.drawn_from[drafted]
             at = first - 1 + parents[drawn_from >= 0]
             index[at] = drawn_from[drawn_from >= 0]
             np.add.at(drawn, at, 1)

@@ -8,7 +8,7 @@ layers, which keep their own keys and values in the *same* blocks and slots of t
 second branch a picture sees nothing before its begin token. Every token outside of pictures is
 read as the token that opens a text, and sees itself alone: so for Chameleon, whose bare text is the
 opening token and a picture, the token before the picture is that opening token, whatever it is in
-the text. Only distances matter to the rotary embedding, hence the places of the two branches are
+the text. Only distances matter to the rotary embedding, hence the positions of the two branches are
 the same. What is kept for a token depends on the text up to it and on nothing else: prefix caching,
 preemption, drafts and their compaction work as in any other model.
 

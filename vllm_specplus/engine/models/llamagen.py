@@ -124,14 +124,14 @@ class Backbone(nn.Module):
         self.register_buffer("turn", rotary_2d(config), persistent=False)
 
     def states(
-        self, x: torch.Tensor, places: torch.Tensor, anything: torch.Tensor | None
+        self, x: torch.Tensor, positions: torch.Tensor, anything: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """Normalised states [n, hidden] of inputs ``x`` [n, hidden] at ``places`` int64 [n] of
+        """Normalised states [n, hidden] of inputs ``x`` [n, hidden] at ``positions`` int64 [n] of
         the picture, 0 for its condition; with ``anything`` [hidden] or [n, hidden], what the
         condition "any" is read as, of both branches."""
-        turn = self.turn[places]
+        turn = self.turn[positions]
         if anything is not None:
-            x = torch.cat((x, torch.where(places[:, None] == 0, anything, x)))
+            x = torch.cat((x, torch.where(positions[:, None] == 0, anything, x)))
             turn = torch.cat((turn, turn))
         for layer in self.layers:
             x = layer(x, turn)
@@ -199,12 +199,12 @@ class CaptionedLlamaGenModel(CodeBackbone):
     ) -> torch.Tensor:
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         behind = positions - picture_starts
-        places = (behind + 1).clamp(0, len(self.turn) - 1)
+        in_picture = (behind + 1).clamp(0, len(self.turn) - 1)
         if self.config.guidance_scale is None:
-            return self.states(x, places, None)[0]
+            return self.states(x, in_picture, None)[0]
         last = len(self.anything) - 1
         anything = self.anything[(behind + 1 + last).clamp(0, last)]
-        caption, other = self.states(x, places, anything)
+        caption, other = self.states(x, in_picture, anything)
         return other + guidance.to(caption.dtype) * (caption - other)
 
 

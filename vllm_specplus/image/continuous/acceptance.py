@@ -7,7 +7,7 @@ drafted ``x`` is accepted with probability ``min(1, R)``::
     R = S p(x | w) / q(x | w),    else  x ~ (S p - q)+ / Z
 
 * ``exact``, the default: S = 1. This is speculative sampling of ``p(. | w)`` from
-  ``q(. | w)``, hence lossless given w; w has the same law under both models, hence the
+  ``q(. | w)``, hence lossless given w; w has the same distribution under both models, hence the
   output is the target's, for *any* number of steps.
 * ``paper``: S is the ratio of the sigmas on the way (section 4.1),
   ``prod_{t >= 2} sigma_t^q / sigma_t^p``. It depends on w alone, so it tilts the output

@@ -9,9 +9,9 @@ the target judges them decides what comes out:
 
 * ``own``: every iteration's latents among those drafted before it, as the target itself would
   see them. The first iteration with a rejection is the last one kept. The output has the
-  target's law. No pass of the target is saved; but they no longer wait for each other.
+  target's distribution. No pass of the target is saved; but they no longer wait for each other.
 * ``shared``: all of them among the verified ones alone, in one pass, and all are kept; this is what
-  the released code of CSpD does. Under the exact rule a latent then has the law that the
+  the released code of CSpD does. Under the exact rule a latent then has the distribution that the
   target gives it in that one pass, whatever was drafted: the output is that of the target
   with so many times fewer iterations, which needs no draft.
 """
