@@ -336,7 +336,7 @@ class FakeProcess:
         own = {"events": [], "fails": fails or {}, "awake": set(), "pauses": pauses}
         return type("Process", (cls,), own)
 
-    def __init__(self, log, *arguments):
+    def __init__(self, log, *arguments, cwd=None):
         self.log = log
         self.awake.add(self)
 

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 TEXT = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 16,
+    "vocab_size": 256, "hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 32,
     "max_position_embeddings": 65536, "tie_word_embeddings": False,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MLA = {
-    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
-    "v_head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
+    "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+    "v_head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
     "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 64, "head_dim": None,
     "num_key_value_heads": 16,
 }  # fmt: skip
@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[str, str, dict, dict | None]] = {
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
-                "mrope_section": [2, 3, 3],
+                "mrope_section": [4, 6, 6],
             }
         },
         None,
@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[str, str, dict, dict | None]] = {
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",
         "qwen2_vl",
-        {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
         VISION,
     ),
     "qwen3": ("Qwen3ForCausalLM", "qwen3", {}, None),
