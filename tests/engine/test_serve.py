@@ -298,14 +298,15 @@ def test_spellings_of_the_config_mean_the_same(model):
         (
             {},
             ["--pipeline-parallel-size", "2"],
-            "speculative method 'token_recycling' does not work with pipeline parallelism: "
-            "use tensor_parallel_size instead",
+            "speculative method 'token_recycling' does not work with pipeline parallelism "
+            "(pipeline_parallel_size=2): set --pipeline-parallel-size to 1 and use "
+            "--tensor-parallel-size instead",
         ),
         (
             {},
             ["--worker-cls", "my.own.Worker"],
-            "speculative method 'token_recycling' brings its own worker and cannot use "
-            "worker_cls='my.own.Worker': leave worker_cls at 'auto'",
+            "speculative method 'token_recycling' does not work with another worker, since it brings "
+            "its own (worker_cls='my.own.Worker'): leave --worker-cls at 'auto'",
         ),
     ],
 )
