@@ -91,7 +91,7 @@ def options() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan:
     """One method at one number of requests in flight, twice."""
-    measured, warmup = pick(load_dataset(args.dataset).questions, args.limit)
+    measured, warmup = pick(load_dataset(Path(args.dataset)).questions, args.limit)
     config = method.speculative_config
     if config is not None and method.name in ("draft_tree", "easyspec"):
         config = {"model": args.draft} | config

@@ -254,8 +254,9 @@ def test_the_embedded_model_by_default(tmp_path):
         ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, [[2], {}],
-            "a model of latents does not work with a speculative method of vLLM's own ('ngram'): use "
-            "a method of vllm-specplus, such as 'jacobi' for pictures of codes and 'cspd' for latents",
+            "a model of latents does not work with a speculative method of vLLM's own ('ngram'): "
+            "use a method of vllm-specplus, such as 'jacobi' for pictures of codes and 'cspd' for "
+            "latents",
         ),
     ],
 )  # fmt: skip

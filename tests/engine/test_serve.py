@@ -305,8 +305,8 @@ def test_spellings_of_the_config_mean_the_same(model):
         (
             {},
             ["--worker-cls", "my.own.Worker"],
-            "speculative method 'token_recycling' does not work with another worker, since it brings "
-            "its own (worker_cls='my.own.Worker'): leave --worker-cls at 'auto'",
+            "speculative method 'token_recycling' does not work with another worker, since it "
+            "brings its own (worker_cls='my.own.Worker'): leave --worker-cls at 'auto'",
         ),
     ],
 )
