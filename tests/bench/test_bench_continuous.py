@@ -107,6 +107,7 @@ def test_a_temperature_of_nothing_is_refused(folder):
     refused(bench("--model", str(folder), "--temperature", "0"), message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [".", "masked"])
 def test_guidance_changes_the_pictures(tmp_path, model):
     """Of the embedded models: heads that have learnt nothing say nothing to mix."""
@@ -131,6 +132,7 @@ def refused(result, message: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".", "masked"])
 def test_the_embedded_models_draw_what_is_asked_for(tmp_path, kind):
     out = tmp_path / "out.json"

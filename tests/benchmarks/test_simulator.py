@@ -39,6 +39,7 @@ def test_plain_decoding_takes_what_the_table_says(traces):
     assert result.seconds == pytest.approx(prompts + decoding)
 
 
+@pytest.mark.slow
 def test_every_policy_makes_the_same_tokens(traces):
     results = [
         run(traces[:8], p, 4) for p in (simulator.fixed(0), simulator.fixed(8), simulator.goodput())

@@ -417,6 +417,7 @@ def command(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, tokenizer_folder):
     store, text = tmp_path / "store", tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\nthe dog sat on the log\n" * 3)
@@ -463,6 +464,7 @@ def big_text(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path, tokenizer_folder, big_text):
     args = (big_text, "--tokenizer", tokenizer_folder, "--shard-tokens", "2048")
     whole, store = tmp_path / "whole", tmp_path / "store"

@@ -40,6 +40,7 @@ def python(installed: dict[str, str], *arguments: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_the_doctor_lists_the_method_with_its_package(installed):
     code = "from vllm_specplus.cli.main import app; app()"
     report = json.loads(python(installed, "-c", code, "doctor", "--json").stdout)
