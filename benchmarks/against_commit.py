@@ -106,9 +106,23 @@ def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan
     )  # fmt: skip
 
 
+def setting(args: argparse.Namespace) -> dict:
+    """What was run where, without the paths of this machine."""
+    commits = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", args.commit, "HEAD"],
+        check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    here = vars(args) | {
+        "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+        "before": commits[0], "now": commits[1],
+    }  # fmt: skip
+    names = {key: here[key] and Path(here[key]).name for key in ("model", "draft", "dataset")}
+    return {key: value for key, value in (here | names).items() if key != "out"}
+
+
 def main() -> None:
     args = options().parse_args()
-    results: dict[str, dict[str, dict]] = {}
+    document: dict = {"setting": setting(args), "methods": {}}
     with tempfile.TemporaryDirectory() as folder:
         checkout, logs = Path(folder) / "before", Path(folder) / "logs"
         logs.mkdir()
@@ -126,27 +140,17 @@ def main() -> None:
                     if run.failures:
                         raise SystemExit("\n".join(each.error for each in run.failures))
                     found = compare(*sorted(run.sessions, key=lambda s: s.method.label))
-                    results.setdefault(method.label, {})[str(concurrency)] = found
+                    document["methods"].setdefault(method.label, {})[str(concurrency)] = found
                     print(
                         f"{method.label} at {concurrency}: {found['ratio']:.3f} "
                         f"±{found['half_width']:.3f} {found['verdict']}, "
                         f"{found['equal_answers']} of {found['answers']} answers equal",
                         flush=True,
                     )
+                    if args.out:  # as they come: a run that is cut short leaves what it has
+                        Path(args.out).write_text(json.dumps(document, indent=1) + "\n")
         finally:
             subprocess.run([*git, "remove", "--force", str(checkout)], check=True)
-    if args.out:
-        commit = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--short", args.commit, "HEAD"],
-            check=True, capture_output=True, text=True,
-        ).stdout.split()  # fmt: skip
-        setting = vars(args) | {
-            "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
-            "before": commit[0], "now": commit[1],
-        }  # fmt: skip
-        for key in ("model", "draft", "dataset", "out"):
-            setting[key] = setting[key] and Path(setting[key]).name
-        Path(args.out).write_text(json.dumps({"setting": setting, "methods": results}, indent=1))
 
 
 if __name__ == "__main__":
