@@ -108,10 +108,13 @@ def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan
 
 def setting(args: argparse.Namespace) -> dict:
     """What was run where, without the paths of this machine."""
-    commits = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", args.commit, "HEAD"],
-        check=True, capture_output=True, text=True,
-    ).stdout.split()  # fmt: skip
+    commits = [
+        subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", each],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()
+        for each in (args.commit, "HEAD")
+    ]  # fmt: skip
     here = vars(args) | {
         "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
         "before": commits[0], "now": commits[1],
