@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplus.control.cost import StepShape
+from vllm_specplus.control.cost import StepKind, StepShape
 from vllm_specplus.engine import clock
 from vllm_specplus.engine.clock import StepClock, StepProfiler
 from vllm_specplus.engine.profile_trees import profiled_step
@@ -68,7 +68,7 @@ def runs(monkeypatch):
 
 def test_every_kind_of_step_is_run(runs):
     profiler, asked = runs
-    cost = profiler.profile(None, 40, ["chain", "tree"])
+    cost = profiler.profile(None, 40, trees=True)
     assert {kind for _, kind in asked} == {"plain", "chain", "tree"}
     assert max(rows for rows, _ in asked) == 40
     assert cost.predict(np.array([3]), 1, 20.0).shape == (1,)
@@ -76,16 +76,26 @@ def test_every_kind_of_step_is_run(runs):
 
 def test_a_method_without_trees_runs_none(runs):
     profiler, asked = runs
-    profiler.profile(None, 8, [])
+    profiler.profile(None, 8, trees=False)
     assert {kind for _, kind in asked} == {"plain"}
+
+
+def test_trees_cost_what_they_take_more_than_chains(runs, monkeypatch):
+    """And chains, of as many rows as plain steps, what those cost: no request is counted twice."""
+    profiler, _ = runs
+    seconds = {"plain": 1.0, "chain": 3.0, "tree": 3.5}
+    monkeypatch.setattr(profiler, "_time", lambda rows, kind: seconds[kind] + 0.01 * rows)
+    profile = profiler.profile(None, 40, trees=True).profile
+    assert profile.curve(StepKind.CHAIN)(8) == profile.plain(8) == pytest.approx(1.08)
+    assert profile.curve(StepKind.TREE)(8) == pytest.approx(1.58)
 
 
 def test_the_profile_is_kept(runs, tmp_path):
     profiler, asked = runs
     path = str(tmp_path / "cost.json")
-    profiler.profile(path, 8, ["tree"])
+    profiler.profile(path, 8, trees=True)
     asked.clear()
-    profiler.profile(path, 8, ["tree"])
+    profiler.profile(path, 8, trees=True)
     assert asked == []
 
 

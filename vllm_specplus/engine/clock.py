@@ -82,15 +82,16 @@ class StepProfiler:
         per request), "chain" or "tree" (requests with as many drafted nodes as may be)."""
         self._config, self._device, self._run = vllm_config, device, run
 
-    def profile(self, cost_file: str | None, most_rows: int, kinds: list[str]) -> StepCost | None:
-        """What the controller predicts with; None on ranks that do not decide.
+    def profile(self, cost_file: str | None, most_rows: int, trees: bool) -> StepCost | None:
+        """What the controller predicts with, of steps with ``trees`` too; None on ranks that do
+        not decide.
 
         Collective: every rank of a tensor-parallel group must call it alike.
         """
         group = get_tp_group()
         # Rank 0's answer: the file may be on its machine only, and measuring is collective.
         kept = group.broadcast_object(bool(cost_file) and Path(cost_file).exists(), src=0)
-        profile = None if kept else self._measure(max(min(most_rows, PROFILE_ROWS[-1]), 2), kinds)
+        profile = None if kept else self._measure(max(min(most_rows, PROFILE_ROWS[-1]), 2), trees)
         if group.rank_in_group:
             return None
         if kept:
@@ -99,11 +100,19 @@ class StepProfiler:
             profile.save(cost_file, self._key())
         return StepCost(profile)
 
-    def _measure(self, most: int, kinds: list[str]) -> CostProfile:
-        curves = {"plain": self._curve("plain", PROFILE_ROWS, PROFILE_ROUNDS, most)}
-        for kind in kinds:
-            curves[kind] = self._curve(kind, DRAFTED_ROWS, DRAFTED_ROUNDS, most)
-        return CostProfile(**curves)
+    def _measure(self, most: int, trees: bool) -> CostProfile:
+        """Plain steps row by row; of steps with drafts, what trees take more than chains of the
+        same requests. All else that drafts cost depends on how many requests they are of, and is
+        learnt from the steps that are run."""
+        plain = self._curve("plain", PROFILE_ROWS, PROFILE_ROUNDS, most)
+        if not trees:
+            return CostProfile(plain)
+        chain, tree = (
+            self._curve(kind, DRAFTED_ROWS, DRAFTED_ROUNDS, most) for kind in ("chain", "tree")
+        )
+        more = np.maximum(tree.seconds - chain.seconds, 0.0)
+        seconds = plain.seconds + np.interp(plain.rows, tree.rows, more)
+        return CostProfile(plain, tree=CostCurve(plain.rows, seconds))
 
     def _curve(self, kind: str, counts: tuple[int, ...], rounds: int, most: int) -> CostCurve:
         rows = [n for n in counts if n <= most]

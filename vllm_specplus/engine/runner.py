@@ -115,9 +115,10 @@ class TreeRunnerMixin(ImageRowsMixin):
         control = self.drafter.config.control
         if control.policy == "goodput":
             most = min(self.max_num_tokens, self.max_num_reqs * self.uniform_decode_query_len)
-            kinds = ["chain", "tree"] if self._pictures is None else []
             profiler = StepProfiler(self.vllm_config, self.device, self._run_profiled)
-            self.drafter.controller.cost = profiler.profile(control.cost_file, most, kinds)
+            self.drafter.controller.cost = profiler.profile(
+                control.cost_file, most, trees=self._pictures is None
+            )
 
     def _run_profiled(self, rows: int, kind: str) -> None:
         """One forward pass over ``rows`` rows as in a step of this kind, with its logits."""
@@ -126,9 +127,9 @@ class TreeRunnerMixin(ImageRowsMixin):
         try:
             hidden, _ = self._dummy_run(
                 rows,
-                force_attention=drafted or rows <= self.max_num_reqs,
+                force_attention=drafted,
                 uniform_decode=drafted,
-                profile_seq_lens=self.uniform_decode_query_len if drafted else 1,
+                profile_seq_lens=self.uniform_decode_query_len,
             )
         finally:
             self._profiled = None
