@@ -107,15 +107,6 @@ def test_a_kind_that_was_not_measured_costs_what_the_next_simpler_one_does():
     assert CostProfile(CURVE, tree=DEAR).curve(StepKind.CHAIN) is CURVE
 
 
-def test_a_profile_is_fitted_by_kind():
-    rows = np.array([1, 2, 4])
-    rounds = np.array([[0.9, 0.012, 0.5], [0.010, 0.8, 0.013]])
-    profile = CostProfile.fit(rows, {"plain": rounds, "tree": 3 * rounds})
-    assert profile.plain.seconds == pytest.approx([0.010, 0.012, 0.013])
-    assert profile.chain is None
-    assert profile.tree.seconds == pytest.approx([0.030, 0.036, 0.039])
-
-
 def test_each_kind_of_step_has_its_price():
     chain = CostCurve(CURVE.rows, 1.5 * CURVE.seconds)
     cost = StepCost(CostProfile(CURVE, chain, DEAR))

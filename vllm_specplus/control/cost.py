@@ -15,7 +15,6 @@ output processing count too; the time a method takes to draft is kept apart.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -101,11 +100,6 @@ class CostProfile:
         """The curve of this kind, or of the next simpler one that was measured."""
         curves = (self.plain, self.chain, self.tree)
         return next(curve for curve in reversed(curves[: kind + 1]) if curve is not None)
-
-    @classmethod
-    def fit(cls, rows: np.ndarray, rounds: Mapping[str, np.ndarray]) -> CostProfile:
-        """From repeated timings of ``rows`` int64 [G], float64 [rounds, G] by kind."""
-        return cls(**{kind: CostCurve.fit(rows, times) for kind, times in rounds.items()})
 
     def save(self, path: str | Path, key: dict[str, Any]) -> None:
         """Write the curves (JSON), atomically; ``key`` says what they were measured on."""
