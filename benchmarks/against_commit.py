@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student
 
 from vllm_specplus.bench.dataset import load_dataset, pick
 from vllm_specplus.bench.methods import MethodSpec, parse_concurrencies, parse_methods
@@ -29,8 +30,6 @@ from vllm_specplus.compat import vllm_version
 
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE, NOW = "before", "now"
-#: 97.5 % quantile of Student's t by degrees of freedom; 1.96 from 30 on.
-STUDENT = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 7: 2.36, 9: 2.26, 11: 2.20, 15: 2.13, 23: 2.07}
 
 
 class Comparison(Benchmark):
@@ -55,9 +54,7 @@ def compare(before: Session, now: Session) -> dict:
     """How much faster it is now, and whether the rounds agree about that."""
     ratios = throughputs(now) / throughputs(before)
     count = len(ratios)
-    known = [n for n in STUDENT if n <= count - 1]
-    quantile = STUDENT[max(known)] if count - 1 < 30 and known else 1.96
-    half = quantile * float(ratios.std(ddof=1)) / np.sqrt(count)
+    half = float(student.ppf(0.975, count - 1) * ratios.std(ddof=1) / np.sqrt(count))
     mean = float(ratios.mean())
     answers, others = now.answers(), before.answers()
     return {
