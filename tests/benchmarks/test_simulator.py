@@ -55,6 +55,7 @@ def test_the_engine_recorded_here_is_reproduced(traces):
     assert result.request_steps == pytest.approx(engine, rel=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_flight", [1, 2, 4, 8, 16, 32, 64, 128, 256])
 def test_goodput_is_never_slower_than_any_fixed_budget(traces, in_flight):
     """The claim of the controller, over the whole range of loads."""

@@ -116,12 +116,14 @@ def test_kernel_of_the_tree_part(batch):
     assert_close(merge(context, tree), whole, batch.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_kernel_of_context_and_tree(batch, num_splits):
     whole = tree_attention_reference(*batch.arguments)
     assert_close(run(batch, "all", num_splits), whole, batch.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_kernel_from_a_first_token_on(batch, num_splits):
     """In a batch, of its middle and of all of its context."""
