@@ -70,7 +70,7 @@ def random_batch(batch_size: int, rows: int, context_len: int, seed: int = 0):
         query_start_loc=torch.arange(0, total_rows + 1, rows, dtype=torch.int32, device=device),
         context_lens=torch.full((batch_size,), context_len, dtype=torch.int32, device=device),
         block_table=block_table.view(batch_size, blocks).int(),
-        parents=parents.flatten().int().to(device),
+        parents=None,
         ancestors=ancestors.flatten(0, 1).to(device),
         max_rows=rows,
         max_context_len=context_len,

@@ -79,6 +79,9 @@ class TreeBatch:
     query_start_loc: np.ndarray
     context_lens: np.ndarray
     parents: np.ndarray
+    shifts: np.ndarray
+    """int64 [T] what to add to the rows' sequential positions, so that the rotary phase follows
+    depth."""
     max_rows: int
 
     def ancestors(self) -> np.ndarray:
@@ -176,7 +179,7 @@ def offsets(counts: np.ndarray) -> np.ndarray:
 
 
 def position_shifts(rows: Rows) -> np.ndarray:
-    """int64 [L] what to add to sequential positions, so that the rotary phase follows depth."""
+    """int64 [L] how far each row's depth is behind its place in the request."""
     in_request = np.arange(len(rows.parents)) - np.repeat(rows.starts[:-1], np.diff(rows.starts))
     return rows.depths.astype(np.int64) - in_request
 
@@ -192,6 +195,7 @@ def tree_batch(step: Step) -> TreeBatch:
         query_start_loc=offsets(counts[requests]),
         context_lens=step.num_computed[requests].astype(np.int32),
         parents=step.rows.parents[of_tree],
+        shifts=position_shifts(step.rows)[of_tree],
         max_rows=int(counts[requests].max()),
     )
 

@@ -8,13 +8,13 @@ both are known by a row's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_specplus.engine.attention.base import TreeAttentionMetadata
+from vllm_specplus.engine.tree_metadata import Upload
 from vllm_specplus.step import Rows
 from vllm_specplus.tree import DraftTokens, ancestor_mask, row_depths
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class PictureRows:
     """The T token rows of the current step."""
 
-    def __init__(self, layout: Layout, to_device: Callable[[np.ndarray], torch.Tensor]):
-        self._layout, self._to_device = layout, to_device
+    def __init__(self, layout: Layout, upload: Upload):
+        self._layout, self._upload = layout, upload
 
     def read(self, batch: V1Batch, num_scheduled: np.ndarray, rows: Rows) -> torch.Tensor:
         """Begin a step of R requests, ``num_scheduled`` int32 [R] rows of each, of which ``rows``
@@ -46,7 +46,7 @@ class PictureRows:
         # Of the rows' keys and values, in the cache of their request.
         ends = np.cumsum(num_scheduled)
         self._places = np.arange(ends[-1]) + (computed - (ends - num_scheduled))[self._request]
-        return self._to_device(follows)
+        return self._upload({"follows": follows})["follows"]
 
     def outside(self, batch_rows: np.ndarray) -> np.ndarray:
         """bool: which of these rows are in no picture."""
@@ -79,27 +79,35 @@ class PictureRows:
         blocks = -(-(contexts + counts) // block_size) - skipped
         columns = skipped[:, None] + np.arange(blocks.max(initial=0))
         columns = np.minimum(columns, common.block_table_tensor.shape[1] - 1)
-        table = common.block_table_tensor[
-            self._to_device(request[heads][:, None]), self._to_device(columns)
-        ]
         contexts = (contexts - skipped * block_size).astype(np.int32)
         max_rows = int(counts.max(initial=0))
-        mask = None
-        if device != "cpu":
-            mask = self._to_device(ancestor_mask(parents, starts, max_rows))
-        outside = np.flatnonzero(self._begins < 0)
+        arrays = {
+            "request": request[heads][:, None],
+            "columns": columns,
+            "rows": inside,
+            "query_start_loc": starts,
+            "context_lens": contexts,
+            "first": (first % block_size).astype(np.int32),
+            "other_rows": np.flatnonzero(self._begins < 0),
+        }
+        if device == "cpu":
+            arrays["parents"] = parents
+        else:
+            arrays["ancestors"] = ancestor_mask(parents, starts, max_rows)
+        uploaded = self._upload(arrays)
+        table = common.block_table_tensor[uploaded["request"], uploaded["columns"]]
         return TreeAttentionMetadata(
-            rows=self._to_device(inside),
-            query_start_loc=self._to_device(starts),
-            context_lens=self._to_device(contexts),
+            rows=uploaded["rows"],
+            query_start_loc=uploaded["query_start_loc"],
+            context_lens=uploaded["context_lens"],
             block_table=table,
-            parents=self._to_device(parents),
-            ancestors=mask,
+            parents=uploaded.get("parents"),
+            ancestors=uploaded.get("ancestors"),
             max_rows=max_rows,
             max_context_len=int(contexts.max(initial=0)),
-            other_rows=self._to_device(outside) if len(outside) else None,
+            other_rows=uploaded["other_rows"] if len(arrays["other_rows"]) else None,
             other=None,
-            first=self._to_device((first % block_size).astype(np.int32)),
+            first=uploaded["first"],
         )
 
     def cut(self, drafts: list[DraftTokens], batch: V1Batch) -> list[DraftTokens]:

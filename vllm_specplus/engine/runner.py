@@ -30,13 +30,13 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_specplus.engine import attention, needs
 from vllm_specplus.engine.attention.base import PageCache
-from vllm_specplus.engine.batch import Step, describe, logits_rows, position_shifts
+from vllm_specplus.engine.batch import Step, describe, logits_rows
 from vllm_specplus.engine.clock import StepClock, StepProfiler
 from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, ImageRowsMixin
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.engine.profile_trees import profiled_step
 from vllm_specplus.engine.proposing import Proposing
-from vllm_specplus.engine.tree_metadata import check_groups, tree_metadata
+from vllm_specplus.engine.tree_metadata import StepTrees, check_groups, tree_metadata
 from vllm_specplus.engine.verify import Verifier, VerifyBatch, make_verifier
 from vllm_specplus.kernels import native
 from vllm_specplus.step import LatentStep
@@ -47,6 +47,7 @@ class TreeRunnerMixin(ImageRowsMixin):
     """Overrides of ``GPUModelRunner``; see the module's docstring for the order."""
 
     _step: Step | None = None
+    _trees: StepTrees | None = None
     _pictures: PictureRows | None = None
     _logits_rows: np.ndarray
     """int64 [L] batch rows that get logits in the current step."""
@@ -79,7 +80,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         )  # fmt: skip
         layout = getattr(self.get_model(), "picture_layout", None)
         if layout is not None:
-            self._pictures = PictureRows(layout, self.batch.to_device)
+            self._pictures = PictureRows(layout, self.batch.upload)
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
         return self.drafter.proposer.hidden_layers or None
@@ -172,8 +173,9 @@ class TreeRunnerMixin(ImageRowsMixin):
         padding = step.batch_rows[step.rows.tokens < 0]
         if len(padding):
             self.batch.blank(padding)
-        if step.tree_attention.any():
-            self.batch.shift_positions(step.batch_rows, position_shifts(step.rows))
+        self._trees = StepTrees.of(step, self.batch.upload, self.device.type)
+        if self._trees is not None:
+            self.batch.shift_positions(self._trees.uploaded)
         if self._pictures is not None:
             follows = self._pictures.read(self.batch, num_scheduled_tokens, step.rows)
             self.get_model().picture_follows[: len(follows)] = follows
@@ -184,10 +186,11 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def _build_attention_metadata(self, *args, **kwargs):
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        step = self._step
+        step, step_trees = self._step, self._trees
         if self._profiled is not None:
             step = profiled_step(common, self._profiled, self.serves_chains)
-        if step is None or (self._pictures is None and not step.tree_attention.any()):
+            step_trees = StepTrees.of(step, self.batch.upload, self.device.type)
+        if step is None or (self._pictures is None and step_trees is None):
             return metadata, common
         for group in self.attn_groups[0]:
             # One tree object serves every layer of the group.
@@ -196,8 +199,8 @@ class TreeRunnerMixin(ImageRowsMixin):
                     self.batch, common, step.num_scheduled, step.rows, step.batch_rows,
                     self.device.type,
                 )  # fmt: skip
-            elif step.tree_attention.any():
-                trees = tree_metadata(step, common, group, self.batch.to_device)
+            elif step_trees is not None:
+                trees = tree_metadata(step_trees, common, group)
             else:
                 continue
             attention.attach(metadata, group, self._layers, trees)
@@ -250,7 +253,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         try:
             return super().sample_tokens(grammar_output)
         finally:
-            self._step = self._hidden = None
+            self._step = self._trees = self._hidden = None
 
     # -- drafting ---------------------------------------------------------------
 

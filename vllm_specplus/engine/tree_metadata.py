@@ -11,12 +11,14 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_specplus.engine.attention.base import TreeAttentionMetadata
-from vllm_specplus.engine.batch import Step, offsets, tree_batch
+from vllm_specplus.engine.batch import Step, TreeBatch, offsets, tree_batch
+from vllm_specplus.engine.uploads import Arrays
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
 
-ToDevice = Callable[[np.ndarray], torch.Tensor]
+#: As :func:`vllm_specplus.engine.uploads.upload`, to the device of the model.
+Upload = Callable[[Arrays], dict[str, torch.Tensor]]
 
 #: How the fields of vLLM's metadata of a whole batch become those of some of its requests.
 #: A field that is not listed here, of a vLLM that we do not know, ends the start.
@@ -78,17 +80,59 @@ class Others:
         rows = np.flatnonzero(np.repeat(chosen, num_scheduled))
         return cls(requests, rows, num_scheduled[requests])
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the device needs of them."""
+        return {
+            "other_requests": self.requests,
+            "other_rows": self.rows,
+            "other_starts": offsets(self.lengths),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrees:
+    """The trees of a step, and its other requests, on the host and on the device: uploaded once,
+    for all groups of layers."""
+
+    batch: TreeBatch
+    others: Others | None
+    """None: all requests are ``batch``'s."""
+    uploaded: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, step: Step, upload: Upload, device: str) -> StepTrees | None:
+        """Uploads the trees of ``step`` to where the model is, a ``device`` of that type; None if
+        our attention serves none of its requests."""
+        if not step.tree_attention.any():
+            return None
+        batch, others = tree_batch(step), None
+        arrays = {
+            "requests": batch.requests,
+            "rows": batch.rows,
+            "query_start_loc": batch.query_start_loc,
+            "context_lens": batch.context_lens,
+            "shifts": batch.shifts,
+        }
+        if device == "cpu":
+            arrays["parents"] = batch.parents
+        else:
+            arrays["ancestors"] = batch.ancestors()
+        if len(batch.requests) < len(step.tree_attention):
+            others = Others.of(~step.tree_attention, step.num_scheduled)
+            arrays |= others.arrays()
+        return cls(batch, others, upload(arrays))
+
 
 def subset(
-    common: CommonAttentionMetadata, others: Others, to_device: ToDevice
+    common: CommonAttentionMetadata, others: Others, uploaded: dict[str, torch.Tensor]
 ) -> CommonAttentionMetadata:
-    """vLLM's metadata of a batch, for some of its requests alone."""
-    starts = offsets(others.lengths)
-    host, index = torch.from_numpy(others.requests), to_device(others.requests)
-    rows = to_device(others.rows)
+    """vLLM's metadata of a batch, for some of its requests alone; ``uploaded`` are at least the
+    ``arrays`` of ``others``."""
+    host, index = torch.from_numpy(others.requests), uploaded["other_requests"]
+    rows, starts = uploaded["other_rows"], offsets(others.lengths)
     seq_lens = common.seq_lens_cpu_upper_bound[host]
     values = {
-        "query_start_loc": to_device(starts),
+        "query_start_loc": uploaded["other_starts"],
         "query_start_loc_cpu": torch.from_numpy(starts),
         "num_reqs": len(others.requests),
         "num_actual_tokens": int(starts[-1]),
@@ -115,25 +159,21 @@ def subset(
 
 
 def tree_metadata(
-    step: Step, common: CommonAttentionMetadata, group: AttentionGroup, to_device: ToDevice
+    trees: StepTrees, common: CommonAttentionMetadata, group: AttentionGroup
 ) -> TreeAttentionMetadata:
-    """What our attention needs for the trees of ``step``, with stock metadata of the others."""
-    trees = tree_batch(step)
-    other_rows = other = None
-    if len(trees.requests) < len(step.tree_attention):
-        others = Others.of(~step.tree_attention, step.num_scheduled)
-        other_rows = to_device(others.rows)
-        other = group.build_metadata(subset(common, others, to_device), 0)
-    on_device = common.seq_lens.device.type != "cpu"
+    """What our attention needs for a step's trees, with stock metadata of the others."""
+    uploaded, other = trees.uploaded, None
+    if trees.others is not None:
+        other = group.build_metadata(subset(common, trees.others, uploaded), 0)
     return TreeAttentionMetadata(
-        rows=to_device(trees.rows),
-        query_start_loc=to_device(trees.query_start_loc),
-        context_lens=to_device(trees.context_lens),
-        block_table=common.block_table_tensor[to_device(trees.requests)].contiguous(),
-        parents=to_device(trees.parents),
-        ancestors=to_device(trees.ancestors()) if on_device else None,
-        max_rows=trees.max_rows,
-        max_context_len=int(trees.context_lens.max()),
-        other_rows=other_rows,
+        rows=uploaded["rows"],
+        query_start_loc=uploaded["query_start_loc"],
+        context_lens=uploaded["context_lens"],
+        block_table=common.block_table_tensor[uploaded["requests"]].contiguous(),
+        parents=uploaded.get("parents"),
+        ancestors=uploaded.get("ancestors"),
+        max_rows=trees.batch.max_rows,
+        max_context_len=int(trees.batch.context_lens.max()),
+        other_rows=uploaded.get("other_rows"),
         other=other,
     )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vllm_specplus.engine.batch import BatchView, cache_slots
+from vllm_specplus.engine.uploads import Arrays, upload
 from vllm_specplus.engine.verify import VerifyBatch
 from vllm_specplus.step import Rows, Sampling
 
@@ -88,15 +89,15 @@ class V1Batch:
         """Let batch rows ``rows`` int64 [n] read token 0: vLLM pads some first decodes with -1."""
         self._runner.input_ids.gpu[self.to_device(rows)] = 0
 
-    def shift_positions(self, rows: np.ndarray, shifts: np.ndarray) -> None:
-        """Add ``shifts`` int64 [n] to the positions of batch rows ``rows`` int64 [n]. Cache slots,
-        which vLLM has computed from sequential positions, stay."""
-        index, shift = self.to_device(rows), self.to_device(shifts)
-        self._runner.positions.index_add_(0, index, shift)
+    def shift_positions(self, uploaded: dict[str, torch.Tensor]) -> None:
+        """Add ``shifts`` int64 [n] to the positions of batch ``rows`` int64 [n]. Cache slots, which
+        vLLM has computed from sequential positions, stay."""
+        rows, shifts = uploaded["rows"], uploaded["shifts"]
+        self._runner.positions.index_add_(0, rows, shifts)
         if self._runner.uses_mrope:
             # Time, height and width advance alike in text, which is all that is drafted.
             positions = self._runner.mrope_positions.gpu
-            positions.index_add_(1, index, shift.expand(len(positions), -1))
+            positions.index_add_(1, rows, shifts.expand(len(positions), -1))
 
     # -- sampling ---------------------------------------------------------------
 
@@ -145,9 +146,10 @@ class V1Batch:
         """Cache slot int64 [n] of each (``request``, ``position`` in its text) int64 [n]."""
         return cache_slots(self.pages, self.page_size, request, position)
 
+    def upload(self, arrays: Arrays) -> dict[str, torch.Tensor]:
+        """Copies of ``arrays`` where the model is, by one transfer on the current stream."""
+        return upload(arrays, self._runner.device)
+
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """A copy where the model is, on the current stream."""
-        tensor = torch.from_numpy(array)
-        if self._runner.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._runner.device, non_blocking=True)
+        """A copy of one array where the model is, on the current stream."""
+        return self.upload({"array": array})["array"]

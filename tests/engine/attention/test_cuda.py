@@ -1,6 +1,5 @@
 """The CUDA attention back ends. Without a GPU, the stock kernels are replaced by stand-ins."""
 
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,7 +89,7 @@ def attach(batch: Batch, rows, other_rows=None, other=None) -> SimpleNamespace:
         query_start_loc=query_start_loc,
         context_lens=context_lens,
         block_table=block_table,
-        parents=torch.tensor([*itertools.chain(*batch.trees)], dtype=torch.int32, device=DEVICE),
+        parents=None,
         ancestors=ancestors,
         max_rows=batch.max_rows,
         max_context_len=max(batch.contexts),

@@ -88,11 +88,12 @@ class TreeAttentionMetadata:
     """int32 [R] on the device: tokens in the cache before the root."""
     block_table: torch.Tensor
     """int32 [R, max_blocks] on the device: KV cache pages of each request."""
-    parents: torch.Tensor
-    """int32 [T] on the device: row of the parent within the request; -1 for roots."""
+    parents: torch.Tensor | None
+    """int32 [T] row of the parent within the request, -1 for roots: of the CPU's kernel, which
+    climbs them; None elsewhere."""
     ancestors: torch.Tensor | None
-    """bool [T, N] on the device: may row i see row j of its request
-    (ancestor-or-self). None on CPU, whose kernel climbs ``parents``."""
+    """bool [T, N] on the device: may row i see row j of its request (ancestor-or-self)? None on
+    the CPU."""
     max_rows: int
     """N."""
     max_context_len: int

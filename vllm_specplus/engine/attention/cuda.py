@@ -134,7 +134,7 @@ class CudaTreeAttention(TreeAttention):
             query_start_loc=put([0, rows]),
             context_lens=put([context]),
             block_table=torch.zeros(1, pages, dtype=torch.int32, device=keys.device),
-            parents=put([*range(-1, rows - 1)]),
+            parents=None,
             ancestors=torch.ones(rows, rows, dtype=torch.bool, device=keys.device).tril(),
             max_rows=rows,
             max_context_len=context,
