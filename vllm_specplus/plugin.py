@@ -8,6 +8,7 @@ loading the plugin is harmless when it is not used.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from typing import Any
@@ -23,7 +24,7 @@ logger = logging.getLogger("vllm.specplus")
 
 
 def register() -> None:
-    """Wrap ``EngineArgs.create_speculative_config`` and ``SamplingParams.verify``, once."""
+    """Wrap ``EngineArgs.create_speculative_config`` and the checks of ``SamplingParams``, once."""
     problem = compat.unsupported_version()
     if problem:
         _refuse_ours(problem)
@@ -104,7 +105,8 @@ def _register_models() -> None:
 
 
 def _check_requests() -> None:
-    """Wrap ``SamplingParams.verify``, vLLM's admission check, for our ``extra_args``.
+    """Wrap ``SamplingParams.verify``, vLLM's admission check, for our ``extra_args``, and the part
+    of it that refuses parameters beside speculation, for those that our methods serve.
 
     The public hook for it, a logits processor's ``validate_params``, is refused by vLLM
     together with any speculation.
@@ -138,6 +140,16 @@ def _check_requests() -> None:
             raise VLLMValidationError(str(error), parameter=requests.KEY) from None
 
     SamplingParams.verify = verify
+    refuses = SamplingParams._validate_spec_decode
+
+    @functools.wraps(refuses)
+    def _validate_spec_decode(self, speculative_config):
+        if getattr(speculative_config, "model", None) == DRAFTER:
+            self = copy.copy(self)
+            self.min_p, self.logit_bias = 0.0, None  # served at every row
+        refuses(self, speculative_config)
+
+    SamplingParams._validate_spec_decode = _validate_spec_decode
 
 
 def _ours(args: Any) -> dict[str, Any] | None:

@@ -46,6 +46,7 @@ def test_whatever_we_replace_is_listed(report):
     assert {
         "vllm.engine.arg_utils.EngineArgs.create_speculative_config",
         "vllm.sampling_params.SamplingParams.verify",
+        "vllm.sampling_params.SamplingParams._validate_spec_decode",
         "vllm.v1.worker.cpu_worker.CPUModelRunner",
         "llvmlite.binding.ffi._lib_wrapper.__getattr__",
     } <= patched

@@ -13,6 +13,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from tests.samplers.test_relaxed import make_rows
 from vllm_specplus.config import parse
+from vllm_specplus.engine import verify
 from vllm_specplus.engine.verify import Verifier, VerifyBatch, make_verifier
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import DraftProbs, Rows
@@ -275,3 +276,17 @@ def test_rank_0_judges_for_all():
 def test_nothing_is_compiled_on_a_cpu():
     made().warm_up(VOCAB)
     made(rule="traversal").warm_up(VOCAB)
+
+
+def test_the_vocabulary_is_ranked_only_for_who_reads_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        verify, "top_ids", lambda logits, k, top=verify.top_ids: asked.append(k) or top(logits, k)
+    )
+    for top_k in (0, 3):
+        verifier = made(top_k=top_k)
+        for temperature in (0.0, 1.0):
+            verdict = verifier.verify(certain([5, 2, 2, 6, 7]), batch_of([temperature] * 2))
+            assert verdict.acceptance.output[0].tolist()[:3] == [5, 2, 6]
+            assert verdict.top_ids.shape == (5, asked[-1])
+    assert asked == [1, 0, 3, 3]

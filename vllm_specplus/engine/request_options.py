@@ -47,6 +47,6 @@ def _relaxed_stops(params: SamplingParams, controls: RequestControls) -> frozens
     changed = (
         params.structured_outputs, params.bad_words, params.allowed_token_ids, params.min_tokens,
         params.presence_penalty, params.frequency_penalty, params.repetition_penalty != 1,
-        params.logprobs is not None,
+        params.logprobs is not None, params.min_p, params.logit_bias,
     )  # fmt: skip
     return None if any(changed) else frozenset(params.all_stop_token_ids)

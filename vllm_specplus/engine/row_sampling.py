@@ -11,7 +11,8 @@ One draw per row
 vLLM's sampler works per request; a draft tree needs one draw per *row*. So the
 step's ``SamplingMetadata`` is expanded to one entry per row, where a row's past
 output is the request's output plus the tokens on the row's path: penalties, bad
-words, allowed tokens, top-k/top-p, temperature and logprobs then hold per node.
+words, allowed tokens, top-k/top-p, temperature and logprobs then hold per node. Logits
+processors (min_tokens, logit_bias, min_p) are built anew per row, see ``row_processors.py``.
 
 Seeded requests: all rows of one depth share the state their generator would have
 at that position in plain decoding, and the generator advances by exactly the
@@ -23,17 +24,17 @@ visited, so the draws along a path stay independent.)
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_specplus.drafting.noise import VERDICTS, stream
+from vllm_specplus.engine import row_processors
 from vllm_specplus.samplers.relaxed_sampling import Relaxation
 from vllm_specplus.samplers.sampled import SampledRule
 from vllm_specplus.step import Acceptance, DraftProbs, Rows
@@ -62,15 +63,8 @@ def is_plain_greedy(metadata: SamplingMetadata) -> bool:
         and not metadata.logprob_token_ids
         and metadata.allowed_token_ids_mask is None
         and not metadata.bad_words_token_ids
-        and not any(_min_tokens(metadata))
+        and not row_processors.changes_argmax(metadata.logitsprocs)
     )
-
-
-def _min_tokens(metadata: SamplingMetadata):
-    """Finds the requests' min_tokens entries: {request: (minimum, output ids, stop ids, ...)}."""
-    for processor in metadata.logitsprocs.non_argmax_invariant:
-        if isinstance(processor, MinTokensLogitsProcessor):
-            yield processor.min_toks
 
 
 def sample_rows(
@@ -81,7 +75,6 @@ def sample_rows(
         states = {i: _states(g, 1, logits) for i, g in metadata.generators.items()}
         out = sampler(logits=logits, sampling_metadata=metadata)
         return RowSamples(_on_host(out), out.logprobs_tensors, states)
-    logits = _mask_min_tokens(logits, metadata, rows)
     expanded, states = _expand(metadata, rows, logits)
     out = sampler(logits=logits, sampling_metadata=expanded)
     return RowSamples(_on_host(out), out.logprobs_tensors, states)
@@ -136,7 +129,6 @@ class RuleSampler(Sampler):
         read to its end), whose seeded generators stay as they are.
         """
         accept, output = self._noise(metadata, rows, discarded, logits.device)
-        logits = _mask_min_tokens(logits, metadata, rows)
         expanded, _ = _expand(replace(metadata, generators={}), rows, logits)
         self._judge.step = rows, draft_probs, accept, output, relaxation
         try:
@@ -153,16 +145,19 @@ class RuleSampler(Sampler):
     def _noise(
         self, metadata: SamplingMetadata, rows: Rows, discarded: np.ndarray, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws uniforms: one per row [L] to judge it, one per request [R] to draw the output."""
-        accept = torch.rand(len(rows.tokens), generator=self._generator, device=device)
-        output = torch.rand(len(rows.starts) - 1, generator=self._generator, device=device)
+        """Draws uniforms, float64: one per row [L] to judge it, one per request [R] to draw the
+        output."""
+        # Float32 has 24 bits: too few to draw one of 10^5 tokens.
+        uniform = partial(torch.rand, dtype=torch.float64, device=device)
+        accept = uniform(len(rows.tokens), generator=self._generator)
+        output = uniform(len(rows.starts) - 1, generator=self._generator)
         for request, generator in metadata.generators.items():
             if discarded[request]:
                 if device.type == "cuda":  # vLLM takes one draw back, whether or not it was made
                     torch.rand(1, generator=generator, device=device)
                 continue
             first, end = rows.starts[request : request + 2].tolist()
-            own = torch.rand(end - first + 1, generator=generator, device=device)
+            own = uniform(end - first + 1, generator=generator)
             accept[first:end], output[request] = own[:-1], own[-1]
         return accept, output
 
@@ -207,20 +202,6 @@ def _path_tokens(rows: Rows, row: int, first: int) -> list[int]:
         out.append(int(rows.tokens[row]))
         row = first + rows.parents[row]
     return out[::-1]
-
-
-def _mask_min_tokens(logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows):
-    """Forbids stop tokens at rows whose path is still shorter than min_tokens."""
-    for entries in _min_tokens(metadata):
-        for request, (minimum, output, stop_ids, *_) in entries.items():
-            span = slice(rows.starts[request], rows.starts[request + 1])
-            short = np.flatnonzero(len(output) + rows.depths[span] < minimum) + span.start
-            if len(short) and stop_ids:
-                logits = logits.to(torch.float32)
-                index = torch.from_numpy(short).to(logits.device)
-                stop = torch.tensor(sorted(stop_ids), device=logits.device)
-                logits[index[:, None], stop] = float("-inf")
-    return logits
 
 
 def _expand(metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor):
@@ -269,7 +250,7 @@ def _expand(metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor):
         allowed_token_ids_mask=per_row(metadata.allowed_token_ids_mask),
         bad_words_token_ids=spread(metadata.bad_words_token_ids),
         logprob_token_ids=spread(metadata.logprob_token_ids) or None,
-        logitsprocs=LogitsProcessors(),  # min_tokens, the only one allowed, is applied above
+        logitsprocs=row_processors.for_rows(metadata.logitsprocs, rows, logits.device),
         spec_token_ids=None,
     )
     return expanded, states

@@ -64,6 +64,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         super().__init__(*args, **kwargs)
         if self.drafter.proposer.hidden_layers is not None:
             self.use_aux_hidden_state_outputs = True
+        self.batch.serve_processors()
         self.proposing = Proposing(
             self.drafter, self.batch, self.num_spec_tokens, self.max_model_len
         )

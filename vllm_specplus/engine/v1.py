@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor
 
 from vllm_specplus.engine.batch import BatchView, cache_slots
 from vllm_specplus.engine.uploads import Arrays, upload
@@ -100,6 +102,15 @@ class V1Batch:
             positions.index_add_(1, rows, shifts.expand(len(positions), -1))
 
     # -- sampling ---------------------------------------------------------------
+
+    def serve_processors(self) -> None:
+        """Add vLLM's processors of logit_bias and min_p, which it leaves out beside speculation;
+        before the first request."""
+        runner = self._runner
+        processors = runner.input_batch.logitsprocs
+        args = runner.vllm_config, runner.device, PIN_MEMORY
+        processors.non_argmax_invariant.append(LogitBiasLogitsProcessor(*args))
+        processors.argmax_invariant.append(MinPLogitsProcessor(*args))
 
     def sampling(self, seeds: list[int | None]) -> Sampling:
         """How the requests sample, on the host."""

@@ -94,8 +94,12 @@ def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
     Before sampling, which changes logits in place. Column 0 is the argmax with
     ties to the lower index, as in vLLM's greedy sampling.
     """
+    if k == 0:
+        return torch.empty((len(logits), 0), dtype=torch.int32, device=logits.device)
     if logits.device.type == "cpu":
         return native.top_k(logits, k)[0]
+    if k == 1:
+        return logits.argmax(dim=-1, keepdim=True).to(torch.int32)
     ids = logits.topk(k, dim=-1).indices.to(torch.int32)
     ids[:, 0] = logits.argmax(dim=-1)
     return ids
@@ -225,12 +229,14 @@ class Verifier:
 
     def verify(self, logits: torch.Tensor, batch: VerifyBatch) -> Verdict:
         """Decides what becomes text by ``logits`` [L, V], which it may change in place."""
-        # Greedy steps need nothing else from the device: this is their only copy.
-        top = top_ids(logits, self._top_k).cpu().numpy()
+        greedy = is_plain_greedy(batch.metadata)
+        # Greedy steps need nothing else from the device: this is their only copy. Others need
+        # what the proposer reads.
+        top = top_ids(logits, max(self._top_k, int(greedy))).cpu().numpy()
         statistics = None
         if self._substitution is not None:
             statistics = self._substitution.statistics(logits, batch)
-        if is_plain_greedy(batch.metadata):
+        if greedy:
             samples = RowSamples(np.ascontiguousarray(top[:, 0]))
         else:
             samples = self._draws(logits, batch)
@@ -280,4 +286,4 @@ def make_verifier(
     substitution = None
     if isinstance(acceptance, SubstitutionRule):
         substitution = Substitution(acceptance, counters)
-    return Verifier(draws, substitution, max(proposer.top_k, 1), proposer.reads_target_probs)
+    return Verifier(draws, substitution, proposer.top_k, proposer.reads_target_probs)

@@ -54,7 +54,7 @@ class _Launch:
         # A step without draws may come without draft probabilities.
         q = draft_probs.q if has_draws.any() else p
         assert p.stride(1) == q.stride(1) == 1
-        noise = accept_noise.float(), output_noise.float()
+        noise = accept_noise.double(), output_noise.double()
         self._arguments = (self.out, p, q, *noise, tree, tree.stride(0))
         self._sizes = (p.shape[1], q.shape[1], p.stride(0), q.stride(0))
         # Requests without draws are walked whatever the rule, those with draws come first.
@@ -302,8 +302,8 @@ def _walk_kernel(
     out,  # int32 [L]
     p,  # float32 [L, vocab]
     q,  # float32 [M, q_vocab]
-    accept_noise,  # float32 [L]
-    output_noise,  # float32 [R]
+    accept_noise,  # float64 [L]
+    output_noise,  # float64 [R]
     tree,  # int32 [NUM_ARRAYS, tree_stride]
     tree_stride,
     first_request,

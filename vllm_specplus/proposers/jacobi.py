@@ -52,6 +52,7 @@ class Jacobi(Proposer):
     config_class = JacobiConfig
     sources = (Source("window", "draft", 0.5),)
     reads_target_probs = True
+    top_k = 1
 
     def __init__(self, config: JacobiConfig, services: Services):
         super().__init__(config, services)

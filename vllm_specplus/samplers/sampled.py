@@ -52,7 +52,7 @@ class SampledRule(Rule):
     """Judges drawn nodes by what they were drawn from.
 
     Its ways to do so share their arguments: ``target_probs`` float32 [L, V]; the step's rows;
-    ``draft_probs``; ``accept_noise`` float32 [L] and ``output_noise`` float32 [R], independent
+    ``draft_probs``; ``accept_noise`` float64 [L] and ``output_noise`` float64 [R], independent
     uniforms in [0, 1). They return the output along every accepted path, int32 [L], and -1 at
     rows off the path: a row on the path outputs the token of its accepted child or, the path's
     last row, a token of its own, so that ``tree.accepted_paths`` reads the path off the result.
