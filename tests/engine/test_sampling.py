@@ -70,7 +70,7 @@ def test_joint_distribution(tmp_path, small_vocab_model, method, policy, sabotag
 def test_a_seed_gives_the_same_text_with_and_without_drafts(
     tmp_path, tiny_engine, mixed_requests, reference_file
 ):
-    """Top-p, top-k, penalties and n > 1 in one batch, beside unseeded neighbours."""
+    """Top-p, top-k, min-p, biases, penalties and n > 1 in one batch, beside unseeded neighbours."""
     requests = []
     for i, (prompt, _) in enumerate(mixed_requests[:16]):
         params = {"temperature": 0.9, "top_p": 0.8, "max_tokens": 40, "ignore_eos": True}
@@ -79,6 +79,10 @@ def test_a_seed_gives_the_same_text_with_and_without_drafts(
             params["n"] = 2
         if i % 4 == 1:
             params |= {"top_k": 20, "presence_penalty": 0.5}
+        if i % 4 == 2:
+            params |= {"min_p": 0.02, "min_tokens": 8, "stop_token_ids": [5, 6, 7]}
+        if i % 4 == 3:
+            params["logit_bias"] = {str(token): 3.0 for token in range(10, 40)}
         requests.append([prompt, params])
     # Stock vLLM on the CPU stops at a seeded request whose prompt is read in chunks.
     whole_prompts = {

@@ -70,6 +70,8 @@ def sampling_params(fields: dict[str, Any]):
     if "json_schema" in fields:
         schema = fields.pop("json_schema")
         fields["structured_outputs"] = StructuredOutputsParams(json=schema)
+    if "logit_bias" in fields:  # JSON has made text of the ids
+        fields["logit_bias"] = {int(key): value for key, value in fields["logit_bias"].items()}
     return SamplingParams(**fields)
 
 
