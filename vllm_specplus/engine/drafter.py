@@ -18,6 +18,7 @@ from vllm_specplus import metrics, registry
 from vllm_specplus.control import memory
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.drafting.graphs import CudaRecorder
+from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.names import CONFIG_KEY
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.proposer import Services
@@ -32,7 +33,7 @@ logger = logging.getLogger("vllm.specplus")
 
 class Drafter:
     """Runs the configured proposer. A fault in drafting never reaches the request:
-    it is counted, logged once, and the step goes on undrafted."""
+    it is counted, logged, and the step goes on undrafted."""
 
     def __init__(self, vllm_config: VllmConfig):
         extra = vllm_config.additional_config[CONFIG_KEY]
@@ -43,7 +44,7 @@ class Drafter:
         path = os.environ.get(metrics.VARIABLE) if self._first_rank else None
         self.counters = metrics.Counters(path)
         self._vllm_config = vllm_config
-        self._warned = False
+        self._log_fault = FaultLog(logger, self.config.method)
         self.proposer = proposer(self.config, self._services())
         self.controller = Controller(
             self.config.control,
@@ -152,23 +153,20 @@ class Drafter:
             self._failed(error)
 
     def forget(self, request_id: str) -> None:
-        if self._first_rank:
-            self.proposer.forget(request_id)
-        self.controller.forget(request_id)
+        """Drop what is kept for a request that is gone. vLLM calls this in the middle of a step:
+        a fault costs what is kept, not the engine."""
+        for part in (self.proposer, self.controller) if self._first_rank else (self.controller,):
+            try:
+                part.forget(request_id)
+            except Exception as error:
+                self._failed(error)
 
     def close(self) -> None:
         self.proposer.close()
 
     def _failed(self, error: Exception) -> None:
         self.counters.add("draft_failures")
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "drafting with %s failed, decoding goes on without drafts: %s",
-                self.config.method,
-                error,
-                exc_info=error,
-            )
+        self._log_fault(error)
 
 
 def max_rows(vllm_config: VllmConfig) -> int:

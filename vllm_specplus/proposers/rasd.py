@@ -181,7 +181,10 @@ class Rasd(Proposer):
 
     def forget(self, request_id: str) -> None:
         for member in self.members:
-            member.forget(request_id)
+            try:
+                member.forget(request_id)
+            except Exception as error:  # the others forget all the same
+                self.services.report(error)
 
     def close(self) -> None:
         for member in self.members:
