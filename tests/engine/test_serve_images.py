@@ -122,7 +122,7 @@ def test_a_seed_gives_the_same_picture_again(client):
         ({"prompt": "1", "size": "64x64"}, "size '64x64': this model makes 32x32"),
         (
             {"prompt": "1", "extra_body": {"guidance_scale": -1}},
-            "guidance_scale is -1.0: it must be a number of 0 or more, such as 3.0",
+            "guidance_scale is -1.0: it must be a number from 0 to 1000, such as 3.0",
         ),
         (
             {"prompt": "1", "extra_body": {"vllm_xargs": {"specplus": '{"nodes": 3}'}}},

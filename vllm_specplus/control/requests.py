@@ -7,7 +7,6 @@ only strings and numbers there: ``{"vllm_xargs": {"specplus": "{\\"enabled\\": f
 from __future__ import annotations
 
 import json
-import math
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -15,6 +14,9 @@ from pydantic import Field, ValidationError
 from vllm_specplus.strict import StrictModel, sentence
 
 KEY, GUIDANCE = "specplus", "guidance_scale"
+#: The strongest guidance. Scales in use end at about 30; logits of any model, times this, are far
+#: inside of float32, where an infinite one would reach every request of the batch as NaN.
+MOST_GUIDANCE = 1000.0
 
 
 class RequestControls(StrictModel):
@@ -41,14 +43,18 @@ DEFAULT = RequestControls()
 def guidance(extra_args: dict[str, Any] | None, possible: bool) -> float | None:
     """A request's ``guidance_scale`` (a key of its own in ``extra_args``), None: the model's.
 
-    ValueError with one sentence if it is no number of 0 or more, or if the engine cannot
-    follow it: ``possible`` is for image models that are served with a method of ours.
+    ValueError with one sentence if it is no number from 0 to :data:`MOST_GUIDANCE`, or if the
+    engine cannot follow it: ``possible`` is for image models that are served with a method of ours.
     """
     scale = (extra_args or {}).get(GUIDANCE)
     if scale is None:
         return None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
-        raise ValueError(f"{GUIDANCE} is {scale!r}: it must be a number of 0 or more, such as 3.0")
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not (number and 0 <= scale <= MOST_GUIDANCE):
+        raise ValueError(
+            f"{GUIDANCE} is {str(scale)[:40]}: it must be a number from 0 to {MOST_GUIDANCE:g}, "
+            f"such as 3.0"
+        )
     if not possible:
         raise ValueError(
             f"{GUIDANCE} is for image models with guidance, served with a speculative method of "
