@@ -164,6 +164,7 @@ def shared(draft, request):
         owner.wait()
 
 
+@pytest.mark.slow
 def test_several_processes_equal_one_bit_for_bit(draft, shared):
     run, group, _ = shared
     for theirs, mine in zip(rounds(run), rounds(local(draft, 3)), strict=True):
@@ -176,6 +177,7 @@ def test_several_processes_equal_one_bit_for_bit(draft, shared):
     assert group.counts == expected
 
 
+@pytest.mark.slow
 def test_a_lost_owner_is_an_error_soon(shared):
     run, _, owners = shared
     rounds(run)
@@ -186,6 +188,7 @@ def test_a_lost_owner_is_an_error_soon(shared):
         run.begin(["d"], [np.arange(5, dtype=np.int32)])
 
 
+@pytest.mark.slow
 def test_a_lost_home_ends_the_owners(shared):
     run, group, owners = shared
     rounds(run)
@@ -276,6 +279,7 @@ def test_a_page_holds_what_the_plan_says(draft):
     assert local(draft, 3).cache.pages == 1 + -(-2000 // PAGE)
 
 
+@pytest.mark.slow
 def test_too_few_bundles_are_one_clear_error(draft, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setattr(placement, "RESERVE_SECONDS", 2)

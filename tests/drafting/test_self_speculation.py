@@ -128,6 +128,7 @@ def test_left_early_it_is_the_model_cut_short(folder):
         )[0, 0]
 
 
+@pytest.mark.slow
 def test_a_replay_counts_right_first_nodes_and_touches_no_text(folder):
     rng = np.random.default_rng(2)
     texts = random_texts(rng, 9, 30, WINDOW + 20)

@@ -86,6 +86,7 @@ def cluster(tmp_path):
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_many_devices_make_what_one_makes_even_if_one_is_lost(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_generation, "Worker", Mortal)
     labels, seeds = [i % 10 for i in range(21)], list(range(100, 121))

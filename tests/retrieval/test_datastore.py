@@ -486,6 +486,7 @@ def test_killed_and_resumed(tmp_path, tokenizer_folder, big_text):
     verify(store)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, tokenizer_folder, big_text):
     """A limit on file sizes stands for it: writing fails in the same call."""
     import resource

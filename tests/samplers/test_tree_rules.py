@@ -157,6 +157,7 @@ def test_any_draft_may_be_verified_as_deterministic(mode):
     assert tokens == pytest.approx(float(oracle.elen(found)), abs=4 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "rho", "accepted"), [(1, 1.0, 0.6), (2, 1.5, 0.75), (3, 1.93377, 0.79669)]
 )
@@ -169,12 +170,14 @@ def test_k_seq(k, rho, accepted):
     assert tokens == pytest.approx(1 + accepted, abs=4 * error)
 
 
+@pytest.mark.slow
 def test_k_seq_over_two_levels():
     distance, tokens, _ = Drafts([2, 2], "with", 8_000).verify("k_seq")
     assert distance < 1.5 * floor(8_000)
     assert tokens > float(oracle.elen(oracle.step([2, 2], "with", "keepq")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "mode", "order", "n"),
     [

@@ -238,5 +238,6 @@ assert not [n for n in sys.modules if n.startswith("vllm.") and n.endswith(stock
 """
 
 
+@pytest.mark.slow
 def test_a_cpu_engine_imports_no_cuda_module():
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)

@@ -293,6 +293,7 @@ def test_reads_layer_by_layer():
             assert torch.equal(torch.cat((keys[i], values[i]), -1), row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [*BACKENDS, PictureTritonBackend])
 def test_warm_up_compiles_what_trees_of_any_size_run(backend, monkeypatch):
     """Each variant of a kernel that a step selects was selected before; the caches are as they
