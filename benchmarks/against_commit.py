@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from vllm_specplus.bench.dataset import load_dataset, pick
+from vllm_specplus.bench.dataset import load_dataset, pick, split_rounds
 from vllm_specplus.bench.methods import MethodSpec, parse_concurrencies, parse_methods
 from vllm_specplus.bench.runner import Benchmark, Plan, Session, describe_machine
 from vllm_specplus.compat import vllm_version
@@ -89,6 +89,11 @@ def options() -> argparse.ArgumentParser:
 def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan:
     """One method at one number of requests in flight, twice."""
     measured, warmup = pick(load_dataset(Path(args.dataset)).questions, args.limit)
+    if len(split_rounds(measured, args.rounds, concurrency)) < 2:
+        raise SystemExit(
+            f"--limit {args.limit} is one round at {concurrency} in flight, which has no interval: "
+            f"ask more questions"
+        )
     config = method.speculative_config
     if config is not None and method.name in ("draft_tree", "easyspec"):
         config = {"model": args.draft} | config

@@ -229,3 +229,23 @@ def test_noise_has_more_bits_than_a_float32():
     for noise in sampler._noise(metadata, rows, np.zeros(2, bool), CPU):
         assert noise.dtype == torch.float64
         assert (noise * 2**32 != (noise * 2**32).round()).all()
+
+
+def completed(*kinds) -> LogitsProcessors:
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=2))
+    processors = LogitsProcessors([kind(config, CPU, False) for kind in kinds])
+    row_processors.complete(processors, config, CPU, False)
+    return processors
+
+
+def test_what_vllm_leaves_out_beside_speculation_is_added():
+    assert {type(each) for each in completed(MinTokensLogitsProcessor).all} == {
+        MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds", [[], [MinTokensLogitsProcessor, LogitBiasLogitsProcessor]])
+def test_processors_of_an_unknown_vllm_end_the_start(kinds):
+    """They would be applied twice, or not per row."""
+    with pytest.raises(ValueError, match="use a vLLM of the supported range"):
+        completed(*kinds)

@@ -107,16 +107,14 @@ def make_runner(mrope: bool) -> SimpleNamespace:
 def test_positions_of_three_axes_follow_depth():
     """M-RoPE has a position of time, height and width for every row: all three shift."""
     runner = make_runner(mrope=True)
-    V1Batch(runner).shift_positions(
-        {"rows": torch.tensor([2, 5]), "shifts": torch.tensor([-1, -3])}
-    )
+    V1Batch(runner).shift_positions(torch.tensor([2, 5]), torch.tensor([-1, -3]))
     assert runner.positions.tolist() == [0, 1, 1, 3, 4, 2, 6, 7]
     assert runner.mrope_positions.gpu.tolist() == [[0, 1, 1, 3, 4, 2, 6, 7]] * 3
 
 
 def test_positions_of_one_axis():
     runner = make_runner(mrope=False)
-    V1Batch(runner).shift_positions({"rows": torch.tensor([7]), "shifts": torch.tensor([-2])})
+    V1Batch(runner).shift_positions(torch.tensor([7]), torch.tensor([-2]))
     assert runner.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5]
     assert runner.mrope_positions.gpu.tolist() == [list(range(8))] * 3
 

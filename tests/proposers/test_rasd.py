@@ -110,6 +110,18 @@ def test_forgetting_reaches_every_source(rasd):
     assert not suffix_tree._requests
 
 
+def test_a_source_that_cannot_forget_stops_no_other(rasd, reported, monkeypatch):
+    def fail(request_id):
+        raise KeyError(request_id)
+
+    forgotten = []
+    monkeypatch.setattr(rasd.members[0], "forget", fail)
+    monkeypatch.setattr(rasd.members[1], "forget", forgotten.append)
+    rasd.forget("r")
+    assert forgotten == ["r"]
+    assert [type(error) for error in reported] == [KeyError]
+
+
 def test_without_retrieved_tokens_the_draft_is_the_drafters(tmp_path):
     store = build_datastore(tmp_path / "store", [[1, 2]], VOCAB)
     keys = {"method": "token_recycling", "match_context": False}

@@ -179,7 +179,7 @@ def offsets(counts: np.ndarray) -> np.ndarray:
 
 
 def position_shifts(rows: Rows) -> np.ndarray:
-    """int64 [L] how far each row's depth is behind its place in the request."""
+    """int64 [L] the depth of each row less its place in the request."""
     in_request = np.arange(len(rows.parents)) - np.repeat(rows.starts[:-1], np.diff(rows.starts))
     return rows.depths.astype(np.int64) - in_request
 

@@ -38,18 +38,38 @@ class _Asked:
 
 def changes_argmax(processors: LogitsProcessors) -> bool:
     """Says whether greedy requests of the batch have entries in ``processors``."""
-    return any(
-        bool(each.min_toks if isinstance(each, MinTokensLogitsProcessor) else each.biases)
-        for each in processors.non_argmax_invariant
-        if isinstance(each, MinTokensLogitsProcessor | LogitBiasLogitsProcessor)
-    )
+    return any(_has_entries(each) for each in processors.non_argmax_invariant)
+
+
+def _has_entries(processor: LogitsProcessor) -> bool:
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return bool(processor.min_toks)
+    return isinstance(processor, LogitBiasLogitsProcessor) and bool(processor.biases)
+
+
+def complete(processors: LogitsProcessors, *args: Any) -> None:
+    """Adds the processors of logit_bias and min_p, which vLLM leaves out beside speculation, made
+    of ``args``; before the first request.
+
+    ValueError with one sentence if ``processors`` are not those that vLLM leaves there: others
+    would not be applied per row, and what is there already would be applied twice.
+    """
+    names = [type(each).__name__ for each in processors.all]
+    if names != [MinTokensLogitsProcessor.__name__]:
+        raise ValueError(
+            f"vllm-specplus completes vLLM's logits processors beside speculation, "
+            f"{MinTokensLogitsProcessor.__name__} alone, and found {', '.join(names) or 'none'}: "
+            f"use a vLLM of the supported range"
+        )
+    processors.non_argmax_invariant.append(LogitBiasLogitsProcessor(*args))
+    processors.argmax_invariant.append(MinPLogitsProcessor(*args))
 
 
 def for_rows(processors: LogitsProcessors, rows: Rows, device: torch.device) -> LogitsProcessors:
     """Builds the processors of R requests for the L rows of a step, in the same order; those
     that no request uses are left out.
 
-    TypeError for a processor that is not vLLM's own; vLLM refuses those at start.
+    TypeError for a processor that :func:`complete` does not know.
     """
     count = len(rows.tokens)
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=count))

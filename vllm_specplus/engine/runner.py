@@ -174,9 +174,9 @@ class TreeRunnerMixin(ImageRowsMixin):
         padding = step.batch_rows[step.rows.tokens < 0]
         if len(padding):
             self.batch.blank(padding)
-        self._trees = StepTrees.of(step, self.batch.upload, self.device.type)
-        if self._trees is not None:
-            self.batch.shift_positions(self._trees.uploaded)
+        self._trees = trees = StepTrees.of(step, self.batch.upload, self.device.type)
+        if trees is not None:
+            self.batch.shift_positions(trees.uploaded["rows"], trees.uploaded["shifts"])
         if self._pictures is not None:
             follows = self._pictures.read(self.batch, num_scheduled_tokens, step.rows)
             self.get_model().picture_follows[: len(follows)] = follows

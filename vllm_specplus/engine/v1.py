@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from vllm.utils.torch_utils import PIN_MEMORY
-from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor
 
+from vllm_specplus.engine import row_processors
 from vllm_specplus.engine.batch import BatchView, cache_slots
 from vllm_specplus.engine.uploads import Arrays, upload
 from vllm_specplus.engine.verify import VerifyBatch
@@ -91,10 +91,9 @@ class V1Batch:
         """Let batch rows ``rows`` int64 [n] read token 0: vLLM pads some first decodes with -1."""
         self._runner.input_ids.gpu[self.to_device(rows)] = 0
 
-    def shift_positions(self, uploaded: dict[str, torch.Tensor]) -> None:
-        """Add ``shifts`` int64 [n] to the positions of batch ``rows`` int64 [n]. Cache slots, which
-        vLLM has computed from sequential positions, stay."""
-        rows, shifts = uploaded["rows"], uploaded["shifts"]
+    def shift_positions(self, rows: torch.Tensor, shifts: torch.Tensor) -> None:
+        """Add ``shifts`` int64 [n] to the positions of batch rows ``rows`` int64 [n], both on the
+        device. Cache slots, which vLLM has computed from sequential positions, stay."""
         self._runner.positions.index_add_(0, rows, shifts)
         if self._runner.uses_mrope:
             # Time, height and width advance alike in text, which is all that is drafted.
@@ -104,13 +103,11 @@ class V1Batch:
     # -- sampling ---------------------------------------------------------------
 
     def serve_processors(self) -> None:
-        """Add vLLM's processors of logit_bias and min_p, which it leaves out beside speculation;
-        before the first request."""
+        """See ``row_processors.complete``."""
         runner = self._runner
-        processors = runner.input_batch.logitsprocs
-        args = runner.vllm_config, runner.device, PIN_MEMORY
-        processors.non_argmax_invariant.append(LogitBiasLogitsProcessor(*args))
-        processors.argmax_invariant.append(MinPLogitsProcessor(*args))
+        row_processors.complete(
+            runner.input_batch.logitsprocs, runner.vllm_config, runner.device, PIN_MEMORY
+        )
 
     def sampling(self, seeds: list[int | None]) -> Sampling:
         """How the requests sample, on the host."""
