@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
-import threading
 import time
 
 from vllm_specplus.testing.engine import (
@@ -155,14 +155,16 @@ def main(job_path: str, out_path: str) -> None:
     result, owners = [], []
     for batch in job["batches"]:
         time.sleep(batch.get("pause", 0))
-        if batch.keys() & {"pause", "kill_owner_after", "end_process"}:
+        if batch.get("await_rebuild"):
+            _await_rebuild(llm)
+        if batch.keys() & {"await_rebuild", "kill_owner_at", "end_process"}:
             owners.append(llm.collective_rpc(_owners)[0])
         if "end_process" in batch:
             end = (batch["end_process"], signal.SIGTERM)
-            threading.Timer(batch["end_after"], os.kill, end).start()
-        if "kill_owner_after" in batch:
+            llm.collective_rpc(_signal_at_draft, args=(*end, batch["end_at"]))
+        if "kill_owner_at" in batch:
             kill = (owners[-1][0], signal.SIGKILL)
-            threading.Timer(batch["kill_owner_after"], os.kill, kill).start()
+            llm.collective_rpc(_signal_at_draft, args=(*kill, batch["kill_owner_at"]))
         if "abort_after" in batch:
             abort(llm, batch["requests"], batch["abort_after"])
             continue
@@ -188,6 +190,27 @@ def main(job_path: str, out_path: str) -> None:
             },
             f,
         )
+
+
+def _signal_at_draft(worker, pid, number, draft):
+    """Sends the signal when the draft of that number, from 1, is asked for: in the middle of a
+    batch, however fast the machine is."""
+    proposer, drafts = worker.model_runner.drafter.proposer, itertools.count(1)
+    propose = proposer.propose
+
+    def signalled(step):
+        if next(drafts) == draft:
+            os.kill(pid, number)
+        return propose(step)
+
+    proposer.propose = signalled
+
+
+def _await_rebuild(llm):
+    deadline = time.monotonic() + 300
+    while not llm.collective_rpc(counters_of)[0]["draft_group_rebuilds"]:
+        assert time.monotonic() < deadline, "the owners were not started anew"
+        time.sleep(0.2)
 
 
 def _owners(worker):

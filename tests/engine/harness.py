@@ -32,8 +32,9 @@ def run(
     """``engine``: arguments of ``vllm.LLM``; ``batches``: ``{"requests": [[prompt,
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
     other (before one with "truncate", that file is cut short; one with "pause" waits so many
-    seconds; in one with "kill_owner_after" a process of a layer-parallel draft is killed after
-    so many seconds, in one with "end_process" that one, after "end_after" seconds; one with
+    seconds, one with "await_rebuild" until a layer-parallel draft has new processes; in one with
+    "kill_owner_at" a process of that draft is killed when the draft of that number is asked for,
+    in one with "end_process" that one, at the draft "end_at"; one with
     "abort_after" is aborted after so many steps and returns nothing); ``env``: more environment.
     Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}, "owners": [[pid, ...]]}; with
     statistics also "preemptions" and, with any speculation, vLLM's "accepted_per_position".

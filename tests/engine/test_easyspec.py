@@ -46,7 +46,7 @@ def test_a_killed_owner_costs_drafts_and_nothing_else(
     result = harness.run(
         tmp_path,
         tiny_engine | {"speculative_config": spec(deep_draft, shards=2)},
-        [batch, batch | {"kill_owner_after": 0.3}, batch | {"pause": 20}],
+        [batch, batch | {"kill_owner_at": 5}, batch | {"await_rebuild": True}],
         env=ENV,
     )
     for i in range(3):
@@ -92,7 +92,7 @@ def test_a_stopped_cluster_costs_drafts_and_nothing_else(
     result = harness.run(
         tmp_path,
         tiny_engine | {"speculative_config": config},
-        [batch, batch | {"end_process": head, "end_after": 0.3}, batch | {"pause": 5}],
+        [batch, batch | {"end_process": head, "end_at": 5}, batch | {"pause": 5}],
         env=ENV,
     )
     for i in range(3):
