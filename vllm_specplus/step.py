@@ -166,6 +166,9 @@ class StepContext:
     depth (the last entry serves all deeper ones) and source; set by the controller."""
     sampling: Sampling | None = None
     """None: all requests are greedy."""
+    versions: np.ndarray | None = None
+    """int64 [R] a text of the version that it had in an earlier step has only grown since; None:
+    nothing is known of earlier steps."""
     row_starts: np.ndarray | None = None
     """int32 [R + 1] first row of each request in ``observation``."""
     target_probs: torch.Tensor | None = None
@@ -178,6 +181,10 @@ class StepContext:
     """None: tokens are tokens."""
     target_rows: TargetRows | None = None
     """For proposers that ask (``reads_hidden``)."""
+
+    def versions_of(self, requests: np.ndarray) -> list[int] | None:
+        """[A] of ``versions``, of the requests int [A]."""
+        return None if self.versions is None else self.versions[requests].tolist()
 
 
 def prior_tables(sources: Sequence[Source], num_requests: int) -> np.ndarray:

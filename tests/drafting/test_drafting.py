@@ -123,6 +123,64 @@ def test_a_text_that_changed_is_read_again(draft):
     assert run.cache.cached("r", text) == 0
 
 
+class Unread(np.ndarray):
+    """A text of which only what is beyond ``known`` may be looked at."""
+
+    known = 0
+
+    def __getitem__(self, at):
+        if isinstance(at, slice) and (at.start or 0) < self.known and at.stop != 0:
+            raise AssertionError("the whole text is read")
+        return super().__getitem__(at)
+
+
+def test_texts_of_one_version_are_not_compared():
+    cache = PagedCache([0], 1, 1, 100, torch.float32, torch.device("cpu"))
+    text = np.arange(1000, dtype=np.int32)
+    cache.remember("r", text[:600], 3)
+    for size in (603, 700, 1000):
+        longer = text[:size].view(Unread)
+        longer.known = cache.cached("r", longer, 3)
+        cache.remember("r", longer, 3)
+    assert cache.cached("r", longer, 3) == 1000
+    with pytest.raises(AssertionError, match="whole"):  # the control: another version is compared
+        cache.cached("r", longer, 4)
+
+
+def test_texts_of_another_version_are_compared():
+    cache = PagedCache([0], 1, 1, 100, torch.float32, torch.device("cpu"))
+    text = np.arange(50, dtype=np.int32)
+    cache.remember("r", text, 0)
+    assert cache.cached("r", text[:40], 0) == 40
+    cache.remember("r", text[:40], 0)
+    cut = np.append(text[:30], [7, 7, 7, 7]).astype(np.int32)
+    assert cache.cached("r", cut, 1) == 30
+    cache.remember("r", cut, 1)
+    assert cache.cached("r", np.append(cut, 1).astype(np.int32), 1) == 34
+    assert cache.cached("r", text, None) == 30  # who knows nothing compares
+
+
+def test_pages_are_owned_once():
+    """Against sets: no page of two requests, none lost."""
+    rng = np.random.default_rng(0)
+    cache = PagedCache([0], 1, 1, 40, torch.float32, torch.device("cpu"))
+    slots: dict[str, int] = {}
+    for _ in range(300):
+        name = f"r{rng.integers(6)}"
+        if rng.random() < 0.3:
+            cache.release(name)
+            slots.pop(name, None)
+        else:
+            wanted = int(rng.integers(1, 12 * PAGE))
+            if cache.reserve(name, wanted):
+                slots[name] = max(slots.get(name, 0), -(-wanted // PAGE))
+        if slots:
+            table = cache.table(list(slots))
+            owned = [set(row[row > 0].tolist()) for row in table]
+            assert [len(pages) for pages in owned] == list(slots.values())
+            assert len(set().union(*owned)) == sum(slots.values()) == 39 - len(cache._free)
+
+
 def test_memory_is_bounded_and_comes_back(draft):
     run = executor(draft, slots=10 * PAGE, max_nodes=PAGE)
     assert run.room("a", 6 * PAGE)

@@ -177,18 +177,6 @@ def test_the_suffix_match_is_followed():
     assert parents == [-1, 0, 1]
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 8))
-@settings(deadline=None)  # the first call compiles
-def test_suffix_match(text, longest):
-    where, length = tr.suffix_match(np.array(text, np.int32), len(text), longest)
-    best = (0, -1)
-    for end in range(1, len(text)):  # a match may overlap the suffix it repeats
-        for n in range(1, min(longest, end) + 1):
-            if text[end - n : end] == text[len(text) - n :]:
-                best = max(best, (n, end))
-    assert (length, where) == best
-
-
 def test_recycling_is_deterministic_under_duplicates():
     """Rejected rows first, accepted last; among equals the later one wins."""
     rows = np.arange(4 * 8).reshape(4, 8) % V

@@ -127,15 +127,19 @@ class DraftExecutor(TreeExecutor):
         return reach <= self.model.max_positions and self.cache.reserve(request, reach)
 
     @torch.inference_mode()
-    def begin(self, requests: list[str], texts: list[np.ndarray]) -> torch.Tensor:
+    def begin(
+        self, requests: list[str], texts: list[np.ndarray], versions: list[int] | None = None
+    ) -> torch.Tensor:
         """Bring the cache up to each text; float32 [R, V] logits behind their last tokens.
 
-        ``texts``: int32 [n] each, n >= 1, of requests that have :meth:`room`.
+        ``texts``: int32 [n] each, n >= 1, of requests that have :meth:`room`; ``versions`` [R] as
+        ``StepContext.versions``.
         """
         known = []
-        for name, text in zip(requests, texts, strict=True):
+        of_version = versions or [None] * len(texts)
+        for name, text, version in zip(requests, texts, of_version, strict=True):
             # The last token is always read, for its logits.
-            done = min(self.cache.cached(name, text), len(text) - 1)
+            done = min(self.cache.cached(name, text, version), len(text) - 1)
             while len(text) - done > PROMPT_ROWS:
                 end = min(done + PROMPT_CHUNK, len(text) - 1)
                 self._read([name], [text[done:end]], [done])
@@ -143,8 +147,8 @@ class DraftExecutor(TreeExecutor):
             known.append(done)
         news = [text[done:] for text, done in zip(texts, known, strict=True)]
         hidden = self._read(requests, news, known)
-        for name, text in zip(requests, texts, strict=True):
-            self.cache.remember(name, text)
+        for name, text, version in zip(requests, texts, of_version, strict=True):
+            self.cache.remember(name, text, version)
         lengths = torch.tensor([len(text) for text in texts], device=hidden.device)
         table = self._to_device(self.cache.table(requests))
         seen = torch.arange(table.shape[1] * PAGE, device=hidden.device)

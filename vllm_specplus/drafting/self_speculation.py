@@ -13,7 +13,7 @@ values before it, as the first node of a draft would be.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,14 +70,17 @@ class SelfDraftExecutor(DraftExecutor):
 
     @torch.inference_mode()
     def follow(
-        self, requests: list[str], texts: list[np.ndarray], rows: np.ndarray, read: ReadKV
-    ) -> None:
+        self, requests: list[str], texts: list[np.ndarray], rows: np.ndarray, read: ReadKV,
+        versions: list[int] | None = None,
+    ) -> None:  # fmt: skip
         """Copy what the target computed of each text since the last call: all but its last
-        token. ``rows`` int64 [R] are the requests' numbers for ``read``."""
+        token. ``rows`` int64 [R] are the requests' numbers for ``read``; ``versions`` [R] as in
+        :meth:`begin`."""
         table = self.cache.table(requests)
+        of_version = versions or [None] * len(texts)
         news = [
-            np.arange(self.cache.cached(name, text[:-1]), len(text) - 1)
-            for name, text in zip(requests, texts, strict=True)
+            np.arange(self.cache.cached(name, text[:-1], version), len(text) - 1)
+            for name, text, version in zip(requests, texts, of_version, strict=True)
         ]
         slots = [
             pages[new // PAGE] * PAGE + new % PAGE for pages, new in zip(table, news, strict=True)
@@ -86,12 +89,14 @@ class SelfDraftExecutor(DraftExecutor):
         if len(positions):
             origin = np.repeat(rows, [len(new) for new in news])
             self.cache.store(self._to_device(np.concatenate(slots)), read(origin, positions))
-        self._remember(requests, texts)
+        self._remember(requests, texts, of_version)
 
-    def _remember(self, requests: list[str], texts: list[np.ndarray]) -> None:
+    def _remember(
+        self, requests: list[str], texts: list[np.ndarray], of_version: Sequence[int | None]
+    ) -> None:
         # The last token's keys and values are the draft's until the target has computed them.
-        for name, text in zip(requests, texts, strict=True):
-            self.cache.remember(name, text[:-1])
+        for name, text, version in zip(requests, texts, of_version, strict=True):
+            self.cache.remember(name, text[:-1], version)
 
     @torch.inference_mode()
     def replay(
@@ -132,9 +137,11 @@ class SelfDraftExecutor(DraftExecutor):
         return torch.stack(right).cpu().numpy(), int(valid.sum())
 
     @torch.inference_mode()
-    def begin(self, requests: list[str], texts: list[np.ndarray]) -> torch.Tensor:
-        logits = super().begin(requests, texts)
-        self._remember(requests, texts)
+    def begin(
+        self, requests: list[str], texts: list[np.ndarray], versions: list[int] | None = None
+    ) -> torch.Tensor:
+        logits = super().begin(requests, texts, versions)
+        self._remember(requests, texts, versions or [None] * len(texts))
         return logits
 
     def _forward(self, tokens, positions, slots, table, mask, exact):

@@ -56,6 +56,7 @@ class Proposing:
     def forget(self, request_id: str) -> None:
         """The request is gone."""
         self._options.pop(request_id, None)
+        self._batch.forget(request_id)
         self._drafter.forget(request_id)
 
     def propose(
@@ -89,6 +90,7 @@ class Proposing:
             num_prompt_tokens=self._batch.num_prompt,
             cache_salts=[each.cache_salt for each in options],
             sampling=self._batch.sampling([each.seed for each in options]),
+            versions=self._batch.versions(),
             row_starts=step.rows.starts,
             target_probs=step.target_probs,
         )

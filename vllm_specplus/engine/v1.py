@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_specplus.engine import row_processors
 from vllm_specplus.engine.batch import BatchView, cache_slots
+from vllm_specplus.engine.text_versions import TextVersions
 from vllm_specplus.engine.uploads import Arrays, upload
 from vllm_specplus.engine.verify import VerifyBatch
 from vllm_specplus.step import Rows, Sampling
@@ -29,6 +30,7 @@ class V1Batch:
 
     def __init__(self, runner: GPUModelRunner):
         self._runner = runner
+        self._versions = TextVersions()
 
     # -- requests ---------------------------------------------------------------
 
@@ -62,6 +64,14 @@ class V1Batch:
         batch = self._runner.input_batch
         return batch.num_prompt_tokens[: batch.num_reqs]
 
+    def versions(self) -> np.ndarray:
+        """int64 [R] see ``TextVersions.look``."""
+        return self._versions.look(self.request_ids, self.num_tokens, self.num_prompt)
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone."""
+        self._versions.forget(request_id)
+
     @property
     def num_computed(self) -> np.ndarray:
         """int32 [R] tokens whose keys and values were in the cache before the step."""
@@ -77,6 +87,7 @@ class V1Batch:
 
     def view(self, scheduler_output: SchedulerOutput, num_scheduled: np.ndarray) -> BatchView:
         """The batch of a step that begins; ``num_scheduled`` int32 [R] as vLLM hands it over."""
+        self.versions()  # a cut is seen before the step makes the text longer again
         drafts = scheduler_output.scheduled_spec_decode_tokens
         return BatchView(
             request_ids=self.request_ids,

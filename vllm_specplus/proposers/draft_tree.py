@@ -192,7 +192,7 @@ class DraftTree(Proposer):
         self, step: StepContext, rows: np.ndarray, names: list[str], texts: list[np.ndarray]
     ) -> torch.Tensor:
         """Logits behind the texts of the requests ``rows``."""
-        return self._executor.begin(names, texts)
+        return self._executor.begin(names, texts, step.versions_of(rows))
 
     def _collect(
         self, grown: list[tuple[np.ndarray, Level]], probs_rows: list[int], counts: np.ndarray

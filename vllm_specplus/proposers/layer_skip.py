@@ -114,7 +114,7 @@ class SelfSpeculation(DraftTree):
         return executor
 
     def _begin(self, step: StepContext, rows: np.ndarray, names: list, texts: list):
-        self._executor.follow(names, texts, rows, step.target_kv)
+        self._executor.follow(names, texts, rows, step.target_kv, step.versions_of(rows))
         if self._rounds % REPLAY_EVERY == REPLAY_EVERY - 1:
             # Prompts are not what the target would have said: outputs only.
             outputs = step.num_prompt_tokens[rows] < step.num_tokens[rows] - 1

@@ -31,6 +31,7 @@ from pydantic import Field, model_validator
 from vllm_specplus.config import MethodConfig
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
+from vllm_specplus.retrieval.own_text import OwnTexts
 from vllm_specplus.step import Observation, Source, StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
@@ -130,29 +131,6 @@ def recycle(matrix, pair_keys, pair_rows, tokens, previous, top_ids, accepted):
                     pair_rows[slot, j] = top_ids[i, j]
 
 
-@njit(cache=True)
-def suffix_match(text, n, longest):
-    """Where the text's last tokens occurred before.
-
-    ``text`` int32, ``n`` its length. Returns (position after the match, length of
-    the match) of the longest earlier occurrence of a suffix of at most ``longest``
-    tokens, the most recent one among equals; (-1, 0) when there is none.
-    """
-    best, where = 0, -1
-    last = text[n - 1]
-    for end in range(n - 2, -1, -1):  # candidate match ends here
-        if text[end] != last:
-            continue
-        length = 1
-        while length < longest and length <= end and text[end - length] == text[n - 1 - length]:
-            length += 1
-        if length > best:
-            best, where = length, end + 1
-            if best >= longest:
-                break
-    return where, best
-
-
 #: A node that may be taken next. Its score, the probability that the text follows to it, is kept
 #: apart, since the scores are searched for every node that is taken.
 _CANDIDATE = np.dtype(
@@ -228,22 +206,21 @@ def _highest(scores):
 
 @njit(cache=True)
 def grow(
-    matrix, pair_keys, pair_rows, acceptance, longest, text, n, budget, chain,
+    matrix, pair_keys, pair_rows, acceptance, longest, text, n, match, budget, chain,
     tokens, parents, sources,
 ):  # fmt: skip
     """Grow one request's tree best first; returns the number of nodes.
 
     ``text`` int32 with ``n`` tokens, the last one the root; ``acceptance`` float32
-    [depths, S]; ``longest`` suffix match looked for, 0 = none. Writes the tree to
+    [depths, S]; ``match`` int32 [2] of the text's suffix, where it goes on and its length, of
+    at most ``longest`` (0: none is looked for). Writes the tree to
     ``tokens``, ``parents`` and ``sources`` (numbered as :func:`sources_of` does).
     """
     candidates = np.empty((budget + 1) * (matrix.shape[1] + 1) + 1, _CANDIDATE)
     scores = np.empty(len(candidates), np.float32)
     taken = candidates[-1]  # the last one is no candidate but the node that was taken last
     taken.token, taken.depth, score = text[n - 1], 0, np.float32(1.0)
-    taken.match, taken.length = -1, 0
-    if longest > 0:
-        taken.match, taken.length = suffix_match(text, n, longest)
+    taken.match, taken.length = match
     previous = text[n - 2] if n > 1 else np.int32(UNSET)
     num = count = 0
     while True:
@@ -297,7 +274,7 @@ def grow_template(
 @njit(cache=True)
 def grow_batch(
     matrix, pair_keys, pair_rows, acceptance, longest, template_parents, template_ranks,
-    token_ids, num_tokens, max_nodes, chain_only, tokens, parents, sources, counts,
+    token_ids, num_tokens, matches, max_nodes, chain_only, tokens, parents, sources, counts,
 ):  # fmt: skip
     """Drafts of all requests, back to back; returns the total number of nodes."""
     total = 0
@@ -326,6 +303,7 @@ def grow_batch(
                 longest,
                 text,
                 n,
+                matches[r],
                 max_nodes[r],
                 chain_only[r],
                 tokens[total:],
@@ -409,6 +387,7 @@ class TokenRecycling(Proposer):
         self.pair_keys = np.full((pairs, 2), UNSET, np.int32)
         self.pair_rows = np.full((pairs, min(config.top_k, PAIR_WIDTH)), UNSET, np.int32)
         self.longest_match = len(MATCH_ACCEPTANCE) if config.match_context else 0
+        self._own_texts = OwnTexts(self.longest_match) if self.longest_match else None
         self.sources = sources_of(config.top_k, self.pair_rows.shape[1], self.longest_match)
         none = np.empty(0, np.int32)
         self.template = (none, none)
@@ -427,10 +406,20 @@ class TokenRecycling(Proposer):
         tokens, parents, sources = self._buffers
         total = grow_batch(
             self.matrix, self.pair_keys, self.pair_rows, step.acceptance, self.longest_match,
-            *self.template, step.token_ids, step.num_tokens, step.max_nodes, step.chain_only,
-            tokens, parents, sources, counts,
+            *self.template, step.token_ids, step.num_tokens, self._matches(step),
+            step.max_nodes, step.chain_only, tokens, parents, sources, counts,
         )  # fmt: skip
         return DraftBatch(tokens[:total], parents[:total], counts, sources[:total])
+
+    def _matches(self, step: StepContext) -> np.ndarray:
+        """int32 [R, 2] where each text's suffix occurred before: see ``OwnText.match``."""
+        if self._own_texts is None or len(self.template[0]):
+            return np.tile(np.array((-1, 0), np.int32), (len(step.request_ids), 1))
+        return self._own_texts.matches(step)
+
+    def forget(self, request_id: str) -> None:
+        if self._own_texts is not None:
+            self._own_texts.forget(request_id)
 
     def observe_prompt(self, observation: Observation) -> None:
         self._recycle(observation)
