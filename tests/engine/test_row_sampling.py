@@ -21,6 +21,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from tests.samplers.test_relaxed import VOCAB, make_rows, random_rows
 from vllm_specplus.engine import row_processors
+from vllm_specplus.engine.row_penalties import Texts, TokenCounts
 from vllm_specplus.engine.row_sampling import RuleSampler, is_plain_greedy, sample_rows
 from vllm_specplus.samplers.registry import make_rule
 from vllm_specplus.step import DraftProbs, Rows
@@ -88,6 +89,31 @@ def metadata_of(
     )  # fmt: skip
 
 
+def texts_of(params: list[SamplingParams], outputs: list[list[int]]) -> Texts:
+    """Behind the same prompt each, never seen before."""
+    longest = len(PROMPT) + max(map(len, outputs)) + 3
+    tokens = np.full((len(params), longest), 3, np.int32)  # what is behind a text is anything
+    for row, output in zip(tokens, outputs, strict=True):
+        row[: len(PROMPT) + len(output)] = PROMPT + output
+    return Texts(
+        request_ids=[f"r{i}" for i in range(len(params))],
+        token_ids=tokens,
+        num_tokens=np.array([len(PROMPT) + len(output) for output in outputs], np.int32),
+        num_prompt=np.full(len(params), len(PROMPT), np.int32),
+        versions=np.arange(len(params)),
+        penalised=np.array([asks_for_a_penalty(one) for one in params]),
+    )
+
+
+def asks_for_a_penalty(one: SamplingParams) -> bool:
+    return bool(one.frequency_penalty or one.presence_penalty or one.repetition_penalty != 1)
+
+
+def penalties_of(params, outputs, rows, metadata):
+    logits = torch.empty(len(rows.tokens), VOCAB)
+    return TokenCounts().of_rows(texts_of(params, outputs), rows, metadata, logits)
+
+
 def metadata_of_draw(generator: torch.Generator) -> SamplingMetadata:
     one = metadata_of([SamplingParams()], [[]], [0], None)
     one.generators = {0: generator}
@@ -145,7 +171,8 @@ def differences(seed: int, mode: str) -> int:
             logits[row, [i for i in range(VOCAB) if i not in stops]] = -INF
     logprobs = [None, 0, 4][int(rng.integers(3))]
     metadata = metadata_of(params, copy.deepcopy(outputs), [0] * count, logprobs)
-    got = sample_rows(Sampler(mode), logits.clone(), metadata, rows)
+    penalties = penalties_of(params, outputs, rows, metadata)
+    got = sample_rows(Sampler(mode), logits.clone(), metadata, rows, penalties)
     wrong = 0
     for row, r in enumerate(request):
         path = path_of(rows, row, int(rows.starts[r]))
@@ -184,7 +211,7 @@ def test_raw_logprobs_know_no_min_tokens():
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[0], logprobs=1)
     logits = torch.zeros(3, VOCAB)
     logits[:, 0] = 5.0
-    got = sample_rows(Sampler(), logits.clone(), metadata_of([params], [[]], [0], 1), CHAIN)
+    got = sample_rows(Sampler(), logits.clone(), metadata_of([params], [[]], [0], 1), CHAIN, None)
     assert (got.tokens != 0).tolist() == [True, True, False]  # the third is behind the minimum
     best = logits.log_softmax(-1)[:, 0]
     torch.testing.assert_close(got.logprobs.logprobs[:, 1], best)
@@ -198,7 +225,7 @@ def test_a_finished_grammar_may_end_before_min_tokens():
     )
     logits = torch.full((3, VOCAB), -INF)
     logits[:, 5] = 1.0
-    got = sample_rows(Sampler(), logits, metadata_of([params], [[]], [0], None), CHAIN)
+    got = sample_rows(Sampler(), logits, metadata_of([params], [[]], [0], None), CHAIN, None)
     assert got.tokens.tolist() == [5, 5, 5]
 
 
@@ -215,7 +242,7 @@ def test_rules_judge_by_probabilities_behind_min_p():
     metadata = metadata_of([params], [[]], [0], None)
     none = DraftProbs(torch.empty(0, VOCAB), np.full(3, -1, np.int32), np.zeros(3, np.int32))
     sampler = RuleSampler("raw_logprobs", make_rule("without_replacement", {}), CPU)
-    got = sampler.judge_rows(logits.clone(), metadata, CHAIN, none, np.zeros(1, bool))
+    got = sampler.judge_rows(logits.clone(), metadata, CHAIN, None, none, np.zeros(1, bool))
     p = (logits / 0.8).softmax(-1)
     p = p.masked_fill(p < 0.3 * p.amax(-1, keepdim=True), 0)
     torch.testing.assert_close(got.target_probs, p / p.sum(-1, keepdim=True))

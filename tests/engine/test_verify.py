@@ -60,6 +60,7 @@ def batch_of(temperature: list[float], rows: Rows = ROWS, stops=frozenset(), **k
         "request_ids": [f"r{i}" for i in range(count)],
         "rows": rows,
         "metadata": metadata_of(temperature),
+        "texts": None,  # nobody asks for a penalty
         "temperature": np.array(temperature, np.float32),
         "top_k": np.full(count, VOCAB, np.int32),
         "top_p": np.ones(count, np.float32),

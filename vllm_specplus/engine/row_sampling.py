@@ -10,9 +10,10 @@ One draw per row
 
 vLLM's sampler works per request; a draft tree needs one draw per *row*. So the
 step's ``SamplingMetadata`` is expanded to one entry per row, where a row's past
-output is the request's output plus the tokens on the row's path: penalties, bad
-words, allowed tokens, top-k/top-p, temperature and logprobs then hold per node. Logits
-processors (min_tokens, logit_bias, min_p) are built anew per row, see ``row_processors.py``.
+output is the request's output plus the tokens on the row's path: bad words, allowed
+tokens, top-k/top-p, temperature and logprobs then hold per node. Logits processors
+(min_tokens, logit_bias, min_p) are built anew per row, see ``row_processors.py``, and penalties,
+which vLLM counts anew in every step, take the place of one: see ``row_penalties.py``.
 
 Seeded requests: all rows of one depth share the state their generator would have
 at that position in plain decoding, and the generator advances by exactly the
@@ -35,6 +36,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from vllm_specplus.drafting.noise import VERDICTS, stream
 from vllm_specplus.engine import row_processors
+from vllm_specplus.engine.row_penalties import RowPenalties
 from vllm_specplus.samplers.relaxed_sampling import Relaxation
 from vllm_specplus.samplers.sampled import SampledRule
 from vllm_specplus.step import Acceptance, DraftProbs, Rows
@@ -68,14 +70,17 @@ def is_plain_greedy(metadata: SamplingMetadata) -> bool:
 
 
 def sample_rows(
-    sampler: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows
-) -> RowSamples:
-    """Draws one token per row. May change ``logits`` [L, V] in place."""
-    if len(rows.tokens) == len(rows.starts) - 1:  # one row per request: nothing to expand
+    sampler: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows,
+    penalties: RowPenalties | None,
+) -> RowSamples:  # fmt: skip
+    """Draws one token per row. May change ``logits`` [L, V] in place. ``penalties`` are those of
+    ``metadata``, None if it has none."""
+    one_each = len(rows.tokens) == len(rows.starts) - 1
+    if one_each and penalties is None:  # nothing to expand
         states = {i: _states(g, 1, logits) for i, g in metadata.generators.items()}
         out = sampler(logits=logits, sampling_metadata=metadata)
         return RowSamples(_on_host(out), out.logprobs_tensors, states)
-    expanded, states = _expand(metadata, rows, logits)
+    expanded, states = _expand(metadata, rows, logits, penalties)
     out = sampler(logits=logits, sampling_metadata=expanded)
     return RowSamples(_on_host(out), out.logprobs_tensors, states)
 
@@ -120,7 +125,8 @@ class RuleSampler(Sampler):
 
     def judge_rows(
         self, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows,
-        draft_probs: DraftProbs, discarded: np.ndarray, relaxation: Relaxation | None = None,
+        penalties: RowPenalties | None, draft_probs: DraftProbs, discarded: np.ndarray,
+        relaxation: Relaxation | None = None,
     ) -> RowSamples:  # fmt: skip
         """Judges the drafts like :func:`sample_rows`, but ``tokens`` are -1 off the accepted
         paths.
@@ -129,7 +135,7 @@ class RuleSampler(Sampler):
         read to its end), whose seeded generators stay as they are.
         """
         accept, output = self._noise(metadata, rows, discarded, logits.device)
-        expanded, _ = _expand(replace(metadata, generators={}), rows, logits)
+        expanded, _ = _expand(replace(metadata, generators={}), rows, logits, penalties)
         self._judge.step = rows, draft_probs, accept, output, relaxation
         try:
             out = self(logits=logits, sampling_metadata=expanded)
@@ -204,7 +210,22 @@ def _path_tokens(rows: Rows, row: int, first: int) -> list[int]:
     return out[::-1]
 
 
-def _expand(metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor):
+def _past_outputs(metadata: SamplingMetadata, rows: Rows) -> list[list[int]]:
+    """Lists the ends of every row's past output, as far back as its request's bad words reach."""
+    past: list[list[int]] = [[]] * len(rows.tokens)
+    for request, words in (metadata.bad_words_token_ids or {}).items():
+        reach = max(map(len, words)) - 1
+        output = metadata.output_token_ids[request]
+        end = output[len(output) - reach :] if reach < len(output) else output
+        first, last = rows.starts[request : request + 2].tolist()
+        for row in range(first, last):
+            past[row] = end + _path_tokens(rows, row, first)
+    return past
+
+
+def _expand(
+    metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor, penalties: RowPenalties | None
+):
     """Returns ``metadata`` with one entry per row, and the generator states by request."""
     counts = np.diff(rows.starts)
     request_of = np.repeat(np.arange(len(counts)), counts)
@@ -230,27 +251,22 @@ def _expand(metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor):
             clone.set_state(states[request][rows.depths[row]])
             generators[row] = clone
 
-    output_token_ids = metadata.output_token_ids
-    if output_token_ids:  # kept by vLLM only where penalties or bad words need it
-        output_token_ids = [
-            output_token_ids[r] + _path_tokens(rows, row, int(rows.starts[r]))
-            for row, r in enumerate(request_of.tolist())
-        ]
+    processors = row_processors.for_rows(metadata.logitsprocs, rows, logits.device)
+    if penalties is not None:  # vLLM applies its own behind these
+        processors.non_argmax_invariant.append(penalties)  # type: ignore[arg-type]
     expanded = replace(
         metadata,
         temperature=per_row(metadata.temperature),
         top_p=per_row(metadata.top_p),
         top_k=per_row(metadata.top_k),
         generators=generators,
-        prompt_token_ids=per_row(metadata.prompt_token_ids),
-        frequency_penalties=per_row(metadata.frequency_penalties),
-        presence_penalties=per_row(metadata.presence_penalties),
-        repetition_penalties=per_row(metadata.repetition_penalties),
-        output_token_ids=output_token_ids,
+        no_penalties=True,
+        prompt_token_ids=None,
+        output_token_ids=_past_outputs(metadata, rows),
         allowed_token_ids_mask=per_row(metadata.allowed_token_ids_mask),
         bad_words_token_ids=spread(metadata.bad_words_token_ids),
         logprob_token_ids=spread(metadata.logprob_token_ids) or None,
-        logitsprocs=row_processors.for_rows(metadata.logitsprocs, rows, logits.device),
+        logitsprocs=processors,
         spec_token_ids=None,
     )
     return expanded, states

@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_specplus.engine import row_processors
 from vllm_specplus.engine.batch import BatchView, cache_slots
+from vllm_specplus.engine.row_penalties import Texts
 from vllm_specplus.engine.text_versions import TextVersions
 from vllm_specplus.engine.uploads import Arrays, upload
 from vllm_specplus.engine.verify import VerifyBatch
@@ -140,6 +141,7 @@ class V1Batch:
             request_ids=self.request_ids,
             rows=rows,
             metadata=self._runner.input_batch.sampling_metadata,
+            texts=self._texts_before(),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -147,6 +149,23 @@ class V1Batch:
             relaxed_stops=relaxed_stops,
             outside_pictures=outside_pictures,
             hidden=hidden,
+        )
+
+    def _texts_before(self) -> Texts:
+        """The texts, before the step's tokens are known."""
+        batch = self._runner.input_batch
+        asking = (
+            batch.frequency_penalties_reqs
+            | batch.presence_penalties_reqs
+            | batch.repetition_penalties_reqs
+        )
+        return Texts(
+            request_ids=self.request_ids,
+            token_ids=self.texts,
+            num_tokens=self.num_tokens,
+            num_prompt=self.num_prompt,
+            versions=self.versions(),
+            penalised=np.array([name in asking for name in self.request_ids], bool),
         )
 
     # -- memory -----------------------------------------------------------------

@@ -18,6 +18,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from vllm_specplus.engine.row_penalties import Texts, TokenCounts
 from vllm_specplus.engine.row_sampling import (
     RowSamples,
     RuleSampler,
@@ -57,6 +58,7 @@ class VerifyBatch:
     request_ids: list[str]
     rows: Rows
     metadata: SamplingMetadata
+    texts: Texts
     temperature: np.ndarray
     """float32 [R]; 0 is greedy."""
     top_k: np.ndarray
@@ -121,9 +123,11 @@ class TargetDraws:
 
     def __init__(self, sampler: Sampler):
         self._sampler = sampler
+        self._counts = TokenCounts()
 
     def __call__(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
-        return sample_rows(self._sampler, logits, batch.metadata, batch.rows)
+        penalties = self._counts.of_rows(batch.texts, batch.rows, batch.metadata, logits)
+        return sample_rows(self._sampler, logits, batch.metadata, batch.rows, penalties)
 
     def warm_up(self, vocab_size: int) -> None:
         """Has nothing to compile."""
@@ -144,6 +148,7 @@ class JudgedDraws:
         self._sampler, self._rule, self._relaxed = sampler, rule, relaxed
         self._draft_probs, self._counters = draft_probs, counters
         self._device = device
+        self._counts = TokenCounts()
         self._group = group if group is not None and group.world_size > 1 else None
 
     def __call__(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
@@ -160,8 +165,9 @@ class JudgedDraws:
         relaxation = None
         if self._relaxed is not None:
             relaxation = Relaxation(self._relaxed, self._stops(batch))
+        penalties = self._counts.of_rows(batch.texts, batch.rows, batch.metadata, logits)
         samples = self._sampler.judge_rows(
-            logits, batch.metadata, batch.rows, draft_probs, batch.discarded, relaxation
+            logits, batch.metadata, batch.rows, penalties, draft_probs, batch.discarded, relaxation
         )
         if relaxation is not None:
             self._counters.add("relaxed_tokens", int(relaxation.relaxed))
