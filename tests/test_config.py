@@ -9,7 +9,7 @@ import pytest
 
 from tests.datastores import NumberTokenizer, build_datastore
 from tests.model_configs import target
-from vllm_specplus import plugin
+from vllm_specplus import plugin, speculative_config
 from vllm_specplus.config import parse
 
 
@@ -40,7 +40,7 @@ def test_a_config_is_not_changed_afterwards():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"treee": 1}, "unknown key 'treee' (allowed: method, num_speculative_tokens"),
+        ({"treee": 1}, "unknown key 'treee', did you mean 'tree'? (allowed: method, num_sp"),
         ({"num_speculative_tokens": "16"}, "'num_speculative_tokens' is '16': input should be"),
         ({"num_speculative_tokens": 4.0}, "'num_speculative_tokens' is 4.0: input should be"),
         ({"num_speculative_tokens": True}, "'num_speculative_tokens' is True: input should be"),
@@ -149,27 +149,30 @@ def engine_args(**changes):
 
 def test_short_flags_are_taken_over():
     args = engine_args(spec_method="token_recycling", spec_tokens=8)
-    assert plugin._ours(args) == {"method": "token_recycling", "num_speculative_tokens": 8}
+    assert speculative_config.ours(args) == {
+        "method": "token_recycling",
+        "num_speculative_tokens": 8,
+    }
     args = engine_args(
         speculative_config={"method": "token_recycling", "num-speculative-tokens": 4}, spec_tokens=8
     )
     with pytest.raises(ValueError, match="mutually exclusive"):
-        plugin._ours(args)
+        speculative_config.ours(args)
 
 
 def test_other_methods_are_left_to_vllm():
-    assert plugin._ours(engine_args()) is None
-    assert plugin._ours(engine_args(speculative_config={"method": "ngram"})) is None
-    assert plugin._ours(engine_args(spec_method="ngram", spec_tokens=4)) is None
+    assert speculative_config.ours(engine_args()) is None
+    assert speculative_config.ours(engine_args(speculative_config={"method": "ngram"})) is None
+    assert speculative_config.ours(engine_args(spec_method="ngram", spec_tokens=4)) is None
     twice = {"method": "ngram", "num_speculative_tokens": 4}
-    assert plugin._ours(engine_args(speculative_config=twice, spec_tokens=8)) is None
+    assert speculative_config.ours(engine_args(speculative_config=twice, spec_tokens=8)) is None
     no_method = {"model": "a/draft-model", "num_speculative_tokens": 4}
-    assert plugin._ours(engine_args(speculative_config=no_method, spec_tokens=8)) is None
+    assert speculative_config.ours(engine_args(speculative_config=no_method, spec_tokens=8)) is None
 
 
 def test_the_users_config_is_not_changed():
     config = {"method": "token_recycling"}
-    plugin._ours(engine_args(speculative_config=config, spec_tokens=8))
+    speculative_config.ours(engine_args(speculative_config=config, spec_tokens=8))
     assert config == {"method": "token_recycling"}
 
 

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 #: Parts of the package from the ground up. Each imports from lower floors and, without circles,
 #: from its own.
 FLOORS = (
-    ("strict", "tree", "step", "target", "capabilities", "metrics", "compat", "registry"),
+    ("strict", "files", "tree", "step", "target", "capabilities", "metrics", "compat", "registry"),
     ("kernels", "retrieval", "control", "samplers"),
     ("drafting", "image", "config"),
     ("proposer", "proposers"),
-    ("engine",),
+    ("engine", "speculative_config"),
     ("plugin",),
     ("training", "bench", "cli", "testing"),
 )

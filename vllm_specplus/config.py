@@ -14,8 +14,11 @@ from vllm_specplus import registry
 from vllm_specplus.capabilities import TEXT, Need
 from vllm_specplus.control.settings import ControlConfig, GoodputControl
 from vllm_specplus.samplers import judge
-from vllm_specplus.strict import StrictModel, sentence
+from vllm_specplus.strict import StrictModel, quoted, sentences, told
 from vllm_specplus.target import Target
+
+#: Memory that a user grants, in MiB: up to 1 TiB.
+Megabytes = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class AcceptanceRule(StrictModel):
@@ -57,8 +60,8 @@ class TopKMarginAcceptance(AcceptanceRule):
     """Also nodes among the most probable tokens, and nearly as probable as the best."""
 
     rule: Literal["top_k_margin"]
-    top_k: Annotated[int, Field(ge=2)] = 3
-    margin: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Annotated[int, Field(ge=2, le=1000)] = 3
+    margin: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Nats below the most probable token."""
 
 
@@ -81,7 +84,7 @@ class LanternAcceptance(ImageAcceptance):
     """Image codes may borrow the probability of their neighbours (LANTERN)."""
 
     rule: Literal["lantern"]
-    k: Annotated[int, Field(ge=0)] = 1000
+    k: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
     """Nearest codes that may lend."""
     delta: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Most that is lent, and so the most that a distribution moves by (total variation)."""
@@ -93,8 +96,8 @@ class LanternPlusAcceptance(ImageAcceptance):
     """The same, in proportion to the code's own probability (LANTERN++)."""
 
     rule: Literal["lantern++"]
-    k: Annotated[int, Field(ge=0)] = 10
-    lambda_: Annotated[float, Field(ge=1, alias="lambda")] = 5.0
+    k: Annotated[int, Field(ge=0, le=1_000_000)] = 10
+    lambda_: Annotated[float, Field(ge=1, le=1e6, alias="lambda")] = 5.0
     """Borrowed and own probability together, as a multiple of the own."""
     residual: Literal["optimal", "llamagen", "lumina"] = "optimal"
 
@@ -103,11 +106,11 @@ class GsdAcceptance(ImageAcceptance):
     """Image codes are judged as groups of neighbours in rank (Grouped Speculative Decoding)."""
 
     rule: Literal["gsd"]
-    group: Annotated[int, Field(ge=1)] = 14
+    group: Annotated[int, Field(ge=1, le=1_000_000)] = 14
     """Codes of a group."""
     max_gap: Annotated[float, Field(gt=0, le=1)] = 0.15
     """Members differ in probability by less than this."""
-    max_distance: Annotated[float, Field(gt=0)] | None = None
+    max_distance: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """And in their codebook vectors by less than this (squared L2), if set."""
 
 
@@ -118,7 +121,7 @@ class KlJudgeAcceptance(AcceptanceRule):
     needs_draws: ClassVar[bool] = True
 
     rule: Literal["kl_judge"]
-    threshold: Annotated[float, Field(gt=0)] = 0.5
+    threshold: Annotated[float, Field(gt=0, le=100)] = 0.5
     """Most KL(target || draft), nats."""
     sure: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Above this largest probability of the target verification is lossless."""
@@ -148,6 +151,8 @@ class MethodConfig(StrictModel):
     own_size: ClassVar[bool] = False
     """Has it, as a source of rasd, a ``num_speculative_tokens`` of its own?"""
     drafts_latents: ClassVar[bool] = False
+    drafts_pictures: ClassVar[bool] = False
+    """Is it for image models only?"""
 
     method: str
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)]
@@ -227,8 +232,8 @@ class MethodConfig(StrictModel):
             size = judge.head_size(self.acceptance.head)
             if size != target.hidden_size:
                 raise ValueError(
-                    f"'head' {self.acceptance.head!r} reads {size} hidden units, and the target "
-                    f"has {target.hidden_size}: train it on this target"
+                    f"'head' {quoted(self.acceptance.head)} reads {size} hidden units, and "
+                    f"the target has {target.hidden_size}: train it on this target"
                 )
 
     def check_kind(self, target: Target) -> None:
@@ -245,6 +250,12 @@ class MethodConfig(StrictModel):
                 f"{latents}"
             )
 
+        if self.drafts_pictures and not target.has_codebook:
+            raise ValueError(
+                f"method {self.method!r} drafts image codes, and the target, of type "
+                f"{target.family!r}, writes text: use another method, such as 'token_recycling'"
+            )
+
     def check_target(self, target: Target) -> None:
         """Raise ValueError if the method does not fit the target model."""
 
@@ -255,6 +266,11 @@ def parse(raw: dict[str, Any]) -> MethodConfig:
     Raises ValueError with one sentence per mistake: what is wrong, what is allowed.
     """
     method = raw.get("method")
+    if not isinstance(method, str):
+        raise ValueError(
+            f"speculative_config: unknown method {quoted(method)}; vllm-specplus has "
+            f"{', '.join(registry.method_names())}"
+        )
     try:
         model = registry.config_class(method)
     except ValueError as error:
@@ -262,5 +278,5 @@ def parse(raw: dict[str, Any]) -> MethodConfig:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        problems = [sentence(e, model) for e in error.errors()]
-        raise ValueError(f"speculative_config for {method!r}: {'; '.join(problems)}") from None
+        mistakes = sentences(error, model)
+        raise ValueError(told(f"speculative_config for {method!r}", mistakes)) from None

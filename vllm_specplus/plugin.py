@@ -13,7 +13,7 @@ import functools
 import logging
 from typing import Any
 
-from vllm_specplus import compat, registry
+from vllm_specplus import compat, speculative_config
 from vllm_specplus.config import MethodConfig, parse
 from vllm_specplus.control import requests
 from vllm_specplus.engine import needs
@@ -24,7 +24,8 @@ logger = logging.getLogger("vllm.specplus")
 
 
 def register() -> None:
-    """Wrap ``EngineArgs.create_speculative_config`` and the checks of ``SamplingParams``, once."""
+    """Wrap ``EngineArgs.create_speculative_config``, the flags of its parser, whose choices lack
+    our methods, and the checks of ``SamplingParams``; once."""
     problem = compat.unsupported_version()
     if problem:
         _refuse_ours(problem)
@@ -38,13 +39,22 @@ def register() -> None:
 
     @functools.wraps(original)
     def create_speculative_config(self, target_model_config, target_parallel_config):
-        raw = _ours(self)
+        raw = speculative_config.ours(self)
         if raw is not None:
             _configure(self, raw, target_model_config, target_parallel_config)
         return original(self, target_model_config, target_parallel_config)
 
     create_speculative_config._specplus = True
     EngineArgs.create_speculative_config = create_speculative_config
+    flags = EngineArgs.add_cli_args
+
+    @functools.wraps(flags)
+    def add_cli_args(parser):
+        parser = flags(parser)
+        speculative_config.admit_flags(parser)
+        return parser
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
     _register_models()
     _check_requests()
 
@@ -63,9 +73,9 @@ def _refuse_ours(problem: str) -> None:
 
     @functools.wraps(original)
     def create_speculative_config(self, *args, **kwargs):
-        if (raw := _ours(self)) is not None:
+        if (method := speculative_config.method_of_ours(self)) is not None:
             raise ValueError(
-                f"speculative method {raw['method']!r} is one of vllm-specplus, and {problem}: "
+                f"speculative method {method!r} is one of vllm-specplus, and {problem}: "
                 f"install a vLLM of that range, or a vllm-specplus that supports yours"
             )
         return original(self, *args, **kwargs)
@@ -150,28 +160,6 @@ def _check_requests() -> None:
         refuses(self, speculative_config)
 
     SamplingParams._validate_spec_decode = _validate_spec_decode
-
-
-def _ours(args: Any) -> dict[str, Any] | None:
-    """The user's speculative config if it names a method of ours, else None.
-
-    Takes over vLLM's short flags (--spec-method, --spec-tokens) as vLLM does.
-    """
-    given = getattr(args, "speculative_config", None) or {}
-    raw = {k.replace("-", "_"): v for k, v in given.items()}
-    for flag, key in (("spec_method", "method"), ("spec_tokens", "num_speculative_tokens")):
-        value = getattr(args, flag, None)
-        if value is None:
-            continue
-        if key in raw:
-            if raw.get("method") in registry.method_names():
-                raise ValueError(
-                    f"--{flag.replace('_', '-')} and --speculative-config[{key!r}] are mutually "
-                    f"exclusive: keep one of them"
-                )
-            return None  # vLLM's own method: vLLM reports it
-        raw[key] = value
-    return raw if raw.get("method") in registry.method_names() else None
 
 
 def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) -> None:

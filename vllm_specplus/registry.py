@@ -16,7 +16,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
+
+from vllm_specplus.strict import quoted
 
 GROUP = "vllm_specplus.methods"
 _PROPOSERS = "vllm_specplus.proposers"
@@ -104,6 +106,22 @@ def _problem_of(name: str) -> str | None:
     return None
 
 
+def is_vllms(name: str) -> bool:
+    """Is it a method of vLLM's own, of the versions we know or of the one that is installed?"""
+    if _VLLMS.fullmatch(name):
+        return True
+    from vllm.config.speculative import SpeculativeMethod
+
+    return name in _members(SpeculativeMethod)
+
+
+def _members(literal: Any) -> set[str]:
+    """The strings of a Literal, which may hold others."""
+    return set().union(
+        *({arg} if isinstance(arg, str) else _members(arg) for arg in get_args(literal))
+    )
+
+
 def method_names() -> list[str]:
     """Names of all methods that are ours to answer for, sorted; imports nothing."""
     return list(dict.fromkeys(m.name for m in methods() if not _VLLMS.fullmatch(m.name)))
@@ -117,7 +135,9 @@ def method_class(name: str) -> Any:
     """
     found = next((method for method in methods() if method.name == name), None)
     if found is None:
-        raise ValueError(f"unknown method {name!r}; vllm-specplus has {', '.join(method_names())}")
+        raise ValueError(
+            f"unknown method {quoted(name)}; vllm-specplus has {', '.join(method_names())}"
+        )
     if found.problem:
         raise ValueError(found.problem)
     if name not in _registered:

@@ -18,7 +18,8 @@ from pathlib import Path
 from tests.contract import folders
 
 ROOT = Path(__file__).parents[2]
-Launch = tuple[str, str, dict | None]
+#: Model, launch line, speculative config (None: none; text: as it stands on the command line).
+Launch = tuple[str, str, dict | str | None]
 
 
 def outcomes(launches: Iterable[Launch], root: Path, timeout: float = 3600) -> list[str | None]:
@@ -35,17 +36,26 @@ def outcomes(launches: Iterable[Launch], root: Path, timeout: float = 3600) -> l
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(('"', "null"))]
 
 
-def _configure(parser, folder: Path, line: str, spec: dict | None) -> str | None:
+class _Usage(Exception):
+    """What vLLM's parser says before it ends the process."""
+
+
+def _usage(message: str):
+    raise _Usage(message)
+
+
+def _configure(parser, folder: Path, line: str, spec: dict | str | None) -> str | None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     words = ["--model", str(folder), *shlex.split(line)]
     if spec is not None:
-        words += ["--speculative-config", json.dumps(spec)]
+        text = spec if isinstance(spec, str) else json.dumps(spec)
+        words += ["--speculative-config", text]
     try:
         args = AsyncEngineArgs.from_cli_args(parser.parse_args(words))
         args.create_engine_config()
-    except SystemExit:
-        return "vLLM's parser does not know the line"
+    except _Usage as error:
+        return str(error)
     except Exception as error:  # whatever vLLM raises is its answer
         return f"{type(error).__name__}: {error}"
     return None
@@ -74,8 +84,10 @@ def main(root: str) -> None:
     register()
     compat.check()  # imports what a method of ours would import in every process
     parser = make_arg_parser(FlexibleArgumentParser())
+    parser.error = _usage
     wanted = json.load(sys.stdin)
-    _warm_up(parser, Path(root), {spec and json.dumps(spec) for _, _, spec in wanted})
+    usual = {spec and json.dumps(spec) for _, _, spec in wanted if not isinstance(spec, str)}
+    _warm_up(parser, Path(root), usual)
     for model, line, spec in wanted:
         folder = folders.make(Path(root), model)
         reading, writing = os.pipe()

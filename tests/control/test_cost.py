@@ -80,7 +80,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a cost file"):
         CostProfile.load(path, KEY)
     path.write_text("{nonsense")
-    with pytest.raises(ValueError, match="is not readable"):
+    with pytest.raises(ValueError, match="is no JSON"):
         CostProfile.load(path, KEY)
     CostProfile(CURVE).save(path, KEY)
     whole = json.loads(path.read_text())

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vllm_specplus.control.requests import check_latents, guidance, parse
+from vllm_specplus.control.requests import RequestControls, check_latents, guidance, parse
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def test_limits(extra_args, limit):
         ({"enabled": "no"}, "'enabled' is 'no': input should be a valid boolean"),
         ({"cache_salt": 3}, "'cache_salt' is 3: input should be a valid string"),
         ({"enabled": 0}, "'enabled' is 0: input should be a valid boolean"),
-        ({"nodes": 3}, "unknown key 'nodes' (allowed: enabled, max_nodes, lossless, cache_salt)"),
+        ({"nodes": 3}, "unknown key 'nodes', did you mean 'max_nodes'? (allowed: enabled, max_"),
+        ({"x": 3}, "unknown key 'x' (allowed: enabled, max_nodes, lossless, cache_salt)"),
         (3, 'must be an object such as {"max_nodes": 8}, not 3'),
         ("{", "not valid JSON"),
         ("[1]", "must be an object"),
@@ -92,3 +93,46 @@ def test_requests_for_latents(keys, words):
     check_latents(SamplingParams(logprobs=4, seed=3, temperature=0.7, top_k=-1, n=2), 4)
     with pytest.raises(ValueError, match=words):
         check_latents(SamplingParams(**{"logprobs": 4} | keys), 4)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "controls"),
+    [
+        ({"specplus.enabled": False}, {"enabled": False}),
+        ({"specplus.enabled": 0}, {"enabled": False}),  # what vllm_xargs makes of false
+        ({"specplus.enabled": 0.0}, {"enabled": False}),
+        ({"specplus.enabled": "false"}, {"enabled": False}),
+        ({"specplus.max_nodes": 8}, {"max_nodes": 8}),
+        ({"specplus.max_nodes": 8.0}, {"max_nodes": 8}),
+        ({"specplus.max_nodes": "8"}, {"max_nodes": 8}),
+        ({"specplus.cache_salt": "a"}, {"cache_salt": "a"}),
+        ({"specplus.lossless": 1, "other": 3}, {"lossless": True}),
+        ({"specplus": '{"max_nodes": 3}', "specplus.enabled": True}, {"max_nodes": 3}),
+        ({"specplus": {"max_nodes": 3}, "specplus.cache_salt": ""}, {"max_nodes": 3}),
+    ],
+)  # fmt: skip
+def test_flat_keys(extra_args, controls):
+    assert parse(extra_args) == RequestControls(**controls)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "words"),
+    [
+        ({"specplus.max_node": 3}, "unknown key 'max_node', did you mean 'max_nodes'? (allowed:"),
+        ({"specplus_enabled": False}, "unknown key 'specplus_enabled': write 'specplus.enabled'"),
+        ({"specplus.": 1}, "unknown key ''"),
+        ({"specplus.max_nodes": 8.5}, "'max_nodes' is 8.5: input should be a valid integer"),
+        ({"specplus.enabled": 2}, "'enabled' is 2: input should be a valid boolean"),
+        ({"specplus": {"max_nodes": 3}, "specplus.max_nodes": 3}, "'max_nodes' is given twice"),
+        ({"specplus": "[" * 50_000}, "not valid JSON"),
+        ({"specplus": "9" * 50_000}, "not valid JSON"),
+        ({"specplus": {"x" * 50_000: 1}}, "unknown key 'xxx"),
+        ({"specplus": {"cache_salt": "x" * 50_000}}, "at most 256 characters"),
+    ],
+)
+def test_mistakes_in_flat_keys_are_one_sentence(extra_args, words):
+    with pytest.raises(ValueError, match=r"^specplus: ") as error:
+        parse(extra_args)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 400

@@ -236,8 +236,16 @@ def test_mistakes_in_the_config(keys, words):
         ({"method": "layer_skip"}, {"family": "gpt2"}, "the target is of type 'gpt2'"),
         ({"method": "layer_skip"}, {"tensor_parallel_size": 2}, "tensor_parallel_size to 1"),
         ({"method": "layer_skip"}, {"num_layers": 2}, "the target has 2"),
-        ({"method": "layer_skip", "skip_mlp": [2, 4]}, {}, "'skip_mlp' is [2, 4], and the"),
-        ({"method": "early_exit", "exit_layers": [4]}, {}, "the target's layers are 0 to 3"),
+        (
+            {"method": "layer_skip", "skip_mlp": [2, 4]},
+            {},
+            "is [2, 4], and this target allows 0 to 3",
+        ),
+        (
+            {"method": "early_exit", "exit_layers": [4]},
+            {},
+            "is [4], and this target allows 1 to 3",
+        ),
         (
             {"method": "rasd", "sources": ["token_recycling", "early_exit"]},
             {"family": "phi"},

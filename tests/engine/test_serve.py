@@ -193,16 +193,16 @@ def test_metrics(ask, server):
 
 
 def test_a_request_can_switch_speculation_off(ask, server):
-    """Through ``vllm_xargs``, which carries strings: the object as JSON text."""
-    for controls in ({"enabled": False}, {"max_nodes": 0}):
+    """Through ``vllm_xargs``, which carries no objects: as JSON text, or by flat keys."""
+    for controls in ({"specplus": '{"enabled": false}'}, {"specplus.enabled": False}):
         before = metrics(server)
-        answer = ask(COUNT, 24, extra_body={"vllm_xargs": {"specplus": json.dumps(controls)}})
+        answer = ask(COUNT, 24, extra_body={"vllm_xargs": controls})
         after = metrics(server)
         name = "vllm:specplus_nodes_drafted_total"
         assert after[name] == before[name]
         assert answer.choices[0].message.content.startswith("1. 1\n2. 2\n")
     before = metrics(server)
-    ask(COUNT, 24, extra_body={"vllm_xargs": {"specplus": '{"max_nodes": 1}'}})
+    ask(COUNT, 24, extra_body={"vllm_xargs": {"specplus.max_nodes": 1}})
     after = metrics(server)
     grown = {name: after[name] - before[name] for name in after}
     assert grown["vllm:specplus_nodes_drafted_total"] <= grown["vllm:specplus_request_steps_total"]
@@ -214,9 +214,13 @@ def test_a_request_can_switch_speculation_off(ask, server):
         ('{"max_nodes": 999}', "specplus: 'max_nodes' is 999: input should be less than"),
         (
             '{"nodes": 3}',
-            "specplus: unknown key 'nodes' (allowed: enabled, max_nodes, lossless, cache_salt)",
+            "specplus: unknown key 'nodes', did you mean 'max_nodes'? (allowed: enabled, max_nodes, ",
         ),
         ("{off", "specplus: not valid JSON"),
+        ("[" * 50_000, "specplus: not valid JSON"),
+        ({"specplus.max_node": 3}, "specplus: unknown key 'max_node', did you mean 'max_nodes'?"),
+        ({"specplus.max_nodes": 300}, "specplus: 'max_nodes' is 300: input should be less than"),
+        ({"specplus_enabled": False}, "specplus: unknown key 'specplus_enabled': write "),
     ],
 )
 def test_bad_controls_get_http_400_and_disturb_nobody(ask, controls, sentence):
@@ -225,7 +229,8 @@ def test_bad_controls_get_http_400_and_disturb_nobody(ask, controls, sentence):
     with ThreadPoolExecutor(2) as pool:
         neighbour = pool.submit(ask, COUNT, 24)
         with pytest.raises(BadRequestError) as refused:
-            ask(COUNT, 24, extra_body={"vllm_xargs": {"specplus": controls}})
+            xargs = controls if isinstance(controls, dict) else {"specplus": controls}
+            ask(COUNT, 24, extra_body={"vllm_xargs": xargs})
     assert refused.value.status_code == 400
     assert sentence in str(refused.value)
     assert neighbour.result().choices[0].message.content.startswith("1. 1\n2. 2\n")

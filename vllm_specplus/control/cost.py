@@ -22,6 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_specplus.files import read_json
+from vllm_specplus.strict import quoted
+
 FORMAT_NAME = "vllm-specplus step cost"
 FORMAT = f"{FORMAT_NAME} 2"
 
@@ -119,19 +122,7 @@ class CostProfile:
     @classmethod
     def load(cls, path: str | Path, key: dict[str, Any]) -> CostProfile:
         """Read what :meth:`save` wrote; ValueError if it was measured on anything else."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cost_file {str(path)!r} is not readable: {error}") from error
-        found = content.get("format") if isinstance(content, dict) else None
-        if found != FORMAT and str(found).startswith(FORMAT_NAME):
-            raise ValueError(
-                f"cost_file {str(path)!r} was written by another version of vllm-specplus, which "
-                f"measured other kinds of steps: delete it to measure again, or name another file"
-            )
-        if found != FORMAT:
-            raise ValueError(f"cost_file {str(path)!r} is not a cost file of vllm-specplus")
-        measured = content.get("key", {})
+        profile, measured = cls.read(path)
         differing = [
             f"{name}: {measured.get(name)!r}, here {value!r}"
             for name, value in key.items()
@@ -139,20 +130,40 @@ class CostProfile:
         ]
         if differing:
             raise ValueError(
-                f"cost_file {str(path)!r} was measured on something else "
+                f"cost_file {quoted(path)} was measured on something else "
                 f"({'; '.join(differing)}): delete it to measure again, or name another file"
             )
-        try:
-            return cls(
-                **{
-                    kind: CostCurve(
-                        np.array(curve["rows"], np.int64), np.array(curve["seconds"], np.float64)
-                    )
-                    for kind, curve in content["curves"].items()
-                }
+        return profile
+
+    @classmethod
+    def read(cls, path: str | Path) -> tuple[CostProfile, dict[str, Any]]:
+        """Read what :meth:`save` wrote, and its key; ValueError if it is anything else."""
+        name = f"cost_file {quoted(path)}"
+        content = read_json(Path(path), name)
+        found = content.get("format")
+        if found != FORMAT and str(found).startswith(FORMAT_NAME):
+            raise ValueError(
+                f"{name} was written by another version of vllm-specplus, which measured other "
+                f"kinds of steps: delete it to measure again, or name another file"
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"cost_file {str(path)!r} is damaged: {error}") from error
+        key = content.get("key")
+        if found != FORMAT or not isinstance(key, dict):
+            raise ValueError(
+                f"{name} is not a cost file of vllm-specplus: name another, or one that does not "
+                f"exist yet"
+            )
+        try:
+            curves = {
+                kind: CostCurve(
+                    np.array(curve["rows"], np.int64), np.array(curve["seconds"], np.float64)
+                )
+                for kind, curve in content["curves"].items()
+            }
+            return cls(**curves), key
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is damaged ({str(error)[:80]}): delete it to measure again"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """What a single request may ask for: ``extra_args={"specplus": {...}}``.
 
-Over HTTP the same object travels in ``vllm_xargs``, as JSON text, because vLLM allows
-only strings and numbers there: ``{"vllm_xargs": {"specplus": "{\\"enabled\\": false}"}}``.
+vLLM's ``vllm_xargs``, in which it travels over HTTP, admits strings and numbers but no objects:
+there each key is a flat one, ``{"vllm_xargs": {"specplus.enabled": false}}``, or the object is JSON
+text. Both spellings are understood wherever ``extra_args`` come from.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from vllm_specplus.strict import StrictModel, sentence
+from vllm_specplus.strict import StrictModel, nearest, quoted, sentences, told
 
 KEY, GUIDANCE = "specplus", "guidance_scale"
 #: The strongest guidance. Scales in use end at about 30; logits of any model, times this, are far
@@ -52,7 +53,7 @@ def guidance(extra_args: dict[str, Any] | None, possible: bool) -> float | None:
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if not (number and 0 <= scale <= MOST_GUIDANCE):
         raise ValueError(
-            f"{GUIDANCE} is {str(scale)[:40]}: it must be a number from 0 to {MOST_GUIDANCE:g}, "
+            f"{GUIDANCE} is {quoted(scale)}: it must be a number from 0 to {MOST_GUIDANCE:g}, "
             f"such as 3.0"
         )
     if not possible:
@@ -65,23 +66,49 @@ def guidance(extra_args: dict[str, Any] | None, possible: bool) -> float | None:
 
 def parse(extra_args: dict[str, Any] | None) -> RequestControls:
     """Read a request's controls; ValueError with one sentence for the client."""
-    raw = (extra_args or {}).get(KEY)
-    if raw is None:
+    ours = {key: value for key, value in (extra_args or {}).items() if key.startswith(KEY)}
+    if not ours:
         return DEFAULT
+    controls = _validated(_object(ours.pop(KEY, None)), strict=True)
+    prefix = f"{KEY}."
+    for key in ours:
+        if not key.startswith(prefix):
+            meant = nearest(key, [prefix + name for name in RequestControls.model_fields])
+            raise ValueError(
+                f"{KEY}: unknown key {quoted(key)}: write {meant or prefix + 'max_nodes'!r}, or "
+                f'{KEY!r} with an object such as {{"max_nodes": 8}}'
+            )
+    # Of a protocol that knows no booleans, or strings alone.
+    flat = _validated({key.removeprefix(prefix): v for key, v in ours.items()}, strict=False)
+    if twice := sorted(controls.model_fields_set & flat.model_fields_set):
+        raise ValueError(
+            f"{KEY}: {twice[0]!r} is given twice, in {KEY!r} and as {prefix + twice[0]!r}: remove "
+            f"one of them"
+        )
+    return controls.model_copy(update={k: getattr(flat, k) for k in flat.model_fields_set})
+
+
+def _object(raw: Any) -> dict[str, Any]:
+    """The object under :data:`KEY`, which may be JSON text."""
     if isinstance(raw, str):
         try:
             raw = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f'{KEY}: not valid JSON ({error}); write for example {{"enabled": false}}'
+                f'{KEY}: not valid JSON ({str(error)[:80]}); write for example {{"enabled": false}}'
             ) from None
+    if raw is None:
+        return {}
     if not isinstance(raw, dict):
-        raise ValueError(f'{KEY}: must be an object such as {{"max_nodes": 8}}, not {raw!r}')
+        raise ValueError(f'{KEY}: must be an object such as {{"max_nodes": 8}}, not {quoted(raw)}')
+    return raw
+
+
+def _validated(keys: dict[str, Any], strict: bool) -> RequestControls:
     try:
-        return RequestControls.model_validate(raw)
+        return RequestControls.model_validate(keys, strict=strict)
     except ValidationError as error:
-        mistakes = "; ".join(sentence(e, RequestControls) for e in error.errors())
-        raise ValueError(f"{KEY}: {mistakes}") from None
+        raise ValueError(told(KEY, sentences(error, RequestControls))) from None
 
 
 def check_reasoning(params: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from vllm_specplus.control.cost import CostProfile
+from vllm_specplus.files import check_writable, is_file
 from vllm_specplus.strict import StrictModel
 
 
@@ -19,8 +20,10 @@ class GoodputControl(StrictModel):
 
     @model_validator(mode="after")
     def _file_can_be_used(self):
-        if self.cost_file and not Path(self.cost_file).resolve().parent.is_dir():
-            raise ValueError(f"cost_file {self.cost_file!r} is in a folder that does not exist")
+        if self.cost_file is not None:
+            check_writable(self.cost_file, "cost_file")
+            if is_file(self.cost_file):
+                CostProfile.read(self.cost_file)
         return self
 
 

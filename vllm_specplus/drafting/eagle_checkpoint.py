@@ -5,12 +5,13 @@ Reads shapes, no weights, and imports no torch: for checking a user's configurat
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specplus.drafting.model import FAMILIES, DraftModelError
+from vllm_specplus.files import is_file, read_json
+from vllm_specplus.strict import quoted
 
 if TYPE_CHECKING:
     from vllm_specplus.target import Target
@@ -63,15 +64,15 @@ def canonical(name: str) -> str:
 def read_config(folder: str) -> HeadConfig:
     """Check a head's folder; DraftModelError if it cannot be run here."""
     path = Path(folder)
-    if not (path / "config.json").is_file():
+    if not is_file(path / "config.json"):
         raise DraftModelError(
-            f"EAGLE head {folder!r} is not a Hugging Face folder (it has no config.json)"
+            f"EAGLE head {quoted(folder)} is not a Hugging Face folder (it has no config.json)"
         )
     try:
-        raw = json.loads((path / "config.json").read_text())
+        raw = read_json(path / "config.json", f"EAGLE head {quoted(folder)}: its config.json")
         if raw.get("speculators_model_type") not in (None, "eagle3"):
             raise DraftModelError(
-                f"EAGLE head {folder!r} is a speculator of type "
+                f"EAGLE head {quoted(folder)} is a speculator of type "
                 f"{raw['speculators_model_type']!r} (supported: eagle3)"
             )
         # `speculators` writes the layer's own config inside; some of vLLM's keys as well.
@@ -80,19 +81,19 @@ def read_config(folder: str) -> HeadConfig:
         generation = 3 if "layer.hidden_norm.weight" in shapes else 1
         problem = _unrunnable(config, shapes, generation)
         if problem:
-            raise DraftModelError(f"EAGLE head {folder!r} {problem}")
+            raise DraftModelError(f"EAGLE head {quoted(folder)} {problem}")
         hidden, reads = shapes["fc.weight"]
         target = int(config.get("target_hidden_size") or config["hidden_size"])
         if generation == 1 and reads != 2 * target:
             raise DraftModelError(
-                f"EAGLE head {folder!r} reads {reads} units, not an embedding and a hidden state "
-                f"of {target} each"
+                f"EAGLE head {quoted(folder)} reads {reads} units, not an embedding and a hidden "
+                f"state of {target} each"
             )
         states = reads // target if generation == 3 else 1
         layer_ids = config.get("eagle_aux_hidden_state_layer_ids")
         if generation == 3 and (reads % target or len(layer_ids or range(3)) != states):
             raise DraftModelError(
-                f"EAGLE head {folder!r} reads {reads} units, which are not the states of "
+                f"EAGLE head {quoted(folder)} reads {reads} units, which are not the states of "
                 f"{len(layer_ids or range(3))} layers of {target} units"
             )
         return HeadConfig(
@@ -112,7 +113,8 @@ def read_config(folder: str) -> HeadConfig:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DraftModelError(
-            f"EAGLE head {folder!r}: its config or weights are unreadable: {error!r}"
+            f"EAGLE head {quoted(folder)}: its config or weights are unreadable: "
+            f"{str(error)[:150]!r}"
         ) from None
 
 
@@ -123,7 +125,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DraftModelError(
-            f"EAGLE head {str(folder)!r} holds no .safetensors file: save its weights as one "
+            f"EAGLE head {quoted(folder)} holds no .safetensors file: save its weights as one "
             f"(pickled files are not read)"
         )
     shapes = {}
@@ -188,11 +190,12 @@ def check_target(head: HeadConfig, folder: str, target: Target) -> None:
     ):
         if own != others:
             raise DraftModelError(
-                f"EAGLE head {folder!r} was made for a target of {own} {what}, and this one has "
-                f"{others}"
+                f"EAGLE head {quoted(folder)} was made for a target of {own} {what}, and this one "
+                f"has {others}"
             )
     highest = max(head.layer_ids or (0,))
     if highest > target.num_layers:
         raise DraftModelError(
-            f"EAGLE head {folder!r} reads layer {highest}, and the target has {target.num_layers}"
+            f"EAGLE head {quoted(folder)} reads layer {highest}, and the target has "
+            f"{target.num_layers}"
         )

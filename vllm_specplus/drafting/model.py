@@ -8,10 +8,12 @@ attention on another device (EasySpec, arXiv 2502.02493).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from vllm_specplus.files import is_file, positive, read_json, tensor_shapes
+from vllm_specplus.strict import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 #: ``model_type`` of the families whose layers are plain ``x + A(x)``, ``x + M(x)``.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 class DraftModelError(ValueError):
@@ -31,28 +34,35 @@ def read_config(folder: str) -> dict[str, Any]:
 
     Reads no weights and imports no torch: for checking a user's configuration.
     """
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise DraftModelError(
-            f"draft model {folder!r} is not a Hugging Face folder (it has no config.json)"
-        )
+    path, name = Path(folder), f"draft model {quoted(folder)}"
+    if not is_file(path / "config.json"):
+        raise DraftModelError(f"{name} is not a Hugging Face folder (it has no config.json)")
     try:
-        config = json.loads((path / "config.json").read_text())
-        family = config["model_type"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DraftModelError(
-            f"draft model {folder!r}: config.json is unreadable: {error}"
-        ) from None
+        config = read_json(path / "config.json", f"{name}: its config.json")
+        for key in _SIZES:
+            positive(config, key, f"{name}: its config.json")
+    except ValueError as error:
+        raise DraftModelError(str(error)) from None
+    family = config.get("model_type")
     if family not in FAMILIES:
         raise DraftModelError(
-            f"draft model {folder!r} is of type {family!r} (supported: {', '.join(FAMILIES)})"
+            f"{name} is of type {quoted(family)} (supported: {', '.join(FAMILIES)})"
         )
     if config.get("sliding_window") and config.get("use_sliding_window", family == "mistral"):
-        raise DraftModelError(f"draft model {folder!r} uses sliding-window attention, unsupported")
+        raise DraftModelError(f"{name} uses sliding-window attention, unsupported")
     if config.get("quantization_config"):
-        raise DraftModelError(f"draft model {folder!r} is quantized: use its unquantized original")
-    if not list(path.glob("*.safetensors")):
-        raise DraftModelError(f"draft model {folder!r} holds no .safetensors file")
+        raise DraftModelError(f"{name} is quantized: use its unquantized original")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise DraftModelError(
+            f"{name} holds no .safetensors file: save its weights as one (pickled files are not "
+            f"read)"
+        )
+    try:
+        for file in weights:
+            tensor_shapes(file, f"{name}: {file.name}")
+    except ValueError as error:
+        raise DraftModelError(str(error)) from None
     return config
 
 
@@ -66,7 +76,7 @@ def check_target(folder: str, target_tokenizer: Any, vocab_size: int) -> None:
     known = vocab_size if target_tokenizer is None else len(target_tokenizer)
     if not known <= drafts <= vocab_size:
         raise DraftModelError(
-            f"draft model {folder!r} has {drafts} token ids, the target {vocab_size}: "
+            f"draft model {quoted(folder)} has {drafts} token ids, the target {vocab_size}: "
             f"use a draft with the target's tokenizer"
         )
     if target_tokenizer is None:

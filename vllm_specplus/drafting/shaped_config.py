@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from vllm_specplus.config import MethodConfig
+from vllm_specplus.strict import quoted
 
 _SHAPE_KEYS = {"width": ("topk", "rsd_s", "spectr"), "branching": ("rsd_c",)}
 #: shape -> what a user may call its verification -> the rule; the first is the default.
@@ -34,7 +35,9 @@ class ShapedDraftConfig(MethodConfig):
     shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "topk"
     width: Annotated[int, Field(ge=1, le=16)] = 3
     """Nodes per level of topk, rsd_s and spectr."""
-    branching: list[Annotated[int, Field(ge=1, le=16)]] = Field(default=[3, 1, 1, 1], min_length=1)
+    branching: list[Annotated[int, Field(ge=1, le=16)]] = Field(
+        default=[3, 1, 1, 1], min_length=1, max_length=80
+    )
     """Children of every node, level by level, of rsd_c."""
     verification: Literal["recursive", "block", "traversal", "k_seq"] | None = None
     """How sampled nodes are accepted; by default the best rule for the shape."""
@@ -47,8 +50,8 @@ class ShapedDraftConfig(MethodConfig):
         nodes = sum(self.levels())
         if self.shape == "rsd_c" and self.num_speculative_tokens != nodes:
             raise ValueError(
-                f"'branching' {self.branching} makes {nodes} nodes (at most 80): set "
-                f"num_speculative_tokens to the number of nodes"
+                f"'branching' {quoted(self.branching)} makes {quoted(nodes)} nodes (at most "
+                f"80): set num_speculative_tokens to the number of nodes"
             )
         if self.num_speculative_tokens != nodes:
             raise ValueError(

@@ -11,7 +11,6 @@ values of its own.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,13 +18,15 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from vllm_specplus.config import MethodConfig
+from vllm_specplus.config import Megabytes, MethodConfig
+from vllm_specplus.files import is_file, read_json
 from vllm_specplus.image.continuous.causal import CausalLatents
 from vllm_specplus.image.continuous.decoding import CausalModel, Guided, draft_chains
 from vllm_specplus.image.continuous.slots import LatentSlots
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import Source, StepContext
+from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
@@ -43,11 +44,11 @@ class CspdConfig(MethodConfig):
     """Folder of the draft, a smaller causal model of the same latents."""
     verification: Literal["exact", "paper", "reference"] = "exact"
     """How a drafted latent is judged; see ``image/continuous/acceptance.py``."""
-    prefill: Annotated[int, Field(ge=0)] = 0
+    prefill: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """First latents of a picture that are not drafted."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Denoising steps of a drafted latent; by default the target's."""
-    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    kv_memory_mb: Megabytes = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
     @property
@@ -78,9 +79,9 @@ class CspdConfig(MethodConfig):
 
     def _draft(self) -> dict[str, Any]:
         path = Path(self.model) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"'model' {self.model!r} is not a folder with a config.json")
-        return json.loads(path.read_text())
+        if not is_file(path):
+            raise ValueError(f"'model' {quoted(self.model)} is not a folder with a config.json")
+        return read_json(path, f"'model' {quoted(self.model)}: its config.json")
 
     def check_target(self, target: Target) -> None:
         draft = self._draft()
@@ -91,8 +92,8 @@ class CspdConfig(MethodConfig):
         for key in ("model_type", "num_classes", "grid_size", "size", "end", "prediction"):
             if draft.get(key) != target.latents.get(key):
                 raise ValueError(
-                    f"'model' {self.model!r} does not draft for this target: its {key!r} is "
-                    f"{draft.get(key)!r}, and the target's is {target.latents.get(key)!r}"
+                    f"'model' {quoted(self.model)} does not draft for this target: its {key!r} is "
+                    f"{quoted(draft.get(key))}, and the target's is {target.latents.get(key)!r}"
                 )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from vllm_specplus.config import MethodConfig
+from vllm_specplus.config import Megabytes, MethodConfig
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
@@ -43,6 +43,7 @@ from vllm_specplus.drafting.shapes import (
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
+from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
@@ -75,15 +76,20 @@ class DraftTreeConfig(ShapedDraftConfig):
     model: str
     """Hugging Face folder of the draft, with the target's tokenizer."""
     shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "rsd_s"
-    head_tokens: Annotated[int, Field(ge=2)] | None = None
+    head_tokens: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
     """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
     of frequency, and the output layer is most of a small draft (arXiv 2502.14856)."""
-    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    kv_memory_mb: Megabytes = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
     @model_validator(mode="after")
     def _model_runs(self):
-        read_config(self.model)
+        tokens = read_config(self.model)["vocab_size"]
+        if self.head_tokens is not None and self.head_tokens > tokens:
+            raise ValueError(
+                f"'head_tokens' is {quoted(self.head_tokens)}, and the draft has {tokens} token "
+                f"ids: lower it, or remove it"
+            )
         return self
 
     def check_target(self, target: Target) -> None:

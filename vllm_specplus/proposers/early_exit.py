@@ -11,7 +11,7 @@ layers, every eighth round. How many tokens to draft is the controller's busines
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -19,20 +19,27 @@ from pydantic import Field, model_validator
 from vllm_specplus.drafting.self_speculation import ExitChoice, Skips
 from vllm_specplus.proposers.layer_skip import SelfSpeculation, SelfSpeculationConfig
 from vllm_specplus.registry import register_method
+from vllm_specplus.strict import quoted
 
 
 class EarlyExitConfig(SelfSpeculationConfig):
     """``{"method": "early_exit", ...}``."""
 
+    lowest: ClassVar[int] = 1  # they count layers
+
     method: Literal["early_exit"] = "early_exit"
-    exit_layers: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
+    exit_layers: list[Annotated[int, Field(ge=1, le=10_000)]] | None = Field(
+        default=None, min_length=1
+    )
     """How many layers may run, in ascending order: the best is found while serving. By default
     a quarter, a half and three quarters of them."""
 
     @model_validator(mode="after")
     def _exits_ascend(self):
         if self.exit_layers and self.exit_layers != sorted(set(self.exit_layers)):
-            raise ValueError(f"'exit_layers' is {self.exit_layers}: name each once, ascending")
+            raise ValueError(
+                f"'exit_layers' is {quoted(self.exit_layers)}: name each once, ascending"
+            )
         return self
 
     def named_layers(self) -> dict[str, list[int] | None]:

@@ -37,6 +37,7 @@ class JacobiConfig(MethodConfig):
     """``{"method": "jacobi", ...}``."""
 
     fuses: ClassVar[bool] = False
+    drafts_pictures: ClassVar[bool] = True
 
     method: Literal["jacobi"] = "jacobi"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 15

@@ -22,12 +22,14 @@ import torch
 from pydantic import Field, model_validator
 
 from vllm_specplus.capabilities import TEXT, Need
+from vllm_specplus.config import Megabytes
 from vllm_specplus.drafting.model import FAMILIES
 from vllm_specplus.drafting.self_speculation import SelfDraftExecutor, Skips, SkipSearch
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.proposers.draft_tree import DraftTree
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import StepContext
+from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 
 logger = logging.getLogger("vllm.specplus")
@@ -40,7 +42,9 @@ class SelfSpeculationConfig(ShapedDraftConfig):
     """Keys of the methods that draft with the target's own layers."""
 
     supports: ClassVar[frozenset[Need]] = TEXT - {Need.MROPE}
-    kv_memory_mb: Annotated[int, Field(ge=1)] = 512
+    lowest: ClassVar[int] = 0
+    """Of the numbers that :meth:`named_layers` may hold."""
+    kv_memory_mb: Megabytes = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
     def check_target(self, target: Target) -> None:
@@ -55,9 +59,10 @@ class SelfSpeculationConfig(ShapedDraftConfig):
                 f"tensor_parallel_size to 1"
             )
         for key, layers in self.named_layers().items():
-            if layers and not 0 <= min(layers) <= max(layers) < target.num_layers:
+            if layers and not self.lowest <= min(layers) <= max(layers) < target.num_layers:
                 raise ValueError(
-                    f"{key!r} is {layers}, and the target's layers are 0 to {target.num_layers - 1}"
+                    f"{key!r} is {quoted(layers)}, and this target allows {self.lowest} to "
+                    f"{target.num_layers - 1}"
                 )
 
     @abstractmethod
@@ -72,9 +77,9 @@ class LayerSkipConfig(SelfSpeculationConfig):
     skip_share: Annotated[float, Field(gt=0, lt=1)] = 0.45
     """Share of the attention and MLP blocks that drafting leaves out, first and last layer
     aside; which ones is found while serving."""
-    skip_attention: list[Annotated[int, Field(ge=0)]] | None = None
+    skip_attention: list[Annotated[int, Field(ge=0, le=10_000)]] | None = None
     """Layers whose attention is left out, instead of a search."""
-    skip_mlp: list[Annotated[int, Field(ge=0)]] | None = None
+    skip_mlp: list[Annotated[int, Field(ge=0, le=10_000)]] | None = None
     """Layers whose MLP is left out, instead of a search."""
 
     @model_validator(mode="after")
@@ -85,6 +90,14 @@ class LayerSkipConfig(SelfSpeculationConfig):
                 f"'skip_share' is for the search, and {given[0]!r} says what to leave out: remove "
                 f"one of them"
             )
+        if given and not any(self.named_layers().values()):
+            raise ValueError(
+                f"{given[0]!r} is empty, and a draft that leaves nothing out is the target: name "
+                f"layers, or remove it"
+            )
+        for key, layers in self.named_layers().items():
+            if layers and len(set(layers)) < len(layers):
+                raise ValueError(f"{key!r} is {quoted(layers)}: name each layer once")
         return self
 
     def check_target(self, target: Target) -> None:
@@ -93,6 +106,11 @@ class LayerSkipConfig(SelfSpeculationConfig):
             raise ValueError(
                 f"method 'layer_skip' keeps the first and the last layer, and the target has "
                 f"{target.num_layers}"
+            )
+        if all(len(layers or ()) == target.num_layers for layers in self.named_layers().values()):
+            raise ValueError(
+                "'skip_attention' and 'skip_mlp' name all layers, and a draft needs some: name "
+                "fewer"
             )
 
     def named_layers(self) -> dict[str, list[int] | None]:

@@ -36,6 +36,7 @@ from vllm_specplus.drafting.trees import Fusion
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import Observation, StepContext, bare_step
+from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
@@ -51,7 +52,7 @@ class RasdConfig(MethodConfig):
     method: Literal["rasd"] = "rasd"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
     sources: list[str | dict[str, Any]] = Field(
-        default=["token_recycling", "suffix_tree"], min_length=1
+        default=["token_recycling", "suffix_tree"], min_length=1, max_length=16
     )
     """Methods to fuse: names, or objects with the method's own keys."""
     prune: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -100,7 +101,7 @@ class RasdConfig(MethodConfig):
             method = _source(name)
             if method is None:
                 allowed = ", ".join(registry.usable_methods(lambda config: config.fuses))
-                raise ValueError(f"'sources' holds {source!r} (allowed: {allowed})")
+                raise ValueError(f"'sources' holds {quoted(source)} (allowed: {allowed})")
             common = {"num_speculative_tokens": self.num_speculative_tokens}
             if method.own_size:
                 common = {}

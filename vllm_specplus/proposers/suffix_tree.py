@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit
 from pydantic import Field, model_validator
 
-from vllm_specplus.config import MethodConfig
+from vllm_specplus.config import Megabytes, MethodConfig
 from vllm_specplus.drafting.trees import Fusion
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
@@ -88,7 +88,7 @@ class SuffixTreeConfig(MethodConfig):
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
     max_depth: Annotated[int, Field(ge=2, le=256)] = 24
     """Longest match plus continuation the trees hold."""
-    max_memory_mb: Annotated[int, Field(ge=1)] = 256
+    max_memory_mb: Megabytes = 256
     """Finished responses are forgotten, oldest first, beyond this."""
 
     @model_validator(mode="after")

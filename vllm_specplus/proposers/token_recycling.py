@@ -27,12 +27,15 @@ from typing import Annotated, Literal
 import numpy as np
 from numba import njit
 from pydantic import Field, model_validator
+from safetensors import safe_open
 
 from vllm_specplus.config import MethodConfig
+from vllm_specplus.files import check_readable, check_writable, tensor_shapes
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.retrieval.own_text import OwnTexts
 from vllm_specplus.step import Observation, Source, StepContext, bare_step
+from vllm_specplus.strict import quoted
 from vllm_specplus.tree import DraftBatch
 
 logger = logging.getLogger(__name__)
@@ -352,10 +355,11 @@ class TokenRecyclingConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _files_can_be_used(self):
-        if self.load_matrix and not Path(self.load_matrix).is_file():
-            raise ValueError(f"load_matrix {self.load_matrix!r} is not a file")
-        if self.save_matrix and not Path(self.save_matrix).resolve().parent.is_dir():
-            raise ValueError(f"save_matrix {self.save_matrix!r} is in a folder that does not exist")
+        if self.load_matrix is not None:
+            check_readable(self.load_matrix, "load_matrix")
+            _read_format(self.load_matrix)
+        if self.save_matrix is not None:
+            check_writable(self.save_matrix, "save_matrix")
         return self
 
     @model_validator(mode="after")
@@ -370,6 +374,19 @@ class TokenRecyclingConfig(MethodConfig):
                         f'remove it, or use tree "best_first"'
                     )
         return self
+
+
+def _read_format(path: str) -> dict[str, str]:
+    """Metadata of a saved matrix; ValueError if the file is none."""
+    tensor_shapes(Path(path), f"load_matrix {quoted(path)}")
+    with safe_open(path, framework="numpy") as file:
+        meta = file.metadata() or {}
+    if meta.get("format") != STATE_FORMAT:
+        raise ValueError(
+            f"load_matrix {quoted(path)} is not a Token Recycling matrix: name one that "
+            f"'save_matrix' wrote"
+        )
+    return meta
 
 
 @register_method
@@ -450,30 +467,25 @@ class TokenRecycling(Proposer):
 
     def load(self, path: str) -> None:
         """Read what :meth:`save` wrote. Raises ValueError for another model's file."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors.numpy import load_file
 
-        try:
-            with safe_open(path, framework="numpy") as f:
-                meta = f.metadata() or {}
-                # Checked first: others' tensors may be large or of types NumPy does not know.
-                if meta.get("format") != STATE_FORMAT:
-                    raise ValueError(f"load_matrix {path!r} is not a Token Recycling matrix")
-                state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"load_matrix {path!r} is not readable: {error}") from error
+        # Checked first: others' tensors may be large or of types NumPy does not know.
+        meta, state = _read_format(path), load_file(path)
         if meta.get("fingerprint") != self.services.fingerprint:
             raise ValueError(
-                f"load_matrix {path!r} was saved for another model or tokenizer "
+                f"load_matrix {quoted(path)} was saved for another model or tokenizer "
                 f"({meta.get('fingerprint')}, this one is {self.services.fingerprint})"
             )
         for name in ("matrix", "pair_keys", "pair_rows"):
             mine, saved = getattr(self, name), state.get(name)
             if saved is None or saved.shape != mine.shape or saved.dtype != mine.dtype:
                 raise ValueError(
-                    f"load_matrix {path!r} was saved with other top_k or pair_keys settings"
+                    f"load_matrix {quoted(path)} was saved with other top_k or pair_keys settings"
                 )
             if saved.size and (saved.min() < UNSET or saved.max() >= self.services.vocab_size):
-                raise ValueError(f"load_matrix {path!r} holds token ids outside the vocabulary")
+                raise ValueError(
+                    f"load_matrix {quoted(path)} holds token ids outside the vocabulary"
+                )
             mine[...] = saved
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from typing import Annotated, BinaryIO
 import numpy as np
 from pydantic import Field, ValidationError
 
-from vllm_specplus.strict import StrictModel
+from vllm_specplus.strict import StrictModel, quoted
 
 FORMAT = "vllm-specplus datastore"
 VERSION = 1
@@ -131,7 +131,9 @@ class Datastore:
         path = Path(path)
         manifest = read_manifest(path)
         if not manifest.shards:
-            raise DatastoreError(f"datastore {str(path)!r} is empty: its build has not got far yet")
+            raise DatastoreError(
+                f"datastore {quoted(path)} is empty: its build has not got far yet"
+            )
         check_sizes(path, manifest)
         vocab, shards, count = manifest.vocab_size, len(manifest.shards), manifest.num_tokens
         starts = np.zeros(shards + 1, np.int64)
@@ -150,7 +152,7 @@ class Datastore:
                 starts,
             )
         except (OSError, ValueError) as error:
-            raise DatastoreError(f"datastore {str(path)!r} cannot be mapped: {error}") from error
+            raise DatastoreError(f"datastore {quoted(path)} cannot be mapped: {error}") from error
 
     def check_intact(self) -> None:
         """Raise DatastoreError if a file has shrunk: reading a mapping beyond the end of
@@ -176,25 +178,26 @@ def read_manifest(path: Path) -> Manifest:
         text = (path / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DatastoreError(
-            f"{str(path)!r} is not a datastore (no {MANIFEST}): make one with "
+            f"{quoted(path)} is not a datastore (no {MANIFEST}): make one with "
             f"`vllm-specplus datastore build`"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatastoreError(f"datastore {str(path)!r} is not readable: {error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)[:80]
+        raise DatastoreError(f"datastore {quoted(path)} is not readable: {reason}") from error
     try:
         head = _Head.model_validate_json(text)
         if head.format != FORMAT:
-            raise DatastoreError(f"{str(path)!r} is not a datastore of vllm-specplus")
+            raise DatastoreError(f"{quoted(path)} is not a datastore of vllm-specplus")
         if head.version > VERSION:
             raise DatastoreError(
-                f"datastore {str(path)!r} has format version {head.version}, this vllm-specplus "
+                f"datastore {quoted(path)} has format version {head.version}, this vllm-specplus "
                 f"reads up to {VERSION}: update vllm-specplus"
             )
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise DatastoreError(
-            f"datastore {str(path)!r} has a damaged {MANIFEST} ({where or 'not JSON'}): "
+            f"datastore {quoted(path)} has a damaged {MANIFEST} ({where or 'not JSON'}): "
             f"build it again"
         ) from None
 
@@ -220,14 +223,14 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
         try:
             found = os.stat(path / name).st_size
         except OSError as error:
-            raise DatastoreError(f"datastore {str(path)!r}: {name}: {error.strerror}") from None
+            raise DatastoreError(f"datastore {quoted(path)}: {name}: {error.strerror}") from None
         if found < size:
             raise _too_short(path, name, found, size)
 
 
 def _too_short(path: Path, name: str, found: int, size: int) -> DatastoreError:
     return DatastoreError(
-        f"datastore {str(path)!r} is damaged: {name} has {found} bytes instead of {size}; "
+        f"datastore {quoted(path)} is damaged: {name} has {found} bytes instead of {size}; "
         f"build it again"
     )
 
@@ -248,13 +251,13 @@ def verify(path: str | Path, progress: Callable[[int], None] = lambda n: None) -
                 while left:
                     block = file.read(min(left, 1 << 24))
                     if not block:
-                        raise DatastoreError(f"datastore {str(path)!r}: {name} ends too early")
+                        raise DatastoreError(f"datastore {quoted(path)}: {name} ends too early")
                     digest.update(block)
                     progress(len(block))
                     left -= len(block)
                 if digest.hexdigest() != shard.sha256.get(name):
                     raise DatastoreError(
-                        f"datastore {str(path)!r} is damaged: checksum of {name}, shard {i}, "
+                        f"datastore {quoted(path)} is damaged: checksum of {name}, shard {i}, "
                         f"differs; build it again"
                     )
     return manifest

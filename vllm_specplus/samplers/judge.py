@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+from vllm_specplus.files import check_readable, tensor_shapes
+from vllm_specplus.strict import quoted
 
 if TYPE_CHECKING:  # the front end checks a head without torch
     import torch
@@ -23,14 +24,12 @@ WEIGHT, BIAS = "weight", "bias"
 
 def head_size(path: str | Path) -> int:
     """Reads the hidden size of the head in a file; ValueError if there is none."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"'head' {str(path)!r} cannot be read: {error}") from None
+    check_readable(str(path), "'head'")
+    shapes = tensor_shapes(Path(path), f"'head' {quoted(path)}")
     if set(shapes) != {WEIGHT, BIAS} or len(shapes[WEIGHT]) != 1 or shapes[BIAS] != (1,):
         raise ValueError(
-            f"'head' {str(path)!r} holds {shapes}: a judge is 'weight' [hidden] and 'bias' [1]"
+            f"'head' {quoted(path)} holds {quoted(shapes)}: a judge is 'weight' [hidden] and "
+            f"'bias' [1]"
         )
     return shapes[WEIGHT][0]
 

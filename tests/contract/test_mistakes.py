@@ -1,0 +1,84 @@
+"""Wrong configurations through vLLM's own path: each is answered in one sentence, or works."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.contract import folders, launches
+from tests.drafting.test_drafting import save_draft
+from vllm_specplus.strict import MOST_TOLD
+
+LINES = [
+    json.loads(line) for line in (Path(__file__).parent / "mistakes.jsonl").read_text().splitlines()
+]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory) -> dict[str, str]:
+    """What the words in braces stand for."""
+    root = tmp_path_factory.mktemp("mistakes")
+    noise = np.random.default_rng(3).bytes(4000)
+    draft = Path(save_draft(root, layers=2, vocab=256))
+    for tokenizer in folders.make(root, "llama3").glob("tokenizer*"):
+        shutil.copy(tokenizer, draft)
+    config = json.loads((draft / "config.json").read_text())
+    weights = (draft / "model.safetensors").read_bytes()
+    deep = "[" * 100_000 + "]" * 100_000
+
+    def folder(name: str, config: str, weights: bytes = weights) -> str:
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(config)
+        (root / name / "model.safetensors").write_bytes(weights)
+        return str(root / name)
+
+    def file(name: str, content: bytes) -> str:
+        (root / name).write_bytes(content)
+        return str(root / name)
+
+    others = {key: value for key, value in config.items() if key != "vocab_size"}
+    (root / "a folder").mkdir()
+    return {
+        "A_FOLDER": str(root / "a folder"),
+        "CUT_MATRIX": file("cut", weights[:500]),
+        "DEEP_CONFIG": folder("deep", f'{{"x": {deep}}}'),
+        "DRAFT": str(draft),
+        "EMPTY_FILE": file("empty", b""),
+        "GARBAGE_WEIGHTS": folder("garbage", json.dumps(config), noise),
+        "JSON_LIST": file("list", b"[1, 2]"),
+        "JSON_OF_OTHER_KEYS": file("keys", b'{"a": 1}'),
+        "LONG_NAME": "x" * 5000,
+        "NESTED": deep[60_000:-60_000],
+        "NO_VOCABULARY": folder("none", json.dumps(others)),
+        "RANDOM_BYTES": file("random", noise),
+        "TEXT_VOCABULARY": folder("text", json.dumps(config | {"vocab_size": "256"})),
+    }
+
+
+def filled(spec: dict | str | None, names: dict[str, str]) -> dict | str | None:
+    text = json.dumps(spec)
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", value)
+    return json.loads(text)
+
+
+@pytest.mark.slow
+def test_wrong_configurations_are_told_in_one_sentence(names, tmp_path):
+    wanted = [(row["model"], row["line"], filled(row["spec"], names)) for row in LINES]
+    answers = launches.outcomes(wanted, tmp_path)
+    assert len(answers) == len(LINES) > 50
+    wrong = []
+    for row, answer in zip(LINES, answers, strict=True):
+        if row["says"] is None:
+            good = answer is None
+        else:
+            good = answer is not None and row["says"] in answer and "\n" not in answer
+            # vLLM's parser names the flag, and Python the exception's type.
+            good = good and len(answer) <= MOST_TOLD + 50
+        if not good:
+            wrong.append((row, answer))
+    assert wrong == []
