@@ -24,7 +24,7 @@ def is_file(path: str | Path) -> bool:
 def check_readable(path: str, key: str) -> None:
     """Raise ValueError unless ``path``, named by ``key``, is a file that can be read."""
     if not is_file(path):
-        raise ValueError(f"{key} {quoted(path)} is not a file: name an existing one, or remove it")
+        raise ValueError(f"{key} {quoted(path)} is not a file: name an existing one")
     try:
         with Path(path).open("rb"):
             pass

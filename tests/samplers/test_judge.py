@@ -51,7 +51,7 @@ def test_a_node_is_judged_at_its_own_row(head):
         ({"weight": torch.zeros(8)}, "a judge is 'weight' \\[hidden\\] and 'bias' \\[1\\]"),
         ({"weight": torch.zeros(1, 8), "bias": torch.zeros(1)}, "holds"),
         ({"weight": torch.zeros(8), "bias": torch.zeros(2)}, "holds"),
-        (None, "cannot be read"),
+        (None, "is no whole safetensors file"),
     ],
 )
 def test_what_is_no_head_is_refused(tmp_path, tensors, words):
@@ -62,7 +62,7 @@ def test_what_is_no_head_is_refused(tmp_path, tensors, words):
         save_file(tensors, path)
     with pytest.raises(ValueError, match=words):
         parse(config(str(path)))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is not a file"):
         parse(config(str(tmp_path / "nowhere")))
 
 
