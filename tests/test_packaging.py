@@ -1,6 +1,7 @@
 """What an installed wheel has to offer: entry points, version, C++ sources."""
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
 import vllm_specplus
 from vllm_specplus import compat
+from vllm_specplus.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 NAME = "vllm-specplus"
+#: Of a wheel: code, and nothing that has to be fetched or trained.
+MOST_BYTES = 2 << 20
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +68,20 @@ def test_vllm_is_an_extra_in_the_supported_range(distribution):
     }
 
 
-def test_wheel_contains_every_source(tmp_path):
-    """Build a wheel as `pip install` does and compare it with the checkout."""
-    shutil.copytree(ROOT / "vllm_specplus", tmp_path / "vllm_specplus")
+def build_wheel(folder: Path, weight: int = 0) -> Path:
+    """A wheel as `pip install` builds it, with a file of so many random bytes in the package."""
+    shutil.copytree(ROOT / "vllm_specplus", folder / "vllm_specplus")
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, folder)
+    (folder / "vllm_specplus" / "weights.safetensors").write_bytes(os.urandom(weight))
     code = "from hatchling.build import build_wheel; build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+def test_wheel_contains_every_source_and_no_weights(tmp_path):
+    wheel = build_wheel(tmp_path)
     packed = set(zipfile.ZipFile(wheel).namelist())
     sources = {
         path.relative_to(ROOT).as_posix()
@@ -80,3 +91,15 @@ def test_wheel_contains_every_source(tmp_path):
     assert any(name.endswith(".cpp") for name in sources)
     assert sources <= packed
     assert any(name.endswith("licenses/LICENSE") for name in packed)
+    assert wheel.stat().st_size < MOST_BYTES
+
+
+def test_weights_in_a_wheel_are_noticed(tmp_path):
+    assert build_wheel(tmp_path, weight=MOST_BYTES).stat().st_size >= MOST_BYTES
+
+
+def test_without_a_checkout_the_demos_models_are_told_to_be_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_specplus.cli.model.IMAGE_MODEL", tmp_path / "digits")
+    answer = CliRunner().invoke(app, ["prepare-model", "--image"])
+    assert answer.exit_code == 1
+    assert "come with a checkout of the repository" in answer.output

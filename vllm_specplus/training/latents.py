@@ -39,7 +39,8 @@ from vllm_specplus.training.loop import train
 #: Chains end at latents whose noise has 0.42 of the signal's deviation.
 STEPS, END, PREDICTION = 6, 250, "velocity"
 SIZE, GRID = 4, 8
-CLASSIFIER = Path(__file__).parent.parent / "data" / "digits" / "classifier"
+#: In a checkout.
+CLASSIFIER = Path(__file__).parents[2] / "demo_models" / "digits" / "classifier"
 #: Random steps of the schedule per latent and look at it.
 REPEATS = 2
 #: Of alignment: by KL divergence, then by acceptance.
