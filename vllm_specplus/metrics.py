@@ -1,24 +1,12 @@
-"""Counters of the drafting engine on vLLM's ``/metrics``.
+"""Counters of the drafting engine.
 
-The worker that drafts runs in another process than the HTTP server. It counts in
-a small memory-mapped file of float64; a collector in the front end reads the file
-when Prometheus scrapes. Adding to a counter is one store: no lock, no message.
-The file's name travels in the environment, not in the engine's config: vLLM hashes the
-config to find its compiled graphs, and a new name would compile them anew at every start.
-A driver worker on another machine than the front end (Ray, several nodes) simply leaves
-the counters at zero.
+The worker that drafts counts; who reads adds up what was counted since it last looked. How that
+comes to vLLM's ``/metrics`` is ``engine/counts.py``.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
-import tempfile
-from collections.abc import Iterator
-
 import numpy as np
-from prometheus_client import REGISTRY
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
 #: name -> help. A name "family:label" is one value of a labelled counter.
 COUNTERS = {
@@ -49,23 +37,15 @@ COUNTERS = {
     "draft_layer_changes": "Times self-speculation chose other layers of the target.",
     "draft_failures": "Steps whose drafting failed; they went on undrafted.",
 }
+_NAMES = list(COUNTERS)
 _INDEX = {name: i for i, name in enumerate(COUNTERS)}
 
 
-#: Names the counter file of the engine that is being started. vLLM hands variables that
-#: begin with its name on to workers on Ray.
-VARIABLE = "VLLM_SPECPLUS_COUNTERS"
-
-
 class Counters:
-    """The writer's side. ``path`` None or unreachable: counts for this process only."""
+    """Float64 sums by name; adding to one is a store."""
 
-    def __init__(self, path: str | None = None):
-        if path is not None and os.path.exists(path):
-            # As a plain array: indexing np.memmap itself costs microseconds.
-            self.values = np.asarray(np.memmap(path, np.float64, "r+", shape=len(COUNTERS)))
-        else:
-            self.values = np.zeros(len(COUNTERS))
+    def __init__(self):
+        self.values = np.zeros(len(COUNTERS))
 
     def add(self, name: str, amount: float = 1.0) -> None:
         self.values[_INDEX[name]] += amount
@@ -77,62 +57,17 @@ class Counters:
         return dict(zip(COUNTERS, self.values.tolist(), strict=False))
 
 
-class _Collector:
-    """The reader's side: all engines this front end started."""
+class Increments:
+    """What counters grew by since they were last read, as whole billionths by name: their way to
+    the front end takes whole numbers, and seconds are counted too."""
+
+    UNIT = 1e-9
 
     def __init__(self):
-        self.files: dict[str, str] = {}  # path -> method
+        self._read = np.zeros(len(COUNTERS))
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        totals: dict[str, dict[str, float]] = {}
-        for path, method in list(self.files.items()):  # publish() may run meanwhile
-            engine = totals.setdefault(method, dict.fromkeys(COUNTERS, 0.0))
-            for name, value in Counters(path).as_dict().items():
-                engine[name] += value
-        families: dict[str, CounterMetricFamily] = {}
-        for name, text in COUNTERS.items():
-            family, _, reason = name.partition(":")
-            labels = ["method", "reason"] if reason else ["method"]
-            metric = families.setdefault(
-                family, CounterMetricFamily(f"vllm:specplus_{family}", text, labels=labels)
-            )
-            for method, engine in totals.items():
-                metric.add_metric([method, reason] if reason else [method], engine[name])
-        yield from families.values()
-        ratio = GaugeMetricFamily(
-            "vllm:specplus_tokens_per_step",
-            "Output tokens per request and decoding step since start.",
-            labels=["method"],
-        )
-        for method, engine in totals.items():
-            steps = engine["request_steps"]
-            ratio.add_metric([method], engine["output_tokens"] / steps if steps else 0.0)
-        yield ratio
-
-
-_collector: _Collector | None = None
-
-
-def publish(method: str) -> str:
-    """Create a counter file for a new engine, show it on ``/metrics`` and name it in the
-    environment of the processes the engine will start; its path."""
-    global _collector
-    if _collector is None:
-        _collector = _Collector()
-        REGISTRY.register(_collector)
-    handle, path = tempfile.mkstemp(prefix="vllm-specplus-", suffix=".counters")
-    os.write(handle, bytes(8 * len(COUNTERS)))
-    os.close(handle)
-    _collector.files[path] = method
-    os.environ[VARIABLE] = path
-    atexit.register(_remove, path)
-    return path
-
-
-def _remove(path: str) -> None:
-    if _collector is not None:
-        _collector.files.pop(path, None)
-    if os.environ.get(VARIABLE) == path:
-        del os.environ[VARIABLE]
-    if os.path.exists(path):
-        os.unlink(path)
+    def read(self, values: np.ndarray) -> dict[str, int]:
+        """``values`` is `Counters.values` (float64, [counters]) or a sum of several."""
+        grown = np.rint((values - self._read) / self.UNIT).astype(np.int64)
+        self._read = values.copy()
+        return {_NAMES[i]: int(grown[i]) for i in np.flatnonzero(grown)}

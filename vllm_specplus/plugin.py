@@ -167,7 +167,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     from vllm.platforms import current_platform
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from vllm_specplus import metrics
+    from vllm_specplus.engine import counts
     from vllm_specplus.image.continuous.causal import MODEL_TYPE as LATENTS
 
     if missing := compat.first_problem():
@@ -206,7 +206,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
             "acceptance rule %r is lossy: answers will differ from the model's own",
             config.accepts_by,
         )
-    metrics.publish(config.method)
+    counts.serve()
 
 
 def worker_config(config: MethodConfig) -> dict[str, Any]:

