@@ -2,9 +2,9 @@
 
     python benchmarks/step_counts.py --commit REV --out benchmarks/results/step_counts.json
 
-No model and no engine: the parts of a step that are ours run on made-up batches of 1 and 64 requests
-whose texts have 1k, 32k and 128k tokens, with the code of a commit before (checked out beside this
-one) and with this one's. Counted in one step, after some that warm up:
+No model and no engine: the parts of a step that are ours run on made-up batches of 1 and 64
+requests whose texts have 1k, 32k and 128k tokens, with the code of a commit before (checked out
+beside this one) and with this one's. Counted in one step, after some that warm up:
 
 - ``launches``: operations of torch that compute something; each is a kernel on a GPU;
 - ``copies``: from the host to the device and back, as they would be on a GPU, and their ``bytes``;

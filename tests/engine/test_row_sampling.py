@@ -23,6 +23,7 @@ from tests.samplers.test_relaxed import VOCAB, make_rows, random_rows
 from vllm_specplus.engine import row_processors
 from vllm_specplus.engine.row_penalties import Texts, TokenCounts
 from vllm_specplus.engine.row_sampling import RuleSampler, is_plain_greedy, sample_rows
+from vllm_specplus.engine.row_seeds import RowSampler
 from vllm_specplus.samplers.registry import make_rule
 from vllm_specplus.step import DraftProbs, Rows
 
@@ -172,7 +173,7 @@ def differences(seed: int, mode: str) -> int:
     logprobs = [None, 0, 4][int(rng.integers(3))]
     metadata = metadata_of(params, copy.deepcopy(outputs), [0] * count, logprobs)
     penalties = penalties_of(params, outputs, rows, metadata)
-    got = sample_rows(Sampler(mode), logits.clone(), metadata, rows, penalties)
+    got = sample_rows(RowSampler(Sampler(mode)), logits.clone(), metadata, rows, penalties)
     wrong = 0
     for row, r in enumerate(request):
         path = path_of(rows, row, int(rows.starts[r]))
@@ -211,7 +212,8 @@ def test_raw_logprobs_know_no_min_tokens():
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[0], logprobs=1)
     logits = torch.zeros(3, VOCAB)
     logits[:, 0] = 5.0
-    got = sample_rows(Sampler(), logits.clone(), metadata_of([params], [[]], [0], 1), CHAIN, None)
+    metadata = metadata_of([params], [[]], [0], 1)
+    got = sample_rows(RowSampler(Sampler()), logits.clone(), metadata, CHAIN, None)
     assert (got.tokens != 0).tolist() == [True, True, False]  # the third is behind the minimum
     best = logits.log_softmax(-1)[:, 0]
     torch.testing.assert_close(got.logprobs.logprobs[:, 1], best)
@@ -225,7 +227,8 @@ def test_a_finished_grammar_may_end_before_min_tokens():
     )
     logits = torch.full((3, VOCAB), -INF)
     logits[:, 5] = 1.0
-    got = sample_rows(Sampler(), logits, metadata_of([params], [[]], [0], None), CHAIN, None)
+    metadata = metadata_of([params], [[]], [0], None)
+    got = sample_rows(RowSampler(Sampler()), logits, metadata, CHAIN, None)
     assert got.tokens.tolist() == [5, 5, 5]
 
 

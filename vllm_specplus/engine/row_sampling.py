@@ -15,8 +15,8 @@ tokens, top-k/top-p, temperature and logprobs then hold per node. Logits process
 (min_tokens, logit_bias, min_p) are built anew per row, see ``row_processors.py``, and penalties,
 which vLLM counts anew in every step, take the place of one: see ``row_penalties.py``.
 
-Seeded requests: all rows of one depth share the state their generator would have
-at that position in plain decoding, and the generator advances by exactly the
+Seeded requests: all rows of one depth share the draw that their generator would make
+at that position in plain decoding (``row_seeds.py``), and the generator advances by exactly the
 tokens that were output. The same seed therefore gives the same text whatever was
 drafted, and whatever else is in the batch. (Exact: only one row per depth is ever
 visited, so the draws along a path stay independent.)
@@ -24,7 +24,7 @@ visited, so the draws along a path stay independent.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -37,6 +37,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm_specplus.drafting.noise import VERDICTS, stream
 from vllm_specplus.engine import row_processors
 from vllm_specplus.engine.row_penalties import RowPenalties
+from vllm_specplus.engine.row_seeds import RowSampler, SeededDraws, processed_logprobs
 from vllm_specplus.samplers.relaxed_sampling import Relaxation
 from vllm_specplus.samplers.sampled import SampledRule
 from vllm_specplus.step import Acceptance, DraftProbs, Rows
@@ -50,8 +51,8 @@ class RowSamples:
     """int32 [L]; -1 where a rule has judged, off the accepted paths."""
     logprobs: LogprobsTensors | None = None
     """Of every row, or None."""
-    generators: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    """Request -> states of its generator after 0, 1, 2, ... draws."""
+    seeded: SeededDraws | None = None
+    """Draws by which generators have to be advanced, when it is known how many became text."""
     target_probs: torch.Tensor | None = None
     """float32 [L, V] what they were drawn from, where rules judge by it."""
 
@@ -70,19 +71,17 @@ def is_plain_greedy(metadata: SamplingMetadata) -> bool:
 
 
 def sample_rows(
-    sampler: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows,
+    sampler: RowSampler, logits: torch.Tensor, metadata: SamplingMetadata, rows: Rows,
     penalties: RowPenalties | None,
 ) -> RowSamples:  # fmt: skip
     """Draws one token per row. May change ``logits`` [L, V] in place. ``penalties`` are those of
     ``metadata``, None if it has none."""
+    draws = SeededDraws(metadata.generators, rows) if metadata.generators else None
     one_each = len(rows.tokens) == len(rows.starts) - 1
-    if one_each and penalties is None:  # nothing to expand
-        states = {i: _states(g, 1, logits) for i, g in metadata.generators.items()}
-        out = sampler(logits=logits, sampling_metadata=metadata)
-        return RowSamples(_on_host(out), out.logprobs_tensors, states)
-    expanded, states = _expand(metadata, rows, logits, penalties)
-    out = sampler(logits=logits, sampling_metadata=expanded)
-    return RowSamples(_on_host(out), out.logprobs_tensors, states)
+    if not one_each or penalties is not None:  # else there is nothing to expand
+        metadata = _expand(metadata, rows, logits, penalties)
+    out = sampler.sample_rows(logits, metadata, draws)
+    return RowSamples(_on_host(out), out.logprobs_tensors, draws)
 
 
 def _on_host(out: SamplerOutput) -> np.ndarray:
@@ -103,11 +102,7 @@ class _RuleInsteadOfDraw(torch.nn.Module):
 
     def forward(self, logits, generators, k, p):
         logits = apply_top_k_top_p(logits, k, p)
-        processed = None
-        if self._logprobs_mode == "processed_logits":
-            processed = logits
-        elif self._logprobs_mode == "processed_logprobs":
-            processed = logits.log_softmax(-1, dtype=torch.float32)
+        processed = processed_logprobs(logits, self._logprobs_mode)
         self.target_probs = logits.softmax(-1, dtype=torch.float32)
         self.tokens = self._rule.verify(self.target_probs, *self.step)
         # Rows off the accepted paths output nothing; any id serves their logprobs.
@@ -135,7 +130,7 @@ class RuleSampler(Sampler):
         read to its end), whose seeded generators stay as they are.
         """
         accept, output = self._noise(metadata, rows, discarded, logits.device)
-        expanded, _ = _expand(replace(metadata, generators={}), rows, logits, penalties)
+        expanded = _expand(metadata, rows, logits, penalties)
         self._judge.step = rows, draft_probs, accept, output, relaxation
         try:
             out = self(logits=logits, sampling_metadata=expanded)
@@ -168,12 +163,6 @@ class RuleSampler(Sampler):
         return accept, output
 
 
-def advance_generators(samples: RowSamples, metadata: SamplingMetadata, draws: np.ndarray) -> None:
-    """Leaves every seeded generator as if it had made ``draws`` [R] draws in this step."""
-    for request, states in samples.generators.items():
-        metadata.generators[request].set_state(states[int(draws[request])])
-
-
 def gather_logprobs(
     logprobs: LogprobsTensors, rows: Rows, acceptance: Acceptance
 ) -> LogprobsTensors:
@@ -182,23 +171,6 @@ def gather_logprobs(
     index = torch.from_numpy(index.reshape(-1).astype(np.int64)).to(logprobs.logprobs.device)
     # With "all logprobs" two of the three tensors are empty.
     return LogprobsTensors(*(t[index] if torch.is_tensor(t) and t.numel() else t for t in logprobs))
-
-
-def _states(generator: torch.Generator, draws: int, logits: torch.Tensor) -> list[torch.Tensor]:
-    """Lists the states of ``generator`` after 0..draws draws of one token; its own is unchanged.
-
-    "One draw" is what vLLM's sampler takes per token: a 31-bit seed on the CPU, a
-    row of exponential noise elsewhere.
-    """
-    scout = generator.clone_state()
-    states = [scout.get_state()]
-    for _ in range(draws):
-        if logits.device.type == "cpu":
-            torch.randint(0, 2**31, (1,), generator=scout, dtype=torch.long)
-        else:
-            torch.empty(logits.shape[1], device=logits.device).exponential_(generator=scout)
-        states.append(scout.get_state())
-    return states
 
 
 def _path_tokens(rows: Rows, row: int, first: int) -> list[int]:
@@ -225,8 +197,8 @@ def _past_outputs(metadata: SamplingMetadata, rows: Rows) -> list[list[int]]:
 
 def _expand(
     metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor, penalties: RowPenalties | None
-):
-    """Returns ``metadata`` with one entry per row, and the generator states by request."""
+) -> SamplingMetadata:
+    """Returns ``metadata`` with one entry per row, without generators: who draws has them."""
     counts = np.diff(rows.starts)
     request_of = np.repeat(np.arange(len(counts)), counts)
     index = torch.from_numpy(request_of).to(logits.device)
@@ -241,25 +213,15 @@ def _expand(
             for row in range(rows.starts[request], rows.starts[request + 1])
         }
 
-    generators, states = {}, {}
-    for request, generator in metadata.generators.items():
-        span = range(rows.starts[request], rows.starts[request + 1])
-        draws = int(rows.depths[span.start : span.stop].max()) + 1
-        states[request] = _states(generator, draws, logits)
-        for row in span:
-            clone = generator.clone_state()
-            clone.set_state(states[request][rows.depths[row]])
-            generators[row] = clone
-
     processors = row_processors.for_rows(metadata.logitsprocs, rows, logits.device)
     if penalties is not None:  # vLLM applies its own behind these
         processors.non_argmax_invariant.append(penalties)  # type: ignore[arg-type]
-    expanded = replace(
+    return replace(
         metadata,
         temperature=per_row(metadata.temperature),
         top_p=per_row(metadata.top_p),
         top_k=per_row(metadata.top_k),
-        generators=generators,
+        generators={},
         no_penalties=True,
         prompt_token_ids=None,
         output_token_ids=_past_outputs(metadata, rows),
@@ -269,4 +231,3 @@ def _expand(
         logitsprocs=processors,
         spec_token_ids=None,
     )
-    return expanded, states

@@ -22,11 +22,11 @@ from vllm_specplus.engine.row_penalties import Texts, TokenCounts
 from vllm_specplus.engine.row_sampling import (
     RowSamples,
     RuleSampler,
-    advance_generators,
     gather_logprobs,
     is_plain_greedy,
     sample_rows,
 )
+from vllm_specplus.engine.row_seeds import RowSampler
 from vllm_specplus.kernels import native
 from vllm_specplus.samplers import lossless
 from vllm_specplus.samplers.registry import make_rule
@@ -122,7 +122,7 @@ class TargetDraws:
     past."""
 
     def __init__(self, sampler: Sampler):
-        self._sampler = sampler
+        self._sampler = RowSampler(sampler)
         self._counts = TokenCounts()
 
     def __call__(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
@@ -250,11 +250,11 @@ class Verifier:
         if statistics is not None:
             sampled = self._substitution(sampled, statistics, batch)
         acceptance = lossless.accept(batch.rows, sampled)
-        if samples.generators:
+        if samples.seeded is not None:
             draws = acceptance.lengths
             if logits.device.type == "cpu":  # elsewhere vLLM takes discarded draws back
                 draws = np.where(batch.discarded, 0, draws)
-            advance_generators(samples, batch.metadata, draws)
+            samples.seeded.advance(draws)
         logprobs = samples.logprobs
         if logprobs is not None:
             logprobs = gather_logprobs(logprobs, batch.rows, acceptance)
