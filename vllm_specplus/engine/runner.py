@@ -164,24 +164,23 @@ class TreeRunnerMixin(ImageRowsMixin):
             cu_num_sampled_tokens=nothing,
             target_logits_indices=nothing,
             bonus_logits_indices=nothing,
-            logits_indices=self.batch.to_device(self._logits_rows),
+            logits_indices=nothing,  # sent with the step's other arrays
         )
 
     def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
-        out = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        _, metadata, most = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         view = self.batch.view(scheduler_output, num_scheduled_tokens)
         self._step = step = describe(view, self._logits_rows, self.serves_chains)
         self.drafter.counters.add("chain_fallbacks:resumed", step.resumed)
-        padding = step.batch_rows[step.rows.tokens < 0]
-        if len(padding):
-            self.batch.blank(padding)
-        self._trees = trees = StepTrees.of(step, self.batch.upload, self.device.type)
+        self.batch.blank(step.batch_rows[step.rows.tokens < 0])
+        trees, metadata.logits_indices = StepTrees.send(step, self.batch.upload, self.device.type)
+        self._trees = trees
         if trees is not None:
             self.batch.shift_positions(trees.uploaded["rows"], trees.uploaded["shifts"])
         if self._pictures is not None:
             follows = self._pictures.read(self.batch, num_scheduled_tokens, step.rows)
             self.get_model().picture_follows[: len(follows)] = follows
-        return out
+        return metadata.logits_indices, metadata, most
 
     serves_chains = False
     """Does our attention serve chains and single rows better than the stock one?"""
@@ -191,7 +190,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         step, step_trees = self._step, self._trees
         if self._profiled is not None:
             step = profiled_step(common, self._profiled, self.serves_chains)
-            step_trees = StepTrees.of(step, self.batch.upload, self.device.type)
+            step_trees, _ = StepTrees.send(step, self.batch.upload, self.device.type)
         if step is None or (self._pictures is None and step_trees is None):
             return metadata, common
         for group in self.attn_groups[0]:

@@ -100,13 +100,14 @@ class StepTrees:
     uploaded: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, step: Step, upload: Upload, device: str) -> StepTrees | None:
-        """Uploads the trees of ``step`` to where the model is, a ``device`` of that type; None if
-        our attention serves none of its requests."""
+    def send(cls, step: Step, upload: Upload, device: str) -> tuple[StepTrees | None, torch.Tensor]:
+        """Uploads what ``step`` needs where the model is, a ``device`` of that type: its trees,
+        None if our attention serves none of its requests; and int64 [L] its ``batch_rows``."""
+        arrays = {"batch_rows": step.batch_rows}
         if not step.tree_attention.any():
-            return None
+            return None, upload(arrays)["batch_rows"]
         batch, others = tree_batch(step), None
-        arrays = {
+        arrays |= {
             "requests": batch.requests,
             "rows": batch.rows,
             "query_start_loc": batch.query_start_loc,
@@ -120,7 +121,8 @@ class StepTrees:
         if len(batch.requests) < len(step.tree_attention):
             others = Others.of(~step.tree_attention, step.num_scheduled)
             arrays |= others.arrays()
-        return cls(batch, others, upload(arrays))
+        uploaded = upload(arrays)
+        return cls(batch, others, uploaded), uploaded["batch_rows"]
 
 
 def subset(

@@ -101,7 +101,8 @@ class V1Batch:
 
     def blank(self, rows: np.ndarray) -> None:
         """Let batch rows ``rows`` int64 [n] read token 0: vLLM pads some first decodes with -1."""
-        self._runner.input_ids.gpu[self.to_device(rows)] = 0
+        if len(rows):
+            self._runner.input_ids.gpu[self.to_device(rows)] = 0
 
     def shift_positions(self, rows: torch.Tensor, shifts: torch.Tensor) -> None:
         """Add ``shifts`` int64 [n] to the positions of batch rows ``rows`` int64 [n], both on the
