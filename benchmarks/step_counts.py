@@ -46,7 +46,7 @@ from vllm_specplus.drafting.cache import PagedCache
 from vllm_specplus.engine import uploads
 from vllm_specplus.engine.batch import BatchView, describe, logits_rows
 from vllm_specplus.engine.tree_metadata import StepTrees
-from vllm_specplus.engine.verify import TargetDraws, VerifyBatch
+from vllm_specplus.engine.verify import TargetDraws, Verifier, VerifyBatch
 from vllm_specplus.proposer import Services
 from vllm_specplus.step import Rows, StepContext, prior_tables
 from vllm_specplus.tree import DraftTokens, row_depths
@@ -54,6 +54,8 @@ from vllm_specplus.tree import DraftTokens, row_depths
 ROOT = Path(__file__).resolve().parents[1]
 REQUESTS, LENGTHS = (1, 64), (1024, 32 * 1024, 128 * 1024)
 VOCAB, PROMPT = 1000, 512
+#: Most probable ids per row that a proposer reads.
+TOP_K = 8
 #: Nodes below every root: two children, one of which has one.
 PARENTS = np.array([-1, 0, 0, 1], np.int32)
 #: Tokens that every text gains per step.
@@ -163,7 +165,7 @@ def sampling(seeded: bool, penalised: bool) -> Callable[[Batch], Step]:
             output_token_ids=outputs if penalised else [], allowed_token_ids_mask=None,
             bad_words_token_ids={}, logitsprocs=LogitsProcessors(),
         )  # fmt: skip
-        draws = TargetDraws(Sampler())
+        verifier = Verifier(TargetDraws(Sampler()), None, TOP_K, False)
 
         def step(number: int) -> object:
             known = batch.known(number)
@@ -175,7 +177,7 @@ def sampling(seeded: bool, penalised: bool) -> Callable[[Batch], Step]:
                 "top_k": np.full(count, VOCAB, np.int32), "top_p": np.ones(count, np.float32),
                 "discarded": np.zeros(count, bool), "relaxed_stops": [None] * count,
             } | _texts(batch, known, penalised)  # fmt: skip
-            return draws(logits.clone(), of_this_commit(VerifyBatch, values))
+            return verifier.verify(logits.clone(), of_this_commit(VerifyBatch, values))
 
         return step
 
@@ -207,7 +209,11 @@ def inputs(batch: Batch) -> Step:
             np.tile(batch.drafted[: len(PARENTS)], batch.requests),
         )  # fmt: skip
         at = logits_rows(counts - 1, np.cumsum(counts))
-        return StepTrees.of(describe(view, at, False), _upload, "cuda")
+        described = describe(view, at, False)
+        if hasattr(StepTrees, "send"):
+            return StepTrees.send(described, _upload, "cuda")
+        # A commit before.
+        return StepTrees.of(described, _upload, "cuda"), _upload({"array": at})
 
     return step
 
@@ -225,9 +231,9 @@ PARTS: dict[str, Callable[[Batch], Step]] = {
     "draft: suffix_tree": drafting("suffix_tree"),
     "draft: cache of a draft model": draft_cache,
     "inputs of a tree step": inputs,
-    "sample": sampling(seeded=False, penalised=False),
-    "sample, penalties": sampling(seeded=False, penalised=True),
-    "sample, seeded": sampling(seeded=True, penalised=False),
+    "verify, sampled": sampling(seeded=False, penalised=False),
+    "verify, penalties": sampling(seeded=False, penalised=True),
+    "verify, seeded": sampling(seeded=True, penalised=False),
 }
 
 

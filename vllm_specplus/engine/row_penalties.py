@@ -42,6 +42,8 @@ class RowPenalties:
     """A step's penalties, in the place of vLLM's: the last of the logits processors that change
     what is most probable, which is where vLLM's sampler applies its own."""
 
+    request_of: torch.Tensor
+    """int64 [L] each row's request."""
     slots: torch.Tensor
     """int64 [L] where the counts of each row's request are."""
     rows: torch.Tensor
@@ -142,7 +144,7 @@ class TokenCounts:
             self._in_output.index_put_(at, one, accumulate=True)
         index = sent["request_of"]
         return RowPenalties(
-            sent["slots"], sent["rows"], sent["tokens"], self._in_prompt, self._in_output,
+            index, sent["slots"], sent["rows"], sent["tokens"], self._in_prompt, self._in_output,
             metadata.frequency_penalties[index], metadata.presence_penalties[index],
             metadata.repetition_penalties[index],
         )  # fmt: skip

@@ -29,7 +29,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
@@ -38,6 +38,7 @@ from vllm_specplus.drafting.noise import VERDICTS, stream
 from vllm_specplus.engine import row_processors
 from vllm_specplus.engine.row_penalties import RowPenalties
 from vllm_specplus.engine.row_seeds import RowSampler, SeededDraws, processed_logprobs
+from vllm_specplus.engine.uploads import upload
 from vllm_specplus.samplers.relaxed_sampling import Relaxation
 from vllm_specplus.samplers.sampled import SampledRule
 from vllm_specplus.step import Acceptance, DraftProbs, Rows
@@ -47,7 +48,7 @@ from vllm_specplus.step import Acceptance, DraftProbs, Rows
 class RowSamples:
     """The token at every row that the walk down a tree follows."""
 
-    tokens: np.ndarray
+    tokens: torch.Tensor
     """int32 [L]; -1 where a rule has judged, off the accepted paths."""
     logprobs: LogprobsTensors | None = None
     """Of every row, or None."""
@@ -81,11 +82,7 @@ def sample_rows(
     if not one_each or penalties is not None:  # else there is nothing to expand
         metadata = _expand(metadata, rows, logits, penalties)
     out = sampler.sample_rows(logits, metadata, draws)
-    return RowSamples(_on_host(out), out.logprobs_tensors, draws)
-
-
-def _on_host(out: SamplerOutput) -> np.ndarray:
-    return out.sampled_token_ids[:, 0].cpu().numpy()
+    return RowSamples(out.sampled_token_ids[:, 0], out.logprobs_tensors, draws)
 
 
 class _RuleInsteadOfDraw(torch.nn.Module):
@@ -141,7 +138,7 @@ class RuleSampler(Sampler):
             target_probs = self._judge.target_probs
         finally:
             self._judge.step = self._judge.tokens = self._judge.target_probs = None
-        return RowSamples(tokens.cpu().numpy(), out.logprobs_tensors, target_probs=target_probs)
+        return RowSamples(tokens, out.logprobs_tensors, target_probs=target_probs)
 
     def _noise(
         self, metadata: SamplingMetadata, rows: Rows, discarded: np.ndarray, device: torch.device
@@ -199,9 +196,12 @@ def _expand(
     metadata: SamplingMetadata, rows: Rows, logits: torch.Tensor, penalties: RowPenalties | None
 ) -> SamplingMetadata:
     """Returns ``metadata`` with one entry per row, without generators: who draws has them."""
-    counts = np.diff(rows.starts)
-    request_of = np.repeat(np.arange(len(counts)), counts)
-    index = torch.from_numpy(request_of).to(logits.device)
+    if penalties is not None:
+        index = penalties.request_of
+    else:
+        counts = np.diff(rows.starts)
+        request_of = np.repeat(np.arange(len(counts)), counts)
+        index = upload({"request_of": request_of}, logits.device)["request_of"]
 
     def per_row(tensor):
         return None if tensor is None else tensor[index]

@@ -107,6 +107,15 @@ def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
     return ids
 
 
+def to_host(top: torch.Tensor, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Copies ``top`` int32 [L, k] and ``tokens`` int32 [L] to the host, in one go if both are on a
+    device: every copy waits for it."""
+    if not top.shape[1] or top.device != tokens.device:
+        return top.cpu().numpy(), tokens.cpu().numpy()
+    both = torch.cat((top, tokens[:, None]), 1).cpu().numpy()
+    return np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, -1])
+
+
 class Draws(Protocol):
     """A way to find the token at every row that the walk down a tree follows."""
 
@@ -157,6 +166,8 @@ class JudgedDraws:
         samples = None
         if self._group.rank_in_group == 0:
             samples = self._judge(logits, batch)
+        if samples is not None:
+            samples.tokens = samples.tokens.cpu()
         tokens = self._group.broadcast_object(None if samples is None else samples.tokens, src=0)
         return RowSamples(tokens) if samples is None else samples
 
@@ -236,17 +247,17 @@ class Verifier:
     def verify(self, logits: torch.Tensor, batch: VerifyBatch) -> Verdict:
         """Decides what becomes text by ``logits`` [L, V], which it may change in place."""
         greedy = is_plain_greedy(batch.metadata)
-        # Greedy steps need nothing else from the device: this is their only copy. Others need
-        # what the proposer reads.
-        top = top_ids(logits, max(self._top_k, int(greedy))).cpu().numpy()
+        # Greedy steps need nothing else from the device. Others need what the proposer reads.
+        best = top_ids(logits, max(self._top_k, int(greedy)))
         statistics = None
         if self._substitution is not None:
             statistics = self._substitution.statistics(logits, batch)
         if greedy:
-            samples = RowSamples(np.ascontiguousarray(top[:, 0]))
+            samples, top = RowSamples(best[:, 0]), best.cpu().numpy()
+            sampled = np.ascontiguousarray(top[:, 0])
         else:
             samples = self._draws(logits, batch)
-        sampled = samples.tokens
+            top, sampled = to_host(best, samples.tokens)
         if statistics is not None:
             sampled = self._substitution(sampled, statistics, batch)
         acceptance = lossless.accept(batch.rows, sampled)
