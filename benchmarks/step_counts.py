@@ -228,7 +228,6 @@ def _fail(error: Exception) -> None:
 
 PARTS: dict[str, Callable[[Batch], Step]] = {
     "draft: token_recycling": drafting("token_recycling"),
-    "draft: suffix_tree": drafting("suffix_tree"),
     "draft: cache of a draft model": draft_cache,
     "inputs of a tree step": inputs,
     "verify, sampled": sampling(seeded=False, penalised=False),
@@ -356,10 +355,14 @@ def measure(part: str, requests: int, length: int) -> dict[str, float]:
 
 def measure_all() -> dict[str, dict[str, dict[str, float]]]:
     """Part -> "requests x length" -> counts."""
-    return {
-        part: {f"{r} x {n // 1024}k": measure(part, r, n) for r in REQUESTS for n in LENGTHS}
-        for part in PARTS
-    }
+    measured: dict = {part: {} for part in PARTS}
+    for part, cases in measured.items():
+        for requests in REQUESTS:
+            for length in LENGTHS:
+                case = f"{requests} x {length // 1024}k"
+                print(part, case, file=sys.stderr, flush=True)
+                cases[case] = measure(part, requests, length)
+    return measured
 
 
 # -- report -----------------------------------------------------------------------------
