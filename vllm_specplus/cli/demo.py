@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shlex
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import psutil
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +41,9 @@ PROMPTS = {
     "Translation": "Translate to Spanish: Good morning. Where is the train station?",
     "Maths": "What is 12 times 15? Explain step by step.",
 }
+
+#: What an engine gets to -> how long that takes, in parts of the whole.
+STAGES = {"vLLM imported": 6.0, "engine started": 6.0} | dict.fromkeys(PROMPTS, 1.5)
 
 #: Two candidates this close in log-probability are a tie for bfloat16, which cannot tell
 #: logits between 16 and 32 apart if they differ by less than 0.125.
@@ -81,8 +86,12 @@ def demo(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="auto, bfloat16 or float32; the last makes equal texts likelier.")
-    ] = "auto",
+        str,
+        typer.Option(
+            help="float32, where equal drafts give equal texts, or bfloat16, where near-ties are "
+            "decided by rounding."
+        ),
+    ] = "float32",
 ) -> None:
     """Answer five prompts with and without the plugin; compare the texts and the speed."""
     from vllm_specplus.kernels.native import cache_dir  # imports torch: not at every command
@@ -100,12 +109,14 @@ def demo(
     log = cache_dir() / "demo.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    console.print(f"Starting vLLM twice, a minute or so each; its log: {escape(str(log))}")
+    console.print(
+        f"Two engines, one after the other, in {dtype} and without torch.compile, which would make "
+        f"both wait minutes to save seconds here. vLLM's log: {escape(str(log))}"
+    )
     try:
-        console.print("  with the plugin ...")
-        specplus, _ = _in_fresh_process(log, path, dtype, SPECULATIVE_CONFIG, None)
-        console.print("  without ...")
-        plain, differences = _in_fresh_process(log, path, dtype, None, specplus)
+        with _Waiting(console) as waiting:
+            specplus, _ = waiting.run("with the plugin", log, path, dtype, SPECULATIVE_CONFIG, None)
+            plain, differences = waiting.run("without", log, path, dtype, None, specplus)
     except Exception as error:  # whatever vLLM raised in the other process
         console.print(f"[red]vLLM failed:[/] {escape(str(error))}")
         console.print(f"More in {escape(str(log))}. Is all well with `vllm-specplus doctor`?")
@@ -116,14 +127,39 @@ def demo(
     console.print(shlex.join(serve), markup=False, soft_wrap=True)
 
 
-def _in_fresh_process(*job: Any) -> tuple[list[Answer], list[Difference | None]]:
-    """Run ``_answer(*job)`` in a process of its own: vLLM keeps state for the process's life."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as executor:
-        return executor.submit(_answer, *job).result()
+class _Waiting:
+    """Runs the engines, and shows how far they are and how long they will take."""
+
+    def __init__(self, console: Console):
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+                   TextColumn("left:"), TimeRemainingColumn())  # fmt: skip
+        self._progress = Progress(*columns, console=console, speed_estimate_period=600)
+        self._task = self._progress.add_task("", total=2 * sum(STAGES.values()))
+
+    def __enter__(self) -> _Waiting:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def run(self, what: str, *job: Any) -> tuple[list[Answer], list[Difference | None]]:
+        """Run ``_answer(*job)`` in a process of its own: vLLM keeps state for a process's life."""
+        context = multiprocessing.get_context("spawn")
+        with context.Manager() as manager, ProcessPoolExecutor(1, mp_context=context) as executor:
+            stages = manager.Queue()
+            running = executor.submit(_answer, stages.put, *job)
+            running.add_done_callback(lambda _: stages.put(None))
+            self._progress.update(self._task, description=what)
+            while (stage := stages.get()) is not None:
+                self._progress.update(
+                    self._task, description=f"{what}: {stage}", advance=STAGES[stage]
+                )
+            return running.result()
 
 
 def _answer(
+    reached: Callable[[str], None],
     log: Path,
     model: str,
     dtype: str,
@@ -141,8 +177,10 @@ def _answer(
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
+    reached("vLLM imported")
     llm = LLM(
         model=model,
+        enforce_eager=True,
         dtype=dtype,
         speculative_config=speculative_config,
         max_model_len=2048,
@@ -151,8 +189,12 @@ def _answer(
         disable_log_stats=False,
         seed=0,
     )
+    reached("engine started")
     _ask(llm, WARM_UP)
-    answers = [_ask(llm, prompt) for prompt in PROMPTS.values()]
+    answers = []
+    for title, prompt in PROMPTS.items():
+        answers.append(_ask(llm, prompt))
+        reached(title)
     if others is None:
         return answers, []
     return answers, [_difference(llm, *pair) for pair in zip(answers, others, strict=True)]
@@ -233,13 +275,14 @@ def _report(
     add_row("all", f"{differences.count(None)} of {len(differences)}", plain, specplus)
     console.print()
     console.print(table)
-    if any(differences):
-        console.print(
-            "Why a text can differ: a forward pass over several tokens adds up in another order "
-            "than one over a single token, and where two candidates are a near-tie, bfloat16 "
-            "rounding decides. With --dtype float32 that is rare.",
-            style="dim",
-        )
+    gain = f"{_speed(specplus) / _speed(plain):.2f} times as many tokens per second"
+    if not any(differences):
+        console.print(f"All {len(plain)} answers are equal, token for token, at {gain}.")
+        return
+    console.print(
+        f"{gain[0].upper()}{gain[1:]}. Texts part where two candidates nearly tie: several rows at "
+        f"once round differently than one row does, in bfloat16 often, in float32 hardly ever."
+    )
 
 
 def _speed(answers: list[Answer]) -> float:
