@@ -6,7 +6,9 @@ it answers with a `MachineInfo` and ends.
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -21,6 +23,7 @@ from pydantic import BaseModel
 
 from vllm_specplus.bench.dataset import Question
 from vllm_specplus.bench.protocol import (
+    ALIVE,
     REQUEST,
     Continue,
     DraftCounters,
@@ -451,11 +454,26 @@ def serve(requests: TextIO, send: Callable[[BaseModel], None]) -> None:
     engine.close()
 
 
+def end_with_parent() -> None:
+    """End this process and all it started when the benchmark is gone, even in the middle of a
+    round: the pipe that it holds open is closed then."""
+    alive = os.environ.pop(ALIVE, None)
+    if alive is None:  # started by hand
+        return
+
+    def wait() -> None:
+        os.read(int(alive), 1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
     """Answer on what was standard output, after pointing standard output at the log."""
     # A process group of its own, which the benchmark stops and continues as one. The session
     # stays the parent's: should that one die, the kernel continues and hangs up the orphans.
     os.setpgrp()
+    end_with_parent()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

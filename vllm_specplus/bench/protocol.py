@@ -11,6 +11,9 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from vllm_specplus.bench.dataset import Question
 
+#: Environment variable with the descriptor of a pipe that is open as long as the benchmark lives.
+ALIVE = "VLLM_SPECPLUS_BENCH_ALIVE"
+
 
 class MachineInfo(BaseModel):
     """What an engine process sees of its machine before any engine starts."""

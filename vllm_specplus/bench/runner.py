@@ -34,6 +34,7 @@ from pydantic import BaseModel
 from vllm_specplus.bench.dataset import Question, split_rounds
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.protocol import (
+    ALIVE,
     REPLY,
     Continue,
     EngineReady,
@@ -134,11 +135,16 @@ class EngineError(RuntimeError):
 
 
 class EngineProcess:
-    """An engine's process, and the line-by-line conversation with it."""
+    """An engine's process, and the line-by-line conversation with it.
+
+    It ends with this process, however that ends: it reads a pipe of which this process alone has
+    the other end.
+    """
 
     def __init__(self, log: Path, *arguments: str, cwd: Path | None = None) -> None:
         """`cwd`: a checkout whose code the engine runs; by default the code of this process."""
         self.log = log
+        alive, self._alive = os.pipe()
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", ENGINE_MODULE, *arguments],
@@ -147,7 +153,10 @@ class EngineProcess:
                 stderr=stream,
                 text=True,
                 cwd=cwd,
+                env=os.environ | {ALIVE: str(alive)},
+                pass_fds=(alive,),
             )
+        os.close(alive)
 
     def __enter__(self) -> "EngineProcess":
         return self
@@ -160,6 +169,7 @@ class EngineProcess:
                 self._process.wait(SHUTDOWN_S)
         self.kill()
         self._process.stdout.close()
+        os.close(self._alive)
 
     def send(self, message: BaseModel) -> None:
         """Write one message."""
