@@ -85,6 +85,30 @@ def test_token_recycling(tmp_path, tiny_engine, mixed_requests, plain, keys):
     assert result["counters"]["nodes_accepted"] > 0  # the repeated batch is known text
 
 
+def test_penalties_of_requests_that_are_preempted(tmp_path, tiny_engine, mixed_requests, plain):
+    """Counts are kept from step to step, in batches whose requests come, go and come back; some ask
+    for no penalty."""
+    penalties = [{}, {"presence_penalty": 2.0}, {"frequency_penalty": 1.5},
+                 {"repetition_penalty": 2.0, "frequency_penalty": -0.5}]  # fmt: skip
+    requests = [
+        [prompt, params | penalties[i % 4]] for i, (prompt, params) in enumerate(mixed_requests)
+    ]
+    engine = tiny_engine | {"disable_log_stats": False}
+    batches = [{"requests": requests}] * 2
+    want = harness.run(tmp_path, engine, batches)
+    spec = {"method": "token_recycling", "num_speculative_tokens": 16}
+    engine |= {"speculative_config": spec | {"control": {"policy": "fixed"}}}
+    got = harness.run(tmp_path, engine, batches)
+    for batch in range(2):
+        assert harness.ids(got, batch) == harness.ids(want, batch)
+    assert got["preemptions"] > 0
+    assert got["counters"]["nodes_accepted"] > 20
+    # The control: penalties change most of the texts that ask for one.
+    same = [a == b for a, b in zip(harness.ids(want), harness.ids(plain), strict=True)]
+    assert all(same[::4])
+    assert sum(same) < len(same) / 2
+
+
 def test_compiled(tmp_path, tiny_engine, mixed_requests, plain, reference_file):
     """torch.compile, vLLM's default."""
     spec = hidden_truth(reference_file, num_speculative_tokens=12)

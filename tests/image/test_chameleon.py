@@ -20,6 +20,8 @@ from tests.image.test_convert_mar import SIZE as LATENT
 from vllm_specplus.image.chameleon import (
     CHAMELEON,
     LUMINA,
+    NOTHING_KNOWN,
+    Known,
     Layout,
     complete,
     load_decoder,
@@ -52,6 +54,31 @@ def written(architecture: str, length: int, seed: int) -> list[int]:
 
 @pytest.mark.parametrize("architecture", chameleon.ARCHITECTURES)
 @pytest.mark.parametrize("seed", range(4))
+def test_a_text_is_read_on_from_what_is_known(architecture, seed):
+    """As if all of it were read again."""
+    found, rng = layout(architecture), np.random.default_rng(seed)
+    text = np.array(written(architecture, 300, seed), np.int32)
+    known, end = NOTHING_KNOWN, 0
+    while end < len(text):
+        first, end = end, min(end + int(rng.integers(1, 9)), len(text))
+        first = int(rng.integers(known.length, first + 1))
+        depths = np.arange(1, int(rng.integers(1, 5)), dtype=np.int32)
+        want = found.read(text[:end], first, depths)
+        kept = found.kept(text[:end], np.full(len(depths), 30), depths)
+        assert found.kept(text[:end], np.full(len(depths), 30), depths, known) == kept
+        got = found.read(text[:end], first, depths, known)
+        assert [each.tolist() for each in got[:2]] == [each.tolist() for each in want[:2]]
+        known = got[2]
+        assert known == want[2]
+        assert known.length == end
+    # The control: what is known matters.
+    inside = np.flatnonzero(found.begins(text)[:-1] >= 0)[-1] + 1
+    wrong = found.begins(text, Known(int(inside), -1))
+    assert wrong.tolist() != found.begins(text)[inside:].tolist()
+
+
+@pytest.mark.parametrize("architecture", chameleon.ARCHITECTURES)
+@pytest.mark.parametrize("seed", range(4))
 def test_what_may_follow_a_token_is_what_the_grammar_says(architecture, seed):
     """At every token of texts with several pictures, from any token on."""
     found, text = layout(architecture), written(architecture, 120, seed)
@@ -62,7 +89,7 @@ def test_what_may_follow_a_token_is_what_the_grammar_says(architecture, seed):
     )
     for first in (0, 50, 119):
         none = np.empty(0, np.int32)
-        begins, follows = found.read(np.array(text, np.int32), first, none)
+        begins, follows, _ = found.read(np.array(text, np.int32), first, none)
         for i, (kind, tokens, begin) in enumerate(truth[first:]):
             assert KINDS[follows[i]] == kind
             assert begins[i] == begin
@@ -73,7 +100,7 @@ def test_what_may_follow_a_token_is_what_the_grammar_says(architecture, seed):
 def test_drafts_end_where_a_picture_does(architecture):
     """What is kept of the text's own continuation reads like the text; one more would not."""
     found, text = layout(architecture), np.array(written(architecture, 120, 1), np.int32)
-    _, truth = found.read(text, 0, np.empty(0, np.int32))
+    _, truth, _ = found.read(text, 0, np.empty(0, np.int32))
     begins = found.begins(text)
     for known in range(1, 110):
         draft = text[known : known + 10]
@@ -100,7 +127,7 @@ def test_a_siblings_subtree_is_cut_as_a_whole():
 def test_a_picture_of_a_size_that_does_not_exist_ends_at_once():
     found = layout(LUMINA)
     none = np.empty(0, np.int32)
-    _, follows = found.read(np.array([OPENING, BEGIN, 30, SIZE + 2], np.int32), 0, none)
+    _, follows, _ = found.read(np.array([OPENING, BEGIN, 30, SIZE + 2], np.int32), 0, none)
     assert [KINDS[kind] for kind in follows] == ["text", "size", "size", "end"]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from vllm_specplus.engine.attention.base import TreeAttentionMetadata
 from vllm_specplus.engine.tree_metadata import Upload
+from vllm_specplus.image.chameleon import NOTHING_KNOWN, Known
 from vllm_specplus.step import Rows
 from vllm_specplus.tree import DraftTokens, ancestor_mask, row_depths
 
@@ -30,16 +31,25 @@ class PictureRows:
 
     def __init__(self, layout: Layout, upload: Upload):
         self._layout, self._upload = layout, upload
+        # Request -> version of its text, and what is known of it; of the requests of this step.
+        self._known: dict[str, tuple[int, Known]] = {}
 
     def read(self, batch: V1Batch, num_scheduled: np.ndarray, rows: Rows) -> torch.Tensor:
         """Begin a step of R requests, ``num_scheduled`` int32 [R] rows of each, of which ``rows``
         are verified. Returns what may follow each, int64 [T] on the device."""
         computed = batch.num_computed.astype(np.int64)
-        read = []
+        read, before, self._known = [], self._known, {}
+        versions = batch.versions().tolist()
         for i, (first, count) in enumerate(zip(computed, num_scheduled, strict=True)):
             depths = rows.depths[rows.starts[i] + 1 : rows.starts[i + 1]]
             text = batch.texts[i, : first + count - len(depths)]
-            read.append(self._layout.read(text, int(first), depths))
+            name = batch.request_ids[i]
+            version, known = before.get(name, (-1, NOTHING_KNOWN))
+            if version != versions[i] or known.length > first:  # cut, or read again
+                known = NOTHING_KNOWN
+            *found, known = self._layout.read(text, int(first), depths, known)
+            self._known[name] = versions[i], known
+            read.append(found)
         # Where the picture begins that each row is in, -1 in no picture.
         self._begins, follows = (np.concatenate(each) for each in zip(*read, strict=True))
         self._request = np.repeat(np.arange(len(computed)), num_scheduled)
@@ -121,6 +131,8 @@ class PictureRows:
                 rows = np.append(np.int32(-1), parents + 1)
                 depths = row_depths(rows, np.array((0, len(rows)), np.int32))[1:]
                 text = batch.texts[i, : batch.num_tokens[i]]
-                draft = draft[: self._layout.kept(text, np.array(draft), depths)]
+                # Since the step has read it, the text has gained a token at least.
+                _, known = self._known[batch.request_ids[i]]
+                draft = draft[: self._layout.kept(text, np.array(draft), depths, known)]
             out.append(draft)
         return out

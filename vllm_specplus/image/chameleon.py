@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,18 @@ TEXT, CODE, LINE, END, SIZE = range(5)
 PAIR, USUAL, LARGEST = 2, 24, 64
 #: Deeper than any draft.
 _FAR = 1 << 20
+
+
+class Known(NamedTuple):
+    """What was read of a text that has only grown since."""
+
+    length: int
+    """Tokens that were read."""
+    begin: int
+    """Where the picture begins that the last of them is in, -1: in none."""
+
+
+NOTHING_KNOWN = Known(0, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,29 +132,31 @@ class Layout:
         out[torch.from_numpy(self.codes)] = vectors.float().cpu()
         return out
 
-    def begins(self, text: np.ndarray) -> np.ndarray:
-        """int64 [n] of a text int32 [n]: where the picture begins that each token is in, -1 if it
-        is in none. Its begin token is in it, its end token is not."""
-        position = np.arange(len(text))
-        begun = np.maximum.accumulate(np.where(text == self.begin, position, -1))
-        ended = np.maximum.accumulate(np.where(text == self.end, position, -1))
+    def begins(self, text: np.ndarray, known: Known = NOTHING_KNOWN) -> np.ndarray:
+        """int64 [n - known.length] of the tokens of a text int32 [n] that are not known: where the
+        picture begins that each is in, -1 if it is in none. Its begin token is in it, its end
+        token is not."""
+        tokens, position = text[known.length :], np.arange(known.length, len(text))
+        begun = np.maximum.accumulate(np.where(tokens == self.begin, position, known.begin))
+        ended = np.maximum.accumulate(np.where(tokens == self.end, position, -1))
         return np.where(begun > ended, begun, -1)
 
-    def read(self, text: np.ndarray, first: int, depths: np.ndarray):
+    def read(self, text: np.ndarray, first: int, depths: np.ndarray, known: Known = NOTHING_KNOWN):
         """Of a text int32 [n] and drafts that begin or end no picture, ``depths`` int32 [m] below
-        its last token.
+        its last token. At most ``first`` tokens are ``known``.
 
         Returns ``begins`` int64 and ``follows`` (TEXT, CODE, ...) int64, each [n - first + m]: of
-        the tokens from ``first`` on, then of the drafted ones.
+        the tokens from ``first`` on, then of the drafted ones; and what is known now.
         """
-        begins = self.begins(text)
-        begins = np.concatenate((begins[first:], np.full(len(depths), begins[-1])))
+        begins = self.begins(text, known)
+        known, begins = Known(len(text), int(begins[-1])), begins[first - known.length :]
+        begins = np.concatenate((begins, np.full(len(depths), known.begin)))
         positions = np.concatenate((np.arange(first, len(text)), len(text) - 1 + depths))
         follows = np.full(len(begins), TEXT, np.int64)
         for begin in np.unique(begins[begins >= 0]):
             inside = begins == begin
             follows[inside] = self._follows(positions[inside] - begin, *self._shape(text[begin:]))
-        return begins, follows
+        return begins, follows, known
 
     def _shape(self, picture: np.ndarray) -> tuple[int, int]:
         """Rows and columns of codes of a picture, its begin token first; none if its size is not
@@ -169,15 +183,18 @@ class Layout:
         follows[index < 0] = SIZE
         return follows
 
-    def kept(self, text: np.ndarray, draft: np.ndarray, depths: np.ndarray) -> int:
+    def kept(
+        self, text: np.ndarray, draft: np.ndarray, depths: np.ndarray, known: Known = NOTHING_KNOWN
+    ) -> int:
         """How many of the tokens ``draft`` int [m], ``depths`` int32 [m] below the text's last, may
-        be verified: as far as none begins a picture or leaves one, so that :meth:`read` holds."""
-        wrong = (draft == self.begin) | (draft == self.end) | (depths > self._room(text))
+        be verified: as far as none begins a picture or leaves one, so that :meth:`read` holds.
+        Fewer tokens than the text has are ``known``."""
+        wrong = (draft == self.begin) | (draft == self.end) | (depths > self._room(text, known))
         return int(wrong.argmax()) if wrong.any() else len(draft)
 
-    def _room(self, text: np.ndarray) -> int:
+    def _room(self, text: np.ndarray, known: Known) -> int:
         """Tokens left of the picture at a text's end; none before its size is known."""
-        begin = self.begins(text)[-1]
+        begin = self.begins(text, known)[-1]
         if begin < 0:
             return _FAR
         index = len(text) - 1 - begin - self.header
