@@ -175,7 +175,7 @@ def largest_errors(query, key_cache, value_cache, tree, paths) -> dict[str, floa
 
 
 def measure(batch_size: int, rows: int, context_len: int) -> dict:
-    """One row of the results."""
+    """One row of the results; ValueError if they are wrong."""
     from triton.testing import do_bench
 
     batch = random_batch(batch_size, rows, context_len)
@@ -183,8 +183,8 @@ def measure(batch_size: int, rows: int, context_len: int) -> dict:
     errors = largest_errors(*batch, paths)
     # Not ``max() > TOLERANCE``, which NaN would pass.
     if not all(error <= TOLERANCE for error in errors.values()):
-        sys.exit(
-            f"Wrong results for batch size {batch_size}, {rows} rows, context {context_len}: "
+        raise ValueError(
+            f"wrong results for batch size {batch_size}, {rows} rows, context {context_len}: "
             f"relative errors {errors} exceed {TOLERANCE}."
         )
     times = {name: 1000 * do_bench(path, return_mode="median") for name, path in paths.items()}
