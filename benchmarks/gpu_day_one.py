@@ -285,12 +285,19 @@ def easyspec(setting: Setting, keep: Keep) -> dict[str, Any]:
     would be left if the attentions of a group ran at once is its critical path."""
     import torch
 
-    from vllm_specplus.drafting.easyspec import LayerParallelExecutor
+    from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layer_groups
     from vllm_specplus.drafting.model import DraftModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = DraftModel(setting.draft or setting.model, device, dtype)
+    draft = setting.draft or setting.model
+    if setting.rehearse:  # the first and the last layer are no part of a group
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        draft = tempfile.mkdtemp()
+        config = LlamaConfig(**TINY | {"num_hidden_layers": 6})
+        LlamaForCausalLM(config).save_pretrained(draft)
+    model = DraftModel(draft, device, dtype)
     levels, rows = 5, []
     for size in (1, 2) if setting.rehearse else (1, 2, 4, 8):
         executor = LayerParallelExecutor(model, 4096, levels, size)
@@ -308,8 +315,8 @@ def easyspec(setting: Setting, keep: Keep) -> dict[str, Any]:
         passes = _chain_passes(executor, prompts(model.config.vocab_size)[0][:64], levels, device)
         exact, fuzzy = (1e3 * float(np.median(part)) for part in zip(*passes, strict=True))
         one = 1e3 * float(np.median(group_s)) if group_s else None
-        groups = -(-model.num_layers // size)
-        saved = (model.num_layers - groups) * one if one else 0.0
+        groups = layer_groups(model.num_layers, size)
+        saved = (model.num_layers - len(groups)) * one if one else 0.0
         rows.append({
             "layers per group": size, "exact ms": round(exact, 3), "fuzzy ms": round(fuzzy, 3),
             "one attention ms": one and round(one, 4), "critical path ms": round(fuzzy - saved, 3),

@@ -128,4 +128,7 @@ def test_the_rehearsal(tmp_path):
     assert {name: parts[name].get("error") for name in names} == dict.fromkeys(names)
     for name in ("steps-8b", "shape-tree", "easyspec", "profile"):
         assert parts[name]["result"]["rows"]
+    alone, grouped = parts["easyspec"]["result"]["rows"]
+    assert alone["one attention ms"] is None
+    assert grouped["critical path ms"] < grouped["fuzzy ms"]
     assert done.stdout.splitlines()[-1] == "nothing is left"
