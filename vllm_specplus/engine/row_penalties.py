@@ -212,7 +212,8 @@ def path_tokens(rows: Rows, vocab: int) -> tuple[np.ndarray, np.ndarray]:
     return _path_tokens(rows.tokens, rows.parents, rows.starts, int(rows.depths.sum()), vocab)
 
 
-@njit(cache=True)
+# A signature makes numba compile at import, while the engine starts, not in its first step.
+@njit("UniTuple(int64[::1], 2)(int32[::1], int32[::1], int32[::1], int64, int64)", cache=True)
 def _path_tokens(tokens, parents, starts, most, vocab):
     found_rows, found = np.empty(most, np.int64), np.empty(most, np.int64)
     count = 0

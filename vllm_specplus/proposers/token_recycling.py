@@ -33,7 +33,7 @@ from vllm_specplus.config import MethodConfig
 from vllm_specplus.files import check_readable, check_writable, tensor_shapes
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
-from vllm_specplus.retrieval.own_text import OwnTexts
+from vllm_specplus.retrieval.own_text import FEWEST, OwnTexts
 from vllm_specplus.step import Observation, Source, StepContext, bare_step
 from vllm_specplus.strict import quoted
 from vllm_specplus.tree import DraftBatch
@@ -448,10 +448,10 @@ class TokenRecycling(Proposer):
         )  # fmt: skip
 
     def warm_up(self) -> None:
-        """Compile the loops (or load them from numba's cache) on a dummy request."""
-        self.propose(
-            bare_step(self.sources, np.zeros((1, 4), np.int32), self.config.num_speculative_tokens)
-        )
+        """Compile the loops (or load them from numba's cache) on a dummy request, long enough that
+        its own text outgrows its first room."""
+        text = np.arange(2 * FEWEST, dtype=np.int32) % self.services.vocab_size
+        self.propose(bare_step(self.sources, text[None], self.config.num_speculative_tokens))
 
     def save(self, path: str) -> None:
         """Write the matrix and the pair table (safetensors), atomically."""

@@ -26,7 +26,7 @@ _NODE = np.dtype(
     ]
 )
 #: The least number of nodes to make room for.
-_FEWEST = 64
+FEWEST = 64
 
 
 @njit(cache=True)
@@ -118,7 +118,7 @@ class OwnText:
         self.match = (-1, 0)
         """(position after the match, its length) of the longest earlier occurrence of a suffix,
         the most recent one among equals; (-1, 0) if there is none."""
-        self._make_room(_FEWEST)
+        self._make_room(FEWEST)
         self._nodes[0] = (0, 0, 0, 1)  # the root, which all places are in
         self._count = 1
 
@@ -141,7 +141,7 @@ class OwnText:
 
     def _make_room(self, size: int) -> None:
         nodes = np.empty(size, _NODE)
-        if size > _FEWEST:
+        if size > FEWEST:
             nodes[: self._count] = self._nodes[: self._count]
         self._nodes, self._table = nodes, np.zeros(2 * size, np.int32)
 
