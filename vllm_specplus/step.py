@@ -89,8 +89,8 @@ class Observation:
     """
 
     tokens: np.ndarray
-    """int32 [L] input token of each row; -1 for padding, and ids beyond the vocabulary
-    for placeholders of other modalities: nothing to learn from either."""
+    """int32 [L] input token of each row; -1 for padding and behind a grammar's mask, ids beyond
+    the vocabulary for placeholders of other modalities: nothing to learn from any of them."""
     previous: np.ndarray
     """int32 [L] the token before it on its path; -1 at the start of a prompt."""
     top_ids: np.ndarray
@@ -98,6 +98,8 @@ class Observation:
     proposer's ``top_k``."""
     accepted: np.ndarray
     """bool [L] is the row on the text that was kept? (always true in a prompt)"""
+    cache_salt: str = ""
+    """Of a prompt's rows, its request's; those of a step have ``StepContext.cache_salts``."""
 
 
 @dataclass(slots=True)
@@ -161,6 +163,8 @@ class StepContext:
     """int32 [R] how many of the known tokens are the prompt."""
     cache_salts: list[str] | None = None
     """[R] requests of different salts must not see each other's texts; None: all alike."""
+    ends: list[np.ndarray] | None = None
+    """[R] of int32 [K]: ids behind which a request has no text; None: there are none."""
     acceptance: np.ndarray | None = None
     """float32 [R, depths, S] probability that a node is accepted if its parent was, by
     depth (the last entry serves all deeper ones) and source; set by the controller."""

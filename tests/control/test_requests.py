@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from vllm_specplus.control import requests
 from vllm_specplus.control.requests import RequestControls, check_latents, guidance, parse
 
 
@@ -136,3 +137,21 @@ def test_mistakes_in_flat_keys_are_one_sentence(extra_args, words):
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) <= 400
+
+
+@pytest.mark.parametrize(
+    ("given", "salt", "expected"),
+    [
+        (None, None, ""),
+        ({"specplus": {"cache_salt": "ours"}}, None, "ours"),
+        ({"specplus": {"cache_salt": "ours"}}, "vllm's", "vllm's"),
+        ({requests.SALT: "another's"}, None, ""),  # a client must not write it itself
+        ({requests.SALT: "another's"}, "mine", "mine"),
+        (None, f"{requests.CAPTION}12 ", ""),
+        (None, f"{requests.CAPTION}12 a b", "a b"),
+    ],
+)
+def test_vllms_salt_reaches_the_worker(given, salt, expected):
+    carried = requests.carry_salt(given, salt)
+    assert requests.salt_of(carried, requests.parse(carried)) == expected
+    assert salt or given is None or requests.SALT not in carried

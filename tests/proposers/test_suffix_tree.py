@@ -18,7 +18,7 @@ def proposer(**keys) -> SuffixTree:
     return SuffixTree(SuffixTreeConfig(**keys), Services(1000))
 
 
-def draft(tree: SuffixTree, texts: dict, prompt=0, salts=None, nodes=16, chain=False):
+def draft(tree: SuffixTree, texts: dict, prompt=0, salts=None, nodes=16, chain=False, ends=None):
     """{name: text} as one step; {name: [paths]} of the drafts."""
     longest = max(map(len, texts.values())) + 1
     ids = np.zeros((len(texts), longest), np.int32)
@@ -31,6 +31,7 @@ def draft(tree: SuffixTree, texts: dict, prompt=0, salts=None, nodes=16, chain=F
         chain_only=np.full(len(texts), chain),
         num_prompt_tokens=np.full(len(texts), prompt, np.int32),
         cache_salts=[(salts or {}).get(name, "") for name in texts],
+        ends=None if ends is None else [np.array(ends, np.int32) for _ in texts],
     )
     batch = tree.propose(step)
     out, start = {}, 0
@@ -122,3 +123,25 @@ def test_two_instances_draft_the_same():
     rng = np.random.default_rng(2)
     text = rng.integers(0, 6, 200).tolist()
     assert draft(proposer(), {"r": text}) == draft(proposer(), {"r": text})
+
+
+def test_what_is_behind_the_end_is_not_stored():
+    tree, end = proposer(), 99
+    draft(tree, {"r": [A, B, C, end, D, 8]}, prompt=1, ends=[end])
+    assert tree.stored_tokens == 3
+    tree.forget("r")
+    paths = draft(tree, {"s": [1, 2, B, C]}, prompt=2)["s"]
+    assert (end,) in paths
+    assert not any(D in path for path in paths)
+
+
+def test_responses_of_20_000_salts_stay_below_the_bound():
+    tree = proposer(max_memory_mb=1)
+    rng = np.random.default_rng(0)
+    for i in range(20_000):
+        text = [1, *rng.integers(0, 1000, 8).tolist()]
+        draft(tree, {f"r{i}": text}, prompt=1, salts={f"r{i}": f"salt {i}"}, nodes=1)
+        tree.forget(f"r{i}")
+    size = sum(shared.tree.estimate_memory() for shared in tree._shared.values())
+    assert 0 < size < 1.2e6
+    assert tree.stored_tokens == sum(shared.tokens for shared in tree._shared.values())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import save_file as save_torch_file
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers import token_recycling as tr
 from vllm_specplus.proposers.token_recycling import TokenRecyclingConfig
-from vllm_specplus.step import Observation, StepContext, prior_tables
+from vllm_specplus.step import Observation, StepContext, bare_step, prior_tables
 
 V = 10
 
@@ -471,4 +472,72 @@ def test_ids_without_a_row_are_left_alone(tree):
     toy_matrix(proposer)
     text = [V + 5, 4, V + 6, 7, V + 5]  # the match continues into another placeholder
     tokens, _ = draft(proposer, text, 8)
-    assert (tree == "2.2.2" and tokens == []) or V + 6 in tokens
+    assert (tokens == []) == (tree == "2.2.2")  # the token before it is drafted
+    assert all(0 <= token < V for token in tokens)
+
+
+def salted(proposer, salts, texts, rows, budget=8):
+    """One step of a request per text, each with one observed row (token, top ids): its drafts,
+    [(tokens, parents)]."""
+    step = bare_step(proposer.sources, np.array(texts, np.int32), budget)
+    step.cache_salts = salts
+    step.observation = observe([token for token, _ in rows], [top for _, top in rows])
+    step.row_starts = np.arange(len(texts) + 1, dtype=np.int32)
+    drafts, out, first = proposer.propose(step), [], 0
+    for count in drafts.counts.tolist():
+        own = slice(first, first + count)
+        out.append((drafts.tokens[own].tolist(), drafts.parents[own].tolist()))
+        first += count
+    return out
+
+
+@pytest.mark.parametrize("seed_from_prompt", [False, True])
+def test_salts_learn_nothing_from_each_other(seed_from_prompt):
+    """Every salt is drafted what it is drafted alone, also the empty one and what is saved."""
+    rng = np.random.default_rng(0)
+    names = ["", "a", "b", "a", ""]
+    together = make()
+    alone = {name: make() for name in names}
+    for _ in range(30):
+        texts = rng.integers(0, V, (len(names), 12)).tolist()
+        rows = [(text[-1], rng.permutation(V)[:8].tolist()) for text in texts]
+        if seed_from_prompt:
+            for name, text in zip(names, texts, strict=True):
+                prompt = observe(text[:3], rng.integers(0, V, (3, 8)))
+                prompt.cache_salt = name
+                together.observe_prompt(prompt)
+                alone[name].observe_prompt(replace(prompt, cache_salt=""))
+        drafted = salted(together, names, texts, rows)
+        for name in alone:
+            mine = [i for i, each in enumerate(names) if each == name]
+            own = salted(
+                alone[name], [""] * len(mine), [texts[i] for i in mine], [rows[i] for i in mine]
+            )
+            assert own == [drafted[i] for i in mine]
+    assert (together.matrix == alone[""].matrix).all()
+    assert (together.pair_rows == alone[""].pair_rows).all()
+    assert (together.matrix != alone["a"].matrix).any()
+
+
+def test_matrices_of_20_000_salts_stay_below_the_bound():
+    proposer = make(vocab=2000, max_memory_mb=2)
+    text, row = [[1, 2, 3]], [(3, list(range(8)))]
+    for i in range(20_000):
+        salted(proposer, [f"salt {i}"], text, row)
+    kept = sum(table.nbytes for tables in proposer._salted.values() for table in tables)
+    assert 1e6 < kept <= 2e6
+    assert (proposer.matrix == tr.UNSET).all()
+    assert salted(proposer, ["salt 19999"], [[0, 0, 3]], [(0, [tr.UNSET] * 8)])[0][0]
+    assert salted(proposer, ["salt 0"], [[0, 0, 3]], [(0, [tr.UNSET] * 8)]) == [([], [])]
+
+
+def test_more_salts_in_a_step_than_memory_has_room_for():
+    """Those without a table learn nothing, and do not take those of others in the step."""
+    proposer = make(vocab=2000, max_memory_mb=1, match_context=False)
+    names = [f"salt {i}" for i in range(proposer._most_salts + 2)]
+    rows = [(3, [i + 10] * 8) for i in range(len(names))]
+    drafted = salted(proposer, names, [[1, 2, 3]] * len(names), rows, budget=1)
+    assert [tokens for tokens, _ in drafted] == [
+        [i + 10] if i < proposer._most_salts else [] for i in range(len(names))
+    ]
+    assert list(proposer._salted) == names[: proposer._most_salts]

@@ -18,6 +18,10 @@ KEY, GUIDANCE = "specplus", "guidance_scale"
 #: The strongest guidance. Scales in use end at about 30; logits of any model, times this, are far
 #: inside of float32, where an infinite one would reach every request of the batch as NaN.
 MOST_GUIDANCE = 1000.0
+#: Where the scheduler puts vLLM's own ``cache_salt`` of a request, which workers do not get.
+SALT = "specplus_cache_salt"
+#: Begins the salts of captions, before their length and the salt that the user gave.
+CAPTION = "specplus caption "
 
 
 class RequestControls(StrictModel):
@@ -39,6 +43,22 @@ class RequestControls(StrictModel):
 
 
 DEFAULT = RequestControls()
+
+
+def carry_salt(extra_args: dict[str, Any] | None, salt: str | None) -> dict[str, Any] | None:
+    """``extra_args`` that tell workers the request's ``cache_salt``, whatever a client wrote in
+    its place. The caption's part of a salt says nothing about whose it is."""
+    if salt and salt.startswith(CAPTION):
+        salt = salt.removeprefix(CAPTION).partition(" ")[2]
+    if not salt and SALT not in (extra_args or {}):
+        return extra_args
+    others = {key: value for key, value in (extra_args or {}).items() if key != SALT}
+    return others | {SALT: salt} if salt else others
+
+
+def salt_of(extra_args: dict[str, Any] | None, controls: RequestControls) -> str:
+    """Whose a request is: vLLM's ``cache_salt``, or ours where there is none."""
+    return (extra_args or {}).get(SALT) or controls.cache_salt
 
 
 def guidance(extra_args: dict[str, Any] | None, possible: bool) -> float | None:

@@ -15,6 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_specplus import registry
 from vllm_specplus.control import memory
+from vllm_specplus.control.allowed import can_be_text
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.faults import FaultLog
@@ -99,6 +100,7 @@ class Drafter:
             self.controller.prepare(step)
             proposing = time.perf_counter()
             drafts = self.proposer.propose(step)
+            drafts = can_be_text(drafts, self.proposer.services.vocab_size, step.ends)
             proposed = time.perf_counter()
             self.controller.drafting_took(step.max_nodes, proposed - proposing)
             self.counters.add("draft_seconds", proposed - proposing)
@@ -143,10 +145,12 @@ class Drafter:
             np.add.at(drawn, at, 1)
         return DraftProbs(drafts.draft_probs, index, drawn)
 
-    def observe_prompt(self, tokens: np.ndarray, previous: np.ndarray, top_ids: np.ndarray) -> None:
+    def observe_prompt(
+        self, tokens: np.ndarray, previous: np.ndarray, top_ids: np.ndarray, salt: str = ""
+    ) -> None:
         try:
             self.proposer.observe_prompt(
-                Observation(tokens, previous, top_ids, np.ones(len(tokens), bool))
+                Observation(tokens, previous, top_ids, np.ones(len(tokens), bool), salt)
             )
         except Exception as error:
             self._failed(error)

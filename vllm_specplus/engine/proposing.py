@@ -78,17 +78,19 @@ class Proposing:
         limits = np.minimum([each.max_nodes for each in options], self._most_nodes)
         chain_only = np.array([each.chain_only for each in options], bool)
         self._drafter.counters.add("chain_fallbacks:structured_output", int(chain_only.sum()))
+        tokens = step.rows.tokens
+        if chain_only.any():  # a grammar's mask is in their logits already: nobody learns from them
+            tokens = np.where(np.repeat(chain_only, np.diff(step.rows.starts)), -1, tokens)
         return StepContext(
             request_ids=self._batch.request_ids,
             token_ids=self._batch.texts,
             num_tokens=num_tokens,
             max_nodes=draft_room(num_tokens, limits, decoding, self._max_model_len),
             chain_only=chain_only,
-            observation=Observation(
-                step.rows.tokens, step.previous, step.top_ids, accepted_rows(step)
-            ),
+            observation=Observation(tokens, step.previous, step.top_ids, accepted_rows(step)),
             num_prompt_tokens=self._batch.num_prompt,
             cache_salts=[each.cache_salt for each in options],
+            ends=[each.ends for each in options],
             sampling=self._batch.sampling([each.seed for each in options]),
             versions=self._batch.versions(),
             row_starts=step.rows.starts,
@@ -122,7 +124,8 @@ class Proposing:
                 ids = top_ids(logits, self._drafter.proposer.top_k).cpu().numpy()
                 text = self._batch.texts[request]
                 previous = text_before(text, begin, count)
-                self._drafter.observe_prompt(text[begin : begin + count], previous, ids)
+                salt = self.options()[request].cache_salt
+                self._drafter.observe_prompt(text[begin : begin + count], previous, ids, salt)
         self._drafter.counters.add("draft_seconds", time.perf_counter() - start)
 
     def _count(self, step: Step, decoding: np.ndarray) -> None:

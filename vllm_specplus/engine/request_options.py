@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_specplus.control.requests import RequestControls, parse
+import numpy as np
+
+from vllm_specplus.control.requests import RequestControls, parse, salt_of
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -22,20 +24,24 @@ class RequestOptions:
     seed: int | None
     relaxed_stops: frozenset[int] | None
     """Its stop tokens; None: it must be verified losslessly."""
+    ends: np.ndarray
+    """int32 [K] tokens that end it; with ``ignore_eos`` only those it names itself."""
 
     @classmethod
     def of(cls, params: SamplingParams | None, most_nodes: int) -> RequestOptions:
         """Of a request that was admitted: its parameters have been checked in the front end, so
         that nothing here can fail. A request without any is not drafted."""
         if params is None:
-            return cls(0, False, "", None, None)
+            return cls(0, False, "", None, None, np.empty(0, np.int32))
         controls = parse(params.extra_args)
+        ends = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
         return cls(
             max_nodes=most_nodes if controls.limit is None else controls.limit,
             chain_only=params.structured_outputs is not None,
-            cache_salt=controls.cache_salt,
+            cache_salt=salt_of(params.extra_args, controls),
             seed=params.seed,
             relaxed_stops=_relaxed_stops(params, controls),
+            ends=np.array(sorted(ends or ()), np.int32),
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_specplus.control.requests import carry_salt
 from vllm_specplus.engine.counts import StepCounts
 
 
@@ -20,6 +21,13 @@ class GuardedScheduler(Scheduler):
     def __init__(self, vllm_config, *args, **kwargs):
         super().__init__(vllm_config, *args, **kwargs)
         self._counts = StepCounts()
+
+    def add_request(self, request) -> None:
+        """Workers get a request's parameters, but not its ``cache_salt``: it travels in them."""
+        params = request.sampling_params
+        if params is not None:
+            params.extra_args = carry_salt(params.extra_args, request.cache_salt)
+        super().add_request(request)
 
     def schedule(self, *args, **kwargs):
         self._trim_drafts()

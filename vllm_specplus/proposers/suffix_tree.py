@@ -58,10 +58,10 @@ class _Request:
     """Suffix tree of its prompt and output."""
     response: int
     """Sequence number of its response in the shared tree."""
-    prompt: int
-    """Tokens of its prompt."""
     known: int = 0
-    """Tokens of its text that are in the trees."""
+    """Tokens of its text that are in its own tree."""
+    stored: int = 0
+    """Tokens of its response that are in the shared tree."""
 
 
 @njit(cache=True)
@@ -123,11 +123,12 @@ class SuffixTree(Proposer):
         self._next_number = 0
         self._bytes_per_token = 0.0
         self._estimated_at = 0
+        self._stored = 0
 
     @property
     def stored_tokens(self) -> int:
         """Tokens of responses in all shared trees."""
-        return sum(shared.tokens for shared in self._shared.values())
+        return self._stored
 
     # -- learning -----------------------------------------------------------------
 
@@ -140,16 +141,21 @@ class SuffixTree(Proposer):
             request = self._requests.get(name)
             if request is None:
                 salt = step.cache_salts[r] if step.cache_salts else ""
-                request = _Request(salt, self._new_tree(), self._next_number, prompt)
+                request = _Request(salt, self._new_tree(), self._next_number)
                 self._requests[name] = request
                 self._next_number += 1
             text = step.token_ids[r]
             if known > request.known:
                 request.local.extend_ndarray(0, text[request.known : known])
                 fresh = text[max(request.known, prompt) : known]
+                if step.ends is not None:  # what is behind the end was never said
+                    ended = np.flatnonzero(np.isin(fresh, step.ends[r]))[:1].tolist()
+                    fresh = fresh[: ended[0] + 1] if ended else fresh
                 shared = self._shared_of(request.salt)
                 shared.tree.extend_ndarray(request.response, fresh)
                 shared.tokens += len(fresh)
+                request.stored += len(fresh)
+                self._stored += len(fresh)
                 request.known = known
 
     def _shared_of(self, salt: str) -> _Shared:
@@ -163,7 +169,8 @@ class SuffixTree(Proposer):
         request = self._requests.pop(request_id, None)
         if request is None:
             return
-        self._finished[request.response] = (request.salt, request.known - request.prompt)
+        if request.stored:
+            self._finished[request.response] = (request.salt, request.stored)
         self._evict()
 
     def _evict(self) -> None:
@@ -178,6 +185,7 @@ class SuffixTree(Proposer):
             shared = self._shared[salt]
             shared.tree.remove(number)
             shared.tokens -= size
+            self._stored -= size
             if not shared.tokens:
                 del self._shared[salt]
 
@@ -195,7 +203,7 @@ class SuffixTree(Proposer):
             text = step.token_ids[r, : request.known]
             context = text[-self.config.max_depth :]
             local.append(_query(request.local, context, budget))
-            shared.append(_query(self._shared[request.salt].tree, context, budget))
+            shared.append(_query(self._shared_of(request.salt).tree, context, budget))
         return self._fusion.fuse([_batch(local), _batch(shared)], step)
 
     def warm_up(self) -> None:

@@ -20,7 +20,11 @@ Three things are ours, each with an ablation in ``docs/token_recycling.md``:
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import OrderedDict
+from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,6 +43,9 @@ from vllm_specplus.strict import quoted
 from vllm_specplus.tree import DraftBatch
 
 logger = logging.getLogger(__name__)
+
+#: Matrix, keys and rows of pairs.
+Tables = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 STATE_FORMAT = "vllm-specplus token_recycling 1"
 
@@ -178,7 +185,7 @@ def _offer(
     pair, width = _pair_row(pair_keys, previous, token), top_k
     if pair >= 0:
         width = pair_rows.shape[1]
-    elif token >= matrix.shape[0]:  # a placeholder of another modality, copied from the text
+    elif token >= matrix.shape[0]:  # the root is a placeholder of another modality
         width = 0
     for rank in range(width):
         successor = pair_rows[pair, rank] if pair >= 0 else matrix[token, rank]
@@ -228,6 +235,8 @@ def grow(
     num = count = 0
     while True:
         matched = text[taken.match] if 0 <= taken.match < n else np.int32(UNSET)
+        if matched >= matrix.shape[0]:  # another modality's placeholder, which is no token
+            matched = np.int32(UNSET)
         # Of a chain only the children of the newest node are candidates.
         first = num if chain else 0
         num = _offer(
@@ -348,6 +357,8 @@ class TokenRecyclingConfig(MethodConfig):
     """Merge the continuation of the longest match in the request's own text."""
     seed_from_prompt: bool = False
     """Fill the matrix from the prompt's logits (costs the output layer per prompt token)."""
+    max_memory_mb: Annotated[int, Field(ge=1)] = 256
+    """Matrices of cache salts beside the unsalted one; the least recently used go beyond this."""
     load_matrix: str | None = None
     """Start from a matrix written by ``save_matrix``."""
     save_matrix: str | None = None
@@ -399,10 +410,13 @@ class TokenRecycling(Proposer):
         super().__init__(config, services)
         self.top_k = config.top_k
         self.reads_prompt = config.seed_from_prompt
-        self.matrix = np.full((services.vocab_size, config.top_k), UNSET, np.int32)
-        pairs = PAIR_SLOTS if config.pair_keys else 0
-        self.pair_keys = np.full((pairs, 2), UNSET, np.int32)
-        self.pair_rows = np.full((pairs, min(config.top_k, PAIR_WIDTH)), UNSET, np.int32)
+        self._unsalted = self._new_tables()
+        self.matrix, self.pair_keys, self.pair_rows = self._unsalted
+        # The least recently used salt first.
+        self._salted: OrderedDict[str, Tables] = OrderedDict()
+        size = sum(table.nbytes for table in self._unsalted)
+        self._most_salts = max(int(config.max_memory_mb * 1e6) // size, 1)
+        self._start: Tables | None = None
         self.longest_match = len(MATCH_ACCEPTANCE) if config.match_context else 0
         self._own_texts = OwnTexts(self.longest_match) if self.longest_match else None
         self.sources = sources_of(config.top_k, self.pair_rows.shape[1], self.longest_match)
@@ -413,19 +427,24 @@ class TokenRecycling(Proposer):
         self._buffers = [np.empty(0, np.int32)] * 3
         if config.load_matrix:
             self.load(config.load_matrix)
+            self._start = tuple(table.copy() for table in self._unsalted)
 
     def propose(self, step: StepContext) -> DraftBatch:
-        self._recycle(step.observation)
         counts = np.empty(len(step.num_tokens), np.int32)
         capacity = int(step.max_nodes.sum())
         if len(self._buffers[0]) < capacity:
             self._buffers = [np.empty(capacity, np.int32) for _ in range(3)]
         tokens, parents, sources = self._buffers
-        total = grow_batch(
-            self.matrix, self.pair_keys, self.pair_rows, step.acceptance, self.longest_match,
-            *self.template, step.token_ids, step.num_tokens, self._matches(step),
-            step.max_nodes, step.chain_only, tokens, parents, sources, counts,
-        )  # fmt: skip
+        matches = self._matches(step)
+        total = 0
+        for first, end, tables in self._learn(step):
+            own = slice(first, end)
+            total += grow_batch(
+                *tables, step.acceptance[own], self.longest_match, *self.template,
+                step.token_ids[own], step.num_tokens[own], matches[own], step.max_nodes[own],
+                step.chain_only[own], tokens[total:], parents[total:], sources[total:],
+                counts[own],
+            )  # fmt: skip
         return DraftBatch(tokens[:total], parents[:total], counts, sources[:total])
 
     def _matches(self, step: StepContext) -> np.ndarray:
@@ -439,13 +458,71 @@ class TokenRecycling(Proposer):
             self._own_texts.forget(request_id)
 
     def observe_prompt(self, observation: Observation) -> None:
-        self._recycle(observation)
+        o, tables = observation, self._tables(observation.cache_salt, ())
+        if tables is not None:
+            recycle(*tables, o.tokens, o.previous, o.top_ids, o.accepted)
 
-    def _recycle(self, o: Observation) -> None:
-        recycle(
-            self.matrix, self.pair_keys, self.pair_rows,
-            o.tokens, o.previous, o.top_ids, o.accepted,
-        )  # fmt: skip
+    # -- whose tables ---------------------------------------------------------------
+
+    def _new_tables(self) -> Tables:
+        config, vocab = self.config, self.services.vocab_size
+        pairs = PAIR_SLOTS if config.pair_keys else 0
+        return (
+            np.full((vocab, config.top_k), UNSET, np.int32),
+            np.full((pairs, 2), UNSET, np.int32),
+            np.full((pairs, min(config.top_k, PAIR_WIDTH)), UNSET, np.int32),
+        )
+
+    def _tables(self, salt: str, busy: Collection[str]) -> Tables | None:
+        """The tables of ``salt``; None where all that memory has room for are of ``busy`` salts,
+        whose requests are in this step too."""
+        if not salt:
+            return self._unsalted
+        tables = self._salted.get(salt)
+        if tables is None:
+            if len(self._salted) >= self._most_salts:
+                oldest = next(iter(self._salted))
+                if oldest in busy:
+                    return None
+                tables = self._salted.pop(oldest)
+            tables = tables or self._new_tables()
+            for i, table in enumerate(tables):
+                table[...] = UNSET if self._start is None else self._start[i]
+            self._salted[salt] = tables
+        self._salted.move_to_end(salt)
+        return tables
+
+    def _learn(self, step: StepContext) -> list[tuple[int, int, Tables]]:
+        """Learn from the step, every salt from its own rows; returns whose tables draft for
+        which requests, as (first, end, tables), in the batch's order."""
+        o, salts = step.observation, step.cache_salts
+        if not salts or not any(salts):
+            recycle(*self._unsalted, o.tokens, o.previous, o.top_ids, o.accepted)
+            return [(0, len(step.num_tokens), self._unsalted)]
+        names = list(dict.fromkeys(salts))
+        # Those that have tables already first: a newcomer must not take them.
+        names.sort(key=lambda salt: salt not in self._salted)
+        busy = set(names)
+        tables = {salt: self._tables(salt, busy) for salt in names}
+        if len(o.tokens):
+            owner = np.repeat(np.arange(len(salts)), np.diff(step.row_starts))
+            for salt, own in tables.items():
+                if own is not None:
+                    of_salt = np.array([each == salt for each in salts])
+                    rows = np.flatnonzero(of_salt[owner])
+                    recycle(*own, o.tokens[rows], o.previous[rows], o.top_ids[rows],
+                            o.accepted[rows])  # fmt: skip
+        runs, first = [], 0
+        for salt, run in itertools.groupby(salts):
+            end = first + len(list(run))
+            runs.append((first, end, tables[salt] or self._nothing))
+            first = end
+        return runs
+
+    @cached_property
+    def _nothing(self) -> Tables:
+        """Tables that stay as they are, for salts that memory has no room for."""
+        return self._start or self._new_tables()
 
     def warm_up(self) -> None:
         """Compile the loops (or load them from numba's cache) on a dummy request, long enough that

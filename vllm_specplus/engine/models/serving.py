@@ -25,6 +25,7 @@ from vllm.platforms import current_platform
 from vllm.renderers.base import BaseRenderer
 
 from vllm_specplus import capabilities
+from vllm_specplus.control.requests import CAPTION
 from vllm_specplus.engine import names, needs
 from vllm_specplus.image import chameleon
 from vllm_specplus.image.llamagen import PROJECTION, project
@@ -151,7 +152,7 @@ class CaptionRenderer(ImageRenderer):
         embeds = project(states.cpu().float(), *self._projection).to(self.model_config.dtype)
         # What guidance compares with depends on a caption's length, from its first position on:
         # no caption may continue the cached beginning of one of another length.
-        salt = f"{count} {prompt.get('cache_salt', '')}"
+        salt = f"{CAPTION}{count} {prompt.get('cache_salt', '')}"
         own = {"cache_salt": salt, "prompt_embeds": embeds}
         # A token of its own, so that no method takes a caption's positions for codes.
         own["prompt_token_ids"] = [config.label_token(0)] * count
