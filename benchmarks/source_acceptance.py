@@ -30,8 +30,9 @@ class Counting(AcceptanceEstimator):
         self.seen = np.zeros(len(sources), int)
 
     def learn(
-        self, tokens, parents, sources, starts, drafted_at, request_ids, rows, token_ids, num_tokens
-    ):
+        self, tokens, parents, sources, starts, drafted_at, request_ids, rows, token_ids,
+        num_tokens, cache_salts=None,
+    ):  # fmt: skip
         for r in np.flatnonzero(rows >= 0):
             nodes = slice(starts[r], starts[r + 1])
             labels, _ = label_nodes(
@@ -42,7 +43,8 @@ class Counting(AcceptanceEstimator):
             np.add.at(self.seen, sources[nodes][known], 1)
             np.add.at(self.right, sources[nodes][known], labels[known])
         return super().learn(
-            tokens, parents, sources, starts, drafted_at, request_ids, rows, token_ids, num_tokens
+            tokens, parents, sources, starts, drafted_at, request_ids, rows, token_ids, num_tokens,
+            cache_salts,
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Every node names its *source*, the rule of its method that proposed it ("rank 2 of a
 two-token row", "continuation of a match of 5 tokens"). The conditional acceptance
 ``P(node is accepted | its parent was)`` is estimated per source and depth over all
-requests, as a decayed frequency that starts from the method's measured prior; each
+requests of a cache salt, as a decayed frequency that starts from the method's measured prior; each
 request adds an offset in log-odds per group of sources, which follows how predictable
 *its* text is right now. A node's *survival* is the product along its path, and the
 expected output of a step is one token per request plus the survival of its nodes.
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
+from vllm_specplus.control.salts import SaltRows
 from vllm_specplus.step import DEPTHS, Source, prior_tables
 
 #: The prior counts like this many observations, and fades like them.
@@ -104,8 +105,8 @@ def _odds(hits, trials):
 
 @njit(cache=True)
 def _learn(
-    tokens, parents, sources, starts, drafted_at, rows, slots, token_ids, num_tokens,
-    hits, trials, groups, offsets, information,
+    tokens, parents, sources, starts, drafted_at, rows, slots, salts, token_ids, num_tokens,
+    all_hits, all_trials, groups, offsets, information,
 ):  # fmt: skip
     """Label the trees of all requests that are still here (``rows`` >= 0) and update."""
     observed = 0
@@ -114,6 +115,7 @@ def _learn(
         if rows[r] < 0 or first == end:
             continue
         text, slot = token_ids[rows[r]], slots[r]
+        hits, trials = all_hits[salts[r]], all_trials[salts[r]]
         labels, depths = label_nodes(
             tokens[first:end], parents[first:end], text, drafted_at[r], num_tokens[rows[r]]
         )
@@ -139,22 +141,23 @@ def _learn(
 
 
 @njit(cache=True)
-def _tables(hits, trials, groups, offsets, slots, out):
-    """out[r, d, s]: conditional acceptance for the request in ``slots[r]`` (-1: none)."""
+def _tables(hits, trials, groups, offsets, slots, salts, out):
+    """out[r, d, s]: conditional acceptance for the request in ``slots[r]`` (-1: none), of the salt
+    whose row is ``salts[r]``."""
     factors = np.ones((slots.shape[0], offsets.shape[1]))
     for r in range(slots.shape[0]):
         if slots[r] >= 0:
             factors[r] = np.exp(offsets[slots[r]])
-    for d in range(hits.shape[0]):
-        for s in range(hits.shape[1]):
-            odds = _odds(hits[d, s], trials[d, s])
+    for d in range(hits.shape[1]):
+        for s in range(hits.shape[2]):
             for r in range(slots.shape[0]):
+                odds = _odds(hits[salts[r], d, s], trials[salts[r], d, s])
                 conditional_odds = odds * factors[r, groups[s]]
                 out[r, d, s] = conditional_odds / (1.0 + conditional_odds)
 
 
 class AcceptanceEstimator:
-    """Conditional acceptance by source and depth, globally and per request."""
+    """Conditional acceptance by source and depth, per cache salt and per request."""
 
     def __init__(self, sources: Sequence[Source]):
         for source in sources:
@@ -163,8 +166,11 @@ class AcceptanceEstimator:
         self.sources = tuple(sources)
         names = list(dict.fromkeys(source.group for source in sources))
         self._groups = np.array([names.index(source.group) for source in sources], np.int32)
-        self._hits = PRIOR_WEIGHT * prior_tables(sources, 1)[0].astype(np.float64)
-        self._trials = np.full((DEPTHS, len(sources)), PRIOR_WEIGHT)
+        # [salts, DEPTHS, S]; what is not of any salt comes first.
+        self._prior = PRIOR_WEIGHT * prior_tables(sources, 1).astype(np.float64)
+        self._hits = self._prior.copy()
+        self._trials = np.full((1, DEPTHS, len(sources)), PRIOR_WEIGHT)
+        self._salts = SaltRows()
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._offsets = np.zeros((0, len(names)))
@@ -181,13 +187,15 @@ class AcceptanceEstimator:
         rows: np.ndarray,
         token_ids: np.ndarray,
         num_tokens: np.ndarray,
+        cache_salts: Sequence[str] | None = None,
     ) -> int:
         """Learn from trees drafted earlier; returns the number of labelled nodes.
 
         The trees: ``tokens``, ``parents``, ``sources`` int32 [N], ``starts`` int32
         [R + 1], ``drafted_at`` int32 [R] tokens known when they were drafted, for
         ``request_ids`` [R]. The texts by now: ``token_ids`` int32 [B, max_len],
-        ``num_tokens`` int32 [B]; ``rows`` int32 [R] finds a request there, -1 = gone.
+        ``num_tokens`` int32 [B], ``cache_salts`` [B]; ``rows`` int32 [R] finds a request there,
+        -1 = gone.
         """
         # A request that is gone must not take a slot again: nobody would forget it.
         slots = np.array(
@@ -197,16 +205,35 @@ class AcceptanceEstimator:
             ],
             np.int32,
         )
+        # What is gone reads some row, and teaches nothing.
+        salts = self._rows_of(cache_salts, len(num_tokens))[rows]
         return _learn(
-            tokens, parents, sources, starts, drafted_at, rows, slots, token_ids, num_tokens,
+            tokens, parents, sources, starts, drafted_at, rows, slots, salts, token_ids, num_tokens,
             self._hits, self._trials, self._groups, self._offsets, self._information,
         )  # fmt: skip
 
-    def tables(self, request_ids: Sequence[str]) -> np.ndarray:
-        """Float32 [R, DEPTHS, S] conditional acceptance of each source, now."""
+    def _rows_of(self, cache_salts: Sequence[str] | None, requests: int) -> np.ndarray:
+        """Which rows of the frequencies are those of each request's salt, int32 [R]."""
+        rows, fresh = self._salts.of(cache_salts, requests)
+        missing = int(rows.max(initial=0)) + 1 - len(self._hits)
+        if missing > 0:
+            more = np.zeros((max(missing, len(self._hits)), *self._hits.shape[1:]))
+            self._hits = np.concatenate((self._hits, more))
+            self._trials = np.concatenate((self._trials, more))
+        if fresh:
+            self._hits[fresh] = self._prior
+            self._trials[fresh] = PRIOR_WEIGHT
+        return rows
+
+    def tables(
+        self, request_ids: Sequence[str], cache_salts: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Float32 [R, DEPTHS, S] conditional acceptance of each source for requests of
+        ``cache_salts`` [R], now."""
         slots = np.array([self._slots.get(name, -1) for name in request_ids], np.int32)
         out = np.empty((len(slots), DEPTHS, len(self.sources)), np.float32)
-        _tables(self._hits, self._trials, self._groups, self._offsets, slots, out)
+        salts = self._rows_of(cache_salts, len(slots))
+        _tables(self._hits, self._trials, self._groups, self._offsets, slots, salts, out)
         return out
 
     def forget(self, request_id: str) -> None:

@@ -106,7 +106,7 @@ class Controller:
     def prepare(self, step: StepContext) -> None:
         """Learn from the texts; set ``step.acceptance`` and lower ``step.max_nodes``."""
         self._learn(step)
-        step.acceptance = self.acceptance.tables(step.request_ids)
+        step.acceptance = self.acceptance.tables(step.request_ids, step.cache_salts)
         if self._levels is None:
             self._policy.limit(step, self._most)
         else:
@@ -127,7 +127,7 @@ class Controller:
             self._policy.gained(int(gained[here].sum()))
         labelled = self.acceptance.learn(
             trees.tokens, trees.parents, trees.sources, trees.starts, trees.drafted_at,
-            trees.request_ids, rows, step.token_ids, step.num_tokens,
+            trees.request_ids, rows, step.token_ids, step.num_tokens, step.cache_salts,
         )  # fmt: skip
         self.counters.add("nodes_labelled", labelled)
 

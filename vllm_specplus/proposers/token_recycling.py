@@ -427,7 +427,8 @@ class TokenRecycling(Proposer):
         self._buffers = [np.empty(0, np.int32)] * 3
         if config.load_matrix:
             self.load(config.load_matrix)
-            self._start = tuple(table.copy() for table in self._unsalted)
+            matrix, keys, rows = (table.copy() for table in self._unsalted)
+            self._start = matrix, keys, rows
 
     def propose(self, step: StepContext) -> DraftBatch:
         counts = np.empty(len(step.num_tokens), np.int32)
