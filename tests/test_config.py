@@ -18,6 +18,7 @@ def test_defaults():
     assert config.model_dump() == {
         "method": "token_recycling", "num_speculative_tokens": 32, "tree": "best_first",
         "top_k": 8, "pair_keys": True, "match_context": True, "seed_from_prompt": False,
+        "max_memory_mb": 256,
         "load_matrix": None, "save_matrix": None,
         "control": {"policy": "goodput", "cost_file": None},
         "acceptance": {"rule": "lossless"}, "allow_lossy": False,

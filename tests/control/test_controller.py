@@ -126,7 +126,7 @@ def test_never_much_slower_than_plain_decoding():
 
 def test_expectations_come_true_though_estimates_are_too_high(monkeypatch):
     world = World()
-    tables = lambda names: np.full((len(names), 4, 1), 0.8, np.float32)  # noqa: E731
+    tables = lambda names, salts=None: np.full((len(names), 4, 1), 0.8, np.float32)  # noqa: E731
     monkeypatch.setattr(world.controller.acceptance, "tables", tables)
     world.run(300, 0.5)
     expected, known = world.counters["expected_tokens"], int(world.known[0])
