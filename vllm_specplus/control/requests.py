@@ -86,7 +86,8 @@ def guidance(extra_args: dict[str, Any] | None, possible: bool) -> float | None:
 
 def parse(extra_args: dict[str, Any] | None) -> RequestControls:
     """Read a request's controls; ValueError with one sentence for the client."""
-    ours = {key: value for key, value in (extra_args or {}).items() if key.startswith(KEY)}
+    given = extra_args or {}
+    ours = {key: value for key, value in given.items() if key.startswith(KEY) and key != SALT}
     if not ours:
         return DEFAULT
     controls = _validated(_object(ours.pop(KEY, None)), strict=True)

@@ -33,7 +33,7 @@ from numba import njit
 from pydantic import Field, model_validator
 from safetensors import safe_open
 
-from vllm_specplus.config import MethodConfig
+from vllm_specplus.config import Megabytes, MethodConfig
 from vllm_specplus.files import check_readable, check_writable, tensor_shapes
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
@@ -357,7 +357,7 @@ class TokenRecyclingConfig(MethodConfig):
     """Merge the continuation of the longest match in the request's own text."""
     seed_from_prompt: bool = False
     """Fill the matrix from the prompt's logits (costs the output layer per prompt token)."""
-    max_memory_mb: Annotated[int, Field(ge=1)] = 256
+    max_memory_mb: Megabytes = 256
     """Matrices of cache salts beside the unsalted one; the least recently used go beyond this."""
     load_matrix: str | None = None
     """Start from a matrix written by ``save_matrix``."""
