@@ -152,7 +152,7 @@ def main(job_path: str, out_path: str) -> None:
     llm = LLM(**job["engine"])
     if job.get("sabotage"):
         sabotage(job["sabotage"])
-    result, owners = [], []
+    result, owners, counted = [], [], []
     for batch in job["batches"]:
         time.sleep(batch.get("pause", 0))
         if batch.get("await_rebuild"):
@@ -171,6 +171,7 @@ def main(job_path: str, out_path: str) -> None:
         if batch.get("truncate"):
             os.truncate(batch["truncate"], 8)
         result.append(generate(llm, requests_of(batch)))
+        counted.append(llm.collective_rpc(counters_of)[0])
     runners = llm.collective_rpc(counters_of)
     slots = llm.collective_rpc(_slots)[0]
     metrics = metrics_of(llm)
@@ -182,6 +183,7 @@ def main(job_path: str, out_path: str) -> None:
             {
                 "batches": result,
                 "counters": runners[0],
+                "counted": counted,
                 "ranks": runners,
                 "owners": owners,
                 "slots": slots,

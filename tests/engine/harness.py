@@ -36,7 +36,8 @@ def run(
     "kill_owner_at" a process of that draft is killed when the draft of that number is asked for,
     in one with "end_process" that one, at the draft "end_at"; one with
     "abort_after" is aborted after so many steps and returns nothing); ``env``: more environment.
-    Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}, "owners": [[pid, ...]]}; with
+    Returns {"batches": [[{"ids", "text", ...}]], "counters": {...}, "counted": [the counters after
+    each batch], "owners": [[pid, ...]]}; with
     statistics also "preemptions" and, with any speculation, vLLM's "accepted_per_position".
     """
     number = len(list(tmp_path.glob("job*.json")))

@@ -69,7 +69,8 @@ class Controller:
         self._policy = make_policy(config, self.prices, draws, counters)
         self._calibration = Calibration()
         self._drafted: DraftedTrees | None = None
-        self._most = max_nodes  # nodes the luckiest request got in the last step
+        # Nodes that the luckiest request of each salt got in the last step.
+        self._most: dict[str, int] = {}
 
     @property
     def cost(self) -> StepCost | None:
@@ -108,7 +109,8 @@ class Controller:
         self._learn(step)
         step.acceptance = self.acceptance.tables(step.request_ids, step.cache_salts)
         if self._levels is None:
-            self._policy.limit(step, self._most)
+            most = [self._most.get(salt, self.max_nodes) for salt in _salts(step)]
+            self._policy.limit(step, np.array(most, np.int32))
         else:
             self._plan(step, self._levels)
 
@@ -121,7 +123,8 @@ class Controller:
         if not here.any():
             return
         gained = step.num_tokens[rows] - trees.drafted_at - 1
-        self._calibration.observe(trees.expected[here], gained[here])
+        salts = step.cache_salts and [step.cache_salts[row] for row in rows[here]]
+        self._calibration.observe(trees.expected[here], gained[here], salts)
         if self._levels is not None:
             trees = self._levels.as_chains(trees, rows, gained, step)
             self._policy.gained(int(gained[here].sum()))
@@ -166,21 +169,24 @@ class Controller:
             sources = np.zeros(len(drafts.tokens), np.int32)
         acceptance, _ = look_up(drafts.parents, sources, starts, step.acceptance)
         estimated = survivals(drafts.parents, starts, acceptance)
-        calibration = self._calibration.factor
+        calibration = self._calibration.factors(len(drafts.counts), step.cache_salts)
         drawn = np.zeros(len(estimated), bool)
         if drafts.drawn_from is not None:
             drawn = drafts.drawn_from >= 0
         kept = np.zeros(len(estimated), bool)
         if len(kept):
-            candidates = Candidates(drafts.parents, starts, calibration * estimated, drawn)
+            survival = np.repeat(calibration.astype(np.float32), drafts.counts) * estimated
+            candidates = Candidates(drafts.parents, starts, survival, drawn)
             ranked = candidates.ranked(self.max_rows - len(step.request_ids))
             kept[self._policy.choose(step, candidates, ranked)] = True
         expected = expected_tokens(estimated, kept, starts)
         self._remember(step, drafts, sources, starts, expected)
-        self.counters.add("expected_tokens", float(calibration * expected.sum()))
+        self.counters.add("expected_tokens", float(calibration @ expected))
         self.counters.add("undrafted_steps", not kept.any())
         chosen = _subtrees(drafts, kept)
-        self._most = int(chosen.counts.max(initial=0))
+        self._most = {}
+        for salt, count in zip(_salts(step), chosen.counts.tolist(), strict=True):
+            self._most[salt] = max(count, self._most.get(salt, 0))
         return chosen
 
     def _remember(
@@ -192,6 +198,11 @@ class Controller:
             list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
             drafts.parents.copy(), sources.copy(), starts, expected,
         )  # fmt: skip
+
+
+def _salts(step: StepContext) -> Sequence[str]:
+    """Each request's cache salt, "" if it has none."""
+    return step.cache_salts or [""] * len(step.request_ids)
 
 
 def _subtrees(drafts: DraftBatch, kept: np.ndarray) -> DraftBatch:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_specplus.control.salts import SaltRows
+
 
 @dataclass(slots=True)
 class DraftedTrees:
@@ -34,7 +36,7 @@ class DraftedTrees:
 
 
 class Calibration:
-    """Scales expected tokens by how earlier expectations came true.
+    """Scales expected tokens by how earlier expectations came true, for each cache salt.
 
     The nodes with the highest estimates are those that were overestimated most, so a choice by
     estimates expects too much.
@@ -46,14 +48,29 @@ class Calibration:
     """Tokens that the prior "exactly as expected" counts for."""
 
     def __init__(self) -> None:
-        self._expected = self._gained = 0.0
+        self._salts = SaltRows()
+        # Expected and gained tokens float64 [salts, 2].
+        self._sums = np.zeros((1, 2))
 
-    def observe(self, expected: np.ndarray, gained: np.ndarray) -> None:
-        """Requests that expected ``expected`` float64 [R] tokens gained ``gained`` int [R]."""
-        self._expected = self.MEMORY * self._expected + expected.sum()
-        self._gained = self.MEMORY * self._gained + gained[expected > 0].sum()
+    def observe(
+        self, expected: np.ndarray, gained: np.ndarray, cache_salts: Sequence[str] | None = None
+    ) -> None:
+        """Requests of ``cache_salts`` [R] that expected ``expected`` float64 [R] tokens gained
+        ``gained`` int [R]."""
+        rows = self._rows_of(cache_salts, len(expected))
+        self._sums[np.unique(rows)] *= self.MEMORY
+        np.add.at(self._sums, rows, np.stack((expected, gained * (expected > 0)), axis=1))
 
-    @property
-    def factor(self) -> float:
-        """Accepted over expected tokens, at most 1."""
-        return min(float((self._gained + self.PRIOR) / (self._expected + self.PRIOR)), 1.0)
+    def factors(self, requests: int, cache_salts: Sequence[str] | None = None) -> np.ndarray:
+        """Accepted over expected tokens, at most 1, for requests of ``cache_salts`` [R]: float64
+        [R]."""
+        expected, gained = (self._sums[self._rows_of(cache_salts, requests)] + self.PRIOR).T
+        return np.minimum(gained / expected, 1.0)
+
+    def _rows_of(self, cache_salts: Sequence[str] | None, requests: int) -> np.ndarray:
+        rows, fresh = self._salts.of(cache_salts, requests)
+        missing = int(rows.max(initial=0)) + 1 - len(self._sums)
+        if missing > 0:
+            self._sums = np.concatenate((self._sums, np.zeros((missing + len(self._sums), 2))))
+        self._sums[fresh] = 0.0
+        return rows

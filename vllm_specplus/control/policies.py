@@ -56,9 +56,9 @@ class Candidates:
 class Policy:
     """The policy "fixed": all that may be drafted is, and is verified. The others do less."""
 
-    def limit(self, step: StepContext, most: int) -> None:
-        """Lower ``step.max_nodes``; ``most`` nodes went to the luckiest request in the last
-        step."""
+    def limit(self, step: StepContext, most: np.ndarray) -> None:
+        """Lower ``step.max_nodes``; ``most`` int32 [R] nodes went to the luckiest request of the
+        same salt in the last step."""
 
     def depths(self, step: StepContext, levels: Levels, survival: np.ndarray) -> np.ndarray:
         """Levels to draft for each request, int64 [R]; ``survival`` float64 [R, D] is the
@@ -97,7 +97,7 @@ class Goodput(Policy):
         self._rest = False  # the next step is not drafted, to keep the step cost honest
         self._break_even = 0.0  # tokens with which the levels drafted last have paid
 
-    def limit(self, step: StepContext, most: int) -> None:
+    def limit(self, step: StepContext, most: np.ndarray) -> None:
         switch = self._switch
         if not (switch.speculating or switch.probe_is_due or self._drafting_is_cheap(step)):
             step.max_nodes[:] = 0

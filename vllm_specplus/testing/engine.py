@@ -76,12 +76,15 @@ def sampling_params(fields: dict[str, Any]):
 
 
 def prompt_of(given):
-    """Make a prompt of text, token ids, or prompt embeddings as lists of floats."""
+    """Make a prompt of text, token ids, prompt embeddings as lists of floats, or the keys of a
+    ``TokensPrompt``."""
     from vllm import TokensPrompt
     from vllm.inputs import EmbedsPrompt
 
     if isinstance(given, str):
         return given
+    if isinstance(given, dict):
+        return TokensPrompt(**given)
     if given and isinstance(given[0], list):
         import torch
 
