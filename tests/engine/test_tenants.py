@@ -73,8 +73,8 @@ def test_a_neighbour_changes_nothing(tmp_path, tiny_engine, questions, method):
     )
     alone, later, neighbours = growth(result, 0), growth(result, 5), growth(result, 6)
     assert alone["nodes_drafted"] > 0
-    assert later == alone
+    assert later == pytest.approx(alone, rel=1e-12)  # what is summed up is rounded
     assert neighbours["nodes_accepted"] > 2 * alone["nodes_accepted"]
     assert neighbours["request_steps"] < alone["request_steps"]
-    assert growth(result, 1) == alone
+    assert growth(result, 1) == pytest.approx(alone, rel=1e-12)
     assert harness.ids(result, 5) == harness.ids(result, 0) == harness.ids(result, 6)
