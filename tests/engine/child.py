@@ -175,6 +175,7 @@ def main(job_path: str, out_path: str) -> None:
     runners = llm.collective_rpc(counters_of)
     slots = llm.collective_rpc(_slots)[0]
     metrics = metrics_of(llm)
+    trims = getattr(metrics.get("specplus_memory_guard_trims"), "value", None)
     preemptions = getattr(metrics.get("num_preemptions"), "value", None)
     accepted = getattr(metrics.get("spec_decode_num_accepted_tokens_per_pos"), "values", None)
     llm.llm_engine.engine_core.shutdown()
@@ -188,6 +189,7 @@ def main(job_path: str, out_path: str) -> None:
                 "owners": owners,
                 "slots": slots,
                 "preemptions": preemptions,
+                "trims": trims,
                 "accepted_per_position": accepted,
             },
             f,
