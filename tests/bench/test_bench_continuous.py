@@ -10,15 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import vllm_specplus
 from vllm_specplus.bench.continuous import ContinuousReport
 from vllm_specplus.cli.main import app
-from vllm_specplus.cli.model import LATENTS_MODEL
+from vllm_specplus.cli.model import IMAGE_MODEL, LATENTS_MODEL
 from vllm_specplus.image.continuous.folder import LatentsFolder
 from vllm_specplus.image.continuous.vae import LatentVAE, VAEConfig, load_vae
 from vllm_specplus.training.latents import END, STEPS, causal, masked
 
-DIGITS = Path(vllm_specplus.__file__).parent / "data" / "digits"
+DIGITS = IMAGE_MODEL
 
 
 @pytest.fixture(scope="module")

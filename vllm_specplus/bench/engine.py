@@ -6,9 +6,9 @@ it answers with a `MachineInfo` and ends.
 """
 
 import os
+import select
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -456,22 +456,30 @@ def serve(requests: TextIO, send: Callable[[BaseModel], None]) -> None:
 
 def end_with_parent() -> None:
     """End this process and all it started when the benchmark is gone, even in the middle of a
-    round: the pipe that it holds open is closed then."""
+    round or suspended: the pipe that it holds open is closed then.
+
+    A process of another group waits for that, since the benchmark stops this one as a whole.
+    """
     alive = os.environ.pop(ALIVE, None)
     if alive is None:  # started by hand
         return
-
-    def wait() -> None:
-        os.read(int(alive), 1)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
+    group, engine = os.getpgrp(), os.pidfd_open(os.getpid())
+    if os.fork():
+        os.close(int(alive))
+        os.close(engine)
+        return
+    os.setpgid(0, 0)
+    os.closerange(0, 3)
+    gone, _, _ = select.select([int(alive), engine], [], [])
+    if int(alive) in gone:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    os._exit(0)
 
 
 def main() -> None:
     """Answer on what was standard output, after pointing standard output at the log."""
-    # A process group of its own, which the benchmark stops and continues as one. The session
-    # stays the parent's: should that one die, the kernel continues and hangs up the orphans.
+    # A process group of its own, which the benchmark stops and continues as one.
     os.setpgrp()
     end_with_parent()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
