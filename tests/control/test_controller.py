@@ -453,3 +453,21 @@ def test_planned_trees_keep_every_limit():
     world = LevelWorld(ThresholdControl(policy="threshold", threshold=0.7))
     # The prior is 0.5 per level: a rejection on the way has probability 0.5, 0.75, ...
     assert world.step(0.5).tolist() == [2]
+
+
+def test_what_was_drafted_for_a_request_says_nothing_about_the_next_of_its_name():
+    """A request id comes again: a turn of a session, or another request after an abort."""
+    labelled = []
+    for forgotten in (False, True):
+        world = World(FixedControl(policy="fixed"), requests=2)
+        world.step(0.5)
+        if forgotten:
+            world.controller.forget("r0")
+        world.step(0.5)
+        labelled.append(world.counters.as_dict()["nodes_labelled"])
+    assert labelled[1] <= labelled[0] - 1
+    world = World(FixedControl(policy="fixed"))
+    world.step(0.5)
+    world.controller.forget("r0")
+    world.step(0.5)
+    assert world.counters.as_dict()["nodes_labelled"] == 0

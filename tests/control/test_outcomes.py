@@ -38,6 +38,10 @@ def test_a_salt_does_not_learn_from_others():
     assert unsalted != b
 
 
+def test_salts_that_nothing_was_observed_of():
+    assert Calibration().factors(3, ["a", "b", ""]).tolist() == [1.0, 1.0, 1.0]
+
+
 def test_memory_is_bounded_whatever_the_number_of_salts():
     calibration = Calibration()
     for number in range(20_000):

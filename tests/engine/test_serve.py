@@ -82,7 +82,7 @@ def serving(command: list[str], log: Path) -> Iterator[str]:
             command, stdout=out, stderr=out, env=environment(), start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while not healthy(url):
             assert process.poll() is None, log.read_text()[-6000:]
             assert time.monotonic() < deadline, log.read_text()[-6000:]

@@ -99,8 +99,10 @@ class Controller:
         self.prices.drafting.observe(max_nodes, depths, seconds)
 
     def forget(self, request_id: str) -> None:
-        """The request is gone."""
+        """The request is gone, and what was drafted for it: its id may come again."""
         self.acceptance.forget(request_id)
+        if self._drafted is not None:
+            self._drafted.forget(request_id)
 
     # -- before drafting ------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from vllm_specplus.control.salts import SaltRows
 class DraftedTrees:
     """The trees of one step as they were grown, until the text tells which nodes were right."""
 
-    request_ids: list[str]
+    request_ids: list[str | None]
+    """[R]; None: forgotten."""
     drafted_at: np.ndarray
     """int32 [R] tokens of each text that were known when the trees were drafted."""
     tokens: np.ndarray
@@ -31,8 +32,13 @@ class DraftedTrees:
 
     def rows_in(self, request_ids: Sequence[str]) -> np.ndarray:
         """Where each request stands among ``request_ids`` now, int32 [R]; -1: it is gone."""
-        row_of = {name: i for i, name in enumerate(request_ids)}
+        row_of: dict[str | None, int] = {name: i for i, name in enumerate(request_ids)}
         return np.array([row_of.get(name, -1) for name in self.request_ids], np.int32)
+
+    def forget(self, request_id: str) -> None:
+        """Its tree is no guess about what comes under that id from now on."""
+        if request_id in self.request_ids:
+            self.request_ids[self.request_ids.index(request_id)] = None
 
 
 class Calibration:
@@ -64,7 +70,8 @@ class Calibration:
     def factors(self, requests: int, cache_salts: Sequence[str] | None = None) -> np.ndarray:
         """Accepted over expected tokens, at most 1, for requests of ``cache_salts`` [R]: float64
         [R]."""
-        expected, gained = (self._sums[self._rows_of(cache_salts, requests)] + self.PRIOR).T
+        rows = self._rows_of(cache_salts, requests)  # makes room for new ones
+        expected, gained = (self._sums[rows] + self.PRIOR).T
         return np.minimum(gained / expected, 1.0)
 
     def _rows_of(self, cache_salts: Sequence[str] | None, requests: int) -> np.ndarray:

@@ -23,6 +23,8 @@ from vllm_specplus.engine.verify import top_ids
 from vllm_specplus.step import LatentStep, Observation, ReadKV, StepContext, TargetRows
 
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
     from vllm_specplus.engine.drafter import Drafter
     from vllm_specplus.engine.v1 import V1Batch
     from vllm_specplus.tree import DraftBatch
@@ -39,18 +41,23 @@ class Proposing:
         """``most_nodes`` of a request that asks for nothing."""
         self._drafter, self._batch = drafter, batch
         self._most_nodes, self._max_model_len = most_nodes, max_model_len
-        self._options: dict[str, RequestOptions] = {}
+        self._options: dict[str, tuple[SamplingParams | None, RequestOptions]] = {}
 
     def options(self) -> list[RequestOptions]:
         """[R] of the requests of the batch."""
         return [self._options_of(name) for name in self._batch.request_ids]
 
     def _options_of(self, request_id: str) -> RequestOptions:
-        options = self._options.get(request_id)
-        if options is None:
-            params = self._batch.params(request_id)
-            options = RequestOptions.of(params, self._most_nodes)
-            self._options[request_id] = options
+        params = self._batch.params(request_id)
+        known = self._options.get(request_id)
+        if known is not None and known[0] is params:
+            return known[1]
+        if known is not None:
+            # The next turn of a session of streaming input, under the same id. Its prompt is what
+            # was said, without what was cut away, and it may have another salt: a new request.
+            self._drafter.forget(request_id)
+        options = RequestOptions.of(params, self._most_nodes)
+        self._options[request_id] = params, options
         return options
 
     def forget(self, request_id: str) -> None:

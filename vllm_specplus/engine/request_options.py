@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """Fixed for a request's life."""
+    """Fixed for a request's life, or a turn of a session of streaming input."""
 
     max_nodes: int
     chain_only: bool

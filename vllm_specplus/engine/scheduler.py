@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from vllm_specplus.control.requests import carry_salt
 from vllm_specplus.engine.counts import StepCounts
@@ -23,10 +24,12 @@ class GuardedScheduler(Scheduler):
         self._counts = StepCounts()
 
     def add_request(self, request) -> None:
-        """Workers get a request's parameters, but not its ``cache_salt``: it travels in them."""
-        params = request.sampling_params
+        """Workers get a request's parameters, but not its ``cache_salt``: it travels in them. A
+        turn of a session of streaming input that names none has the session's."""
+        params, session = request.sampling_params, self.requests.get(request.request_id)
         if params is not None:
-            params.extra_args = carry_salt(params.extra_args, request.cache_salt)
+            salt = request.cache_salt or (session and session.cache_salt)
+            params.extra_args = carry_salt(params.extra_args, salt)
         super().add_request(request)
 
     def schedule(self, *args, **kwargs):
@@ -42,6 +45,22 @@ class GuardedScheduler(Scheduler):
         if stats is not None:
             self._counts.put(stats)
         return stats
+
+    def _handle_stopped_request(self, request) -> bool:
+        """A session's next turn goes on from what was said. Where its end fell inside an accepted
+        draft, keys and values were computed behind it, and vLLM takes them for text."""
+        if request.resumable:
+            said = request.num_tokens - 1 + request.num_output_placeholders
+            request.num_computed_tokens = min(request.num_computed_tokens, said)
+        return super()._handle_stopped_request(request)
+
+    def update_draft_token_ids(self, draft_token_ids) -> None:
+        """Drafts come after a step's outputs: those for a turn that ended in it are void."""
+        super().update_draft_token_ids(draft_token_ids)
+        for name in draft_token_ids.req_ids:
+            request = self.requests.get(name)
+            if request is not None and request.status != RequestStatus.RUNNING:
+                request.spec_token_ids = []
 
     def _trim_drafts(self) -> None:
         drafted = [r for r in self.running if r.spec_token_ids]
