@@ -81,9 +81,9 @@ def sabotage(kind: str) -> None:
 
         right_judge = RuleSampler.judge_rows
 
-        def judge_rows(self, logits, metadata, rows, draft_probs, *rest):
+        def judge_rows(self, logits, metadata, rows, penalties, draft_probs, *rest):
             draft_probs.q = draft_probs.q.roll(1, 0)
-            return right_judge(self, logits, metadata, rows, draft_probs, *rest)
+            return right_judge(self, logits, metadata, rows, penalties, draft_probs, *rest)
 
         RuleSampler.judge_rows = judge_rows
     elif kind == "found_as_drawn":
