@@ -178,7 +178,6 @@ def main(job_path: str, out_path: str) -> None:
         counted.append(llm.collective_rpc(counters_of)[0])
     runners = llm.collective_rpc(counters_of)
     slots = llm.collective_rpc(_slots)[0]
-    shared_tokens = llm.collective_rpc(_shared_tokens)[0]
     metrics = metrics_of(llm)
     trims = getattr(metrics.get("specplus_memory_guard_trims"), "value", None)
     preemptions = getattr(metrics.get("num_preemptions"), "value", None)
@@ -193,7 +192,6 @@ def main(job_path: str, out_path: str) -> None:
                 "ranks": runners,
                 "owners": owners,
                 "slots": slots,
-                "shared_tokens": shared_tokens,
                 "preemptions": preemptions,
                 "trims": trims,
                 "accepted_per_position": accepted,
@@ -225,13 +223,6 @@ def _await_rebuild(llm):
 
 def _owners(worker):
     return worker.model_runner.drafter.proposer._placement.pids()
-
-
-def _shared_tokens(worker):
-    """Of suffix trees: tokens of responses by cache salt."""
-    proposer = getattr(getattr(worker.model_runner, "drafter", None), "proposer", None)
-    shared = getattr(proposer, "_shared", {})
-    return {salt: each.tokens for salt, each in shared.items()}
 
 
 def _slots(worker):
