@@ -90,11 +90,6 @@ class LayerSkipConfig(SelfSpeculationConfig):
                 f"'skip_share' is for the search, and {given[0]!r} says what to leave out: remove "
                 f"one of them"
             )
-        if given and not any(self.named_layers().values()):
-            raise ValueError(
-                f"{given[0]!r} is empty, and a draft that leaves nothing out is the target: name "
-                f"layers, or remove it"
-            )
         for key, layers in self.named_layers().items():
             if layers and len(set(layers)) < len(layers):
                 raise ValueError(f"{key!r} is {quoted(layers)}: name each layer once")
