@@ -95,5 +95,6 @@ def tensor_shapes(path: Path, what: str) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{what} cannot be read: {str(error)[:MOST_QUOTED]}") from None
     except SafetensorError as error:
         raise ValueError(
-            f"{what} is no whole safetensors file ({str(error)[:MOST_QUOTED]}): write it again"
+            f"{what} is no safetensors file or cut short ({str(error)[:MOST_QUOTED]}): write it "
+            f"again"
         ) from None

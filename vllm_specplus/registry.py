@@ -127,6 +127,11 @@ def method_names() -> list[str]:
     return list(dict.fromkeys(m.name for m in methods() if not _VLLMS.fullmatch(m.name)))
 
 
+def config_class(name: Any) -> Any:
+    """The configuration class of a method; ValueError also for what is no name at all."""
+    return method_class(name if isinstance(name, str) else quoted(name)).config_class
+
+
 @functools.cache
 def method_class(name: str) -> Any:
     """The proposer class of a method; imports its module.
@@ -163,11 +168,6 @@ def _import(method: Method) -> None:
             f"decorate its class with @register_method, and give the entry point the name that "
             f"its configuration has"
         )
-
-
-def config_class(name: str) -> Any:
-    """The configuration class of a method; else as :func:`method_class`."""
-    return method_class(name).config_class
 
 
 def usable_methods(suits: Callable[[Any], bool]) -> list[str]:

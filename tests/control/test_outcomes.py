@@ -46,6 +46,6 @@ def test_memory_is_bounded_whatever_the_number_of_salts():
     calibration = Calibration()
     for number in range(20_000):
         calibration.observe(np.array([3.0]), np.array([0]), [f"salt {number}"])
-    assert len(calibration._sums) <= 4 * MOST_SALTS
+    assert len(calibration._sums.arrays[0]) <= 4 * MOST_SALTS
     assert calibration.factors(1, ["salt 0"]).tolist() == [1.0]  # forgotten
     assert calibration.factors(1, ["salt 19999"])[0] < 1.0

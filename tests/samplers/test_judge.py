@@ -51,7 +51,7 @@ def test_a_node_is_judged_at_its_own_row(head):
         ({"weight": torch.zeros(8)}, "a judge is 'weight' \\[hidden\\] and 'bias' \\[1\\]"),
         ({"weight": torch.zeros(1, 8), "bias": torch.zeros(1)}, "holds"),
         ({"weight": torch.zeros(8), "bias": torch.zeros(2)}, "holds"),
-        (None, "is no whole safetensors file"),
+        (None, "is no safetensors file or cut short"),
     ],
 )
 def test_what_is_no_head_is_refused(tmp_path, tensors, words):

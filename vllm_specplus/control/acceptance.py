@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from vllm_specplus.control.salts import SaltRows
+from vllm_specplus.control.salts import SaltTables
 from vllm_specplus.step import DEPTHS, Source, prior_tables
 
 #: The prior counts like this many observations, and fades like them.
@@ -166,11 +166,9 @@ class AcceptanceEstimator:
         self.sources = tuple(sources)
         names = list(dict.fromkeys(source.group for source in sources))
         self._groups = np.array([names.index(source.group) for source in sources], np.int32)
-        # [salts, DEPTHS, S]; what is not of any salt comes first.
-        self._prior = PRIOR_WEIGHT * prior_tables(sources, 1).astype(np.float64)
-        self._hits = self._prior.copy()
-        self._trials = np.full((1, DEPTHS, len(sources)), PRIOR_WEIGHT)
-        self._salts = SaltRows()
+        hits = PRIOR_WEIGHT * prior_tables(sources, 1)[0].astype(np.float64)
+        # Hits and trials float64 [salts, DEPTHS, S].
+        self._frequencies = SaltTables(hits, np.full_like(hits, PRIOR_WEIGHT))
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._offsets = np.zeros((0, len(names)))
@@ -206,24 +204,11 @@ class AcceptanceEstimator:
             np.int32,
         )
         # What is gone reads some row, and teaches nothing.
-        salts = self._rows_of(cache_salts, len(num_tokens))[rows]
+        salts = self._frequencies.rows_of(cache_salts, len(num_tokens))[rows]
         return _learn(
             tokens, parents, sources, starts, drafted_at, rows, slots, salts, token_ids, num_tokens,
-            self._hits, self._trials, self._groups, self._offsets, self._information,
+            *self._frequencies.arrays, self._groups, self._offsets, self._information,
         )  # fmt: skip
-
-    def _rows_of(self, cache_salts: Sequence[str] | None, requests: int) -> np.ndarray:
-        """Which rows of the frequencies are those of each request's salt, int32 [R]."""
-        rows, fresh = self._salts.of(cache_salts, requests)
-        missing = int(rows.max(initial=0)) + 1 - len(self._hits)
-        if missing > 0:
-            more = np.zeros((max(missing, len(self._hits)), *self._hits.shape[1:]))
-            self._hits = np.concatenate((self._hits, more))
-            self._trials = np.concatenate((self._trials, more))
-        if fresh:
-            self._hits[fresh] = self._prior
-            self._trials[fresh] = PRIOR_WEIGHT
-        return rows
 
     def tables(
         self, request_ids: Sequence[str], cache_salts: Sequence[str] | None = None
@@ -232,8 +217,8 @@ class AcceptanceEstimator:
         ``cache_salts`` [R], now."""
         slots = np.array([self._slots.get(name, -1) for name in request_ids], np.int32)
         out = np.empty((len(slots), DEPTHS, len(self.sources)), np.float32)
-        salts = self._rows_of(cache_salts, len(slots))
-        _tables(self._hits, self._trials, self._groups, self._offsets, slots, salts, out)
+        salts = self._frequencies.rows_of(cache_salts, len(slots))
+        _tables(*self._frequencies.arrays, self._groups, self._offsets, slots, salts, out)
         return out
 
     def forget(self, request_id: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_specplus.control.salts import SaltRows
+from vllm_specplus.control.salts import SaltTables
 
 
 @dataclass(slots=True)
@@ -54,30 +54,22 @@ class Calibration:
     """Tokens that the prior "exactly as expected" counts for."""
 
     def __init__(self) -> None:
-        self._salts = SaltRows()
         # Expected and gained tokens float64 [salts, 2].
-        self._sums = np.zeros((1, 2))
+        self._sums = SaltTables(np.zeros(2))
 
     def observe(
         self, expected: np.ndarray, gained: np.ndarray, cache_salts: Sequence[str] | None = None
     ) -> None:
         """Requests of ``cache_salts`` [R] that expected ``expected`` float64 [R] tokens gained
         ``gained`` int [R]."""
-        rows = self._rows_of(cache_salts, len(expected))
-        self._sums[np.unique(rows)] *= self.MEMORY
-        np.add.at(self._sums, rows, np.stack((expected, gained * (expected > 0)), axis=1))
+        rows = self._sums.rows_of(cache_salts, len(expected))
+        (sums,) = self._sums.arrays
+        sums[np.unique(rows)] *= self.MEMORY
+        np.add.at(sums, rows, np.stack((expected, gained * (expected > 0)), axis=1))
 
     def factors(self, requests: int, cache_salts: Sequence[str] | None = None) -> np.ndarray:
         """Accepted over expected tokens, at most 1, for requests of ``cache_salts`` [R]: float64
         [R]."""
-        rows = self._rows_of(cache_salts, requests)  # makes room for new ones
-        expected, gained = (self._sums[rows] + self.PRIOR).T
+        rows = self._sums.rows_of(cache_salts, requests)
+        expected, gained = (self._sums.arrays[0][rows] + self.PRIOR).T
         return np.minimum(gained / expected, 1.0)
-
-    def _rows_of(self, cache_salts: Sequence[str] | None, requests: int) -> np.ndarray:
-        rows, fresh = self._salts.of(cache_salts, requests)
-        missing = int(rows.max(initial=0)) + 1 - len(self._sums)
-        if missing > 0:
-            self._sums = np.concatenate((self._sums, np.zeros((missing + len(self._sums), 2))))
-        self._sums[fresh] = 0.0
-        return rows

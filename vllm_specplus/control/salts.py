@@ -40,3 +40,26 @@ class SaltRows:
             fresh.append(row)
         rows[:] = [self._rows.get(name, 0) for name in salts]
         return rows, fresh
+
+
+class SaltTables:
+    """Arrays with a row per salt, which begin as they are given; see :class:`SaltRows`."""
+
+    def __init__(self, *initial: np.ndarray):
+        """``initial``: what a new salt's row of each array is."""
+        self._initial = initial
+        self._rows = SaltRows()
+        self.arrays = [value[None].copy() for value in initial]
+        """[salts, ...] each; the first row is that of requests without a salt."""
+
+    def rows_of(self, cache_salts: Sequence[str] | None, requests: int) -> np.ndarray:
+        """Which rows are those of the requests of ``cache_salts`` [R], int32 [R]. Makes room for
+        new ones, so ``arrays`` are others afterwards."""
+        rows, fresh = self._rows.of(cache_salts, requests)
+        for i, (array, value) in enumerate(zip(self.arrays, self._initial, strict=True)):
+            missing = int(rows.max(initial=0)) + 1 - len(array)
+            if missing > 0:
+                more = np.zeros((max(missing, len(array)), *value.shape))
+                array = self.arrays[i] = np.concatenate((array, more))
+            array[fresh] = value
+        return rows

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specplus.drafting.model import FAMILIES, DraftModelError
-from vllm_specplus.files import is_file, read_json
+from vllm_specplus.files import is_file, read_json, tensor_shapes
 from vllm_specplus.strict import quoted
 
 if TYPE_CHECKING:
@@ -120,8 +120,6 @@ def read_config(folder: str) -> HeadConfig:
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every tensor in the folder's safetensors files."""
-    from safetensors import SafetensorError, safe_open
-
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DraftModelError(
@@ -131,11 +129,10 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for file in files:
         try:
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    shapes[canonical(name)] = tuple(opened.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise DraftModelError(f"{file} is no safetensors file: {error}") from None
+            found = tensor_shapes(file, quoted(file))
+        except ValueError as error:
+            raise DraftModelError(str(error)) from None
+        shapes |= {canonical(name): shape for name, shape in found.items()}
     return shapes
 
 

@@ -131,7 +131,7 @@ class Proposing:
                 ids = top_ids(logits, self._drafter.proposer.top_k).cpu().numpy()
                 text = self._batch.texts[request]
                 previous = text_before(text, begin, count)
-                salt = self.options()[request].cache_salt
+                salt = self._options_of(self._batch.request_ids[request]).cache_salt
                 self._drafter.observe_prompt(text[begin : begin + count], previous, ids, salt)
         self._drafter.counters.add("draft_seconds", time.perf_counter() - start)
 
