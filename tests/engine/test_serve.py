@@ -307,7 +307,8 @@ def test_spellings_of_the_config_mean_the_same(model):
         (
             {"treee": 1},
             [],
-            "speculative_config for 'token_recycling': unknown key 'treee' (allowed: method, ",
+            "speculative_config for 'token_recycling': unknown key 'treee', did you mean 'tree'? ("
+            "allowed: method, ",
         ),
         (
             {},
