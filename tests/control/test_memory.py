@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,11 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 from vllm.v1.sample.ops import topk_topp_sampler
 
 from tests.model_configs import LLAMA_2_7B, LLAMA_3_8B
+from tests.samplers.test_relaxed import make_rows
 from vllm_specplus.control import memory
 from vllm_specplus.control.memory import ModelDimensions
 from vllm_specplus.engine.proposing import PROMPT_CHUNK
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.token_recycling import TokenRecycling, TokenRecyclingConfig
+from vllm_specplus.samplers.sampled import Traversal
+from vllm_specplus.step import DraftProbs
 
 LLAMA_3 = ModelDimensions.from_config(LLAMA_3_8B)
 LLAMA_2 = ModelDimensions.from_config(LLAMA_2_7B)
@@ -184,7 +188,7 @@ def test_constants_of_other_modules():
     assert TokenRecyclingConfig().top_k == 8  # the default of token_recycling_bytes
 
 
-def _peak_bytes(function) -> int:
+def peak_bytes(function) -> int:
     """Most that was allocated at one time while ``function`` ran, on the CPU."""
     function()  # what is allocated once
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -211,8 +215,26 @@ def test_sampler_copies_are_what_vllm_allocates(sampling):
         topk_topp_sampler.apply_top_k_top_p_pytorch(raw.to(torch.float32), None, top_p, True)
 
     run = {"sampled": draw, "sorted": sort}[sampling]
-    measured = _peak_bytes(run) / (rows * vocab)
+    measured = peak_bytes(run) / (rows * vocab)
     assert measured == pytest.approx(memory.SAMPLER_BYTES[sampling], rel=0.01)
+
+
+def test_judging_takes_no_more_than_planned():
+    """Every row a root or its one child, drawn from a row of the draft's of its own."""
+    pairs, vocab = 16, 20000
+    rows, rule = make_rows([1, 2] * pairs, [-1, 0] * pairs, range(0, 2 * pairs + 1, 2)), Traversal()
+    raw = torch.randn(2 * pairs, vocab, dtype=torch.bfloat16)
+    index = np.arange(2 * pairs, dtype=np.int32)
+    index[1::2] = -1
+    drawn = (index >= 0).astype(np.int32)
+    noise = torch.rand(2 * pairs, dtype=torch.float64), torch.rand(pairs, dtype=torch.float64)
+
+    def judge():
+        draft = torch.randn(2 * pairs, vocab).softmax(-1)
+        p = raw.to(torch.float32).softmax(-1, dtype=torch.float32)
+        rule.verify(p, rows, DraftProbs(draft, index, drawn), *noise)
+
+    assert peak_bytes(judge) / (2 * pairs * vocab) <= memory.SAMPLER_BYTES["judged"]
 
 
 # -- sums and limits ----------------------------------------------------------------

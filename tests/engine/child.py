@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from tests.engine import sessions
+from tests.engine import hostile, sessions
 from vllm_specplus.testing.engine import (
     counters_of,
     generate,
@@ -102,6 +102,20 @@ def sabotage(kind: str) -> None:
             return batch
 
         Fusion.fuse = fuse
+    elif kind == "nan_logits":
+        # The target breaks for texts that begin with token 7, from their 30th token on.
+        from vllm_specplus.engine.verify import Verifier
+
+        right_verify = Verifier.verify
+
+        def verify(self, logits, batch):
+            bad = (batch.texts.token_ids[: len(batch.request_ids), 0] == 7) & (
+                batch.texts.num_tokens >= 30
+            )
+            logits[np.repeat(bad, np.diff(batch.rows.starts))] = float("nan")
+            return right_verify(self, logits, batch)
+
+        Verifier.verify = verify
     elif kind == "no_native_kernels":
         from vllm_specplus.kernels import native
 
@@ -171,6 +185,9 @@ def main(job_path: str, out_path: str) -> None:
             continue
         if batch.get("truncate"):
             os.truncate(batch["truncate"], 8)
+        if "hostile" in batch:
+            result.append(hostile.serve(llm, batch["steady"], batch["hostile"], batch["seed"]))
+            continue
         if "sessions" in batch:
             result.append(sessions.serve(llm, batch["sessions"]))
             continue
@@ -182,6 +199,7 @@ def main(job_path: str, out_path: str) -> None:
     trims = getattr(metrics.get("specplus_memory_guard_trims"), "value", None)
     preemptions = getattr(metrics.get("num_preemptions"), "value", None)
     accepted = getattr(metrics.get("spec_decode_num_accepted_tokens_per_pos"), "values", None)
+    drafted = getattr(metrics.get("spec_decode_num_draft_tokens"), "value", None)
     llm.llm_engine.engine_core.shutdown()
     with open(out_path, "w") as f:
         json.dump(
@@ -195,6 +213,7 @@ def main(job_path: str, out_path: str) -> None:
                 "preemptions": preemptions,
                 "trims": trims,
                 "accepted_per_position": accepted,
+                "drafted": drafted,
             },
             f,
         )

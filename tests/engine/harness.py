@@ -36,10 +36,11 @@ def run(
     "kill_owner_at" a process of that draft is killed when the draft of that number is asked for,
     in one with "end_process" that one, at the draft "end_at"; one with
     "abort_after" is aborted after so many steps and returns nothing; one with "sessions" is
-    ``sessions.serve``'s); ``env``: more environment. Returns {"batches": [[{"ids", "text", ...}]],
-    "counters": {...}, "counted": [the counters after each batch], "owners": [[pid, ...]]}; with
-    statistics also "preemptions", the scheduler's "trims" of drafts and, with any speculation,
-    vLLM's "accepted_per_position".
+    ``sessions.serve``'s, with "hostile" ``hostile.serve``'s); ``env``: more environment. Returns
+    {"batches": [[{"ids", "text", ...}]], "counters": {...}, "counted": [the counters
+    after each batch], "owners": [[pid, ...]]}; with statistics also "preemptions", the
+    scheduler's "trims" of drafts and, with any speculation, vLLM's "accepted_per_position" and
+    the number of tokens that it thinks "drafted".
     """
     number = len(list(tmp_path.glob("job*.json")))
     job, out = tmp_path / f"job{number}.json", tmp_path / f"out{number}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
 from vllm_specplus.engine import faults
 from vllm_specplus.engine.drafter import Drafter
@@ -84,3 +85,16 @@ def test_a_fault_in_forgetting_ends_nothing(log):
     drafter.forget("request")
     assert drafter.proposer.forgotten == drafter.controller.forgotten == ["request"]
     assert drafter.counters["draft_failures"] == 1
+
+
+def test_a_fault_in_looking_at_a_step_costs_drafts(log):
+    """What a proposer is shown takes memory too, before it is asked."""
+    drafter = object.__new__(Drafter)
+    drafter._log_fault, drafter.counters, drafter.proposer = log, Counters(), Part()
+
+    def look():
+        raise torch.OutOfMemoryError("no memory for the context")
+
+    assert drafter.draft(3, look).counts.tolist() == [0, 0, 0]
+    drafter.observe_prompt(look)
+    assert drafter.counters["draft_failures"] == 2

@@ -109,6 +109,38 @@ def test_penalties_of_requests_that_are_preempted(tmp_path, tiny_engine, mixed_r
     assert sum(same) < len(same) / 2
 
 
+def test_logits_that_are_not_finite_end_their_request_alone(tmp_path, tiny_engine, plain):
+    """With an error, behind its text so far; the engine lives."""
+    prompts = [[token, *range(20, 35)] for token in (7, 8, 7, 9)]
+    limits = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    requests = [[p, limits | ({"max_tokens": 10} if i == 2 else {})] for i, p in enumerate(prompts)]
+    batches = [{"requests": requests}] * 2
+    want = harness.run(tmp_path, tiny_engine, batches)
+    spec = {"method": "token_recycling", "num_speculative_tokens": 12}
+    spec["control"] = {"policy": "fixed"}
+    engine = tiny_engine | {"speculative_config": spec}
+    got = harness.run(tmp_path, engine, batches, sabotage="nan_logits")
+    for batch in range(2):
+        first, *others = got["batches"][batch]
+        assert first["finish"] == ["error"]
+        assert first["ids"][0] == harness.ids(want, batch)[0][0][:14]
+        assert [each["ids"] for each in others] == harness.ids(want, batch)[1:]
+        assert {each["finish"][0] for each in others} == {"length"}
+    assert got["counters"]["nodes_accepted"] > 0
+
+
+def test_a_cached_prompt_is_not_filled_up_with_drafts(tmp_path, tiny_engine):
+    """vLLM does so for a request of which all but one token is cached."""
+    prompt = list(range(20, 20 + 4 * 16 + 1))
+    batches = [{"requests": [[prompt, {"temperature": 0, "max_tokens": 6}]]}] * 3
+    spec = {"method": "token_recycling", "num_speculative_tokens": 12}
+    spec["control"] = {"policy": "fixed"}
+    engine = tiny_engine | {"disable_log_stats": False, "enable_prefix_caching": True}
+    got = harness.run(tmp_path, engine | {"speculative_config": spec}, batches)
+    assert got["drafted"] == got["counters"]["nodes_drafted"] > 0
+    assert harness.ids(got, 1) == harness.ids(got, 0)
+
+
 def test_compiled(tmp_path, tiny_engine, mixed_requests, plain, reference_file):
     """torch.compile, vLLM's default."""
     spec = hidden_truth(reference_file, num_speculative_tokens=12)

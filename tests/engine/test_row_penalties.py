@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 
+from tests.control.test_memory import peak_bytes
 from tests.engine.test_row_sampling import asks_for_a_penalty, metadata_of, path_of
 from tests.samplers.test_relaxed import VOCAB, random_rows
 from vllm_specplus.engine import row_penalties
-from vllm_specplus.engine.row_penalties import Texts, TokenCounts
+from vllm_specplus.engine.row_penalties import RowPenalties, Texts, TokenCounts
 from vllm_specplus.engine.text_versions import TextVersions
 
 
@@ -127,6 +129,26 @@ def run(seed: int, steps: int = 40) -> int:
 
 def test_every_bit_is_vllms():
     assert sum(run(seed) for seed in range(25)) == 0
+
+
+def test_every_bit_is_vllms_some_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(row_penalties, "CHUNK_BYTES", 3 * row_penalties.ENTRY_BYTES * VOCAB)
+    assert sum(run(seed) for seed in range(10)) == 0
+
+
+@pytest.mark.parametrize("rows", [20, 200])
+def test_penalties_take_a_bounded_memory(rows, monkeypatch):
+    vocab, budget = 5000, 2**21
+    monkeypatch.setattr(row_penalties, "CHUNK_BYTES", budget)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    value = torch.full((rows,), 1.1)
+    penalties = RowPenalties(
+        torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64),
+        nothing, nothing, np.zeros(rows + 1, np.int64), torch.zeros(1, vocab, dtype=torch.bool),
+        torch.ones(1, vocab, dtype=torch.int32), value, value, value,
+    )  # fmt: skip
+    logits = torch.zeros(rows, vocab)
+    assert peak_bytes(lambda: penalties.apply(logits)) <= budget
 
 
 def test_the_comparison_would_notice_a_cut_text(monkeypatch):

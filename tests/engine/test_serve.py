@@ -162,6 +162,16 @@ def test_logprobs(ask):
         assert entry.logprob == entry.top_logprobs[0].logprob <= 0
 
 
+def test_what_vllm_refuses_beside_speculation_is_served(ask):
+    """Clients that send ``min_p`` or ``logit_bias`` go on as before."""
+    likeliest = ask(COUNT, 24)
+    same = ask(COUNT, 24, extra_body={"min_p": 1.0})
+    assert same.choices[0].message.content == likeliest.choices[0].message.content
+    biased = ask(COUNT, 6, logit_bias={"28": 100}, logprobs=True)
+    assert len({entry.token for entry in biased.choices[0].logprobs.content}) == 1
+    assert not likeliest.choices[0].message.content.startswith(biased.choices[0].message.content)
+
+
 def test_concurrent_requests_beside_a_json_schema(ask, server):
     """The schema's request is drafted as a chain, its neighbours keep their trees."""
     before = metrics(server)

@@ -125,6 +125,45 @@ def test_greedy_steps_ask_neither_the_sampler_nor_the_draft():
         verifier.verify(certain([3, 1, 0, 0, 2]), batch_of([0.0, 1.0]))
 
 
+@pytest.mark.parametrize("rule", [None, "without_replacement", "traversal"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_distribution_breaks_its_request_alone(rule, temperature, value):
+    """Never with an id that does not exist; a node in question is not accepted, so that its row is
+    the next step's root."""
+    verifier = made(rule=rule, draft_probs=no_draws)
+    logits = certain([5, 0, 2, 7, 6])
+    logits[2, 1] = value
+    verdict = verifier.verify(logits, batch_of([temperature] * 2))
+    assert not verdict.broken.any()
+    assert texts(verdict) == [[5], [6]]
+    logits = certain([5, 0, 2, 7, 6])
+    logits[0, 1] = value
+    verdict = verifier.verify(logits, batch_of([temperature] * 2))
+    assert verdict.broken.tolist() == [True, False]
+    assert texts(verdict) == [[0], [6]]
+    assert verdict.top_ids.min() >= 0
+    assert verdict.top_ids.max() < VOCAB
+    logits = certain([5, 0, 2, 7, 6])
+    logits[1] = value  # off the path
+    assert not verifier.verify(logits, batch_of([temperature] * 2)).broken.any()
+    logits = certain([5, 0, 2, 7, 6])
+    logits[4] = value  # of a prompt that is not read to its end
+    discarded = np.array([False, True])
+    batch = batch_of([temperature] * 2, discarded=discarded)
+    assert not verifier.verify(logits, batch).broken.any()
+
+
+@pytest.mark.parametrize(("rule", "broken"), [(None, False), ("without_replacement", True)])
+def test_where_sampling_leaves_nothing_no_id_beyond_the_vocabulary_is_drawn(rule, broken):
+    """As after a penalty that divides by next to nothing. vLLM's own draw takes the first id."""
+    batch = batch_of([1.0, 1.0])
+    batch.metadata.allowed_token_ids_mask = torch.tensor([[True], [False]]).expand(2, VOCAB)
+    verdict = made(rule=rule, draft_probs=no_draws).verify(certain([5, 0, 2, 7, 6]), batch)
+    assert texts(verdict) == [[0], [6]]
+    assert verdict.broken.tolist() == [broken, False]
+
+
 def test_one_draw_per_row_follows_the_target():
     """1,200 requests of one tree: first tokens as the target says, whatever was drafted."""
     count = 1200

@@ -86,6 +86,9 @@ class Engine:
         self.target, self.slots, self.proposer = target, slots, proposer
         self.known: dict[str, int] = {}
         self.drafts: dict[str, int] = {}
+        #: Whose conditions are NaN, and who was told to be broken.
+        self.spoilt: set[str] = set()
+        self.broken: set[str] = set()
 
     def conditions(self, name: str, count: int) -> torch.Tensor:
         slot, known = int(self.slots.of([name])[0]), self.known[name]
@@ -111,8 +114,12 @@ class Engine:
             [self.conditions(name, n) for name, n in zip(names, count.tolist(), strict=True)]
         )
         quiet = np.array([name in discarded for name in names])
-        lengths, _ = self.slots.verify(self.model(), conditions, windows, quiet, "exact")
-        for name, length in zip(names, lengths.tolist(), strict=True):
+        for name in set(names) & self.spoilt:
+            i = names.index(name)
+            conditions[count[:i].sum() : count[: i + 1].sum()] = torch.nan
+        drawn = self.slots.verify(self.model(), conditions, windows, quiet, "exact")
+        self.broken |= {name for name, broken in zip(names, drawn.broken, strict=True) if broken}
+        for name, length in zip(names, drawn.lengths.tolist(), strict=True):
             if name not in discarded:
                 self.known[name] += length
         known = np.array([self.known[name] for name in names])
@@ -202,6 +209,40 @@ def test_what_was_not_drafted_is_not_judged(proposer):
         own = engine.slots.noise[torch.tensor([0]), torch.tensor([0])]
         alone = chain_of(target, condition, own, SETTINGS, label).sample[0]
     torch.testing.assert_close(engine.slots.latents[0, 0], alone, atol=1e-5, rtol=0)
+
+
+def test_a_picture_of_nan_spoils_no_other(proposer):
+    """Neither its neighbour, nor the next one in its slot, whose draft reads the same cache."""
+    target = shaken(small_model(end=250))
+
+    def pictures(spoilt: set[str]) -> tuple[list[torch.Tensor], Engine, int]:
+        engine = Engine(target, make(2), proposer())
+        for i in range(2):
+            engine.enter(f"p{i}", picture(i))
+        engine.step(["p0", "p1"])
+        engine.spoilt = spoilt
+        for _ in range(3):
+            engine.step(["p0", "p1"])
+        # What a wrong proposer would leave.
+        with torch.inference_mode():
+            engine.proposer._session.cache[:, :, 1] = torch.nan
+        engine.leave("p1")
+        engine.enter("p2", picture(2))
+        drafted = 0
+        while min(engine.known["p0"], engine.known["p2"]) < 9:
+            names = [name for name in ("p0", "p2") if engine.known[name] < 9]
+            engine.step(names)
+            drafted += sum(engine.drafts.values())
+        return [engine.leave(name) for name in ("p0", "p2")], engine, drafted
+
+    want, whole, _ = pictures(set())
+    got, engine, drafted = pictures({"p1"})
+    assert not whole.broken
+    assert engine.broken == {"p1"}
+    assert drafted
+    for a, b in zip(got, want, strict=True):
+        assert b.abs().sum()
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 def test_the_configs_of_the_embedded_models_fit():

@@ -135,10 +135,15 @@ def test_what_is_behind_the_end_is_not_stored():
     assert not any(D in path for path in paths)
 
 
-def test_responses_of_20_000_salts_stay_below_the_bound():
+@pytest.mark.parametrize("before", [0, 40])
+def test_responses_of_20_000_salts_stay_below_the_bound(before):
+    """Also where long ones of one salt were there ``before``, whose tokens take less each."""
     tree = proposer(max_memory_mb=1)
     rng = np.random.default_rng(0)
-    for i in range(20_000):
+    for i in range(before):
+        draft(tree, {f"b{i}": [1, *[5, 6, 7] * 100]}, prompt=1, nodes=1)
+        tree.forget(f"b{i}")
+    for i in range(20_000 if not before else 2_000):
         text = [1, *rng.integers(0, 1000, 8).tolist()]
         draft(tree, {f"r{i}": text}, prompt=1, salts={f"r{i}": f"salt {i}"}, nodes=1)
         tree.forget(f"r{i}")

@@ -7,12 +7,14 @@ from vLLM 0.32 and this plugin's runner, not quoted from the paper.
 All sizes are bytes on one rank; divisions by ``tensor_parallel`` follow vLLM. A *row* is
 a token that the target verifies: each request's newest token (its root) and its drafted
 nodes. Terms are upper bounds of what is alive at one time; not all are at once, so their
-sum is one too. Not modelled: CUDA graphs, fragmentation, and what a request's penalties
-(about 18 bytes per row and vocabulary entry) or logprobs (4) take on top.
+sum is one too. Not modelled: CUDA graphs, fragmentation, penalties (applied to some rows at a
+time, see ``engine/row_penalties.py``) and what logprobs take on top (4 bytes per row and
+vocabulary entry).
 
 vLLM measures its peak at start with ``max_num_batched_tokens`` rows of activations and one
 row of logits per request (two in its own rejection sampler's dummy run), and gives the rest
-to the KV cache. So logits of further rows come *on top* of what it planned, their
+to the KV cache. So logits of further rows come *on top* of what it planned
+(``engine/memory_plan.py`` takes them off the cache), their
 activations are within it, and their KV slots are blocks of the cache that no context can
 use meanwhile.
 """
@@ -24,16 +26,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 #: How the rows' tokens are drawn; see :func:`logits_copies_bytes`.
-Sampling = Literal["greedy", "sampled", "sorted"]
+Sampling = Literal["greedy", "sampled", "judged", "sorted"]
 
-SAMPLER_BYTES: dict[Sampling, int] = {"greedy": 0, "sampled": 12, "sorted": 21}
+SAMPLER_BYTES: dict[Sampling, int] = {"greedy": 0, "sampled": 12, "judged": 16, "sorted": 21}
 """Bytes per row and vocabulary entry that drawing takes beside the raw logits.
 
 greedy: none, the argmax reads them as they are. sampled: float32 logits, probabilities
-and exponential noise (vLLM's ``random_sample``; top-k and top-p work in place). sorted:
-top-p where vLLM sorts for want of Triton, as on CPUs: float32 logits, their sorted
-values, int64 indices, sorted probabilities and a mask. ``tests/control/test_memory.py`` measures
-both. They hold for a half-precision model; of a float32 one no first copy is made.
+and exponential noise (vLLM's ``random_sample``; top-k and top-p work in place). judged: float32
+logits, probabilities, the draft's (one row of them for every verified row at most) and what is
+left of the target's at the rows that the rule looks at. sorted: top-p where vLLM sorts for want
+of Triton, as on CPUs: float32 logits, their sorted values, int64 indices, sorted probabilities and
+a mask. ``tests/control/test_memory.py`` measures them. They hold for a half-precision model; of a
+float32 one no first copy is made.
 """
 
 ACTIVATION_FACTOR = 8

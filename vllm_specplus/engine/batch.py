@@ -66,6 +66,8 @@ class Step:
     """int32 [L, k] most probable next ids of each row, for the proposer."""
     target_probs: torch.Tensor | None = None
     """float32 [L, V] on the device: the target's distributions, for a proposer that asks."""
+    broken: np.ndarray | None = None
+    """bool [R] requests whose last output stands for none, see ``verify.Verdict``."""
 
 
 @dataclass(frozen=True, slots=True)

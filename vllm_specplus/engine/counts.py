@@ -14,7 +14,7 @@ Where vLLM makes no statistics (``--disable-log-stats``) we make none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.metrics.perf import DebugPerfStats, PerfMetricsProm, PerfStats
@@ -23,17 +23,24 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_specplus.engine.names import CONFIG_KEY
 from vllm_specplus.metrics import COUNTERS, Counters, Increments
 
+if TYPE_CHECKING:
+    from vllm_specplus.engine.batch import Step
+
 #: The attribute of a ``ModelRunnerOutput``, and what our keys in the dictionary begin with.
 COUNTS = "specplus_counts"
 PREFIX = "specplus:"
 
 
-def hand_over(output: Any, counters: Counters) -> Any:
+def hand_over(output: Any, counters: Counters, step: Step | None = None) -> Any:
     """The step's output, with the counters' values so far where it has requests: the output without
     any is one object of vLLM's for all steps. As a list of floats: Ray hands arrays over in its
-    shared memory, and waits until nobody holds them."""
+    shared memory, and waits until nobody holds them. Requests that broke are told in vLLM's own
+    field, for :class:`~vllm_specplus.engine.scheduler.GuardedScheduler`."""
     if getattr(output, "req_ids", None):
         setattr(output, COUNTS, counters.values.tolist())
+        if step is not None and step.broken is not None and step.broken.any():
+            names = (output.req_ids[i] for i in np.flatnonzero(step.broken))
+            output.num_nans_in_logits = dict.fromkeys(names, 1)
     return output
 
 

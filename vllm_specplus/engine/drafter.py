@@ -14,16 +14,16 @@ from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_specplus import registry
-from vllm_specplus.control import memory
 from vllm_specplus.control.allowed import can_be_text
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.faults import FaultLog
+from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposer import Services
-from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext, TargetRows
+from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Drafter:
             self.config.control,
             self.proposer.sources,
             max_nodes=self.config.num_speculative_tokens,
-            max_rows=max_rows(vllm_config),
+            max_rows=max_rows(vllm_config, drawn=self.proposer.rule is not None),
             counters=self.counters,
             levels=self.proposer.levels,
             draws=self.proposer.rule is not None,
@@ -91,12 +91,12 @@ class Drafter:
             "method of vllm-specplus, or by worker_cls when custom_class is written by hand"
         )
 
-    def draft(self, step: StepContext, target_rows: Callable[[], TargetRows | None]) -> DraftBatch:
-        """Drafts for ``step``, none where anything fails: also gathering ``target_rows``, which
-        takes memory."""
+    def draft(self, requests: int, look: Callable[[], StepContext]) -> DraftBatch:
+        """Drafts for what ``look`` sees of a step of so many requests; none where anything fails,
+        be it in ``look``, which takes memory."""
         start = time.perf_counter()
         try:
-            step.target_rows = target_rows()
+            step = look()
             self.controller.prepare(step)
             proposing = time.perf_counter()
             drafts = self.proposer.propose(step)
@@ -112,7 +112,7 @@ class Drafter:
         except Exception as error:
             self._failed(error)
             self._drafted = None
-            return DraftBatch.empty(len(step.request_ids))
+            return DraftBatch.empty(requests)
 
     def draft_probs(self, request_ids: list[str], rows: Rows) -> DraftProbs:
         """What the children of each verified row were drawn from.
@@ -145,13 +145,10 @@ class Drafter:
             np.add.at(drawn, at, 1)
         return DraftProbs(drafts.draft_probs, index, drawn)
 
-    def observe_prompt(
-        self, tokens: np.ndarray, previous: np.ndarray, top_ids: np.ndarray, salt: str = ""
-    ) -> None:
+    def observe_prompt(self, look: Callable[[], Observation]) -> None:
+        """Shows the proposer what ``look`` sees of a prompt."""
         try:
-            self.proposer.observe_prompt(
-                Observation(tokens, previous, top_ids, np.ones(len(tokens), bool), salt)
-            )
+            self.proposer.observe_prompt(look())
         except Exception as error:
             self._failed(error)
 
@@ -170,12 +167,3 @@ class Drafter:
     def _failed(self, error: Exception) -> None:
         self.counters.add("draft_failures")
         self._log_fault(error)
-
-
-def max_rows(vllm_config: VllmConfig) -> int:
-    """Most rows a step may verify: the batch's token budget and the logits' memory."""
-    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    row = memory.logits_row_bytes(model.get_vocab_size(), model.dtype.itemsize, ranks)
-    by_logits = memory.LOGITS_BUDGET // row
-    return min(scheduler.max_num_batched_tokens, max(by_logits, scheduler.max_num_seqs))

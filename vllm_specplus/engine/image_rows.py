@@ -69,9 +69,9 @@ class DiscardedDrawsMixin:
 class UndraftedMixin:
     """A stock runner under a worker of ours."""
 
-    def kv_share(self) -> float:
-        """Which part of the memory for keys and values is the target's: nobody shares it."""
-        return 1.0
+    def memory_for_kv_cache(self, available: int) -> int:
+        """All of it: nothing is drafted."""
+        return available
 
     def profile_step_cost(self) -> None:
         """Measure nothing: nothing would be decided by it."""

@@ -28,7 +28,7 @@ from vllm_specplus.engine.runner import TreeCPUModelRunner, TreeGPUModelRunner
 from vllm_specplus.engine.v1 import V1Batch
 from vllm_specplus.image.continuous.chain import Noise, denoise
 from vllm_specplus.image.continuous.decoding import Settings
-from vllm_specplus.image.continuous.slots import LatentSlots, Picture, Windows
+from vllm_specplus.image.continuous.slots import Drawn, LatentSlots, Picture, Windows
 from vllm_specplus.step import Acceptance, LatentStep
 
 
@@ -87,18 +87,18 @@ class LatentsMixin:
         if self.slots.guided:
             slot = self.batch.to_device(np.repeat(windows.slot, windows.count))
             conditions = torch.cat((conditions, self.slots.guidance[slot, None]), -1)
-        lengths, given_up = self.slots.verify(
+        drawn = self.slots.verify(
             self.get_model(), conditions, windows, self.batch.discarded, self.rule
         )
-        column = np.arange(lengths.max())
-        path = np.where(column < lengths[:, None], column, -1).astype(np.int32)
-        self._drawn(path, lengths, given_up)
+        column = np.arange(drawn.lengths.max())
+        path = np.where(column < drawn.lengths[:, None], column, -1).astype(np.int32)
+        self._drawn(path, drawn)
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(np.minimum(path, 0)),
             logprobs_tensors=self._as_logprobs(path),
         )
 
-    def _drawn(self, path: np.ndarray, lengths: np.ndarray, given_up: int) -> None:
+    def _drawn(self, path: np.ndarray, drawn: Drawn) -> None:
         """The step's outcome: accepted rows int32 [R, width] (-1 padded) and their number."""
 
     def _as_logprobs(self, path: np.ndarray) -> LogprobsTensors:
@@ -141,11 +141,12 @@ class CspdMixin(LatentsMixin):
         self.drafter.counters.add("verify_seconds", time.perf_counter() - start)
         return out
 
-    def _drawn(self, path, lengths, given_up):
+    def _drawn(self, path, drawn):
         step = self._step
-        step.acceptance = Acceptance(path, lengths.astype(np.int32), np.minimum(path, 0))
+        step.acceptance = Acceptance(path, drawn.lengths.astype(np.int32), np.minimum(path, 0))
+        step.broken = drawn.broken
         step.top_ids = np.empty((len(step.rows.tokens), 0), np.int32)
-        self.drafter.counters.add("residuals_given_up", given_up)
+        self.drafter.counters.add("residuals_given_up", drawn.given_up)
 
     def _latents(self) -> LatentStep:
         return LatentStep(self.slots, self._windows.slot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,10 +76,15 @@ class Proposing:
         ``decoding`` bool [R] requests that have an output; ``hidden`` [T, hidden] of the batch's
         rows, ``layers`` the same of the layers that the proposer asks for.
         """
-        self._count(step, decoding)
-        context = self._context(step, decoding)
-        context.target_kv, context.latents = read_kv, latents
-        return self._drafter.draft(context, lambda: self._target_rows(step, hidden, layers))
+
+        def look() -> StepContext:
+            self._count(step, decoding)
+            context = self._context(step, decoding)
+            context.target_kv, context.latents = read_kv, latents
+            context.target_rows = self._target_rows(step, hidden, layers)
+            return context
+
+        return self._drafter.draft(len(decoding), look)
 
     def _context(self, step: Step, decoding: np.ndarray) -> StepContext:
         options, num_tokens = self.options(), self._batch.num_tokens
@@ -128,12 +134,18 @@ class Proposing:
         for request, begin, count, row in prompt_chunks(step, PROMPT_CHUNK):
             logits = compute_logits(hidden[row : row + count])
             if get_tensor_model_parallel_rank() == 0:
-                ids = top_ids(logits, self._drafter.proposer.top_k).cpu().numpy()
-                text = self._batch.texts[request]
-                previous = text_before(text, begin, count)
-                salt = self._options_of(self._batch.request_ids[request]).cache_salt
-                self._drafter.observe_prompt(text[begin : begin + count], previous, ids, salt)
+                look = partial(self._prompt_chunk, request, begin, logits)
+                self._drafter.observe_prompt(look)
         self._drafter.counters.add("draft_seconds", time.perf_counter() - start)
+
+    def _prompt_chunk(self, request: int, begin: int, logits: torch.Tensor) -> Observation:
+        """What the ``logits`` [n, V] say of a prompt's tokens from ``begin`` on."""
+        ids = top_ids(logits, self._drafter.proposer.top_k).cpu().numpy()
+        text, count = self._batch.texts[request], len(ids)
+        previous = text_before(text, begin, count)
+        salt = self._options_of(self._batch.request_ids[request]).cache_salt
+        tokens = text[begin : begin + count]
+        return Observation(tokens, previous, ids, np.ones(count, bool), salt)
 
     def _count(self, step: Step, decoding: np.ndarray) -> None:
         """Count decoding steps; a prompt's last chunk makes its first token, not a step."""

@@ -19,6 +19,10 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm_specplus.engine.uploads import upload
 from vllm_specplus.step import Rows
 
+#: What applying penalties may take at a time beside the counts, and takes per row and entry of the
+#: vocabulary: vLLM's kernels less, its function on a CPU as much.
+CHUNK_BYTES, ENTRY_BYTES = 2**26, 24
+
 
 @dataclass(slots=True)
 class Texts:
@@ -50,6 +54,8 @@ class RowPenalties:
     """int64 [N] a row that has, on its path below the root,"""
     tokens: torch.Tensor
     """int64 [N] this token."""
+    path_starts: np.ndarray
+    """int64 [L + 1] on the host: where those of each row begin."""
     in_prompt: torch.Tensor
     """bool [S, V]"""
     in_output: torch.Tensor
@@ -61,14 +67,22 @@ class RowPenalties:
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Changes ``logits`` float32 [L, V] in place, and returns them."""
-        counts = self.in_output[self.slots]
-        one = counts.new_ones(1)
-        counts.index_put_((self.rows, self.tokens), one, accumulate=True)
-        present = counts > 0
-        apply_repetition_penalties(logits, self.in_prompt[self.slots], present, self.repetition)
-        logits -= self.frequency[:, None] * counts
-        logits -= self.presence[:, None] * present
+        size = max(CHUNK_BYTES // (ENTRY_BYTES * logits.shape[1]), 1)
+        for first in range(0, len(logits), size):
+            self._apply(logits[first : first + size], slice(first, first + size))
         return logits
+
+    def _apply(self, logits: torch.Tensor, part: slice) -> None:
+        """To the rows ``part``, which ``logits`` are of."""
+        slots = self.slots[part]
+        counts = self.in_output[slots]
+        begin, end = self.path_starts[part.start], self.path_starts[part.start + len(logits)]
+        at = self.rows[begin:end] - part.start, self.tokens[begin:end]
+        counts.index_put_(at, counts.new_ones(1), accumulate=True)
+        present = counts > 0
+        apply_repetition_penalties(logits, self.in_prompt[slots], present, self.repetition[part])
+        logits -= self.frequency[part, None] * counts
+        logits -= self.presence[part, None] * present
 
 
 @dataclass(slots=True)
@@ -122,6 +136,7 @@ class TokenCounts:
         for r in np.flatnonzero(texts.penalised).tolist():
             slots[r] = self._counted[texts.request_ids[r]].slot
         prompt, output = self._gained(texts, vocab)
+        path = dict(zip(("rows", "tokens"), path_tokens(rows, vocab), strict=True))
         sent = upload(
             {
                 "request_of": request_of,
@@ -130,7 +145,7 @@ class TokenCounts:
                 "prompt_slots": prompt[0], "prompt": prompt[1],
                 "output_slots": output[0], "output": output[1],
             }
-            | dict(zip(("rows", "tokens"), path_tokens(rows, vocab), strict=True)),
+            | path,
             device,
         )  # fmt: skip
         if len(emptied):
@@ -143,8 +158,10 @@ class TokenCounts:
             at = sent["output_slots"], sent["output"]
             self._in_output.index_put_(at, one, accumulate=True)
         index = sent["request_of"]
+        starts = np.searchsorted(path["rows"], np.arange(len(request_of) + 1))
         return RowPenalties(
-            index, sent["slots"], sent["rows"], sent["tokens"], self._in_prompt, self._in_output,
+            index, sent["slots"], sent["rows"], sent["tokens"], starts,
+            self._in_prompt, self._in_output,
             metadata.frequency_penalties[index], metadata.presence_penalties[index],
             metadata.repetition_penalties[index],
         )  # fmt: skip

@@ -34,6 +34,7 @@ from vllm_specplus.engine.batch import Step, describe, logits_rows
 from vllm_specplus.engine.clock import StepClock, StepProfiler
 from vllm_specplus.engine.counts import hand_over
 from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, ImageRowsMixin
+from vllm_specplus.engine.memory_plan import for_kv_cache
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.engine.profile_trees import profiled_step
 from vllm_specplus.engine.proposing import Proposing
@@ -87,14 +88,11 @@ class TreeRunnerMixin(ImageRowsMixin):
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
         return self.drafter.proposer.hidden_layers or None
 
-    def kv_share(self) -> float:
-        """Which part of the memory for keys and values is the target's own."""
-        shared = self.drafter.proposer.slot_bytes()
-        if not shared:
-            return 1.0
+    def memory_for_kv_cache(self, available: int) -> int:
+        """See ``memory_plan.for_kv_cache``."""
         specs = self.get_kv_cache_spec().values()
-        target = sum(each.page_size_bytes / each.block_size for each in specs)
-        return target / (target + shared)
+        slot = sum(each.page_size_bytes // each.block_size for each in specs)
+        return for_kv_cache(available, self.vllm_config, self.drafter.proposer, slot)
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -216,7 +214,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         start = time.perf_counter()
         verdict = self.verifier.verify(logits, self._verify_batch(step))
         step.acceptance, step.top_ids = verdict.acceptance, verdict.top_ids
-        step.target_probs = verdict.target_probs
+        step.target_probs, step.broken = verdict.target_probs, verdict.broken
         self.drafter.counters.add("verify_seconds", time.perf_counter() - start)
         self._compact(step)
         # vLLM reads the output back at once; on the host it costs no second copy.
@@ -252,7 +250,8 @@ class TreeRunnerMixin(ImageRowsMixin):
             size = self.model_config.get_hidden_size()
             self._hidden = self.execute_model_state.sample_hidden_states[:, :size]
         try:
-            return hand_over(super().sample_tokens(grammar_output), self.drafter.counters)
+            output = super().sample_tokens(grammar_output)
+            return hand_over(output, self.drafter.counters, self._step)
         finally:
             self._step = self._trees = self._hidden = None
 

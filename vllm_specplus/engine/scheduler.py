@@ -8,12 +8,16 @@ same bound; SmartSpec guards with a margin on free blocks).
 
 from __future__ import annotations
 
+import logging
+
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_specplus.control.requests import carry_salt
 from vllm_specplus.engine.counts import StepCounts
+
+logger = logging.getLogger("vllm.specplus")
 
 
 class GuardedScheduler(Scheduler):
@@ -22,6 +26,12 @@ class GuardedScheduler(Scheduler):
     def __init__(self, vllm_config, *args, **kwargs):
         super().__init__(vllm_config, *args, **kwargs)
         self._counts = StepCounts()
+        self._broken: dict[str, int] = {}
+        # vLLM fills a request's first decode up with drafts of -1, for graphs of one number of
+        # rows per request; trees have no such graphs, and every one would be verified. A number
+        # of drafts by batch size, here the same for all, is what it does not fill up to.
+        if self.dynamic_sd_lookup is None:
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
 
     def add_request(self, request) -> None:
         """Workers get a request's parameters, but not its ``cache_salt``: it travels in them. A
@@ -38,7 +48,23 @@ class GuardedScheduler(Scheduler):
 
     def update_from_output(self, scheduler_output, model_runner_output):
         self._counts.take(model_runner_output)
+        self._broken = model_runner_output.num_nans_in_logits or {}
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _update_request_with_output(self, request, new_token_ids, *args, **kwargs):
+        """A request for whose next token there is no distribution ends with an error, behind what
+        was accepted before it."""
+        broken = bool(self._broken.get(request.request_id)) and bool(new_token_ids)
+        if broken:
+            new_token_ids = new_token_ids[:-1]
+        tokens, stopped = super()._update_request_with_output(
+            request, new_token_ids, *args, **kwargs
+        )
+        if not broken or stopped:
+            return tokens, stopped
+        logger.error("request %s ends: the model's logits are not finite", request.request_id)
+        request.status, request.resumable = RequestStatus.FINISHED_ERROR, False
+        return tokens, True
 
     def make_stats(self, *args, **kwargs):
         stats = super().make_stats(*args, **kwargs)

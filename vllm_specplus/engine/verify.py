@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from vllm_specplus.metrics import Counters
     from vllm_specplus.proposer import Proposer
 
+#: Stands at rows whose logits are no distribution: NaN or infinite.
+BROKEN = -2
+
 #: Finds what the children of each row were drawn from.
 FindDraftProbs = Callable[[list[str], Rows], DraftProbs]
 
@@ -88,6 +91,8 @@ class Verdict:
     """Of the accepted paths, [R * width] in the order of ``acceptance.output``."""
     target_probs: torch.Tensor | None
     """float32 [L, V] the target's distribution at each row, for a proposer that asks."""
+    broken: np.ndarray
+    """bool [R] requests whose last output, a 0, stands for none: there was no distribution."""
 
 
 def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -249,18 +254,19 @@ class Verifier:
         greedy = is_plain_greedy(batch.metadata)
         # Greedy steps need nothing else from the device. Others need what the proposer reads.
         best = top_ids(logits, max(self._top_k, int(greedy)))
+        unusable = ~(logits.amax(-1) < torch.inf)  # NaN compares with nothing
         statistics = None
         if self._substitution is not None:
             statistics = self._substitution.statistics(logits, batch)
-        if greedy:
-            samples, top = RowSamples(best[:, 0]), best.cpu().numpy()
-            sampled = np.ascontiguousarray(top[:, 0])
-        else:
-            samples = self._draws(logits, batch)
-            top, sampled = to_host(best, samples.tokens)
+        samples = RowSamples(best[:, 0]) if greedy else self._draws(logits, batch)
+        top, sampled = to_host(best, samples.tokens.masked_fill(unusable, BROKEN))
+        # Penalties may have made infinities of finite logits: nothing is drawn from those either.
+        sampled = np.where(sampled < logits.shape[-1], sampled, BROKEN)
         if statistics is not None:
             sampled = self._substitution(sampled, statistics, batch)
         acceptance = lossless.accept(batch.rows, sampled)
+        broken = (acceptance.output == BROKEN).any(1) & ~batch.discarded
+        acceptance.output[acceptance.output == BROKEN] = 0
         if samples.seeded is not None:
             draws = acceptance.lengths
             if logits.device.type == "cpu":  # elsewhere vLLM takes discarded draws back
@@ -270,7 +276,7 @@ class Verifier:
         if logprobs is not None:
             logprobs = gather_logprobs(logprobs, batch.rows, acceptance)
         target_probs = samples.target_probs if self._reads_target_probs else None
-        return Verdict(acceptance, top, logprobs, target_probs)
+        return Verdict(acceptance, top, logprobs, target_probs, broken)
 
     def warm_up(self, vocab_size: int) -> None:
         """Compiles what the first step should not wait for, for logits of ``vocab_size``."""

@@ -30,7 +30,7 @@ class TreeCPUWorker(CPUWorker):
             module.CPUModelRunner = stock
 
     def determine_available_memory(self) -> int:
-        return int(super().determine_available_memory() * self.model_runner.kv_share())
+        return self.model_runner.memory_for_kv_cache(super().determine_available_memory())
 
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()
@@ -53,7 +53,7 @@ class TreeGPUWorker(Worker):
         return self._runner_class()(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
-        return int(super().determine_available_memory() * self.model_runner.kv_share())
+        return self.model_runner.memory_for_kv_cache(super().determine_available_memory())
 
     def compile_or_warm_up_model(self):
         times = super().compile_or_warm_up_model()

@@ -34,7 +34,7 @@ from vllm_specplus.tree import DraftBatch
 #: A draft has at most FACTOR tokens per matched token plus OFFSET, and none below
 #: LEAST_PROBABILITY: the paper's rule (sec. 4) that short matches deserve short drafts.
 FACTOR, OFFSET, LEAST_PROBABILITY = 2.0, 2.0, 0.05
-#: Memory is estimated anew when the stored tokens have grown by this share.
+#: Memory is estimated anew when the stored tokens that came are this share of those stored.
 REESTIMATE = 0.1
 #: Stands for "many" where a tree tells frequencies and not counts.
 PLACES = 1000
@@ -122,8 +122,9 @@ class SuffixTree(Proposer):
         self._finished: OrderedDict[int, tuple[str, int]] = OrderedDict()
         self._next_number = 0
         self._bytes_per_token = 0.0
-        self._estimated_at = 0
         self._stored = 0
+        # Tokens that were stored when the trees were measured, and that came since then.
+        self._estimated_at = self._came = 0
 
     @property
     def stored_tokens(self) -> int:
@@ -171,14 +172,15 @@ class SuffixTree(Proposer):
             return
         if request.stored:
             self._finished[request.response] = (request.salt, request.stored)
+            self._came += request.stored
         self._evict()
 
     def _evict(self) -> None:
         """Oldest responses first, down to ``max_memory_mb``."""
-        tokens = self.stored_tokens
-        if abs(tokens - self._estimated_at) > REESTIMATE * self._estimated_at:
+        if self._came > REESTIMATE * self._estimated_at:
             size = sum(shared.tree.estimate_memory() for shared in self._shared.values())
-            self._bytes_per_token, self._estimated_at = size / max(tokens, 1), tokens
+            self._bytes_per_token = size / max(self._stored, 1)
+            self._estimated_at, self._came = self._stored, 0
         allowed = self.config.max_memory_mb * 1e6
         while self._finished and self.stored_tokens * self._bytes_per_token > allowed:
             number, (salt, size) = self._finished.popitem(last=False)

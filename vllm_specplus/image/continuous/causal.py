@@ -129,6 +129,8 @@ class CachedSession:
     def restart(self, picture: int, label: int) -> None:
         self.labels[picture] = self.model.cls_embedding.embedding_table.weight[label]
         self.known[picture] = 0
+        # Behind the mask as well: a weight of 0 times a NaN of another picture is NaN.
+        self.cache[:, :, picture] = 0
 
     def keep(self, known: torch.Tensor) -> None:
         self.known = torch.minimum(self.known, known)

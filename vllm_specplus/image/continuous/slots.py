@@ -28,6 +28,18 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """What the R requests of a step got."""
+
+    lengths: np.ndarray
+    """int64 [R] latents"""
+    broken: np.ndarray
+    """bool [R]: the last of them is a 0 that stands for one that is not finite."""
+    given_up: int
+    """Residuals, see ``acceptance.Residual``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Windows:
     """The positions that a step verifies, of R requests; on the host."""
 
@@ -136,12 +148,11 @@ class LatentSlots:
     def verify(
         self, model: CausalModel, conditions: torch.Tensor, windows: Windows, discarded: np.ndarray,
         rule: Rule,
-    ) -> tuple[np.ndarray, int]:  # fmt: skip
-        """Draw what the requests get in this step.
+    ) -> Drawn:  # fmt: skip
+        """Draw what the requests get in this step, which is in ``latents`` from ``first`` on.
 
         ``conditions`` [sum(count), c]: the target's at all positions of the windows.
-        ``discarded`` bool [R]: requests that get nothing. Returns how many latents each has got,
-        int64 [R], which are in ``latents`` from ``first`` on, and how many residuals were given up.
+        ``discarded`` bool [R]: requests that get nothing.
         """
         slot, first, count = windows.slot, windows.first, windows.count
         # Drafts that are not the ones made last, such as vLLM's padding, are not looked at.
@@ -159,11 +170,13 @@ class LatentSlots:
         verdict = judge(
             drafts, chains, noise.uniforms, self._device(room), seeds, self._device(first), rule
         )
-        accepted = verdict.accepted.cpu().numpy()
+        finite = verdict.latent.isfinite().all(-1)
+        accepted, usable = torch.stack((verdict.accepted, finite.long())).cpu().numpy()
         drawn = np.flatnonzero(~discarded)
         position = self._device((first + accepted)[drawn])
-        self.latents[self._device(slot[drawn]), position] = verdict.latent[self._device(drawn)]
-        return accepted + 1, int(verdict.given_up.sum())
+        latent = verdict.latent.masked_fill(~finite[:, None], 0.0)
+        self.latents[self._device(slot[drawn]), position] = latent[self._device(drawn)]
+        return Drawn(accepted + 1, (usable == 0) & ~discarded, int(verdict.given_up.sum()))
 
     def _device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.labels.device)

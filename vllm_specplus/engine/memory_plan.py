@@ -1,0 +1,67 @@
+"""What verification takes of the memory that vLLM would give to the KV cache.
+
+vLLM measures at start how much memory is left beside its model, with one row of logits per request,
+and gives all of it to the cache. Rows of drafts have logits too: without a plan for them the first
+full batch ends in the middle of a step for want of memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_specplus.control import memory
+from vllm_specplus.engine.row_penalties import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_specplus.proposer import Proposer
+
+
+def max_rows(vllm_config: VllmConfig, drawn: bool) -> int:
+    """Most rows a step may verify: the batch's token budget and the logits' memory. ``drawn``: are
+    drafts judged by what they were drawn from?"""
+    scheduler = vllm_config.scheduler_config
+    by_logits = memory.LOGITS_BUDGET // _row_bytes(vllm_config, drawn)
+    return min(scheduler.max_num_batched_tokens, max(by_logits, scheduler.max_num_seqs))
+
+
+def verification_bytes(vllm_config: VllmConfig, proposer: Proposer) -> int:
+    """What a step may take beside what vLLM has measured: rows of drafts with their logits and the
+    sampler's copies of them, penalties of those, and logits of prompts that are looked at."""
+    drawn = proposer.rule is not None
+    requests = vllm_config.scheduler_config.max_num_seqs
+    most = min(max_rows(vllm_config, drawn), requests * (1 + vllm_config.num_speculative_tokens))
+    bytes_ = max(most - requests, 0) * _row_bytes(vllm_config, drawn) + CHUNK_BYTES
+    if proposer.reads_prompt:
+        bytes_ += memory.PROMPT_CHUNK * _row_bytes(vllm_config, None)
+    return bytes_
+
+
+def for_kv_cache(
+    available: int, vllm_config: VllmConfig, proposer: Proposer, slot_bytes: int
+) -> int:
+    """What is left for the target's keys and values of the ``available`` bytes: less what a step
+    takes, unless whoever serves has said how large the cache is, and less the share of a draft
+    that has a place for every ``slot_bytes`` bytes of the target's.
+
+    ValueError with one sentence if nothing is left.
+    """
+    if vllm_config.cache_config.kv_cache_memory_bytes is None:
+        taken = verification_bytes(vllm_config, proposer)
+        if taken >= available:
+            raise ValueError(
+                f"verifying drafts may take {memory.human(taken)} for logits, and "
+                f"{memory.human(max(available, 0))} are left beside the model: lower "
+                f"--max-num-seqs or num_speculative_tokens, or raise --gpu-memory-utilization"
+            )
+        available -= taken
+    return int(available * slot_bytes / (slot_bytes + proposer.slot_bytes()))
+
+
+def _row_bytes(vllm_config: VllmConfig, drawn: bool | None) -> int:
+    """Of one row's logits and what drawing from them takes; ``drawn`` None: nothing is drawn."""
+    model = vllm_config.model_config
+    sampling: memory.Sampling = "judged" if drawn else "greedy" if drawn is None else "sampled"
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    return memory.logits_row_bytes(model.get_vocab_size(), model.dtype.itemsize, ranks, sampling)
