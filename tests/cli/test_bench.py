@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from vllm_specplus.bench.protocol import (
     MachineInfo,
     MarginResult,
     Paused,
+    Renewed,
     RequestResult,
     RoundRequest,
     RoundResult,
@@ -322,18 +324,22 @@ def spec(text: str) -> MethodSpec:
 class FakeProcess:
     """Stands in for `EngineProcess`.
 
-    `fails` names the kind of answer that a method does not get to; `events` records who ran
-    when, and `awake` which engines are not stopped.
+    `fails` names the kind of answer that a method does not get to, and `stale` those that cannot
+    be renewed; `events` records who ran when, and `awake` which engines are not stopped.
     """
 
     events: list
     fails: dict[str, str]
     awake: set
     pauses: bool
+    stale: Sequence[str]
 
     @classmethod
-    def make(cls, fails: dict[str, str] | None = None, pauses: bool = False) -> type:
+    def make(
+        cls, fails: dict[str, str] | None = None, pauses: bool = False, stale: Sequence[str] = ()
+    ) -> type:
         own = {"events": [], "fails": fails or {}, "awake": set(), "pauses": pauses}
+        own["stale"] = stale
         return type("Process", (cls,), own)
 
     def __init__(self, log, *arguments, cwd=None):
@@ -376,6 +382,9 @@ class FakeProcess:
             answers = self.message.answers
             self.events.append(("scores", self.name, len(answers)))
             return ScoreResult(nats=[float(sum(answer.token_ids)) for answer in answers])
+        if reply is Renewed:
+            self.events.append(("renew", self.name, self.message.concurrency))
+            return Renewed(done=self.name not in self.stale)
         self.events.append(("start", self.name))
         return SimpleNamespace(startup_s=1.0)
 
@@ -390,8 +399,10 @@ class FakeProcess:
         self.events.append(("kill", self.name))
 
 
-def run_plan(monkeypatch, tmp_path, *, fails=None, pauses=False, device="cpu", **changes) -> tuple:
-    process = FakeProcess.make(fails, pauses)
+def run_plan(
+    monkeypatch, tmp_path, *, fails=None, pauses=False, stale=(), device="cpu", **changes
+) -> tuple:
+    process = FakeProcess.make(fails, pauses, stale)
     monkeypatch.setattr(runner, "EngineProcess", process)
     pool = questions(a=8)
     plan = Plan(
@@ -433,8 +444,8 @@ def test_methods_take_turns_on_cpu(monkeypatch, tmp_path):
         *[("round", name, first) for name in ("none", "ngram", "suffix")],
         *[("round", name, second) for name in ("ngram", "suffix", "none")],
         ("margins", "none", 6),
-        *[("close", name) for name in ("suffix", "ngram", "none")],
         ("save", 3),
+        *[("close", name) for name in ("suffix", "ngram", "none")],
     ]
     assert settled == 3 * 6
     suffix = benchmark.sessions[2]
@@ -458,6 +469,47 @@ def test_every_concurrency_is_saved_when_it_is_done(monkeypatch, tmp_path):
         monkeypatch, tmp_path, concurrencies=[1, 2], fails={"suffix": "EngineReady"}
     )
     assert [event for event in events if event[0] == "save"] == [("save", 2), ("save", 4)]
+
+
+def test_engines_serve_all_concurrencies_as_if_just_started(monkeypatch, tmp_path):
+    benchmark, events, settled = run_plan(
+        monkeypatch, tmp_path, concurrencies=[1, 2], repeat=2, methods=parse_methods("none,suffix")
+    )
+    starts = [event for event in events if event[0] in ("start", "renew", "close")]
+    turns = [(2, "none", "suffix"), (1, "suffix", "none"), (2, "suffix", "none")]
+    assert starts == [
+        ("start", "none"),
+        ("start", "suffix"),
+        *[("renew", name, number) for number, *names in turns for name in names],
+        ("close", "suffix"),
+        ("close", "none"),
+    ]
+    assert settled == 2 * 2 * 2 * 6
+    assert [(s.concurrency, s.repeat) for s in benchmark.sessions] == [
+        (1, 0), (1, 0), (2, 0), (2, 0), (1, 1), (1, 1), (2, 1), (2, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_engine_that_cannot_forget_is_replaced(monkeypatch, tmp_path, device):
+    methods = parse_methods("none,suffix")
+    benchmark, events, _ = run_plan(
+        monkeypatch, tmp_path, concurrencies=[1, 2], stale=["suffix"], methods=methods,
+        device=device, temperature=1.0,
+    )  # fmt: skip
+    assert events.count(("start", "none")) == 1
+    assert events.count(("start", "suffix")) == 2
+    assert events.count(("kill", "suffix")) == 1
+    assert len(benchmark.sessions) == 4
+
+
+def test_an_engine_that_died_is_started_for_the_next_concurrency(monkeypatch, tmp_path):
+    benchmark, events, settled = run_plan(
+        monkeypatch, tmp_path, concurrencies=[1, 2], fails={"suffix": "RoundResult"}
+    )
+    assert events.count(("start", "suffix")) == 2
+    assert [failure.concurrency for failure in benchmark.failures] == [1, 2]
+    assert settled == 2 * 3 * 6
 
 
 def test_rounds_end_when_every_engine_has_died(monkeypatch, tmp_path):

@@ -167,9 +167,12 @@ def main(job_path: str, out_path: str) -> None:
     llm = LLM(**job["engine"])
     if job.get("sabotage"):
         sabotage(job["sabotage"])
-    result, owners, counted = [], [], []
+    result, owners, counted, drafted = [], [], [], []
     for batch in job["batches"]:
         time.sleep(batch.get("pause", 0))
+        if batch.get("renew"):
+            assert llm.reset_prefix_cache()
+            assert all(llm.collective_rpc("renew_drafts"))
         if batch.get("await_rebuild"):
             _await_rebuild(llm)
         if batch.keys() & {"await_rebuild", "kill_owner_at", "end_process"}:
@@ -193,13 +196,14 @@ def main(job_path: str, out_path: str) -> None:
             continue
         result.append(generate(llm, requests_of(batch)))
         counted.append(llm.collective_rpc(counters_of)[0])
+        drafts = metrics_of(llm).get("spec_decode_num_draft_tokens")
+        drafted.append(getattr(drafts, "value", None))
     runners = llm.collective_rpc(counters_of)
     slots = llm.collective_rpc(_slots)[0]
     metrics = metrics_of(llm)
     trims = getattr(metrics.get("specplus_memory_guard_trims"), "value", None)
     preemptions = getattr(metrics.get("num_preemptions"), "value", None)
     accepted = getattr(metrics.get("spec_decode_num_accepted_tokens_per_pos"), "values", None)
-    drafted = getattr(metrics.get("spec_decode_num_draft_tokens"), "value", None)
     llm.llm_engine.engine_core.shutdown()
     with open(out_path, "w") as f:
         json.dump(

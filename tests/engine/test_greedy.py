@@ -137,7 +137,7 @@ def test_a_cached_prompt_is_not_filled_up_with_drafts(tmp_path, tiny_engine):
     spec["control"] = {"policy": "fixed"}
     engine = tiny_engine | {"disable_log_stats": False, "enable_prefix_caching": True}
     got = harness.run(tmp_path, engine | {"speculative_config": spec}, batches)
-    assert got["drafted"] == got["counters"]["nodes_drafted"] > 0
+    assert got["drafted"][-1] == got["counters"]["nodes_drafted"] > 0
     assert harness.ids(got, 1) == harness.ids(got, 0)
 
 

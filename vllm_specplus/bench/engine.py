@@ -35,6 +35,8 @@ from vllm_specplus.bench.protocol import (
     MarginResult,
     Paused,
     Prefix,
+    Renew,
+    Renewed,
     RequestResult,
     RoundRequest,
     RoundResult,
@@ -173,10 +175,12 @@ class Engine:
             speculative_config=setup.speculative_config,
             # vllm serve's default, and the source of the draft counters.
             disable_log_stats=False,
+            worker_extension_cls="vllm_specplus.bench.renewal.Renewal",
             **setup.engine_args,
         )
         self.startup_s = time.perf_counter() - started
         self.setup = setup
+        self.concurrency = setup.concurrency
         questions = [*setup.measured, *setup.warmup]
         self.numbers = {question.id: number for number, question in enumerate(questions)}
         self.prompts = {question.id: self._encode(question) for question in questions}
@@ -232,15 +236,24 @@ class Engine:
             )
             for question_id, prompt in zip(question_ids, prompts, strict=True)
         ]
-        return run_closed_loop(self.llm.llm_engine, jobs, self.setup.concurrency, clock)
+        return run_closed_loop(self.llm.llm_engine, jobs, self.concurrency, clock)
 
     def warm_up(self) -> None:
-        """Run every code path once on questions that are not measured."""
+        """Run every code path once on questions that are not measured: twice the concurrency, so
+        that requests also join and leave a full batch."""
         self._answer(
-            [question.id for question in self.setup.warmup],
+            [question.id for question in self.setup.warmup[: 2 * self.concurrency]],
             min(WARMUP_TOKENS, self.setup.max_tokens),
             Clock(),
         )
+
+    def renew(self, concurrency: int) -> bool:
+        """Become an engine that has just started and warmed up; False if that is not possible."""
+        if not (self.llm.reset_prefix_cache() and all(self.llm.collective_rpc("renew_drafts"))):
+            return False
+        self.concurrency = concurrency
+        self.warm_up()
+        return True
 
     def measure(self, request: RoundRequest, give_way: Callable[[], None]) -> RoundResult:
         """Answer one round's questions and time it."""
@@ -445,7 +458,9 @@ def serve(requests: TextIO, send: Callable[[BaseModel], None]) -> None:
 
     for line in requests:
         request = REQUEST.validate_json(line)
-        if isinstance(request, MarginRequest):
+        if isinstance(request, Renew):
+            send(Renewed(done=engine.renew(request.concurrency)))
+        elif isinstance(request, MarginRequest):
             send(engine.margins(request.prefixes))
         elif isinstance(request, ScoreRequest):
             send(engine.scores(request.answers))

@@ -1,7 +1,8 @@
 """The messages between the benchmark and its engine processes: one JSON object per line.
 
 The parent writes one `EngineSetup`, reads `EngineReady`, and then writes requests, each of which
-is answered before the next. A round in slices is answered by `Paused` after each of them, and goes
+is answered before the next. `Renew` makes the engine one that has just started, for the rounds of
+another concurrency. A round in slices is answered by `Paused` after each of them, and goes
 on with `Continue`. Instead of any answer a `Failed` may come, and the process ends.
 """
 
@@ -27,7 +28,11 @@ class MachineInfo(BaseModel):
 
 
 class EngineSetup(BaseModel):
-    """Everything an engine process needs to start; `measured` and `warmup` are disjoint."""
+    """Everything an engine process needs to start.
+
+    `measured` and `warmup` are disjoint; `warmup` has enough for the largest concurrency that the
+    engine will be renewed for.
+    """
 
     model: str
     speculative_config: dict[str, Any] | None
@@ -48,8 +53,22 @@ class EngineReady(BaseModel):
     startup_s: float
 
 
+class Renew(BaseModel):
+    """Forget what was learnt, by draft methods and the prefix cache, and warm up again."""
+
+    kind: Literal["renew"] = "renew"
+    concurrency: int
+
+
+class Renewed(BaseModel):
+    """`done` False: not all of it is known how to forget, and another engine has to be started."""
+
+    kind: Literal["renewed"] = "renewed"
+    done: bool
+
+
 class RoundRequest(BaseModel):
-    """Answer these questions, with the set-up's concurrency, and measure.
+    """Answer these questions, with the concurrency of the set-up or last renewal, and measure.
 
     `slice_s`: seconds after which to pause, between two engine steps; None: not at all.
     """
@@ -156,8 +175,10 @@ class Failed(BaseModel):
     error: str
 
 
-AnyRequest = RoundRequest | Continue | MarginRequest | ScoreRequest
-AnyReply = MachineInfo | EngineReady | Paused | RoundResult | MarginResult | ScoreResult | Failed
+AnyRequest = Renew | RoundRequest | Continue | MarginRequest | ScoreRequest
+AnyReply = (
+    MachineInfo | EngineReady | Renewed | Paused | RoundResult | MarginResult | ScoreResult | Failed
+)
 
 REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
 REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])

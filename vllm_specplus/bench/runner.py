@@ -1,7 +1,9 @@
 """Runs the methods side by side: which engine measures what, when.
 
-Every combination of method, concurrency and repeat gets a fresh engine, which sees every prompt
-once; otherwise drafters that remember (suffix trees, token recycling) would answer from memory.
+Every combination of method, concurrency and repeat sees every prompt once, in an engine that knows
+nothing yet; otherwise drafters that remember (suffix trees, token recycling) would answer from
+memory. It is the method's engine of before, which forgets what it has learnt (`Renew`), or a fresh
+one, where it has ended or does not know how.
 
 The questions are split into rounds, and the methods take turns:
 
@@ -11,7 +13,8 @@ The questions are split into rounds, and the methods take turns:
   does not count. Engines whose turn it is not are stopped with SIGSTOP: an idle one would still
   burn CPU time, because OpenMP threads and vLLM's processes wait by spinning.
 * On other devices, and with `sequential`, one engine is alive at a time, because each wants the
-  device's memory for itself. It measures all its rounds, and the order rotates over the repeats.
+  device's memory for itself. It measures all its rounds at all concurrencies, and the order
+  rotates over the repeats.
 """
 
 import os
@@ -45,6 +48,8 @@ from vllm_specplus.bench.protocol import (
     MarginResult,
     Paused,
     Prefix,
+    Renew,
+    Renewed,
     RoundRequest,
     RoundResult,
     ScoreRequest,
@@ -296,6 +301,14 @@ def rotated(items: Sequence[Any], count: int) -> list[Any]:
     return [*items[offset:], *items[:offset]]
 
 
+@dataclass(frozen=True)
+class Started:
+    """An engine that is alive. `startup_s`: seconds to build it."""
+
+    engine: EngineProcess
+    startup_s: float
+
+
 @dataclass
 class Live:
     """A session whose engine is alive."""
@@ -330,6 +343,8 @@ class Benchmark:
         self._save = save
         self._unstartable: set[str] = set()
         self._engines = 0
+        self._stack = ExitStack()
+        self._alive: dict[str, Started] = {}
 
     def run(self) -> None:
         """Measure everything. A method that fails leaves the others alone.
@@ -337,11 +352,12 @@ class Benchmark:
         One that could not start is not tried again. One that failed later loses its sessions at
         that concurrency, so that what is reported has all its questions.
         """
-        for repeat in range(self.plan.repeat):
-            for concurrency in self.plan.concurrencies:
-                self._run_group(concurrency, repeat)
-                self._drop_incomplete()
-                self._save(self)
+        with self._stack:
+            for repeat in range(self.plan.repeat):
+                if self.sequential:
+                    self._one_by_one(repeat)
+                else:
+                    self._together(repeat)
 
     def _drop_incomplete(self) -> None:
         incomplete = {
@@ -355,47 +371,87 @@ class Benchmark:
             if (session.method.label, session.concurrency) not in incomplete
         ]
 
-    def _run_group(self, concurrency: int, repeat: int) -> None:
-        """Measure all methods at one concurrency, each in a fresh engine."""
-        methods = []
+    def _together(self, repeat: int) -> None:
+        """Measure with all methods' engines alive."""
+        for concurrency in self.plan.concurrencies:
+            live = self._ready(rotated(self.plan.methods, repeat), concurrency, repeat)
+            live = self._take_turns(live, self._rounds(concurrency))
+            group = [item.session for item in live]
+            self._judge(group, concurrency)
+            self._keep(group)
+
+    def _one_by_one(self, repeat: int) -> None:
+        """Measure with one engine alive, which has seen all concurrencies when the next one
+        starts."""
+        groups: dict[int, list[Session]] = {each: [] for each in self.plan.concurrencies}
         for method in rotated(self.plan.methods, repeat):
+            for concurrency, group in groups.items():
+                live = self._ready([method], concurrency, repeat)
+                live = self._take_turns(live, self._rounds(concurrency))
+                group += [item.session for item in live]
+            self._end_engines()
+        for concurrency, group in groups.items():
+            self._judge(group, concurrency)
+        self._end_engines()
+        self._keep([session for group in groups.values() for session in group])
+
+    def _rounds(self, concurrency: int) -> list[list[Question]]:
+        return split_rounds(self.plan.measured, self.plan.rounds, concurrency)
+
+    def _keep(self, sessions: Sequence[Session]) -> None:
+        """Take in what was measured, and save it."""
+        self.sessions += sessions
+        self._drop_incomplete()
+        self._save(self)
+
+    def _ready(self, methods: Sequence[MethodSpec], concurrency: int, repeat: int) -> list[Live]:
+        """Engines that are as if they had just started and warmed up, and stopped."""
+        live = []
+        for method in methods:
             if method.label in self._unstartable:
                 self._notify(f"{method.label}: skipped", len(self.plan.measured))
-            else:
-                methods.append(method)
-        rounds = split_rounds(self.plan.measured, self.plan.rounds, concurrency)
-        group: list[Session] = []
-        for batch in [[method] for method in methods] if self.sequential else [methods]:
-            with ExitStack() as stack:
-                live = []
-                for method in batch:
-                    try:
-                        live.append(self._start(stack, method, concurrency, repeat))
-                    except EngineError as exc:
-                        self._unstartable.add(method.label)
-                        self._fail(method, concurrency, "start", exc, len(self.plan.measured))
-                live = self._take_turns(live, rounds)
-                group += [item.session for item in live]
-                if not self.sequential:
-                    self._judge(group, concurrency, repeat, live)
-        if self.sequential:
-            self._judge(group, concurrency, repeat, [])
-        self.sessions += group
+                continue
+            try:
+                started = self._renewed(method, concurrency) or self._start(method, concurrency)
+            except EngineError as exc:
+                self._unstartable.add(method.label)
+                self._fail(method, concurrency, "start", exc, len(self.plan.measured))
+                continue
+            session = Session(method, concurrency, repeat, started.startup_s)
+            live.append(Live(session, started.engine))
+        return live
 
-    def _start(self, stack: ExitStack, method: MethodSpec, concurrency: int, repeat: int) -> Live:
+    def _renewed(self, method: MethodSpec, concurrency: int) -> "Started | None":
+        """The method's engine, if it is alive and can forget what it has learnt."""
+        started = self._alive.get(method.label)
+        if started is None:
+            return None
+        self._notify(f"{method.label}: renewing, concurrency {concurrency}", 0)
+        engine = started.engine
+        try:
+            engine.resume()
+            engine.send(Renew(concurrency=concurrency))
+            if engine.receive(Renewed).done:
+                engine.suspend()
+                return started
+        except EngineError:
+            pass
+        self._lost(method)
+        return None
+
+    def _start(self, method: MethodSpec, concurrency: int) -> "Started":
         """Start and warm up an engine, and leave it stopped."""
         self._notify(f"{method.label}: starting, concurrency {concurrency}", 0)
         self._engines += 1
         name = re.sub(r"[^\w.=-]+", "_", method.label)
         log = self._logs / f"{self._engines:02}-{name}-c{concurrency}.log"
-        engine = stack.enter_context(EngineProcess(log, cwd=self._checkout(method)))
+        engine = self._stack.enter_context(EngineProcess(log, cwd=self._checkout(method)))
         setup = EngineSetup(
             model=self.plan.model,
             speculative_config=method.speculative_config,
             engine_args=self.engine_args,
             measured=list(self.plan.measured),
-            # Twice the concurrency: requests then also join and leave a full batch.
-            warmup=list(self.plan.warmup[: 2 * concurrency]),
+            warmup=list(self.plan.warmup[: 2 * max(self.plan.concurrencies)]),
             concurrency=concurrency,
             max_tokens=self.plan.max_tokens,
             temperature=self.plan.temperature,
@@ -409,7 +465,16 @@ class Benchmark:
             engine.kill()
             raise
         engine.suspend()
-        return Live(Session(method, concurrency, repeat, ready.startup_s), engine)
+        started = self._alive[method.label] = Started(engine, ready.startup_s)
+        return started
+
+    def _lost(self, method: MethodSpec) -> None:
+        """The method's engine is of no more use."""
+        self._alive.pop(method.label).engine.kill()
+
+    def _end_engines(self) -> None:
+        self._alive.clear()
+        self._stack.close()
 
     def _checkout(self, method: MethodSpec) -> Path | None:
         """Whose code the method's engine runs; None: that of this process."""
@@ -437,7 +502,7 @@ class Benchmark:
                     reply = engine.receive(RoundResult, Paused)
                     engine.suspend()
                 except EngineError as exc:
-                    engine.kill()
+                    self._lost(session.method)
                     lasting.remove(item)
                     left = sum(len(later) for later in rounds[number:])
                     self._fail(session.method, session.concurrency, "measure", exc, left)
@@ -449,11 +514,9 @@ class Benchmark:
                     self._notify(None, len(questions))
         return lasting
 
-    def _judge(
-        self, group: Sequence[Session], concurrency: int, repeat: int, live: Sequence[Live]
-    ) -> None:
-        """What the baseline's engine, or a fresh one like it, says of the answers: the margins
-        where they differ from its own, and how far it finds those of lossy methods."""
+    def _judge(self, group: Sequence[Session], concurrency: int) -> None:
+        """What the baseline's engine, or another like it, says of the answers: the margins where
+        they differ from its own, and how far it finds those of lossy methods."""
         baseline = next(
             (session.method for session in group if session.method.name == BASELINE), None
         )
@@ -462,19 +525,19 @@ class Benchmark:
         if baseline is None or not (differences or lossy):
             return
         stage: Stage = "margins"
-        with ExitStack() as stack:
-            try:
-                judge = next((item for item in live if item.session.method is baseline), None)
-                if judge is None:
-                    judge = self._start(stack, baseline, concurrency, repeat)
-                judge.engine.resume()
-                if differences:
-                    self._add_margins(judge.engine, differences)
-                if lossy:
-                    stage = "scores"
-                    self._add_scores(judge.engine, group)
-            except EngineError as exc:
-                self._fail(baseline, concurrency, stage, exc, 0)
+        try:
+            started = self._alive.get(baseline.label) or self._start(baseline, concurrency)
+            started.engine.resume()
+            if differences:
+                self._add_margins(started.engine, differences)
+            if lossy:
+                stage = "scores"
+                self._add_scores(started.engine, group)
+            started.engine.suspend()
+        except EngineError as exc:
+            if baseline.label in self._alive:
+                self._lost(baseline)
+            self._fail(baseline, concurrency, stage, exc, 0)
 
     def _add_margins(
         self, judge: EngineProcess, differences: Sequence[tuple[Session, Prefix]]

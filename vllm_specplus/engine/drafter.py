@@ -3,6 +3,7 @@ controller, guarded."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm_specplus import registry
 from vllm_specplus.control.allowed import can_be_text
 from vllm_specplus.control.controller import Controller
+from vllm_specplus.control.cost import StepCost
 from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
@@ -45,17 +47,40 @@ class Drafter:
         self.counters = Counters()
         self._vllm_config = vllm_config
         self._log_fault = FaultLog(logger, self.config.method)
-        self.proposer = proposer(self.config, self._services())
+        self._method = proposer
+        self._pages: tuple[int, int, int] | tuple[()] = ()
+        self._cost: StepCost | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.proposer = self._method(self.config, self._services())
+        draws = self.proposer.rule is not None
         self.controller = Controller(
             self.config.control,
             self.proposer.sources,
             max_nodes=self.config.num_speculative_tokens,
-            max_rows=max_rows(vllm_config, drawn=self.proposer.rule is not None),
+            max_rows=max_rows(self._vllm_config, draws),
             counters=self.counters,
             levels=self.proposer.levels,
-            draws=self.proposer.rule is not None,
+            draws=draws,
         )
         self._drafted: tuple[list[str], DraftBatch] | None = None
+
+    def renew(self) -> None:
+        """Forgets all that was learnt since the start, between requests: proposer and controller
+        are made again, what a step costs is as it was measured."""
+        self.proposer.close()
+        self._begin()
+        if self._cost is not None:
+            self.set_cost(self._cost)
+        if self._first_rank:
+            self.load_model(self._model)
+            if self._pages:
+                self.share_pages(*self._pages)
+
+    def set_cost(self, cost: StepCost) -> None:
+        """Tells the controller what a step costs."""
+        self._cost, self.controller.cost = cost, copy.deepcopy(cost)
 
     def _services(self) -> Services:
         config, model = self._vllm_config, self._vllm_config.model_config
@@ -81,6 +106,7 @@ class Drafter:
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         """See ``Proposer.share_pages``."""
+        self._pages = pages, page, max_requests
         if self._first_rank:
             self.proposer.share_pages(pages, page, max_requests)
 

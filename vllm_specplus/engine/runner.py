@@ -117,8 +117,8 @@ class TreeRunnerMixin(ImageRowsMixin):
         if control.policy == "goodput":
             most = min(self.max_num_tokens, self.max_num_reqs * self.uniform_decode_query_len)
             profiler = StepProfiler(self.vllm_config, self.device, self._run_profiled)
-            self.drafter.controller.cost = profiler.profile(
-                control.cost_file, most, trees=self._pictures is None
+            self.drafter.set_cost(
+                profiler.profile(control.cost_file, most, trees=self._pictures is None)
             )
 
     def _run_profiled(self, rows: int, kind: str) -> None:
