@@ -31,16 +31,19 @@ def run(
 ) -> dict:
     """``engine``: arguments of ``vllm.LLM``; ``batches``: ``{"requests": [[prompt,
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
-    other (before one with "truncate", that file is cut short; before one with "renew" the engine
-    forgets all, see ``bench.renewal``; one with "pause" waits so many seconds, one with "await_rebuild" until a layer-parallel draft has new processes; in one with
-    "kill_owner_at" a process of that draft is killed when the draft of that number is asked for,
-    in one with "end_process" that one, at the draft "end_at"; one with
-    "abort_after" is aborted after so many steps and returns nothing; one with "sessions" is
-    ``sessions.serve``'s, with "hostile" ``hostile.serve``'s); ``env``: more environment. Returns
-    {"batches": [[{"ids", "text", ...}]], "counters": {...}, "counted": [the counters
-    after each batch], "owners": [[pid, ...]]}; with statistics also "preemptions", the
-    scheduler's "trims" of drafts and, with any speculation, vLLM's "accepted_per_position" and
-    how many tokens it thinks "drafted" after each batch.
+    other, with more keys for what happens before or instead:
+
+    * "pause": wait so many seconds; "await_rebuild": until a layer-parallel draft has new processes
+    * "truncate": that file is cut short; "renew": the engine forgets all, see ``bench.renewal``
+    * "kill_owner_at": a process of that draft is killed when the draft of that number is asked
+      for; "end_process": that one, at the draft "end_at"
+    * "abort_after": the requests are aborted after so many steps, and nothing is returned
+    * "sessions": ``sessions.serve``; "hostile": ``hostile.serve``
+
+    ``env``: more environment. Returns {"batches": [[{"ids", "text", ...}]], "counters": {...},
+    "counted": [the counters after each batch], "owners": [[pid, ...]]}; with statistics also
+    "preemptions", the scheduler's "trims" of drafts and, with any speculation, vLLM's
+    "accepted_per_position" and how many tokens it thinks "drafted" after each batch.
     """
     number = len(list(tmp_path.glob("job*.json")))
     job, out = tmp_path / f"job{number}.json", tmp_path / f"out{number}.json"
