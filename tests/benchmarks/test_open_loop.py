@@ -85,7 +85,7 @@ def test_bad_input(open_loop, parse, text, error):
 def test_bad_input_ends_the_script_with_one_line():
     done = subprocess.run(
         [sys.executable, SCRIPT, "--model", "m", "--dataset", "/nowhere"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("Error: cannot read the dataset /nowhere: ")

@@ -162,7 +162,7 @@ def ask(url: str, prompt: list[int]) -> None:
         f"{url}/v1/completions", json.dumps(body | {"ignore_eos": True}).encode(),
         {"Content-Type": "application/json"},
     )  # fmt: skip
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=600) as answer:
         assert answer.status == 200
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.engine import harness
@@ -12,7 +14,7 @@ pytestmark = pytest.mark.engine
 
 FIXED = {"policy": "fixed"}
 CHAIN = {"shape": "chain", "num_speculative_tokens": 5, "control": FIXED}
-EVERYTHING = {"method": "layer_skip", "skip_attention": [], "skip_mlp": []}
+SKIPS_ONE = {"method": "layer_skip", "skip_attention": [1], "skip_mlp": [1]}
 EARLY = {"method": "early_exit", "exit_layers": [1, 2], "num_speculative_tokens": 6}
 FUSED = {
     "method": "rasd",
@@ -37,18 +39,27 @@ def test_greedy_text_is_the_same(tmp_path, tiny_engine, mixed_requests, plain, c
     assert result["counters"]["nodes_accepted"] > 100
 
 
+def idle(weights: Path, layer: int) -> None:
+    """Let a layer add nothing to its input."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.{layer}.{name}.weight"].zero_()
+    save_file(tensors, weights, {"format": "pt"})
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_with_all_layers_every_draft_is_right(tmp_path, tiny_engine, tiny_model, family):
+def test_without_a_layer_that_does_nothing_every_draft_is_right(tmp_path, tiny_engine, family):
     """The copied cache is the target's: every node of a greedy chain is accepted."""
-    model = tiny_model
-    if family != "llama":
-        model = build_model(tmp_path / "model", VOCAB, 0.25, family)
+    model = build_model(tmp_path / "model", VOCAB, 0.25, family)
+    idle(Path(model) / "model.safetensors", layer=1)
     requests = [
         [[5 + i] * (1 + 30 * i), {"temperature": 0.0, "max_tokens": 61, "ignore_eos": True}]
         for i in range(4)
     ]
     engine = {"model": model, "max_model_len": 240, "num_gpu_blocks_override": 400}
-    config = {"speculative_config": EVERYTHING | CHAIN}
+    config = {"speculative_config": SKIPS_ONE | CHAIN}
     result = harness.run(tmp_path, tiny_engine | engine | config, [{"requests": requests}])
     counters = result["counters"]
     assert counters["request_steps"] == 4 * 10

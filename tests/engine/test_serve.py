@@ -123,7 +123,7 @@ def metrics(url: str) -> dict[str, float]:
 def ask(server):
     from openai import OpenAI
 
-    client = OpenAI(base_url=f"{server}/v1", api_key="none", timeout=120, max_retries=0)
+    client = OpenAI(base_url=f"{server}/v1", api_key="none", timeout=600, max_retries=0)
 
     def ask(question: str, max_tokens: int = 32, **fields):
         return client.chat.completions.create(
@@ -301,7 +301,7 @@ def test_spellings_of_the_config_mean_the_same(model):
     ]
     done = subprocess.run(
         [sys.executable, "-c", DOTTED, model, json.dumps(spellings)],
-        env=environment(), capture_output=True, text=True, timeout=120,
+        env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     first, *others = json.loads(done.stdout.splitlines()[-1])
@@ -337,7 +337,7 @@ def test_spellings_of_the_config_mean_the_same(model):
 )
 def test_mistakes_end_the_server_with_a_sentence(model, spec, arguments, sentence):
     command = vllm_serve(model, "--speculative-config", json.dumps(SPEC | spec), *arguments)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert sentence in done.stderr
     assert "EngineCore" not in done.stderr  # told before any engine process starts

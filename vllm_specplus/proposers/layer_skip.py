@@ -90,6 +90,11 @@ class LayerSkipConfig(SelfSpeculationConfig):
                 f"'skip_share' is for the search, and {given[0]!r} says what to leave out: remove "
                 f"one of them"
             )
+        if given and not any(self.named_layers().values()):
+            raise ValueError(
+                "'skip_attention' and 'skip_mlp' name no layer, and a draft of all layers takes as "
+                "long as the target: name some, or remove both for a search"
+            )
         for key, layers in self.named_layers().items():
             if layers and len(set(layers)) < len(layers):
                 raise ValueError(f"{key!r} is {quoted(layers)}: name each layer once")
