@@ -1,7 +1,7 @@
 """Tokens per step of draft-tree shapes and verification rules, at the same number of rows.
 
     python benchmarks/draft_trees.py --model DIR --draft DIR --dataset question.jsonl \\
-        --out benchmarks/results/draft_trees.json
+        --out benchmarks/results/drafts/draft_trees.json
 
 Every shape drafts ``--nodes`` nodes per step (policy "fixed"), ``--width`` in a level, for the
 same questions at every temperature; the questions run in groups, whose tokens per step give

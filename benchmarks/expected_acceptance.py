@@ -1,7 +1,7 @@
 """Expected tokens per step of draft-tree shapes and verification rules, on the same texts.
 
     python benchmarks/expected_acceptance.py --model DIR --draft DIR --dataset question.jsonl \\
-        --out benchmarks/results/expected_acceptance.json
+        --out benchmarks/results/drafts/expected_acceptance.json
 
 ``draft_trees.py`` counts what engines accept, each on the text it happens to write: honest,
 and noisy. Here one engine writes texts without drafts' help, and every shape then drafts a
