@@ -19,6 +19,8 @@ comments, which nobody sees on the rendered page:
     No result of ours. Alone on a line the mark holds for the paragraph, list or table that follows,
     as ``<!--fig none in this section: REASON-->`` to the next heading of the same rank.
 
+Code is never a result, so that a default is best written as code.
+
 An expression is a path through the file with a few operations: ``runs(method='none').tokens_per_s``
 (a call picks entries of a list, ``*`` in a text stands for anything), ``times['2']['one core']``,
 ``+ - * /``, ``min``, ``max``, ``median``, ``percent``, and ``'other/file'`` as a start of its own.
@@ -53,7 +55,7 @@ CODE = re.compile(r"^(?P<fence>[ \t]*```).*?^(?P=fence)[^\n]*$|(?<!`)`[^`]+`(?!`
 # Targets of links, and numbers of papers and versions.
 NAMES = re.compile(
     r"\]\([^)]*\)|(?:\[|arXiv )\d{4}\.\d{5}"
-    r"|(?:vLLM|Python|PyTorch|version|temperature) \d[\d.]*(?: (?:to|and) \d[\d.]*)?|\d+\.\d+\.\d+"
+    r"|(?:vLLM|Python|temperature)[ |]+\d[\d.]*|(?<=[A-Za-z])-\d[\d.]*|\d+\.\d+\.\d+"
 )
 UNITS = (
     "x|×|%|ms|µs|us|s|seconds?|minutes?|hours?|nats?|times|-fold|bytes|[kKMG]i?B|"
@@ -150,7 +152,7 @@ def value_of(node: ast.expr, names: dict[str, Any], root: Path, first: bool = Fa
 def evaluate(expression: str, names: dict[str, Any], root: Path) -> Any:
     """What an expression names."""
     try:
-        return value_of(ast.parse(expression.strip(), mode="eval").body, names, root)
+        return value_of(ast.parse(" ".join(expression.split()), mode="eval").body, names, root)
     except SyntaxError:
         raise Fault("the expression is none") from None
 
@@ -281,12 +283,13 @@ def unmarked(name: str, text: str) -> Iterator[str]:
         end = section_end(text, note.end()) if note["section"] else block_end(text, note.end())
         text = text[: note.start()] + blank_text(text[note.start() : end]) + text[end:]
     text = NAMES.sub(blank, text)
+    text = re.sub(r"^\|[^\n]*\n(?=\|[-| ]+\n)", blank, text, flags=re.MULTILINE)  # heads of tables
     for number, line in enumerate(text.splitlines(), 1):
         place = f"{name}:{number}"
         if MARK.search(line):
             yield f"{place}: this mark is not understood."
-        for found in figures_in(line):
-            yield f"{place}: '{found}' comes from no file, and no mark says why."
+        if found := [f"'{each}'" for each in figures_in(line)]:
+            yield f"{place}: {', '.join(found)} of no file, and no mark says why."
 
 
 def blank_text(text: str) -> str:
@@ -295,12 +298,11 @@ def blank_text(text: str) -> str:
 
 def figures_in(line: str) -> Iterator[str]:
     """What looks like a result: a number with a unit, a fraction, or the number of a cell."""
-    for match in RESULT.finditer(line):
-        yield match[0]
-    if line.startswith("|"):
-        for cell in line.split("|")[2:-1]:
-            if (match := CELL.search(cell)) and not RESULT.search(cell):
-                yield match[0].strip()
+    if not line.startswith("|"):
+        yield from (match[0] for match in RESULT.finditer(line))
+    for cell in line.split("|")[2:-1] if line.startswith("|") else ():
+        found = [match[0] for match in RESULT.finditer(cell)]
+        yield from found or [match[0].strip(" *") for match in [CELL.search(cell)] if match]
 
 
 def block_end(text: str, start: int) -> int:
