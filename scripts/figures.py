@@ -59,7 +59,7 @@ NAMES = re.compile(
 )
 UNITS = (
     "x|×|%|ms|µs|us|s|seconds?|minutes?|hours?|nats?|times|-fold|bytes|[kKMG]i?B|"
-    "(?:tokens|pictures|nodes)(?:/s| per \\w+)|launches|messages|copies|broadcasts|all-reduces"
+    "(?:tokens|pictures|nodes)(?:/s| per (?:step|second|node|picture))|launches|messages|copies|broadcasts|all-reduces"
 )
 RESULT = re.compile(
     rf"{NUMBER.pattern}(?:[ -]?(?:{UNITS})(?!\w)|(?<=\.\d)|(?<=\.\d\d)|(?<=\.\d{{3}}))"
