@@ -176,7 +176,8 @@ def filled(text: str, numbers: list[float]) -> str:
         old = match[0]
         decimals = len(old.partition(".")[2])
         sign, comma = "+" if old[0] == "+" else "", "," if "," in old else ""
-        return f"{next(rest):{sign}{comma}.{decimals}f}"
+        value = round(next(rest), decimals) + 0.0  # no -0
+        return f"{value:{sign}{comma}.{decimals}f}"
 
     return NUMBER.sub(number, text)
 
