@@ -351,7 +351,7 @@ def index(root: Path) -> tuple[str, list[str]]:
         name = file.relative_to(root / RESULTS).as_posix()
         if file.parent != folder:
             folder = file.parent
-            title = "Of a step" if folder == root / RESULTS else folder.name.capitalize()
+            title = "Commits" if folder == root / RESULTS else folder.name.capitalize()
             text += f"{'' if text.endswith(HEAD) else chr(10)}## {title}\n\n"
             text += (
                 "| file | what | by | machine | version | read by |\n|---|---|---|---|---|---|\n"
@@ -359,7 +359,7 @@ def index(root: Path) -> tuple[str, list[str]]:
         head = json.loads(file.read_text(encoding="utf-8"))
         users = [p.name for p, page in texts.items() if name.removesuffix(".json") in page]
         cells = [f"[{name}]({name})", about.get(name, ""), *origin(head), ", ".join(users)]
-        text += f"| {' | '.join(cells)} |\n".replace("|  |", "| |")
+        text += f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|\n"
         if name not in about:
             faults.append(f"{INDEX}: {name} is missing.")
         elif not about[name]:
@@ -371,17 +371,19 @@ def index(root: Path) -> tuple[str, list[str]]:
 
 def origin(head: dict[str, Any]) -> tuple[str, str, str]:
     """Program, machine and version as a result's head gives them."""
-    head = head | head.get("setting", {})
+    setting = head.get("setting", {})
+    head = setting | head
     program = " ".join(re.findall(r"\w+\.py|vllm-specplus \w+", head.get("command", ""))[:1])
     machine, versions = head.get("machine", ""), head.get("versions", {})
     if isinstance(machine, dict):
-        machine = f"{machine['cpu_model']}, {machine['cpu_cores']} cores"
+        device = machine.get("device_name") or machine.get("cpu_model", "")
+        machine = f"{device}, {machine.get('cpu_cores')} cores"
     elif "cores" in head:
         machine += f", {head['cores']} cores"
     version = versions.get("vllm") or head.get("vllm", "")
     version = f"vLLM {version}" if version else ""
-    if "before" in head and isinstance(head["before"], str):
-        version += f"; {head['before']} to {head.get('now', '')}"
+    if "before" in setting:
+        version += f"; {setting['before']} and {setting.get('now', 'now')}"
     return f"`{program}`" if program else "", machine, version
 
 
