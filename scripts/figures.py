@@ -59,7 +59,8 @@ NAMES = re.compile(
 )
 UNITS = (
     "x|×|%|ms|µs|us|s|seconds?|minutes?|hours?|nats?|times|-fold|bytes|[kKMG]i?B|"
-    "(?:tokens|pictures|nodes)(?:/s| per (?:step|second|node|picture))|launches|messages|copies|broadcasts|all-reduces"
+    "(?:tokens|pictures|nodes)(?:/s| per (?:step|second|node|picture))|"
+    "launches|messages|copies|broadcasts|all-reduces"
 )
 RESULT = re.compile(
     rf"{NUMBER.pattern}(?:[ -]?(?:{UNITS})(?!\w)|(?<=\.\d)|(?<=\.\d\d)|(?<=\.\d{{3}}))"
@@ -77,14 +78,17 @@ OPERATORS: dict[type, Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv
 }  # fmt: skip
 FUNCTIONS: dict[str, Any] = {
-    "min": min, "max": max, "median": statistics.median, "percent": lambda values: 100 * values[0]
-}  # fmt: skip
+    "min": min,
+    "max": max,
+    "median": statistics.median,
+    "percent": lambda values: [100 * each for each in values],
+}
 
 
 @functools.cache
 def document(root: Path, name: str) -> Any:
     """A JSON file by the name that marks give it."""
-    path = root / f"{name[1:]}.json" if name[0] == "/" else root / RESULTS / f"{name}.json"
+    path = root / f"{name[1:]}.json" if name.startswith("/") else root / RESULTS / f"{name}.json"
     if not path.is_file():
         raise Fault(f"there is no file {path.relative_to(root).as_posix()}")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -102,6 +106,8 @@ def part(value: Any, key: Any) -> Any:
 
 def picked(entries: Any, wanted: dict[str, Any]) -> Any:
     """The entry of a list that has these values, or a list of several."""
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise Fault("only of a list of objects an entry can be picked")
     found = [each for each in entries if all(fits(each.get(k), v) for k, v in wanted.items())]
     if not found:
         raise Fault(f"no entry has {', '.join(f'{k}={v!r}' for k, v in wanted.items())}")
@@ -249,7 +255,7 @@ def rewritten(name: str, text: str, root: Path) -> tuple[str, list[str]]:
         place = f"{name}:{text.count(chr(10), 0, match.start()) + 1}"
         try:
             new = make(match, root)
-        except (Fault, ZeroDivisionError, ValueError) as fault:
+        except (ArithmeticError, TypeError, ValueError) as fault:
             faults.append(f"{place}: {' '.join(match['body'].split())[:160]}: {fault}.")
             return match[0]
         if new != match[0]:
@@ -336,7 +342,7 @@ Each file holds what one command measured, with the command itself; `make figure
 and the figures in the README and the docs from them.
 
 """
-ROW = re.compile(r"^\| \[([^\]]+)\]\([^)]*\) \| ([^|]*) \|", re.MULTILINE)
+ROW = re.compile(r"^\| \[([^\]]+)\]\([^)]*\) \|([^|]*)\|", re.MULTILINE)
 
 
 def index(root: Path) -> tuple[str, list[str]]:
