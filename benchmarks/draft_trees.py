@@ -167,7 +167,8 @@ def main() -> None:
         from vllm_specplus.compat import vllm_version
 
         setting = {
-            "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "command": " ".join(sys.argv), "vllm": vllm_version(),
+            "machine": platform.machine(), "cores": os.cpu_count(),
             "nodes": args.nodes, "width": args.width,
             "questions": args.questions, "groups": args.groups,
             "max_tokens": args.max_tokens, "counted": COUNTED,

@@ -345,7 +345,8 @@ def main() -> None:
         from vllm_specplus.compat import vllm_version
 
         setting = {
-            "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "command": " ".join(sys.argv), "vllm": vllm_version(),
+            "machine": platform.machine(), "cores": os.cpu_count(),
             "nodes": args.nodes, "width": args.width, "branching": args.branching,
             "questions": args.questions, "max_tokens": args.max_tokens,
             "top_p": args.top_p,

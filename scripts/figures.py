@@ -364,7 +364,8 @@ def index(root: Path) -> tuple[str, list[str]]:
             )
         head = json.loads(file.read_text(encoding="utf-8"))
         users = [p.name for p, page in texts.items() if name.removesuffix(".json") in page]
-        cells = [f"[{name}]({name})", about.get(name, ""), *origin(head), ", ".join(users)]
+        source = origin(head if isinstance(head, dict) else {})
+        cells = [f"[{name}]({name})", about.get(name, ""), *source, ", ".join(users)]
         text += f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|\n"
         if name not in about:
             faults.append(f"{INDEX}: {name} is missing.")
