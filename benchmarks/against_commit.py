@@ -24,6 +24,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from vllm_specplus.bench.dataset import load_dataset, pick, split_rounds
+from vllm_specplus.bench.loads import Load
 from vllm_specplus.bench.methods import MethodSpec, parse_concurrencies, parse_methods
 from vllm_specplus.bench.runner import Benchmark, Plan, Session, describe_machine
 from vllm_specplus.compat import vllm_version
@@ -99,7 +100,7 @@ def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan
         config = {"model": args.draft} | config
     both = [MethodSpec(f"{method.label} {when}", method.name, config) for when in (BEFORE, NOW)]
     return Plan(
-        model=args.model, methods=both, concurrencies=[concurrency], measured=measured,
+        model=args.model, methods=both, loads=[Load(in_flight=concurrency)], measured=measured,
         warmup=warmup, rounds=args.rounds, repeat=1, max_tokens=args.max_tokens, temperature=0.0,
         seed=0, chat_template=True, sequential=False,
         engine_args={

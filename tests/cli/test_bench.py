@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 from rich.console import Console
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 
 from vllm_specplus.bench import InputError, runner
 from vllm_specplus.bench import engine as engine_module
+from vllm_specplus.bench.compare import compare, read_report
 from vllm_specplus.bench.dataset import Question, load_dataset, pick, split_rounds
-from vllm_specplus.bench.engine import Clock, other_cpu_seconds, run_closed_loop
+from vllm_specplus.bench.engine import Clock, other_cpu_seconds, run_loop
+from vllm_specplus.bench.loads import Load, parse_loads
 from vllm_specplus.bench.methods import (
     MethodSpec,
     parse_concurrencies,
@@ -39,7 +42,7 @@ from vllm_specplus.bench.protocol import (
     ScoreResult,
 )
 from vllm_specplus.bench.render import losses, print_report, save_plot
-from vllm_specplus.bench.report import BenchReport, build_runs
+from vllm_specplus.bench.report import BenchReport, Objectives, bootstrap_interval, build_runs
 from vllm_specplus.bench.runner import (
     Benchmark,
     EngineError,
@@ -98,6 +101,43 @@ def test_reads_all_three_kinds_of_rows(tmp_path):
     assert [message["content"] for message in chat.messages] == ["be brief", "hello"]
 
 
+def test_reads_sharegpts_array(tmp_path):
+    path = tmp_path / "sharegpt.json"
+    talk = [("human", "hello"), ("gpt", "hi"), ("human", "more"), ("gpt", "")]
+    row = {"id": "a_1", "conversations": [{"from": who, "value": what} for who, what in talk]}
+    path.write_text(json.dumps([row]))
+    (question,) = load_dataset(path).questions
+    assert (question.id, question.later) == ("a_1", ())
+    assert question.messages == ({"role": "user", "content": "hello"},)
+    (question,) = load_dataset(path, later_turns=True).questions
+    assert question.later == (({"role": "user", "content": "more"},),)
+    assert question.turn_ids() == ["a_1", "a_1::turn 2"]
+
+
+def test_reads_speed_benchs_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "test.parquet"
+    row = {"question_id": "q1", "category": "coding", "turns": ["first", "second"],
+           "multiturn": True, "difficulty": None}  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    (question,) = load_dataset(path, later_turns=True).questions
+    assert (question.id, question.category) == ("q1", "coding")
+    assert [turn[0]["content"] for turn in (question.messages, *question.later)] == row["turns"]
+
+
+def test_turns_of_an_agent_end_where_the_model_answers(tmp_path):
+    said = [("system", "s"), ("assistant", "hi"), ("user", "u"), ("assistant", None),
+            ("tool", "t1"), ("tool", "t2"), ("assistant", "a"), ("user", "v"),
+            ("tool", "last")]  # fmt: skip
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    (question,) = load_dataset(path, later_turns=True).questions
+    turns = [[m["content"] for m in turn] for turn in (question.messages, *question.later)]
+    assert turns == [["s", "hi", "u"], ["t1", "t2"], ["v"], ["last"]]
+
+
 def test_repeated_prompts_are_dropped(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}])
     data = load_dataset(path)
@@ -110,7 +150,7 @@ def test_repeated_prompts_are_dropped(tmp_path):
     [
         ('{"prompt": "x"', "line 1: not valid JSON"),
         ("[]", "line 1: a row must be a JSON object"),
-        ('{"text": "x"}', "exactly one of turns, messages, prompt"),
+        ('{"text": "x"}', "exactly one of turns, messages, conversations, prompt"),
         ('{"prompt": "x", "turns": ["y"]}', "exactly one of"),
         ('{"prompt": " "}', "prompt must be a non-empty string"),
         ('{"turns": []}', "turns must be a non-empty list"),
@@ -119,6 +159,8 @@ def test_repeated_prompts_are_dropped(tmp_path):
         ('{"messages": ["hello"]}', "messages[0] must be an object"),
         ('{"messages": [{"role": "user", "content": [1]}]}', "messages[0].content"),
         ('{"messages": [{"role": "system", "content": "x"}]}', "no message of the user"),
+        ('{"conversations": [{"from": "me", "value": "x"}]}', "from is 'me', not one of human,"),
+        ('{"conversations": [{"from": "human", "value": ""}]}', "conversations[0].value must be"),
         ('{"question_id": 1, "prompt": "x"}\n{"question_id": 1, "prompt": "y"}', "used twice"),
     ],
 )
@@ -265,11 +307,14 @@ class FakeEngine:
     def between_steps(self):
         pass
 
+    def idle(self, seconds):
+        self.seconds += seconds
+
 
 def test_closed_loop_times_and_counts_steps():
     engine = FakeEngine({"a": [[1], [2, 3], [], [4]], "b": [[9]], "c": [[5], [6, 7, 8]]})
     jobs = [(name, None, None) for name in "abc"]
-    results = {result.question_id: result for result in run_closed_loop(engine, jobs, 2, engine)}
+    results = {result.question_id: result for result in run_loop(engine, jobs, engine, 2)}
     assert engine.most_running == 2
     a, b, c = results["a"], results["b"], results["c"]
     assert (a.token_ids, a.first_tokens, a.steps) == ([1, 2, 3, 4], 1, 2)
@@ -290,7 +335,53 @@ def test_closed_loop_refuses_aborted_answers():
 
     engine.step = aborted
     with pytest.raises(RuntimeError, match="question a ended with abort"):
-        run_closed_loop(engine, [("a", None, None)], 1, engine)
+        run_loop(engine, [("a", None, None)], engine, 1)
+
+
+def test_requests_of_an_open_loop_come_at_their_time():
+    """Whatever is in flight; times count from there, though a step may have been under way."""
+    engine = FakeEngine({"a": [[1], [2], [3]], "b": [[4]], "c": [[5], [6]]})
+    engine.seconds = 0.0
+    jobs = [(name, None, None) for name in "abc"]
+    found = {each.question_id: each for each in run_loop(engine, jobs, engine, None, [0.5, 0.7, 9])}
+    assert engine.most_running == 2
+    assert found["a"].ttft_s == pytest.approx(1.0)
+    assert found["b"].ttft_s == pytest.approx(1.8)  # came at 0.7, in the middle of a step
+    assert (found["c"].ttft_s, found["c"].latency_s) == pytest.approx((1.0, 2.0))
+
+
+def test_a_later_turn_waits_for_the_answer_and_keeps_its_place():
+    engine = FakeEngine({"a": [[1], [2]], "a::turn 2": [[3]], "b": [[4]], "c": [[5]]})
+    asked = []
+
+    def following(name, answer):
+        asked.append((name, answer))
+        return ("a::turn 2", None, None) if name == "a" else None
+
+    jobs = [(name, None, None) for name in "abc"]
+    found = run_loop(engine, jobs, engine, 1, following=following)
+    assert [each.question_id for each in found] == ["a", "a::turn 2", "b", "c"]
+    assert asked == [("a", [1, 2]), ("a::turn 2", [3]), ("b", [4]), ("c", [5])]
+
+
+def test_loads():
+    assert [str(load) for load in parse_loads(None, None, 1.0)] == ["1 in flight"]
+    loads = parse_loads("8", "0.5,2", 0.2)
+    assert [load.short for load in loads] == ["8", "0.5/s", "2/s"]
+    assert parse_loads(None, "2", 1.0) == [Load(rate=2.0)]
+    assert loads[0].arrivals(5, 0) is None
+    times = loads[2].arrivals(100, 3)
+    assert times[-1] == pytest.approx(50)
+    assert times == sorted(times)
+    assert times == loads[2].arrivals(100, 3)
+    calm = Load(rate=2.0).arrivals(100, 3)
+    # Bursts: many come together, so that the gaps vary more.
+    assert np.std(np.diff(times)) > 1.5 * np.std(np.diff(calm))
+    for rate, message in [("0", "above 0"), ("x", "needs numbers"), ("1,1", "different")]:
+        with pytest.raises(InputError, match=message):
+            parse_loads(None, rate, 1.0)
+    with pytest.raises(InputError, match="--burstiness must be above 0"):
+        parse_loads(None, "1", 0.0)
 
 
 def request(question_id: str, tokens: list[int], steps: int, ttft_s=0.1, tpot_s=0.01):
@@ -399,6 +490,9 @@ class FakeProcess:
         self.events.append(("kill", self.name))
 
 
+TWO_LOADS = (Load(in_flight=1), Load(in_flight=2))
+
+
 def run_plan(
     monkeypatch, tmp_path, *, fails=None, pauses=False, stale=(), device="cpu", **changes
 ) -> tuple:
@@ -409,7 +503,7 @@ def run_plan(
         **{
             "model": "model",
             "methods": parse_methods("none,ngram,suffix"),
-            "concurrencies": [1],
+            "loads": [Load(in_flight=1)],
             "measured": pool[:6],
             "warmup": pool[6:],
             "rounds": 2,
@@ -465,15 +559,13 @@ def test_engines_take_turns_within_a_round(monkeypatch, tmp_path):
 
 
 def test_every_concurrency_is_saved_when_it_is_done(monkeypatch, tmp_path):
-    _, events, _ = run_plan(
-        monkeypatch, tmp_path, concurrencies=[1, 2], fails={"suffix": "EngineReady"}
-    )
+    _, events, _ = run_plan(monkeypatch, tmp_path, loads=TWO_LOADS, fails={"suffix": "EngineReady"})
     assert [event for event in events if event[0] == "save"] == [("save", 2), ("save", 4)]
 
 
 def test_engines_serve_all_concurrencies_as_if_just_started(monkeypatch, tmp_path):
     benchmark, events, settled = run_plan(
-        monkeypatch, tmp_path, concurrencies=[1, 2], repeat=2, methods=parse_methods("none,suffix")
+        monkeypatch, tmp_path, loads=TWO_LOADS, repeat=2, methods=parse_methods("none,suffix")
     )
     starts = [event for event in events if event[0] in ("start", "renew", "close")]
     turns = [(2, "none", "suffix"), (1, "suffix", "none"), (2, "suffix", "none")]
@@ -485,7 +577,7 @@ def test_engines_serve_all_concurrencies_as_if_just_started(monkeypatch, tmp_pat
         ("close", "none"),
     ]
     assert settled == 2 * 2 * 2 * 6
-    assert [(s.concurrency, s.repeat) for s in benchmark.sessions] == [
+    assert [(s.load.in_flight, s.repeat) for s in benchmark.sessions] == [
         (1, 0), (1, 0), (2, 0), (2, 0), (1, 1), (1, 1), (2, 1), (2, 1)
     ]  # fmt: skip
 
@@ -494,7 +586,7 @@ def test_engines_serve_all_concurrencies_as_if_just_started(monkeypatch, tmp_pat
 def test_an_engine_that_cannot_forget_is_replaced(monkeypatch, tmp_path, device):
     methods = parse_methods("none,suffix")
     benchmark, events, _ = run_plan(
-        monkeypatch, tmp_path, concurrencies=[1, 2], stale=["suffix"], methods=methods,
+        monkeypatch, tmp_path, loads=TWO_LOADS, stale=["suffix"], methods=methods,
         device=device, temperature=1.0,
     )  # fmt: skip
     assert events.count(("start", "none")) == 1
@@ -505,10 +597,10 @@ def test_an_engine_that_cannot_forget_is_replaced(monkeypatch, tmp_path, device)
 
 def test_an_engine_that_died_is_started_for_the_next_concurrency(monkeypatch, tmp_path):
     benchmark, events, settled = run_plan(
-        monkeypatch, tmp_path, concurrencies=[1, 2], fails={"suffix": "RoundResult"}
+        monkeypatch, tmp_path, loads=TWO_LOADS, fails={"suffix": "RoundResult"}
     )
     assert events.count(("start", "suffix")) == 2
-    assert [failure.concurrency for failure in benchmark.failures] == [1, 2]
+    assert [failure.load for failure in benchmark.failures] == list(TWO_LOADS)
     assert settled == 2 * 3 * 6
 
 
@@ -566,13 +658,13 @@ def test_the_users_memory_settings_are_kept(monkeypatch, tmp_path):
 
 def test_a_method_that_cannot_start_is_tried_once(monkeypatch, tmp_path):
     benchmark, events, settled = run_plan(
-        monkeypatch, tmp_path, fails={"ngram": "EngineReady"}, concurrencies=[1, 2]
+        monkeypatch, tmp_path, fails={"ngram": "EngineReady"}, loads=TWO_LOADS
     )
     assert events.count(("kill", "ngram")) == 1
     assert [(f.method.label, f.stage, f.error) for f in benchmark.failures] == [
         ("ngram", "start", "out of luck")
     ]
-    measured = [(s.method.label, s.concurrency) for s in benchmark.sessions]
+    measured = [(s.method.label, s.load.in_flight) for s in benchmark.sessions]
     assert measured == [("none", 1), ("suffix", 1), ("none", 2), ("suffix", 2)]
     assert settled == 3 * 2 * 6
 
@@ -709,9 +801,8 @@ def test_first_difference():
 
 
 def session(text: str, *rounds: RoundResult, concurrency=1, repeat=0, **margins: float) -> Session:
-    return Session(
-        spec(text), concurrency, repeat, startup_s=5.0, rounds=list(rounds), margins=margins
-    )
+    load = Load(in_flight=concurrency)
+    return Session(spec(text), load, repeat, startup_s=5.0, rounds=list(rounds), margins=margins)
 
 
 @pytest.fixture
@@ -804,6 +895,102 @@ def test_latency_percentiles():
     assert run.tpot_ms_p99 == pytest.approx(198.0)
 
 
+def test_every_number_follows_from_the_answers():
+    """What a reader of the file can compute again."""
+    slow = request("b1", [1, 2, 3], 2, ttft_s=0.3, tpot_s=0.05)
+    (run,) = build_runs(
+        [session("none", measured_round(2.0, request("a1", [1, 2], 1), slow))], OURS, CATEGORIES,
+        0.0, Objectives(ttft_ms=200, tpot_ms=50),
+    )  # fmt: skip
+    assert [each.model_dump() for each in run.answers] == [
+        {"question_id": "a1", "repeat": 1, "round": 1, "tokens": 2, "steps": 1, "ttft_ms": 100.0,
+         "tpot_ms": 10.0, "latency_ms": None},
+        {"question_id": "b1", "repeat": 1, "round": 1, "tokens": 3, "steps": 2, "ttft_ms": 300.0,
+         "tpot_ms": 50.0, "latency_ms": None},
+    ]  # fmt: skip
+    assert run.slo_attainment == 0.5
+    assert run.ttft_ms.p50 == pytest.approx(200.0)
+
+
+def test_intervals_hold_the_ratio_that_is_there():
+    """In 100 series of 12 rounds with noise of 5 %, most intervals hold the true median."""
+    rng, inside = np.random.default_rng(5), 0
+    for _ in range(100):
+        low, high = bootstrap_interval(rng.normal(1.3, 0.05, 12).tolist())
+        inside += low <= 1.3 <= high
+    assert 85 <= inside < 100
+    assert bootstrap_interval([1.0, 2.0]) is None
+
+
+def test_what_is_inside_noise_is_called_that(sessions):
+    def three(text, seconds):
+        rounds = [measured_round(s, request(f"a{i}", [1, 2], 1)) for i, s in enumerate(seconds)]
+        return session(text, *rounds)
+
+    categories = {f"a{i}": "a" for i in range(3)}
+    group = [three("none", [1.0, 1.0, 1.0]), three("ngram", [0.9, 1.1, 1.0]),
+             three("suffix", [0.5, 0.6, 0.5])]  # fmt: skip
+    text = printed(build_report(build_runs(group, OURS, categories, 0.0)))
+    assert "0.91–1.11 noise" in text
+    assert text.count("noise") == 2  # the caption's, and ngram's
+    assert "1.67–2.00" in text
+
+
+def test_a_later_turn_is_not_compared_where_the_one_before_was_answered_otherwise():
+    def talk(text, first, second):
+        later = request("a1::turn 2", second, 1)
+        return session(text, measured_round(1.0, request("a1", first, 1), later))
+
+    group = [talk("none", [1, 2], [3, 4]), talk("ngram", [1, 9], [5, 6]),
+             talk("suffix", [1, 2], [3, 9])]  # fmt: skip
+    runs = build_runs(group, OURS, {"a1": "a"}, 0.0)
+    found = [[(d.question_id, d.position) for d in run.differences] for run in runs]
+    assert found == [[], [("a1", 1)], [("a1::turn 2", 1)]]
+
+
+def report_file(path: Path, seconds: Sequence[float], **settings) -> Path:
+    rounds = [
+        measured_round(s, request(f"a{i}", [1, 2], 1, tpot_s=s)) for i, s in enumerate(seconds)
+    ]
+    runs = build_runs(
+        [session("none", *rounds)], OURS, {f"a{i}": "a" for i in range(len(seconds))}, 0.0
+    )
+    build_report(runs).model_copy(update={"settings": settings}).save(path)
+    return path
+
+
+def test_two_files_are_compared_pair_by_pair(tmp_path):
+    before = report_file(tmp_path / "before.json", [1.0, 2.0, 4.0, 8.0], limit=4)
+    after = report_file(tmp_path / "after.json", [0.5, 1.0, 2.0, 4.1], limit=4)
+    same = report_file(tmp_path / "same.json", [1.1, 1.9, 4.1, 7.9], limit=5)
+    (found,) = compare(read_report(before), read_report(after))
+    assert found.speed.ratio == pytest.approx(2.0)
+    assert not found.speed.is_noise
+    assert found.later_tokens.ratio == pytest.approx(0.5)
+    assert found.later_tokens.pairs == 4
+    (found,) = compare(read_report(before), read_report(same))
+    assert found.speed.is_noise
+    result = CliRunner().invoke(app, ["bench", "--compare", str(before), str(same)])
+    assert result.exit_code == 0
+    assert "noise" in result.stdout
+    assert "Not the same: limit: 4 in the first file, 5 in the second." in result.stdout
+
+
+def test_files_that_cannot_be_compared_are_told_in_a_sentence(tmp_path):
+    whole = report_file(tmp_path / "a.json", [1.0])
+    other = tmp_path / "b.json"
+    for content, sentence in [
+        ("{}", "is no result of bench --json (model: Field required)"),
+        ("[", "is no result of bench --json"),
+        (whole.read_text().replace('"method": "none"', '"method": "ngram"'), "in common"),
+    ]:
+        other.write_text(content)
+        result = CliRunner().invoke(app, ["bench", "--compare", str(whole), str(other)])
+        assert result.exit_code == 2
+        assert sentence in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_repeats_are_paired_with_their_own_baseline():
     tokens = [1, 2, 3]
 
@@ -858,7 +1045,7 @@ def build_report(runs) -> BenchReport:
         failures=[
             {
                 "method": "eagle:x=[1]",
-                "concurrency": 1,
+                "load": "1 in flight",
                 "stage": "start",
                 "error": "[no] such head",
                 "log": "/tmp/eagle.log",
@@ -879,9 +1066,9 @@ def test_tables_fit_into_80_columns_unabridged(sessions):
     long_label = "ngram:num_speculative_tokens=8:prompt_lookup_min=2:prompt_lookup_max=3"
     sessions.append(session(long_label, *sessions[1].rounds))
     assert "…" not in printed(build_report(build_runs(sessions, OURS, CATEGORIES, 0.0)))
-    for expected in ("token_recycling", "3.00", "2.00–4.00", "1.75", "50.0%", "0.80 0.40 0.00"):
+    for expected in ("token_recycling", "3.00", "1.75", "50.0%", "0.80 0.40 0.00"):
         assert expected in text
-    assert "eagle:x=[1], concurrency 1, failed (start): [no] such head" in text
+    assert "eagle:x=[1], 1 in flight, failed (start): [no] such head" in text
     assert "log: /tmp/eagle.log" in text
     assert "No ratios" not in text
 
@@ -930,6 +1117,11 @@ def invoke(*arguments: str):
     return CliRunner().invoke(app, ["bench", "--model", "some/model", *arguments])
 
 
+def test_a_model_is_needed_to_run():
+    result = CliRunner().invoke(app, ["bench"])
+    assert (result.exit_code, "--model is needed" in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -944,6 +1136,9 @@ def invoke(*arguments: str):
         (["--repeat", "0"], "--repeat must be at least 1"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--temperature", "-1"], "--temperature must be at least 0"),
+        (["--rate", "0"], "--rate needs different numbers above 0"),
+        (["--rate", "1", "--burstiness", "0"], "--burstiness must be above 0"),
+        (["--later-turns", "--no-chat-template"], "--later-turns needs the chat template"),
         (["--json", "/no/such/folder/out.json"], "does not exist"),
         (["--dataset", "/no/such/file.jsonl"], "cannot read the dataset"),
         (["--model", "/no/such/model"], "--model: the folder /no/such/model does not exist"),
@@ -1017,6 +1212,8 @@ def test_writes_json_and_plot(monkeypatch, tmp_path, dataset):
     assert suffix["identical_share"] == 0.0
     assert [item["margin_nats"] for item in suffix["differences"]] == [0.25] * 6
     BenchReport.model_validate(written)
+    assert len(suffix["answers"]) == 6
+    assert read_report(out).runs[0].load == Load(in_flight=1)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -1026,7 +1223,7 @@ def test_a_failed_method_is_shown_and_makes_the_exit_code_1(monkeypatch, tmp_pat
     out = tmp_path / "out.json"
     result = invoke("--dataset", str(dataset), "--methods", "none,ngram", "--json", str(out))
     assert result.exit_code == 1
-    assert "ngram, concurrency 1, failed (start): out of luck" in result.output
+    assert "ngram, 1 in flight, failed (start): out of luck" in result.output
     written = json.loads(out.read_text())
     assert [run["method"] for run in written["runs"]] == ["none"]
     assert [failure["method"] for failure in written["failures"]] == ["ngram"]

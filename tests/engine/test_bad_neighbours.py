@@ -42,6 +42,6 @@ def test_a_steady_request_beside_hostile_ones(tmp_path, tiny_engine, steady, spe
     # The control: enough of them got in, and enough did not.
     assert beside["refused"] > 20
     assert beside["aborted"] > 20
-    assert sum(beside["finish"].values()) > 20
+    assert sum(beside["finish"].values()) > 10
     assert got["counters"]["draft_failures"] == 0
     assert got["counters"]["nodes_accepted"] > 0

@@ -123,7 +123,9 @@ def test_logits_that_are_not_finite_end_their_request_alone(tmp_path, tiny_engin
     for batch in range(2):
         first, *others = got["batches"][batch]
         assert first["finish"] == ["error"]
-        assert first["ids"][0] == harness.ids(want, batch)[0][0][:14]
+        text = first["ids"][0]
+        assert 14 <= len(text) < 40  # a draft's last tokens may have been accepted before
+        assert text == harness.ids(want, batch)[0][0][: len(text)]
         assert [each["ids"] for each in others] == harness.ids(want, batch)[1:]
         assert {each["finish"][0] for each in others} == {"length"}
     assert got["counters"]["nodes_accepted"] > 0

@@ -1,7 +1,7 @@
 """The questions of a benchmark: reading, picking and splitting them into rounds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -11,7 +11,15 @@ from pydantic import BaseModel, ConfigDict
 
 from vllm_specplus.bench import InputError
 
-PROMPT_KEYS = ("turns", "messages", "prompt")
+PROMPT_KEYS = ("turns", "messages", "conversations", "prompt")
+#: ShareGPT's names of those who talk.
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bard": "assistant", "bing": "assistant", "system": "system",
+}  # fmt: skip
+
+#: Between a question's id and the number of a later turn.
+TURN = "::turn "
 
 # A round ends when its last request ends, so concurrency falls off at its end. With at least
 # this many questions per request in flight, most of the round runs at full concurrency.
@@ -19,7 +27,8 @@ QUESTIONS_PER_SLOT = 3
 
 
 class Question(BaseModel):
-    """One prompt: either raw text or the messages of a conversation's first turn."""
+    """What is asked: raw text or the messages up to the user's first, and what the user says later,
+    each after the answer before it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,6 +36,22 @@ class Question(BaseModel):
     category: str
     prompt: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    later: tuple[tuple[dict[str, str], ...], ...] = ()
+    """Messages of the later turns; who answers them is the model, not the file."""
+
+    def turn_ids(self) -> list[str]:
+        """Ids of its turns; the first is the question's own."""
+        return [self.id, *(turn_id(self.id, number) for number in range(1, len(self.later) + 1))]
+
+
+def turn_id(question_id: str, number: int) -> str:
+    """The id of a later turn, counted from 0."""
+    return f"{question_id}{TURN}{number + 1}"
+
+
+def first_turn(turn: str) -> str:
+    """The question of a turn's id."""
+    return turn.rpartition(TURN)[0] or turn
 
 
 @dataclass(frozen=True)
@@ -37,33 +62,26 @@ class Dataset:
     duplicates: int
 
 
-def load_dataset(path: Path) -> Dataset:
-    """Read a JSON-lines file of Spec-Bench, `{"prompt"}` or OpenAI `{"messages"}` rows.
+def load_dataset(path: Path, later_turns: bool = False) -> Dataset:
+    """Read the questions of a file: JSON lines, a JSON array, or parquet (which SPEED-Bench has).
 
-    Rows that repeat an earlier prompt are dropped: a drafter that caches what it has seen would
-    answer them from memory.
+    A row is one of Spec-Bench or SPEED-Bench (`turns`), of ShareGPT (`conversations`), OpenAI
+    `{"messages"}` or `{"prompt"}`. Of a conversation the first turn is asked; with `later_turns`
+    all of them. Rows that repeat an earlier prompt are dropped: a drafter that caches what it has
+    seen would answer them from memory.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InputError(f"cannot read the dataset {path}: {exc}") from exc
-
     ids: set[str] = set()
     prompts: set[str] = set()
     questions: list[Question] = []
     rows = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for where, row in _rows(path):
         rows += 1
         try:
-            question = parse_row(json.loads(line), default_id=str(number))
-        except json.JSONDecodeError as exc:
-            raise InputError(f"{path}, line {number}: not valid JSON ({exc.msg})") from exc
+            question = parse_row(row, default_id=where.rpartition(" ")[2], later_turns=later_turns)
         except InputError as exc:
-            raise InputError(f"{path}, line {number}: {exc}") from exc
+            raise InputError(f"{path}, {where}: {exc}") from exc
         if question.id in ids:
-            raise InputError(f"{path}, line {number}: question_id {question.id} is used twice")
+            raise InputError(f"{path}, {where}: question_id {question.id} is used twice")
         ids.add(question.id)
         prompt = question.model_dump_json(include={"prompt", "messages"})
         if prompt not in prompts:
@@ -72,14 +90,49 @@ def load_dataset(path: Path) -> Dataset:
     return Dataset(questions, duplicates=rows - len(questions))
 
 
-def parse_row(row: Any, default_id: str) -> Question:
-    """Turn one row of the file into a question; `default_id` serves rows without question_id."""
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row of a file and where it is, as "line 3"."""
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError as exc:
+            raise InputError(
+                f"{path}: parquet needs pyarrow: pip install 'vllm-specplus[datastore]'"
+            ) from exc
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowInvalid) as exc:
+            raise InputError(f"cannot read the dataset {path}: {exc}") from exc
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"cannot read the dataset {path}: {exc}") from exc
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as exc:
+            raise InputError(f"{path}, line {exc.lineno}: not valid JSON ({exc.msg})") from exc
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except json.JSONDecodeError as exc:
+            raise InputError(f"{path}, line {number}: not valid JSON ({exc.msg})") from exc
+
+
+def parse_row(row: Any, default_id: str, later_turns: bool = False) -> Question:
+    """Turn one row of the file into a question; `default_id` serves rows without an id."""
     if not isinstance(row, dict):
         raise InputError("a row must be a JSON object")
-    given = [key for key in PROMPT_KEYS if key in row]
+    given = [key for key in PROMPT_KEYS if row.get(key) is not None]
     if len(given) != 1:
         raise InputError(f"a row needs exactly one of {', '.join(PROMPT_KEYS)}")
-    question_id = str(row.get("question_id", default_id))
+    question_id = str(row.get("question_id", row.get("id", default_id)))
     category = str(row.get("category", "all"))
 
     match given[0]:
@@ -89,10 +142,15 @@ def parse_row(row: Any, default_id: str) -> Question:
         case "turns":
             if not isinstance(row["turns"], list) or not row["turns"]:
                 raise InputError("turns must be a non-empty list")
-            messages = [{"role": "user", "content": _text(row["turns"][0], "turns[0]")}]
+            messages = [{"role": "user", "content": turn} for turn in row["turns"]]
+        case "conversations":
+            messages = _messages(row["conversations"], "conversations", "from", "value")
         case _:
-            messages = _first_turn(row["messages"])
-    return Question(id=question_id, category=category, messages=tuple(messages))
+            messages = _messages(row["messages"], "messages", "role", "content")
+    first, *later = _turns(messages, given[0])
+    return Question(
+        id=question_id, category=category, messages=first, later=later if later_turns else ()
+    )
 
 
 def _text(value: Any, name: str) -> str:
@@ -101,19 +159,47 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _first_turn(messages: Any) -> list[dict[str, str]]:
-    """The messages up to and including the user's first one."""
+def _messages(messages: Any, key: str, role: str, content: str) -> list[dict[str, str]]:
+    """OpenAI's messages from a list whose objects name role and content so."""
     if not isinstance(messages, list):
-        raise InputError("messages must be a list")
+        raise InputError(f"{key} must be a list")
+    found = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get(role), str):
+            raise InputError(f"{key}[{index}] must be an object with a {role} and a {content}")
+        who = message[role]
+        if role == "from":
+            if who not in SHAREGPT_ROLES:
+                raise InputError(f"{key}[{index}]: from is {who!r}, not one of {_known()}")
+            who = SHAREGPT_ROLES[who]
+        text = message.get(content)
+        if who != "assistant":
+            _text(text, f"{key}[{index}].{content}")
+        found.append({"role": who, "content": text})
+    return found
+
+
+def _known() -> str:
+    return ", ".join(SHAREGPT_ROLES)
+
+
+def _turns(messages: Sequence[dict[str, Any]], key: str) -> list[tuple[dict[str, str], ...]]:
+    """The messages of each turn: up to and including one of the user, or the last before an answer
+    (results of tools). The file's own answers are left out, but for what it lets the assistant say
+    before the user's first word."""
+    turns: list[tuple[dict[str, str], ...]] = []
     turn: list[dict[str, str]] = []
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"messages[{index}] must be an object with a role and a content")
-        content = _text(message.get("content"), f"messages[{index}].content")
-        turn.append({"role": message["role"], "content": content})
-        if message["role"] == "user":
-            return turn
-    raise InputError("messages has no message of the user")
+        answer = message["role"] == "assistant" and bool(turns)
+        if not answer:
+            content = _text(message["content"], f"{key}[{index}]")
+            turn.append({"role": message["role"], "content": content})
+        if turn and (answer or message["role"] == "user"):
+            turns.append(tuple(turn))
+            turn = []
+    if not turns:
+        raise InputError(f"{key} has no message of the user")
+    return [*turns, tuple(turn)] if turn else turns
 
 
 def pick(questions: Sequence[Question], limit: int) -> tuple[list[Question], list[Question]]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import psutil
 from pydantic import BaseModel
 
-from vllm_specplus.bench.dataset import Question
+from vllm_specplus.bench.dataset import Question, turn_id
 from vllm_specplus.bench.protocol import (
     ALIVE,
     REQUEST,
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 # Enough to compile and to fill caches, without making the warm-up a second benchmark.
 WARMUP_TOKENS = 32
+# Longest sleep of an engine without requests, which is to give way to the others in time.
+IDLE_S = 0.05
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -95,6 +97,7 @@ class Trace:
             steps=max(self.outputs - 1, 0),
             ttft_s=self.first - self.submitted,
             tpot_s=(self.last - self.first) / later if later else None,
+            latency_s=self.last - self.submitted,
         )
 
 
@@ -117,6 +120,10 @@ class Clock:
         """CPU seconds of the machine that were not this engine's."""
         return other_cpu_seconds() - self._other_cpu_s
 
+    def idle(self, seconds: float) -> None:
+        """Let time pass in which there is nothing to do."""
+        time.sleep(min(seconds, IDLE_S))
+
     def between_steps(self) -> None:
         """Pause if the slice is over."""
         paused = time.perf_counter()
@@ -129,36 +136,56 @@ class Clock:
         self._other_cpu_s += other_cpu_seconds() - other
 
 
-def run_closed_loop(
-    engine: "LLMEngine",
-    jobs: Iterable[tuple[str, Any, "SamplingParams"]],
-    concurrency: int,
-    clock: Clock,
-) -> list[RequestResult]:
-    """Answer the jobs (question id, prompt, sampling parameters), `concurrency` at a time.
+Job = tuple[str, Any, "SamplingParams"]
+"""Question id, prompt and sampling parameters, which must ask for delta outputs: each output then
+holds the tokens of one engine step."""
 
-    A new request enters as soon as one has left. The sampling parameters must ask for delta
-    outputs: each output then holds the tokens of one engine step.
+
+def run_loop(
+    engine: "LLMEngine",
+    jobs: Iterable[Job],
+    clock: Clock,
+    in_flight: int | None = None,
+    arrivals: Sequence[float] = (),
+    following: Callable[[str, list[int]], Job | None] = lambda *_: None,
+) -> list[RequestResult]:
+    """Answer the jobs, `in_flight` at a time, a new request as soon as one has left; or, where that
+    is None, each at its time of `arrivals`.
+
+    `following` makes the next turn of a job that was answered with these tokens; it takes the place
+    of the one before at once.
     """
-    waiting = deque(jobs)
+    waiting, due = deque(jobs), deque(arrivals)
     traces: dict[str, Trace] = {}
     finished: list[RequestResult] = []
+
+    def submit(job: Job, at: float) -> None:
+        traces[job[0]] = Trace(submitted=at, token_ids=[])
+        engine.add_request(*job)
+
     while waiting or traces:
-        while waiting and len(traces) < concurrency:
-            question_id, prompt, params = waiting.popleft()
-            traces[question_id] = Trace(submitted=clock.now(), token_ids=[])
-            engine.add_request(question_id, prompt, params)
-        outputs = engine.step()
+        if in_flight is not None:
+            while waiting and len(traces) < in_flight:
+                submit(waiting.popleft(), clock.now())
+        else:
+            while waiting and due[0] <= clock.now():
+                submit(waiting.popleft(), due.popleft())
+            if not traces:
+                clock.idle(due[0] - clock.now())
+        outputs = engine.step() if traces else []
         now = clock.now()
         for output in outputs:
-            completion = output.outputs[0]
-            traces[output.request_id].observe(completion.token_ids, now)
-            if output.finished:
-                if completion.finish_reason not in ("stop", "length"):
-                    raise RuntimeError(
-                        f"question {output.request_id} ended with {completion.finish_reason}"
-                    )
-                finished.append(traces.pop(output.request_id).result(output.request_id))
+            completion, name = output.outputs[0], output.request_id
+            traces[name].observe(completion.token_ids, now)
+            if not output.finished:
+                continue
+            if completion.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"question {name} ended with {completion.finish_reason}")
+            result = traces.pop(name).result(name)
+            finished.append(result)
+            turn = following(name, result.token_ids)
+            if turn is not None:
+                submit(turn, clock.now())
         clock.between_steps()
     return finished
 
@@ -182,61 +209,85 @@ class Engine:
         self.setup = setup
         self.concurrency = setup.concurrency
         questions = [*setup.measured, *setup.warmup]
-        self.numbers = {question.id: number for number, question in enumerate(questions)}
-        self.prompts = {question.id: self._encode(question) for question in questions}
+        self.questions = {question.id: question for question in questions}
+        self.prompts = {question.id: self._encode_first(question) for question in questions}
+        ids = (name for question in questions for name in question.turn_ids())
+        self.numbers = {name: number for number, name in enumerate(ids)}
+        self.room = self.llm.llm_engine.model_config.max_model_len - setup.max_tokens
+        for name, prompt in self.prompts.items():
+            if len(prompt) > self.room:
+                raise ValueError(
+                    f"question {name} has {len(prompt)} tokens, but max_model_len minus "
+                    f"--max-tokens leaves room for {self.room}"
+                )
 
-    def _encode(self, question: Question) -> list[int]:
-        """Token ids of a prompt; encoding is not part of what is measured."""
+    def _encode_first(self, question: Question) -> list[int]:
+        """Token ids of a question's first turn; encoding it is not part of what is measured."""
         tokenizer = self.llm.get_tokenizer()
         if question.messages is None:
-            token_ids = tokenizer.encode(question.prompt)
-        elif not self.setup.chat_template:
-            token_ids = tokenizer.encode(question.messages[-1]["content"])
-        elif not tokenizer.chat_template:
+            return tokenizer.encode(question.prompt)
+        if not self.setup.chat_template:
+            return tokenizer.encode(question.messages[-1]["content"])
+        if not tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {self.setup.model} has no chat template; "
                 "--no-chat-template sends the questions as raw text"
             )
-        else:
-            text = tokenizer.apply_chat_template(
-                list(question.messages), tokenize=False, add_generation_prompt=True
-            )
-            # The template has already written the special tokens.
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-        room = self.llm.llm_engine.model_config.max_model_len - self.setup.max_tokens
-        if len(token_ids) > room:
-            raise ValueError(
-                f"question {question.id} has {len(token_ids)} tokens, but max_model_len minus "
-                f"--max-tokens leaves room for {room}"
-            )
-        return token_ids
+        return self._encode(question.messages)
+
+    def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        tokenizer = self.llm.get_tokenizer()
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        # The template has already written the special tokens.
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def _answer(
-        self, question_ids: Sequence[str], max_tokens: int, clock: Clock
+        self,
+        question_ids: Sequence[str],
+        max_tokens: int,
+        clock: Clock,
+        arrivals: Sequence[float] | None = None,
     ) -> list[RequestResult]:
+        jobs = [self._job(name, self.prompts[name], max_tokens) for name in question_ids]
+        talks = {name: list(self.questions[name].messages or ()) for name in question_ids}
+        # Turn id -> (question id, number of the turn).
+        turns = {
+            name: (question, number)
+            for question in question_ids
+            for number, name in enumerate(self.questions[question].turn_ids())
+        }
+
+        def following(name: str, answer: list[int]) -> Job | None:
+            question_id, number = turns[name]
+            question, talk = self.questions[question_id], talks[question_id]
+            if number == len(question.later):
+                return None
+            said = self.llm.get_tokenizer().decode(answer, skip_special_tokens=True)
+            talk += [{"role": "assistant", "content": said}, *question.later[number]]
+            prompt, following_id = self._encode(talk), turn_id(question_id, number + 1)
+            # A talk that has become too long ends.
+            if len(prompt) > self.room:
+                return None
+            return self._job(following_id, prompt, max_tokens)
+
+        in_flight = self.concurrency if arrivals is None else None
+        return run_loop(self.llm.llm_engine, jobs, clock, in_flight, arrivals or (), following)
+
+    def _job(self, name: str, prompt: list[int], max_tokens: int) -> Job:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        prompts = self.llm.renderer.render_cmpl(
-            [TokensPrompt(prompt_token_ids=self.prompts[name]) for name in question_ids]
+        (rendered,) = self.llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=prompt)])
+        params = SamplingParams(
+            temperature=self.setup.temperature,
+            max_tokens=max_tokens,
+            # One seed per question, so that sampled answers do not depend on the order.
+            seed=self.setup.seed + self.numbers[name] if self.setup.temperature > 0 else None,
+            output_kind=RequestOutputKind.DELTA,
         )
-        jobs = [
-            (
-                question_id,
-                prompt,
-                SamplingParams(
-                    temperature=self.setup.temperature,
-                    max_tokens=max_tokens,
-                    # One seed per question, so that sampled answers do not depend on the order.
-                    seed=self.setup.seed + self.numbers[question_id]
-                    if self.setup.temperature > 0
-                    else None,
-                    output_kind=RequestOutputKind.DELTA,
-                ),
-            )
-            for question_id, prompt in zip(question_ids, prompts, strict=True)
-        ]
-        return run_closed_loop(self.llm.llm_engine, jobs, self.concurrency, clock)
+        return name, rendered, params
 
     def warm_up(self) -> None:
         """Run every code path once on questions that are not measured: twice the concurrency, so
@@ -259,7 +310,9 @@ class Engine:
         """Answer one round's questions and time it."""
         before = read_draft_counters(self.llm)
         clock = Clock(request.slice_s, give_way)
-        requests = self._answer(request.question_ids, self.setup.max_tokens, clock)
+        requests = self._answer(
+            request.question_ids, self.setup.max_tokens, clock, request.arrivals
+        )
         wall_s = clock.now()
         return RoundResult(
             wall_s=wall_s,

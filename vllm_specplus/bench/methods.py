@@ -18,7 +18,7 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Set by the benchmark itself.
-RESERVED_ENGINE_ARGS = ("model", "speculative_config", "disable_log_stats")
+RESERVED_ENGINE_ARGS = ("model", "speculative_config", "disable_log_stats", "worker_extension_cls")
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _OPENING = {"[": "]", "{": "}"}

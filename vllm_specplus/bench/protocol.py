@@ -68,14 +68,17 @@ class Renewed(BaseModel):
 
 
 class RoundRequest(BaseModel):
-    """Answer these questions, with the concurrency of the set-up or last renewal, and measure.
+    """Answer these questions and measure: with the concurrency of the set-up or last renewal, or
+    each when it arrives.
 
     `slice_s`: seconds after which to pause, between two engine steps; None: not at all.
+    `arrivals`: seconds from the round's start.
     """
 
     kind: Literal["round"] = "round"
     question_ids: list[str]
     slice_s: float | None = None
+    arrivals: list[float] | None = None
 
 
 class Paused(BaseModel):
@@ -91,10 +94,11 @@ class Continue(BaseModel):
 
 
 class RequestResult(BaseModel):
-    """One answered question.
+    """One answered question, or a later turn of one.
 
     `first_tokens` came with the first output; the others came in `steps` engine steps.
-    Times are in seconds: to the first token, and per token after it (None if there is none).
+    Times are in seconds from the request's arrival: to the first token, per token after it (None
+    if there is none), and to the last.
     """
 
     question_id: str
@@ -103,6 +107,7 @@ class RequestResult(BaseModel):
     steps: int
     ttft_s: float
     tpot_s: float | None
+    latency_s: float | None = None
 
 
 class DraftCounters(BaseModel):

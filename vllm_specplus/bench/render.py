@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_specplus.bench.methods import BASELINE
-from vllm_specplus.bench.report import BenchReport, RunReport
+from vllm_specplus.bench.report import BenchReport, Percentiles, RunReport
 
 GIB = 1 << 30
 NOTHING = "–"
@@ -34,14 +34,14 @@ def print_report(console: Console, report: BenchReport) -> None:
                 f"The machine was not quiet: in one round other processes used {disturbance:.0%} "
                 "of its cores, so the times may be off."
             )
+        console.print(_latency_table(report.runs))
         console.print(_draft_table(report.runs))
         for line in losses(report.runs):
             console.print(line, markup=False, highlight=False)
         console.print(_category_table(report.runs))
     for failure in report.failures:
         console.print(
-            f"[red]{escape(failure.method)}, concurrency {failure.concurrency}, failed[/] "
-            f"({failure.stage}): ",
+            f"[red]{escape(failure.method)}, {failure.load}, failed[/] ({failure.stage}): ",
             end="",
         )
         console.print(failure.error, markup=False, highlight=False)
@@ -50,28 +50,59 @@ def print_report(console: Console, report: BenchReport) -> None:
 
 def _speed_table(runs: Sequence[RunReport]) -> Table:
     table = _table(
-        "Throughput and latency",
-        "tokens/s and ratios: median of the rounds, below it min–max; "
-        "times per token in ms: median, below it p99",
+        "Throughput",
+        "median of the rounds; below it min–max, for ratios their 95 % interval "
+        "(noise: 1 is inside)",
         "tokens/s",
         f"vs\n{BASELINE}",
         "vs best\nvLLM",
         "tokens/\nstep",
-        "first\ntoken",
-        "later\ntokens",
     )
     for run in runs:
         table.add_row(
             escape(run.method),
-            str(run.concurrency),
+            run.load.short,
             _spread(run.tokens_per_s, run.tokens_per_s_min, run.tokens_per_s_max, ".0f"),
-            _spread(run.ratio_vs_none, run.ratio_vs_none_min, run.ratio_vs_none_max, ".2f"),
+            _ratio(run),
             _number(run.ratio_vs_best_native, ".2f"),
             _number(run.tokens_per_step, ".2f"),
-            f"{run.ttft_ms_median:.0f}\n{run.ttft_ms_p99:.0f}",
-            f"{_number(run.tpot_ms_median, '.1f')}\n{_number(run.tpot_ms_p99, '.1f')}",
         )
     return table
+
+
+def _ratio(run: RunReport) -> str:
+    if run.ratio_vs_none_interval is None or run.method == BASELINE:
+        return _number(run.ratio_vs_none, ".2f")
+    low, high = run.ratio_vs_none_interval
+    return f"{run.ratio_vs_none:.2f}\n{low:.2f}–{high:.2f}{' noise' * (low <= 1 <= high)}"
+
+
+def _latency_table(runs: Sequence[RunReport]) -> Table:
+    objectives = any(run.slo_attainment is not None for run in runs)
+    table = _table(
+        "Latency",
+        "ms over the requests: p50 / p95 / p99",
+        "first token",
+        "later tokens",
+        "whole answer",
+        *(["kept\nSLO"] if objectives else []),
+    )
+    for run in runs:
+        table.add_row(
+            escape(run.method),
+            run.load.short,
+            _percentiles(run.ttft_ms, ".0f"),
+            _percentiles(run.tpot_ms, ".1f"),
+            _percentiles(run.latency_ms, ".0f"),
+            *([_number(run.slo_attainment, ".1%")] if objectives else []),
+        )
+    return table
+
+
+def _percentiles(values: Percentiles | None, spec: str) -> str:
+    if values is None:
+        return NOTHING
+    return " / ".join(f"{value:{spec}}" for value in (values.p50, values.p95, values.p99))
 
 
 def _draft_table(runs: Sequence[RunReport]) -> Table:
@@ -92,7 +123,7 @@ def _draft_table(runs: Sequence[RunReport]) -> Table:
         margins = [item.margin_nats for item in run.differences if item.margin_nats is not None]
         table.add_row(
             escape(run.method),
-            str(run.concurrency),
+            run.load.short,
             _number(run.drafted_per_draft, ".1f"),
             "\n".join(lines) or NOTHING,
             _number(run.identical_share, ".1%"),
@@ -105,12 +136,12 @@ def _draft_table(runs: Sequence[RunReport]) -> Table:
 
 def losses(runs: Sequence[RunReport]) -> Iterator[str]:
     """What relaxed acceptance costs: a line per lossy run."""
-    exact = {run.concurrency: run.nats_below_best for run in runs if run.method == BASELINE}
+    exact = {run.load: run.nats_below_best for run in runs if run.method == BASELINE}
     for run in runs:
-        own = exact.get(run.concurrency)
+        own = exact.get(run.load)
         if run.method != BASELINE and run.nats_below_best is not None and own is not None:
             yield (
-                f"{run.method} ({run.concurrency} in flight) is LOSSY: its tokens are "
+                f"{run.method} ({run.load}) is LOSSY: its tokens are "
                 f"{run.nats_below_best:.3f} nats below the model's best one on average, "
                 f"{BASELINE}'s {own:.3f}."
             )
@@ -121,12 +152,12 @@ def _category_table(runs: Sequence[RunReport]) -> Table:
     drafting = [run for run in runs if run.speculative_config is not None]
     table = Table(
         title="Tokens per step by category",
-        caption="in brackets: requests in flight",
+        caption="in brackets: requests in flight, or their rate",
         box=SIMPLE_HEAD,
     )
     table.add_column("category", no_wrap=True)
     for run in drafting:
-        heading = f"{escape(run.method)}\n({run.concurrency})"
+        heading = f"{escape(run.method)}\n({run.load.short})"
         table.add_column(heading, justify="right", overflow="fold")
     categories = dict.fromkeys(
         category for run in drafting for category in run.tokens_per_step_by_category
@@ -143,7 +174,7 @@ def _table(title: str, caption: str, *columns: str) -> Table:
         title=title, caption=caption, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False
     )
     table.add_column("method", overflow="fold")
-    for name in ("in\nflight", *columns):
+    for name in ("load", *columns):
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
@@ -192,13 +223,13 @@ def save_plot(report: BenchReport, path: Path) -> None:
 
 
 def _bars(axes, runs: Sequence[RunReport], spreads: Sequence[tuple[float, float, float]]) -> None:
-    """One bar per run, grouped by concurrency and coloured by method, with min-max whiskers."""
+    """One bar per run, grouped by load and coloured by method, with min-max whiskers."""
     methods = list(dict.fromkeys(run.method for run in runs))
-    groups = list(dict.fromkeys(run.concurrency for run in runs))
+    groups = list(dict.fromkeys(run.load for run in runs))
     width = 0.8 / len(methods)
     for offset, method in enumerate(methods):
         chosen = [
-            (groups.index(run.concurrency), spread)
+            (groups.index(run.load), spread)
             for run, spread in zip(runs, spreads, strict=True)
             if run.method == method
         ]
@@ -213,4 +244,4 @@ def _bars(axes, runs: Sequence[RunReport], spreads: Sequence[tuple[float, float,
             capsize=2,
             label=method,
         )
-    axes.set_xticks(range(len(groups)), [f"concurrency {group}" for group in groups])
+    axes.set_xticks(range(len(groups)), [str(group) for group in groups])

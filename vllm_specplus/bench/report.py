@@ -4,7 +4,9 @@ Throughput is the median over rounds (of all repeats), with the smallest and the
 disturbed round does not move a median. Ratios are medians too, of the ratios *within* rounds: two
 methods answer the same questions in a round and, on the CPU platform, in turns of some seconds,
 so that what varies between rounds cancels out. A ratio is therefore not exactly the quotient of
-two medians.
+two medians. Its interval is the bootstrap's over the rounds: 95 % of the medians of as many rounds,
+drawn with replacement, are in it. A ratio whose interval has 1 inside is noise until more rounds
+say otherwise.
 """
 
 import os
@@ -22,9 +24,14 @@ import psutil
 from pydantic import BaseModel
 
 from vllm_specplus import __version__
+from vllm_specplus.bench.dataset import first_turn
+from vllm_specplus.bench.loads import Load
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.protocol import DraftCounters, MachineInfo, RequestResult
 from vllm_specplus.bench.runner import Failure, Session, describe_machine, find_differences
+
+#: Of a bootstrap: resamples, and values below which there is none.
+RESAMPLES, FEWEST = 2000, 3
 
 Origin = Literal["baseline", "vllm", "specplus"]
 
@@ -58,9 +65,45 @@ class DifferenceReport(BaseModel):
     margin_nats: float | None
 
 
-class RunReport(BaseModel):
-    """One method at one concurrency, over all repeats and rounds.
+class AnswerReport(BaseModel):
+    """One request: what all other numbers are computed from. Times are in milliseconds."""
 
+    question_id: str
+    repeat: int
+    round: int
+    tokens: int
+    steps: int
+    ttft_ms: float
+    tpot_ms: float | None
+    latency_ms: float | None
+
+
+class Percentiles(BaseModel):
+    """Of all requests, in milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+class Objectives(BaseModel):
+    """What a request is to keep, in milliseconds; None: nothing."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def kept_by(self, answer: AnswerReport) -> bool:
+        """Whether a request keeps all of them."""
+        pairs = ((answer.ttft_ms, self.ttft_ms), (answer.tpot_ms, self.tpot_ms))
+        return all(most is None or value is None or value <= most for value, most in pairs)
+
+
+class RunReport(BaseModel):
+    """One method at one load, over all repeats and rounds.
+
+    `concurrency` requests were in flight, or `rate` of them came per second.
+    `ratio_vs_none_interval`: see the module; None with fewer than three rounds.
+    `slo_attainment`: share of the requests that kept the objectives, None where there are none.
     `tokens_per_step`: generated tokens after the first output, per engine step and request.
     `drafted_per_draft`, `acceptance_per_depth`: vLLM's own counters. They leave out steps without
     a draft; the k-th acceptance is the share of drafts of which at least k tokens were accepted.
@@ -76,7 +119,9 @@ class RunReport(BaseModel):
     method: str
     origin: Origin
     speculative_config: dict[str, Any] | None
-    concurrency: int
+    concurrency: int | None
+    rate: float | None = None
+    burstiness: float = 1.0
     requests: int
     tokens: int
     tokens_per_s: float
@@ -85,6 +130,7 @@ class RunReport(BaseModel):
     ratio_vs_none: float | None
     ratio_vs_none_min: float | None
     ratio_vs_none_max: float | None
+    ratio_vs_none_interval: tuple[float, float] | None = None
     ratio_vs_best_native: float | None
     best_native: str | None
     tokens_per_step: float | None
@@ -98,17 +144,27 @@ class RunReport(BaseModel):
     ttft_ms_p99: float
     tpot_ms_median: float | None
     tpot_ms_p99: float | None
+    ttft_ms: Percentiles | None = None
+    tpot_ms: Percentiles | None = None
+    latency_ms: Percentiles | None = None
+    slo_attainment: float | None = None
     peak_rss_bytes: int
     gpu_bytes: int | None
     startup_s: float
     rounds: list[RoundReport]
+    answers: list[AnswerReport] = []
+
+    @property
+    def load(self) -> Load:
+        """How its requests came."""
+        return Load(in_flight=self.concurrency, rate=self.rate, burstiness=self.burstiness)
 
 
 class FailureReport(BaseModel):
     """A method that failed: while it started, was measured, or gave the margins of ties."""
 
     method: str
-    concurrency: int
+    load: str
     stage: str
     error: str
     log: str
@@ -139,14 +195,15 @@ def build_runs(
     ours: Collection[str],
     categories: Mapping[str, str],
     temperature: float,
+    objectives: Objectives | None = None,
 ) -> list[RunReport]:
-    """Sum up the sessions per concurrency and method, in the order of their first appearance.
+    """Sum up the sessions per load and method, in the order of their first appearance.
 
     `ours` are the names of this plugin's methods; `categories` maps questions to categories.
     """
-    groups: dict[int, dict[str, list[Session]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[Load, dict[str, list[Session]]] = defaultdict(lambda: defaultdict(list))
     for session in sessions:
-        groups[session.concurrency][session.method.label].append(session)
+        groups[session.load][session.method.label].append(session)
 
     runs = []
     for group in groups.values():
@@ -166,6 +223,7 @@ def build_runs(
                     baseline=group.get(BASELINE, []),
                     categories=categories,
                     temperature=temperature,
+                    objectives=objectives or Objectives(),
                 )
             )
     return runs
@@ -197,6 +255,15 @@ def paired_ratios(
     if reference is None:
         return {}
     return {key: speed / reference[key] for key, speed in speeds.items() if key in reference}
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the median; None of fewer than three values."""
+    if len(values) < FEWEST:
+        return None
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(np.asarray(values)[drawn], axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def count_tokens(requests: Iterable[RequestResult]) -> int:
@@ -246,8 +313,9 @@ def _build_run(
     baseline: Sequence[Session],
     categories: Mapping[str, str],
     temperature: float,
+    objectives: Objectives,
 ) -> RunReport:
-    """Sum up the ``sessions`` of one method at one concurrency."""
+    """Sum up the ``sessions`` of one method at one load."""
     results = [result for session in sessions for result in session.rounds]
     requests = [request for result in results for request in result.requests]
     counters = [result.drafts for result in results if result.drafts is not None]
@@ -255,12 +323,16 @@ def _build_run(
     gpu = [result.gpu_bytes for result in results if result.gpu_bytes is not None]
     speeds = round_speeds(sessions)
     identical_share, differences = _compare(sessions, baseline, origin, temperature)
+    load, answers = sessions[0].load, _answers(sessions)
+    kept = [objectives.kept_by(answer) for answer in answers]
 
     return RunReport(
         method=sessions[0].method.label,
         origin=origin,
         speculative_config=sessions[0].method.speculative_config,
-        concurrency=sessions[0].concurrency,
+        concurrency=load.in_flight,
+        rate=load.rate,
+        burstiness=load.burstiness,
         requests=len(requests),
         tokens=count_tokens(requests),
         tokens_per_s=median(speeds.values()),
@@ -269,6 +341,7 @@ def _build_run(
         ratio_vs_none=median(ratios.values()) if ratios else None,
         ratio_vs_none_min=min(ratios.values(), default=None),
         ratio_vs_none_max=max(ratios.values(), default=None),
+        ratio_vs_none_interval=bootstrap_interval(list(ratios.values())),
         ratio_vs_best_native=median(native_ratios.values()) if native_ratios else None,
         best_native=best_native,
         tokens_per_step=tokens_per_step(requests),
@@ -278,11 +351,13 @@ def _build_run(
         identical_share=identical_share,
         nats_below_best=nats_below_best(sessions),
         differences=differences,
-        **_latencies(requests),
+        **_latencies(answers),
+        slo_attainment=sum(kept) / len(kept) if objectives != Objectives() else None,
         peak_rss_bytes=max(result.peak_rss_bytes for result in results),
         gpu_bytes=max(gpu, default=None),
         startup_s=median(session.startup_s for session in sessions),
         rounds=_rounds(sessions, speeds, ratios),
+        answers=answers,
     )
 
 
@@ -291,19 +366,40 @@ def _by_category(
 ) -> dict[str, float | None]:
     groups: dict[str, list[RequestResult]] = defaultdict(list)
     for request in requests:
-        groups[categories[request.question_id]].append(request)
+        groups[categories[first_turn(request.question_id)]].append(request)
     return {category: tokens_per_step(members) for category, members in groups.items()}
 
 
-def _latencies(requests: Sequence[RequestResult]) -> dict[str, float | None]:
-    """The latency fields of a report, in milliseconds."""
-    ttft = [1e3 * request.ttft_s for request in requests]
-    tpot = [1e3 * request.tpot_s for request in requests if request.tpot_s is not None]
-    return {
-        "ttft_ms_median": median(ttft),
-        "ttft_ms_p99": percentile99(ttft),
-        "tpot_ms_median": median(tpot) if tpot else None,
-        "tpot_ms_p99": percentile99(tpot) if tpot else None,
+def _answers(sessions: Iterable[Session]) -> list[AnswerReport]:
+    return [
+        AnswerReport(
+            question_id=request.question_id,
+            repeat=session.repeat + 1,
+            round=number + 1,
+            tokens=len(request.token_ids),
+            steps=request.steps,
+            ttft_ms=1e3 * request.ttft_s,
+            tpot_ms=None if request.tpot_s is None else 1e3 * request.tpot_s,
+            latency_ms=None if request.latency_s is None else 1e3 * request.latency_s,
+        )
+        for session in sessions
+        for number, result in enumerate(session.rounds)
+        for request in result.requests
+    ]
+
+
+def _latencies(answers: Sequence[AnswerReport]) -> dict[str, Any]:
+    """The latency fields of a report."""
+    found: dict[str, Any] = {}
+    for name in ("ttft_ms", "tpot_ms", "latency_ms"):
+        values = [value for answer in answers if (value := getattr(answer, name)) is not None]
+        found[name] = percentiles(values) if values else None
+    ttft, tpot = found["ttft_ms"], found["tpot_ms"]
+    return found | {
+        "ttft_ms_median": ttft.p50,
+        "ttft_ms_p99": ttft.p99,
+        "tpot_ms_median": tpot and tpot.p50,
+        "tpot_ms_p99": tpot and tpot.p99,
     }
 
 
@@ -327,9 +423,10 @@ def _rounds(
     ]
 
 
-def percentile99(values: Sequence[float]) -> float:
-    """The value that 99 % do not exceed, linearly interpolated."""
-    return float(np.percentile(values, 99))
+def percentiles(values: Sequence[float]) -> Percentiles:
+    """What half, 95 % and 99 % of the values do not exceed, linearly interpolated."""
+    half, most, nearly_all = np.percentile(values, [50, 95, 99]).tolist()
+    return Percentiles(p50=half, p95=most, p99=nearly_all)
 
 
 def _compare(
@@ -368,7 +465,7 @@ def build_failures(failures: Iterable[Failure]) -> list[FailureReport]:
     return [
         FailureReport(
             method=failure.method.label,
-            concurrency=failure.concurrency,
+            load=str(failure.load),
             stage=failure.stage,
             error=failure.error,
             log=str(failure.log),

@@ -1,6 +1,6 @@
 """Runs the methods side by side: which engine measures what, when.
 
-Every combination of method, concurrency and repeat sees every prompt once, in an engine that knows
+Every combination of method, load and repeat sees every prompt once, in an engine that knows
 nothing yet; otherwise drafters that remember (suffix trees, token recycling) would answer from
 memory. It is the method's engine of before, which forgets what it has learnt (`Renew`), or a fresh
 one, where it has ended or does not know how.
@@ -13,7 +13,7 @@ The questions are split into rounds, and the methods take turns:
   does not count. Engines whose turn it is not are stopped with SIGSTOP: an idle one would still
   burn CPU time, because OpenMP threads and vLLM's processes wait by spinning.
 * On other devices, and with `sequential`, one engine is alive at a time, because each wants the
-  device's memory for itself. It measures all its rounds at all concurrencies, and the order
+  device's memory for itself. It measures all its rounds at all loads, and the order
   rotates over the repeats.
 """
 
@@ -34,7 +34,8 @@ from typing import Any, Literal, TypeVar
 import psutil
 from pydantic import BaseModel
 
-from vllm_specplus.bench.dataset import Question, split_rounds
+from vllm_specplus.bench.dataset import Question, first_turn, split_rounds
+from vllm_specplus.bench.loads import Load
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.protocol import (
     ALIVE,
@@ -81,7 +82,7 @@ class Plan:
 
     model: str
     methods: Sequence[MethodSpec]
-    concurrencies: Sequence[int]
+    loads: Sequence[Load]
     measured: Sequence[Question]
     warmup: Sequence[Question]
     rounds: int
@@ -104,7 +105,7 @@ class Session:
     """
 
     method: MethodSpec
-    concurrency: int
+    load: Load
     repeat: int
     startup_s: float
     rounds: list[RoundResult] = field(default_factory=list)
@@ -112,7 +113,7 @@ class Session:
     scores: dict[str, float] = field(default_factory=dict)
 
     def answers(self) -> dict[str, list[int]]:
-        """Token ids by question."""
+        """Token ids by question, and by later turns."""
         return {
             request.question_id: request.token_ids
             for result in self.rounds
@@ -122,10 +123,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Failure:
-    """A method that could not be measured, or not entirely, at a concurrency."""
+    """A method that could not be measured, or not entirely, at a load."""
 
     method: MethodSpec
-    concurrency: int
+    load: Load
     stage: Stage
     error: str
     log: Path
@@ -287,9 +288,14 @@ def find_differences(group: Sequence[Session], temperature: float) -> list[tuple
     references = baseline.answers()
     differences = []
     for session in group:
+        parted: set[str] = set()
         for question_id, token_ids in session.answers().items():
+            question = first_turn(question_id)
+            if question in parted or question_id not in references:
+                continue  # it was asked something else
             position = first_difference(references[question_id], token_ids)
             if position is not None:
+                parted.add(question)
                 common = references[question_id][:position]
                 differences.append((session, Prefix(question_id=question_id, token_ids=common)))
     return differences
@@ -321,7 +327,7 @@ class Benchmark:
     """Carries out a plan; `sessions` and `failures` fill as it goes.
 
     `notify(what, settled)` tells what is being done (None: still the same), and how many questions
-    were answered or given up since the last call. `save` is called whenever a concurrency is done,
+    were answered or given up since the last call. `save` is called whenever a load is done,
     so that a long run that is interrupted leaves what it has.
     """
 
@@ -350,7 +356,7 @@ class Benchmark:
         """Measure everything. A method that fails leaves the others alone.
 
         One that could not start is not tried again. One that failed later loses its sessions at
-        that concurrency, so that what is reported has all its questions.
+        that load, so that what is reported has all its questions.
         """
         with self._stack:
             for repeat in range(self.plan.repeat):
@@ -361,42 +367,36 @@ class Benchmark:
 
     def _drop_incomplete(self) -> None:
         incomplete = {
-            (failure.method.label, failure.concurrency)
+            (failure.method.label, failure.load)
             for failure in self.failures
             if failure.stage not in AFTERWARDS
         }
         self.sessions = [
             session
             for session in self.sessions
-            if (session.method.label, session.concurrency) not in incomplete
+            if (session.method.label, session.load) not in incomplete
         ]
 
     def _together(self, repeat: int) -> None:
         """Measure with all methods' engines alive."""
-        for concurrency in self.plan.concurrencies:
-            live = self._ready(rotated(self.plan.methods, repeat), concurrency, repeat)
-            live = self._take_turns(live, self._rounds(concurrency))
-            group = [item.session for item in live]
-            self._judge(group, concurrency)
+        for load in self.plan.loads:
+            live = self._ready(rotated(self.plan.methods, repeat), load, repeat)
+            group = [item.session for item in self._take_turns(live, load)]
+            self._judge(group, load)
             self._keep(group)
 
     def _one_by_one(self, repeat: int) -> None:
-        """Measure with one engine alive, which has seen all concurrencies when the next one
-        starts."""
-        groups: dict[int, list[Session]] = {each: [] for each in self.plan.concurrencies}
+        """Measure with one engine alive, which has seen all loads when the next one starts."""
+        groups: dict[Load, list[Session]] = {load: [] for load in self.plan.loads}
         for method in rotated(self.plan.methods, repeat):
-            for concurrency, group in groups.items():
-                live = self._ready([method], concurrency, repeat)
-                live = self._take_turns(live, self._rounds(concurrency))
-                group += [item.session for item in live]
+            for load, group in groups.items():
+                live = self._ready([method], load, repeat)
+                group += [item.session for item in self._take_turns(live, load)]
             self._end_engines()
-        for concurrency, group in groups.items():
-            self._judge(group, concurrency)
+        for load, group in groups.items():
+            self._judge(group, load)
         self._end_engines()
         self._keep([session for group in groups.values() for session in group])
-
-    def _rounds(self, concurrency: int) -> list[list[Question]]:
-        return split_rounds(self.plan.measured, self.plan.rounds, concurrency)
 
     def _keep(self, sessions: Sequence[Session]) -> None:
         """Take in what was measured, and save it."""
@@ -404,7 +404,7 @@ class Benchmark:
         self._drop_incomplete()
         self._save(self)
 
-    def _ready(self, methods: Sequence[MethodSpec], concurrency: int, repeat: int) -> list[Live]:
+    def _ready(self, methods: Sequence[MethodSpec], load: Load, repeat: int) -> list[Live]:
         """Engines that are as if they had just started and warmed up, and stopped."""
         live = []
         for method in methods:
@@ -412,25 +412,25 @@ class Benchmark:
                 self._notify(f"{method.label}: skipped", len(self.plan.measured))
                 continue
             try:
-                started = self._renewed(method, concurrency) or self._start(method, concurrency)
+                started = self._renewed(method, load) or self._start(method, load)
             except EngineError as exc:
                 self._unstartable.add(method.label)
-                self._fail(method, concurrency, "start", exc, len(self.plan.measured))
+                self._fail(method, load, "start", exc, len(self.plan.measured))
                 continue
-            session = Session(method, concurrency, repeat, started.startup_s)
+            session = Session(method, load, repeat, started.startup_s)
             live.append(Live(session, started.engine))
         return live
 
-    def _renewed(self, method: MethodSpec, concurrency: int) -> "Started | None":
+    def _renewed(self, method: MethodSpec, load: Load) -> "Started | None":
         """The method's engine, if it is alive and can forget what it has learnt."""
         started = self._alive.get(method.label)
         if started is None:
             return None
-        self._notify(f"{method.label}: renewing, concurrency {concurrency}", 0)
+        self._notify(f"{method.label}: renewing", 0)
         engine = started.engine
         try:
             engine.resume()
-            engine.send(Renew(concurrency=concurrency))
+            engine.send(Renew(concurrency=load.slots))
             if engine.receive(Renewed).done:
                 engine.suspend()
                 return started
@@ -439,20 +439,20 @@ class Benchmark:
         self._lost(method)
         return None
 
-    def _start(self, method: MethodSpec, concurrency: int) -> "Started":
+    def _start(self, method: MethodSpec, load: Load) -> "Started":
         """Start and warm up an engine, and leave it stopped."""
-        self._notify(f"{method.label}: starting, concurrency {concurrency}", 0)
+        self._notify(f"{method.label}: starting", 0)
         self._engines += 1
         name = re.sub(r"[^\w.=-]+", "_", method.label)
-        log = self._logs / f"{self._engines:02}-{name}-c{concurrency}.log"
+        log = self._logs / f"{self._engines:02}-{name}.log"
         engine = self._stack.enter_context(EngineProcess(log, cwd=self._checkout(method)))
         setup = EngineSetup(
             model=self.plan.model,
             speculative_config=method.speculative_config,
             engine_args=self.engine_args,
             measured=list(self.plan.measured),
-            warmup=list(self.plan.warmup[: 2 * max(self.plan.concurrencies)]),
-            concurrency=concurrency,
+            warmup=list(self.plan.warmup[: 2 * max(each.slots for each in self.plan.loads)]),
+            concurrency=load.slots,
             max_tokens=self.plan.max_tokens,
             temperature=self.plan.temperature,
             seed=self.plan.seed,
@@ -480,20 +480,24 @@ class Benchmark:
         """Whose code the method's engine runs; None: that of this process."""
         return None
 
-    def _take_turns(self, live: list[Live], rounds: Sequence[Sequence[Question]]) -> list[Live]:
+    def _take_turns(self, live: list[Live], load: Load) -> list[Live]:
         """Measure every round with every engine; return the ones that lasted."""
         lasting = list(live)
+        rounds = split_rounds(self.plan.measured, self.plan.rounds, load.slots)
         slice_s = SLICE_S if len(live) > 1 else None
         for number, questions in enumerate(rounds):
-            start = RoundRequest(question_ids=[each.id for each in questions], slice_s=slice_s)
+            start = RoundRequest(
+                question_ids=[each.id for each in questions],
+                slice_s=slice_s,
+                arrivals=load.arrivals(len(questions), self.plan.seed + number),
+            )
             turns = deque((item, start) for item in (rotated(lasting, number) if lasting else []))
             while turns:
                 item, request = turns.popleft()
                 session, engine = item.session, item.engine
                 if request is start:
                     self._notify(
-                        f"{session.method.label}: concurrency {session.concurrency}, "
-                        f"round {number + 1} of {len(rounds)}",
+                        f"{session.method.label}: {load}, round {number + 1} of {len(rounds)}",
                         0,
                     )
                 try:
@@ -505,7 +509,7 @@ class Benchmark:
                     self._lost(session.method)
                     lasting.remove(item)
                     left = sum(len(later) for later in rounds[number:])
-                    self._fail(session.method, session.concurrency, "measure", exc, left)
+                    self._fail(session.method, load, "measure", exc, left)
                     continue
                 if isinstance(reply, Paused):
                     turns.append((item, Continue()))
@@ -514,19 +518,24 @@ class Benchmark:
                     self._notify(None, len(questions))
         return lasting
 
-    def _judge(self, group: Sequence[Session], concurrency: int) -> None:
+    def _judge(self, group: Sequence[Session], load: Load) -> None:
         """What the baseline's engine, or another like it, says of the answers: the margins where
         they differ from its own, and how far it finds those of lossy methods."""
         baseline = next(
             (session.method for session in group if session.method.name == BASELINE), None
         )
-        differences = find_differences(group, self.plan.temperature)
+        # What a later turn was asked, only the engine that answered it knows.
+        differences = [
+            (session, prefix)
+            for session, prefix in find_differences(group, self.plan.temperature)
+            if first_turn(prefix.question_id) == prefix.question_id
+        ]
         lossy = any(session.method.lossy for session in group)
         if baseline is None or not (differences or lossy):
             return
         stage: Stage = "margins"
         try:
-            started = self._alive.get(baseline.label) or self._start(baseline, concurrency)
+            started = self._alive.get(baseline.label) or self._start(baseline, load)
             started.engine.resume()
             if differences:
                 self._add_margins(started.engine, differences)
@@ -537,7 +546,7 @@ class Benchmark:
         except EngineError as exc:
             if baseline.label in self._alive:
                 self._lost(baseline)
-            self._fail(baseline, concurrency, stage, exc, 0)
+            self._fail(baseline, load, stage, exc, 0)
 
     def _add_margins(
         self, judge: EngineProcess, differences: Sequence[tuple[Session, Prefix]]
@@ -556,13 +565,15 @@ class Benchmark:
             answers = [
                 Prefix(question_id=question_id, token_ids=token_ids)
                 for question_id, token_ids in session.answers().items()
+                if first_turn(question_id) == question_id
             ]
             judge.send(ScoreRequest(answers=answers))
             nats = judge.receive(ScoreResult).nats
-            session.scores = dict(zip(session.answers(), nats, strict=True))
+            scored = (answer.question_id for answer in answers)
+            session.scores = dict(zip(scored, nats, strict=True))
 
     def _fail(
-        self, method: MethodSpec, concurrency: int, stage: Stage, exc: EngineError, left: int
+        self, method: MethodSpec, load: Load, stage: Stage, exc: EngineError, left: int
     ) -> None:
-        self.failures.append(Failure(method, concurrency, stage, str(exc), exc.log))
+        self.failures.append(Failure(method, load, stage, str(exc), exc.log))
         self._notify(f"{method.label}: failed", left)

@@ -10,9 +10,17 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from vllm_specplus.bench import InputError
+from vllm_specplus.bench.compare import print_comparison, read_report
 from vllm_specplus.bench.dataset import Dataset, load_dataset, pick
 from vllm_specplus.bench.images import (
     ImageBench,
@@ -22,6 +30,7 @@ from vllm_specplus.bench.images import (
     save_sheet,
     sheet_of,
 )
+from vllm_specplus.bench.loads import parse_loads
 from vllm_specplus.bench.methods import (
     BASELINE,
     parse_concurrencies,
@@ -32,6 +41,7 @@ from vllm_specplus.bench.protocol import MachineInfo
 from vllm_specplus.bench.render import print_report, save_plot
 from vllm_specplus.bench.report import (
     BenchReport,
+    Objectives,
     build_failures,
     build_runs,
     describe_hardware,
@@ -47,11 +57,16 @@ BAD_INPUT = 2
 
 def bench(
     context: typer.Context,
-    model: options.Model,
+    model: options.Model = None,
     dataset: options.DatasetFile = None,
     task: options.TaskName = options.Task.text,
     methods: options.Methods = None,
-    concurrency: options.Concurrency = "1",
+    concurrency: options.Concurrency = None,
+    rate: options.Rate = None,
+    burstiness: options.Burstiness = 1.0,
+    slo_ttft_ms: options.SloTtft = None,
+    slo_tpot_ms: options.SloTpot = None,
+    later_turns: options.LaterTurns = False,
     max_tokens: options.MaxTokens = 128,
     limit: options.Limit = 48,
     rounds: options.Rounds = 4,
@@ -65,10 +80,12 @@ def bench(
     json_path: options.JsonFile = None,
     plot: options.PlotFile = None,
     sheet: options.SheetFile = None,
+    compare: options.Compare = None,
 ) -> None:
     """Compare methods on one model and dataset: speed, latency, acceptance, equal answers.
 
-    Every method runs in fresh engines and sees every question once; the methods take turns.
+    Every method sees every question once per load, in an engine that knows nothing before; the
+    methods take turns.
     Exit code 0: all measured; 1: a method failed, the others were measured; 2: unusable input.
     """
     errors = Console(stderr=True, highlight=False)
@@ -76,25 +93,30 @@ def bench(
     if temperature is None:
         temperature = 0.0 if task is options.Task.text else 1.0
     try:
+        if compare is not None:
+            print_comparison(Console(), *map(read_report, compare))
+            return
         check_model(model)
         check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot, sheet)
         check_task(task, context)
         if task is options.Task.image:
             pictures = bench_images(
-                model, names, concurrency, limit, temperature, seed, engine_arg or [], errors
+                model, names, concurrency or "1", limit, temperature, seed, engine_arg or [], errors
             )
             finish_images(pictures, json_path, plot, sheet)
             return
         if task is options.Task.image_continuous:
             bench_continuous(
-                model, names, concurrency, limit, temperature, guidance_scale, seed, errors,
+                model, names, concurrency or "1", limit, temperature, guidance_scale, seed, errors,
                 json_path, plot, sheet,
             )  # fmt: skip
             return
-        data = load_texts(dataset, chat_template)
+        data = load_texts(dataset, chat_template, later_turns)
         measured, warmup = pick(data.questions, limit)
+        objectives = Objectives(ttft_ms=slo_ttft_ms, tpot_ms=slo_tpot_ms)
         plan = Plan(
-            model, parse_methods(names), parse_concurrencies(concurrency), measured, warmup,
+            model, parse_methods(names), parse_loads(concurrency, rate, burstiness), measured,
+            warmup,
             rounds=rounds, repeat=repeat, max_tokens=max_tokens, temperature=temperature,
             seed=seed, chat_template=chat_template, sequential=sequential,
             engine_args=parse_engine_args(engine_arg or []),
@@ -104,21 +126,24 @@ def bench(
         raise typer.Exit(BAD_INPUT) from exc
     if data.duplicates:
         errors.print(f"{data.duplicates} rows that repeat an earlier prompt are left out.")
-    bench_texts(plan, str(dataset), errors, json_path, plot)
+    bench_texts(plan, objectives, str(dataset), errors, json_path, plot)
 
 
-def load_texts(dataset: Path | None, chat_template: bool) -> Dataset:
+def load_texts(dataset: Path | None, chat_template: bool, later_turns: bool) -> Dataset:
     """The questions of the file; InputError for those that cannot be asked."""
     if dataset is None:
         raise InputError("--dataset is needed for --task text")
-    data = load_dataset(dataset)
+    if later_turns and not chat_template:
+        raise InputError("--later-turns needs the chat template: remove --no-chat-template")
+    data = load_dataset(dataset, later_turns)
     check_raw_prompts(data, chat_template)
     return data
 
 
 def bench_texts(
-    plan: Plan, dataset: str, errors: Console, json_path: Path | None, plot: Path | None
-) -> None:
+    plan: Plan, objectives: Objectives, dataset: str, errors: Console, json_path: Path | None,
+    plot: Path | None,
+) -> None:  # fmt: skip
     """Measure, print, and write what was asked for."""
     if BASELINE not in [method.name for method in plan.methods]:
         errors.print(f"Without {BASELINE} in --methods there are no ratios.")
@@ -133,11 +158,11 @@ def bench_texts(
 
     def save(benchmark: Benchmark) -> None:
         if json_path:
-            build_report(plan, machine, benchmark, sources).save(json_path)
+            build_report(plan, machine, benchmark, objectives, sources).save(json_path)
 
     sources = {"dataset": dataset, "log_dir": str(logs)}
     benchmark = run(plan, machine, logs, errors, save)
-    report = build_report(plan, machine, benchmark, sources)
+    report = build_report(plan, machine, benchmark, objectives, sources)
     print_report(Console(), report)
     if plot and report.runs:
         save_plot(report, plot)
@@ -228,8 +253,10 @@ def bench_continuous(
         save_sheet(continuous.sheet_of(bench), sheet)
 
 
-def check_model(model: str) -> None:
+def check_model(model: str | None) -> None:
     """Refuse a path that is not there; anything else may be a name that vLLM can load."""
+    if model is None:
+        raise InputError("--model is needed, unless two results are compared (--compare)")
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
         raise InputError(f"--model: the folder {model} does not exist")
 
@@ -294,12 +321,14 @@ def run(
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
         console=console,
         auto_refresh=False,
         transient=True,
     )
-    total = len(plan.methods) * len(plan.concurrencies) * plan.repeat * len(plan.measured)
+    total = len(plan.methods) * len(plan.loads) * plan.repeat * len(plan.measured)
     with progress:
         task = progress.add_task("", total=total)
 
@@ -314,8 +343,9 @@ def run(
 
 
 def build_report(
-    plan: Plan, machine: MachineInfo, benchmark: Benchmark, sources: dict[str, Any]
-) -> BenchReport:
+    plan: Plan, machine: MachineInfo, benchmark: Benchmark, objectives: Objectives,
+    sources: dict[str, Any],
+) -> BenchReport:  # fmt: skip
     """Everything that is known at the end, in the form of the JSON file."""
     return BenchReport(
         model=plan.model,
@@ -325,7 +355,9 @@ def build_report(
         settings={
             **sources,
             "methods": [method.label for method in plan.methods],
-            "concurrency": list(plan.concurrencies),
+            "concurrency": [load.in_flight for load in plan.loads if load.rate is None],
+            "rate": [load.rate for load in plan.loads if load.rate is not None],
+            "objectives": objectives.model_dump(),
             "limit": len(plan.measured),
             "rounds": plan.rounds,
             "repeat": plan.repeat,
@@ -342,6 +374,7 @@ def build_report(
             ours=method_names(),
             categories={question.id: question.category for question in plan.measured},
             temperature=plan.temperature,
+            objectives=objectives,
         ),
         failures=build_failures(benchmark.failures),
     )

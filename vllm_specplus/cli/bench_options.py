@@ -22,7 +22,10 @@ METHODS_OF = {
     Task.image: IMAGE_METHODS,
     Task.image_continuous: CONTINUOUS_METHODS,
 }
-TEXT_OPTIONS = ("dataset", "max_tokens", "rounds", "repeat", "chat_template", "sequential")
+TEXT_OPTIONS = (
+    "dataset", "max_tokens", "rounds", "repeat", "chat_template", "sequential", "later_turns",
+    "rate", "burstiness", "slo_ttft_ms", "slo_tpot_ms",
+)  # fmt: skip
 #: What a task would ignore.
 FOREIGN_OPTIONS = {
     Task.text: ("sheet", "guidance_scale"),
@@ -30,12 +33,14 @@ FOREIGN_OPTIONS = {
     Task.image_continuous: (*TEXT_OPTIONS, "engine_arg"),
 }
 
-Model = Annotated[str, typer.Option(help="Folder or Hugging Face name of the target model.")]
+Model = Annotated[
+    str | None, typer.Option(help="Folder or Hugging Face name of the target model. Needed to run.")
+]
 DatasetFile = Annotated[
     Path | None,
     typer.Option(
-        help="JSON-lines file with Spec-Bench rows (turns, category), "
-        'OpenAI {"messages"} rows or {"prompt"} rows. Needed for text.'
+        help="JSON lines, a JSON array or parquet, with rows of Spec-Bench or SPEED-Bench (turns, "
+        'category), ShareGPT (conversations), OpenAI {"messages"} or {"prompt"}. Needed for text.'
     ),
 ]
 TaskName = Annotated[
@@ -58,7 +63,47 @@ Methods = Annotated[
     ),
 ]
 Concurrency = Annotated[
-    str, typer.Option(help="Numbers of requests in flight, separated by commas.")
+    str | None,
+    typer.Option(
+        help="Numbers of requests in flight, separated by commas.",
+        show_default="1, or none beside --rate",
+    ),
+]
+Rate = Annotated[
+    str | None,
+    typer.Option(
+        help="Requests per second, separated by commas: an open loop, whose requests come whatever "
+        "is in flight."
+    ),
+]
+Burstiness = Annotated[
+    float,
+    typer.Option(
+        help="Of the arrivals at a --rate: 1 is a Poisson process, lower ones come in bursts."
+    ),
+]
+SloTtft = Annotated[
+    float | None, typer.Option(help="Objective: most milliseconds to a request's first token.")
+]
+SloTpot = Annotated[
+    float | None,
+    typer.Option(help="Objective: most milliseconds per later token, a request's mean."),
+]
+LaterTurns = Annotated[
+    bool,
+    typer.Option(
+        "--later-turns",
+        help="Ask all turns of a conversation, each when the one before is answered; by default "
+        "the first alone.",
+    ),
+]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(
+        metavar="A.json B.json",
+        help="Run nothing: compare two files that --json has written, round by round and question "
+        "by question.",
+    ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens per answer.")]
 Limit = Annotated[
