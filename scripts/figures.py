@@ -65,6 +65,7 @@ UNITS = (
 RESULT = re.compile(
     rf"{NUMBER.pattern}(?:[ -]?(?:{UNITS})(?!\w)|(?<=\.\d)|(?<=\.\d\d)|(?<=\.\d{{3}}))"
 )
+HEADS = re.compile(r"^\|[^\n]*\n(?=\|[-| ]+\n)", re.MULTILINE)
 CELL = re.compile(rf"^[*(\s±]*{NUMBER.pattern}")
 
 
@@ -87,7 +88,7 @@ FUNCTIONS: dict[str, Any] = {
 
 @functools.cache
 def document(root: Path, name: str) -> Any:
-    """A JSON file by the name that marks give it."""
+    """Reads a JSON file by the name that marks give it."""
     path = root / f"{name[1:]}.json" if name.startswith("/") else root / RESULTS / f"{name}.json"
     if not path.is_file():
         raise Fault(f"there is no file {path.relative_to(root).as_posix()}")
@@ -95,7 +96,7 @@ def document(root: Path, name: str) -> Any:
 
 
 def part(value: Any, key: Any) -> Any:
-    """What has this key, of a list of objects each one's."""
+    """Returns what has this key; of a list of objects, what each has there."""
     if isinstance(value, list) and not isinstance(key, int):
         return [part(each, key) for each in value]
     try:
@@ -105,7 +106,7 @@ def part(value: Any, key: Any) -> Any:
 
 
 def picked(entries: Any, wanted: dict[str, Any]) -> Any:
-    """The entry of a list that has these values, or a list of several."""
+    """Returns the entry of a list that has these values, or a list if several do."""
     if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
         raise Fault("only of a list of objects an entry can be picked")
     found = [each for each in entries if all(fits(each.get(k), v) for k, v in wanted.items())]
@@ -115,17 +116,19 @@ def picked(entries: Any, wanted: dict[str, Any]) -> Any:
 
 
 def fits(value: Any, wanted: Any) -> bool:
+    """Says whether a value is the wanted one, in which ``*`` stands for anything."""
     if isinstance(value, str) and isinstance(wanted, str):
         return fnmatchcase(value, wanted.replace("[", "[[]"))
     return value == wanted
 
 
 def flat(value: Any) -> list:
+    """Returns the numbers of nested lists, or of a single value, in one list."""
     return [each for item in value for each in flat(item)] if isinstance(value, list) else [value]
 
 
 def combined(operation: Any, left: Any, right: Any) -> Any:
-    """Two numbers, or numbers of lists one by one, or a number with all of a list."""
+    """Combines two numbers, lists one by one, or a number with all of a list."""
     a, b = flat(left), flat(right)
     a, b = a * len(b) if len(a) == 1 else a, b * len(a) if len(b) == 1 else b
     values = [operation(x, y) for x, y in zip(a, b, strict=True)]
@@ -133,7 +136,7 @@ def combined(operation: Any, left: Any, right: Any) -> Any:
 
 
 def value_of(node: ast.expr, names: dict[str, Any], root: Path, first: bool = False) -> Any:
-    """The value of a parsed expression; ``first`` where a text names a file."""
+    """Returns the value of a parsed expression; ``first`` is where a text names a file."""
     of = functools.partial(value_of, names=names, root=root)
     match node:
         case ast.Constant(value=str(name)) if first:
@@ -156,7 +159,7 @@ def value_of(node: ast.expr, names: dict[str, Any], root: Path, first: bool = Fa
 
 
 def evaluate(expression: str, names: dict[str, Any], root: Path) -> Any:
-    """What an expression names."""
+    """Returns what an expression names."""
     try:
         return value_of(ast.parse(" ".join(expression.split()), mode="eval").body, names, root)
     except SyntaxError:
@@ -164,7 +167,7 @@ def evaluate(expression: str, names: dict[str, Any], root: Path) -> Any:
 
 
 def values(expressions: str, names: dict[str, Any], root: Path) -> list[float]:
-    """The numbers that expressions name, in turn."""
+    """Returns the numbers that expressions name, in turn."""
     found = flat([evaluate(each, names, root) for each in expressions.split(";")])
     if not all(isinstance(each, int | float) for each in found):
         raise Fault("it names something that is no number")
@@ -172,7 +175,7 @@ def values(expressions: str, names: dict[str, Any], root: Path) -> list[float]:
 
 
 def filled(text: str, numbers: list[float]) -> str:
-    """The text with its numbers replaced in turn, rounded as they are written."""
+    """Replaces the numbers of a text in turn, each rounded as the old one is written."""
     written = NUMBER.findall(text)
     if len(written) != len(numbers):
         raise Fault(f"{len(numbers)} values are named for {len(written)} numbers")
@@ -192,7 +195,7 @@ def filled(text: str, numbers: list[float]) -> str:
 
 
 def figure(match: re.Match[str], root: Path) -> str:
-    """A marked place, with the figures of its file."""
+    """Returns a marked place with the figures of its file."""
     body = match["body"].strip()
     if body.startswith("none: "):
         return match[0]
@@ -202,7 +205,7 @@ def figure(match: re.Match[str], root: Path) -> str:
 
 
 def table(match: re.Match[str], root: Path) -> str:
-    """A marked table, with the figures of its file."""
+    """Returns a marked table with the figures of its file."""
     form = r"(\S+)\s+(rows|columns):(.*)\n(?:rows|columns):(.*)"
     if not (parts := re.fullmatch(form, match["body"].strip(), re.DOTALL)):
         raise Fault(
@@ -233,7 +236,7 @@ def table(match: re.Match[str], root: Path) -> str:
 def cells_of(
     entry: str, label: str, cells: Any, shown: list[str], names: dict[str, Any], root: Path
 ) -> Iterator[str]:
-    """The cells of one entry, with its figures."""
+    """Yields the cells of one entry with its figures."""
     labelled = names | {"label": float(label) if NUMBER.fullmatch(label) else label}
     found = evaluate(entry, labelled, root)
     own = labelled | (found if isinstance(found, dict) else {}) | {"entry": found}
@@ -248,7 +251,7 @@ def cells_of(
 
 
 def rewritten(name: str, text: str, root: Path) -> tuple[str, list[str]]:
-    """A page with the figures of its files, and a sentence for each that was another."""
+    """Returns a page with the figures of its files, and a sentence for each that was another."""
     faults: list[str] = []
 
     def replaced(match: re.Match[str], make: Any) -> str:
@@ -269,7 +272,7 @@ def rewritten(name: str, text: str, root: Path) -> tuple[str, list[str]]:
 
 
 def difference(old: str, new: str) -> str:
-    """The first line that is another."""
+    """Says which line is the first that differs."""
     pairs = zip(old.splitlines(), new.splitlines(), strict=True)
     old, new = next((a, b) for a, b in pairs if a != b)
     return f"it says '{old.replace('<!--/-->', '')}', its file '{new.replace('<!--/-->', '')}'"
@@ -278,33 +281,33 @@ def difference(old: str, new: str) -> str:
 # Figures that come from no file.
 
 
-def blank(match: re.Match[str]) -> str:
-    """As many spaces, so that lines stay where they are."""
-    return re.sub(r"\S", " ", match[0])
+def spaces(text: str) -> str:
+    """Returns as many spaces, so that lines stay where they are."""
+    return re.sub(r"\S", " ", text)
+
+
+def without(pattern: re.Pattern[str], text: str) -> str:
+    """Returns a text with spaces for what a pattern matches."""
+    return pattern.sub(lambda match: spaces(match[0]), text)
 
 
 def unmarked(name: str, text: str) -> Iterator[str]:
-    """A sentence for each figure that comes from no file, and for marks that are none."""
-    text = FIGURE.sub(blank, TABLE.sub(blank, CODE.sub(blank, text)))
+    """Yields a sentence for each line with figures of no file or with a mark that is none."""
+    text = without(FIGURE, without(TABLE, without(CODE, text)))
     while note := NOTE.search(text):
         end = section_end(text, note.end()) if note["section"] else block_end(text, note.end())
-        text = text[: note.start()] + blank_text(text[note.start() : end]) + text[end:]
-    text = NAMES.sub(blank, text)
-    text = re.sub(r"^\|[^\n]*\n(?=\|[-| ]+\n)", blank, text, flags=re.MULTILINE)  # heads of tables
+        text = text[: note.start()] + spaces(text[note.start() : end]) + text[end:]
+    text = without(HEADS, without(NAMES, text))
     for number, line in enumerate(text.splitlines(), 1):
         place = f"{name}:{number}"
         if MARK.search(line):
             yield f"{place}: this mark is not understood."
         if found := [f"'{each}'" for each in figures_in(line)]:
-            yield f"{place}: {', '.join(found)} of no file, and no mark says why."
-
-
-def blank_text(text: str) -> str:
-    return re.sub(r"\S", " ", text)
+            yield f"{place}: no file backs {', '.join(found)}, and no mark says why."
 
 
 def figures_in(line: str) -> Iterator[str]:
-    """What looks like a result: a number with a unit, a fraction, or the number of a cell."""
+    """Yields what looks like a result: numbers with a unit, fractions, numbers of cells."""
     if not line.startswith("|"):
         yield from (match[0] for match in RESULT.finditer(line))
     for cell in line.split("|")[2:-1] if line.startswith("|") else ():
@@ -313,21 +316,21 @@ def figures_in(line: str) -> Iterator[str]:
 
 
 def block_end(text: str, start: int) -> int:
+    """Returns where the paragraph, list or table ends that a place is in."""
     end = text.find("\n\n", start)
     return len(text) if end < 0 else end
 
 
 def section_end(text: str, start: int) -> int:
-    """Where the section ends that a place is in."""
+    """Returns where the section ends that a place is in."""
     ranks = re.findall(r"^(#+) ", text[:start], re.MULTILINE)
-    end = re.compile(rf"^#{{1,{len(ranks[-1]) if ranks else 1}}} ", re.MULTILINE).search(
-        text, start
-    )
+    next_heading = re.compile(rf"^#{{1,{len(ranks[-1]) if ranks else 1}}} ", re.MULTILINE)
+    end = next_heading.search(text, start)
     return end.start() if end else len(text)
 
 
 def starts_of_lines(name: str, text: str) -> Iterator[str]:
-    """A sentence for each mark that starts a line, which would end its paragraph there."""
+    """Yields a sentence for each mark that starts a line, which would end its paragraph."""
     for match in FIGURE.finditer(text):
         if match.start() == 0 or text[match.start() - 1] == "\n":
             line = text.count("\n", 0, match.start()) + 1
@@ -342,12 +345,15 @@ Each file holds what one command measured, with the command itself; `make figure
 and the figures in the README and the docs from them.
 
 """
+COLUMNS = "| file | what | by | machine | version | read by |\n|---|---|---|---|---|---|\n"
 ROW = re.compile(r"^\| \[([^\]]+)\]\([^)]*\) \|([^|]*)\|", re.MULTILINE)
 
 
 def index(root: Path) -> tuple[str, list[str]]:
-    """The page that lists the results, and a sentence for each fault in it. What a file is about is
-    kept from the page as it is; all else comes from the files' heads."""
+    """Returns the page that lists the results, and a sentence for each fault in it.
+
+    What a file is about is kept from the page as it is; all else comes from the files' heads.
+    """
     path = root / INDEX
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     about = {name: words.strip() for name, words in ROW.findall(old)}
@@ -359,9 +365,7 @@ def index(root: Path) -> tuple[str, list[str]]:
             folder = file.parent
             title = "Commits" if folder == root / RESULTS else folder.name.capitalize()
             text += f"{'' if text.endswith(HEAD) else chr(10)}## {title}\n\n"
-            text += (
-                "| file | what | by | machine | version | read by |\n|---|---|---|---|---|---|\n"
-            )
+            text += COLUMNS
         head = json.loads(file.read_text(encoding="utf-8"))
         users = [p.name for p, page in texts.items() if name.removesuffix(".json") in page]
         source = origin(head if isinstance(head, dict) else {})
@@ -377,7 +381,7 @@ def index(root: Path) -> tuple[str, list[str]]:
 
 
 def origin(head: dict[str, Any]) -> tuple[str, str, str]:
-    """Program, machine and version as a result's head gives them."""
+    """Returns program, machine and version as a result's head gives them."""
     setting = head.get("setting", {})
     head = setting | head
     program = " ".join(re.findall(r"\w+\.py|vllm-specplus \w+", head.get("command", ""))[:1])
@@ -395,11 +399,12 @@ def origin(head: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def pages(root: Path) -> list[Path]:
+    """Lists the pages whose figures are checked."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def checked(root: Path) -> tuple[dict[Path, str], list[str]]:
-    """Every page as it should be, and all faults of what is."""
+    """Returns every page as it should be, and a sentence for each fault of what is."""
     new, faults = {}, []
     for path in pages(root):
         name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")

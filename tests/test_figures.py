@@ -103,7 +103,7 @@ def test_an_expression_that_names_nothing_gets_a_sentence(site, old, new, said):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("It is 1.9x as fast.", "'1.9x' of no file"),
+        ("It is 1.9x as fast.", "no file backs '1.9x', and no mark"),
         ("A step takes 44 ms.", "'44 ms'"),
         ("It gains 31 %.", "'31 %'"),
         ("Acceptance rises to 0.62.", "'0.62'"),
