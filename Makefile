@@ -2,6 +2,7 @@
 # make check                lint, types, and all tests without an engine: before every commit
 # make engine-test T=...    one test that starts an engine, as T=tests/engine/test_greedy.py -k jacobi
 # make test                 every test, as CI runs them
+# make figures              figures of README.md and docs/ from benchmarks/results
 # make check-vllm           is all we take from vLLM in the source of every supported version?
 # BACKEND=cuda make ...     the same with vLLM for NVIDIA GPUs
 
@@ -12,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 T ?=
 
-.PHONY: demo check test engine-test check-vllm lint types setup clean
+.PHONY: demo check test engine-test figures check-vllm lint types setup clean
 
 demo:
 	@$(PYTHON) scripts/setup.py --demo
@@ -27,6 +28,10 @@ test: setup
 engine-test: setup
 	@test -n "$(T)" || { echo "name a test: make engine-test T='tests/engine/test_greedy.py -k jacobi'"; exit 2; }
 	$(PYTEST) -x $(T)
+
+# Needs no more than Python.
+figures:
+	@$(PYTHON) scripts/figures.py
 
 check-vllm: setup
 	$(BIN)/python scripts/check_vllm.py --installed --wheel 0.32.0 --wheel 0.33.0

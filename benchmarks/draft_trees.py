@@ -1,7 +1,7 @@
 """Tokens per step of draft-tree shapes and verification rules, at the same number of rows.
 
     python benchmarks/draft_trees.py --model DIR --draft DIR --dataset question.jsonl \\
-        --out benchmarks/results/draft_trees.json
+        --out benchmarks/results/drafts/draft_trees.json
 
 Every shape drafts ``--nodes`` nodes per step (policy "fixed"), ``--width`` in a level, for the
 same questions at every temperature; the questions run in groups, whose tokens per step give
@@ -167,7 +167,8 @@ def main() -> None:
         from vllm_specplus.compat import vllm_version
 
         setting = {
-            "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "command": " ".join(sys.argv), "vllm": vllm_version(),
+            "machine": platform.machine(), "cores": os.cpu_count(),
             "nodes": args.nodes, "width": args.width,
             "questions": args.questions, "groups": args.groups,
             "max_tokens": args.max_tokens, "counted": COUNTED,

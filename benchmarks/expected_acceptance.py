@@ -1,7 +1,7 @@
 """Expected tokens per step of draft-tree shapes and verification rules, on the same texts.
 
     python benchmarks/expected_acceptance.py --model DIR --draft DIR --dataset question.jsonl \\
-        --out benchmarks/results/expected_acceptance.json
+        --out benchmarks/results/drafts/expected_acceptance.json
 
 ``draft_trees.py`` counts what engines accept, each on the text it happens to write: honest,
 and noisy. Here one engine writes texts without drafts' help, and every shape then drafts a
@@ -345,7 +345,8 @@ def main() -> None:
         from vllm_specplus.compat import vllm_version
 
         setting = {
-            "vllm": vllm_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "command": " ".join(sys.argv), "vllm": vllm_version(),
+            "machine": platform.machine(), "cores": os.cpu_count(),
             "nodes": args.nodes, "width": args.width, "branching": args.branching,
             "questions": args.questions, "max_tokens": args.max_tokens,
             "top_p": args.top_p,

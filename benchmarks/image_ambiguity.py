@@ -1,6 +1,6 @@
 """How interchangeable are a model's image codes? What relaxed acceptance can live on.
 
-    python benchmarks/image_ambiguity.py --json benchmarks/results/image_ambiguity.json
+    python benchmarks/image_ambiguity.py --json benchmarks/results/images/ambiguity.json
 
 Pictures are drawn by the plain model; at every code it is noted how much its distribution leaves
 open (entropy), how probable the code was, and how much probability lies on its k nearest codes:

@@ -23,6 +23,7 @@ PAGE = TABLE.with_suffix(".md")
 METHOD = {"method": "token_recycling"}
 HEAD = """# Which launches work
 
+<!--fig none in this section: scripts/compatibility.py writes this page from its file-->
 The launch lines below are those of the recipes of well-known models. Each goes through vLLM's own
 parser and `create_engine_config`, as it is and with `--speculative-config
 '{{"method": "token_recycling"}}'`, on a folder whose `config.json` has the model's architecture in
