@@ -323,6 +323,98 @@ class Live:
     engine: EngineProcess
 
 
+class Engines:
+    """The engines that are alive, one per method at most; they end with the block."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine_args: dict[str, Any],
+        logs: Path,
+        notify: Notify,
+        checkout: Callable[[MethodSpec], Path | None],
+    ) -> None:
+        """`checkout`: whose code a method's engine runs; None: that of this process."""
+        self._plan, self._engine_args = plan, engine_args
+        self._logs, self._notify, self._checkout = logs, notify, checkout
+        self._stack = ExitStack()
+        self._alive: dict[str, Started] = {}
+        self._number = 0
+
+    def __enter__(self) -> "Engines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def alive(self, method: MethodSpec) -> "Started | None":
+        """The method's engine, whatever it has learnt."""
+        return self._alive.get(method.label)
+
+    def ready(self, method: MethodSpec, load: Load) -> "Started":
+        """An engine that is as if it had just started and warmed up, and stopped."""
+        return self._renewed(method, load) or self.start(method, load)
+
+    def _renewed(self, method: MethodSpec, load: Load) -> "Started | None":
+        """The method's engine, if it is alive and can forget what it has learnt."""
+        started = self.alive(method)
+        if started is None:
+            return None
+        self._notify(f"{method.label}: renewing", 0)
+        engine = started.engine
+        try:
+            engine.resume()
+            engine.send(Renew(concurrency=load.slots))
+            if engine.receive(Renewed).done:
+                engine.suspend()
+                return started
+        except EngineError:
+            pass
+        self.lost(method)
+        return None
+
+    def start(self, method: MethodSpec, load: Load) -> "Started":
+        """Start and warm up an engine, and leave it stopped."""
+        self._notify(f"{method.label}: starting", 0)
+        self._number += 1
+        name = re.sub(r"[^\w.=-]+", "_", method.label)
+        log = self._logs / f"{self._number:02}-{name}.log"
+        engine = self._stack.enter_context(EngineProcess(log, cwd=self._checkout(method)))
+        plan = self._plan
+        setup = EngineSetup(
+            model=plan.model,
+            speculative_config=method.speculative_config,
+            engine_args=self._engine_args,
+            measured=list(plan.measured),
+            warmup=list(plan.warmup[: 2 * max(each.slots for each in plan.loads)]),
+            concurrency=load.slots,
+            max_tokens=plan.max_tokens,
+            temperature=plan.temperature,
+            seed=plan.seed,
+            chat_template=plan.chat_template,
+        )
+        try:
+            engine.send(setup)
+            ready = engine.receive(EngineReady)
+        except EngineError:
+            engine.kill()
+            raise
+        engine.suspend()
+        started = self._alive[method.label] = Started(engine, ready.startup_s)
+        return started
+
+    def lost(self, method: MethodSpec) -> None:
+        """The method's engine is of no more use."""
+        started = self._alive.pop(method.label, None)
+        if started is not None:
+            started.engine.kill()
+
+    def end(self) -> None:
+        """End all."""
+        self._alive.clear()
+        self._stack.close()
+
+
 class Benchmark:
     """Carries out a plan; `sessions` and `failures` fill as it goes.
 
@@ -344,13 +436,10 @@ class Benchmark:
         self.engine_args = effective_engine_args(plan, machine, self.sequential)
         self.sessions: list[Session] = []
         self.failures: list[Failure] = []
-        self._logs = logs
         self._notify = notify
         self._save = save
         self._unstartable: set[str] = set()
-        self._engines = 0
-        self._stack = ExitStack()
-        self._alive: dict[str, Started] = {}
+        self._engines = Engines(plan, self.engine_args, logs, notify, self._checkout)
 
     def run(self) -> None:
         """Measure everything. A method that fails leaves the others alone.
@@ -358,7 +447,7 @@ class Benchmark:
         One that could not start is not tried again. One that failed later loses its sessions at
         that load, so that what is reported has all its questions.
         """
-        with self._stack:
+        with self._engines:
             for repeat in range(self.plan.repeat):
                 if self.sequential:
                     self._one_by_one(repeat)
@@ -392,10 +481,10 @@ class Benchmark:
             for load, group in groups.items():
                 live = self._ready([method], load, repeat)
                 group += [item.session for item in self._take_turns(live, load)]
-            self._end_engines()
+            self._engines.end()
         for load, group in groups.items():
             self._judge(group, load)
-        self._end_engines()
+        self._engines.end()
         self._keep([session for group in groups.values() for session in group])
 
     def _keep(self, sessions: Sequence[Session]) -> None:
@@ -412,7 +501,7 @@ class Benchmark:
                 self._notify(f"{method.label}: skipped", len(self.plan.measured))
                 continue
             try:
-                started = self._renewed(method, load) or self._start(method, load)
+                started = self._engines.ready(method, load)
             except EngineError as exc:
                 self._unstartable.add(method.label)
                 self._fail(method, load, "start", exc, len(self.plan.measured))
@@ -420,61 +509,6 @@ class Benchmark:
             session = Session(method, load, repeat, started.startup_s)
             live.append(Live(session, started.engine))
         return live
-
-    def _renewed(self, method: MethodSpec, load: Load) -> "Started | None":
-        """The method's engine, if it is alive and can forget what it has learnt."""
-        started = self._alive.get(method.label)
-        if started is None:
-            return None
-        self._notify(f"{method.label}: renewing", 0)
-        engine = started.engine
-        try:
-            engine.resume()
-            engine.send(Renew(concurrency=load.slots))
-            if engine.receive(Renewed).done:
-                engine.suspend()
-                return started
-        except EngineError:
-            pass
-        self._lost(method)
-        return None
-
-    def _start(self, method: MethodSpec, load: Load) -> "Started":
-        """Start and warm up an engine, and leave it stopped."""
-        self._notify(f"{method.label}: starting", 0)
-        self._engines += 1
-        name = re.sub(r"[^\w.=-]+", "_", method.label)
-        log = self._logs / f"{self._engines:02}-{name}.log"
-        engine = self._stack.enter_context(EngineProcess(log, cwd=self._checkout(method)))
-        setup = EngineSetup(
-            model=self.plan.model,
-            speculative_config=method.speculative_config,
-            engine_args=self.engine_args,
-            measured=list(self.plan.measured),
-            warmup=list(self.plan.warmup[: 2 * max(each.slots for each in self.plan.loads)]),
-            concurrency=load.slots,
-            max_tokens=self.plan.max_tokens,
-            temperature=self.plan.temperature,
-            seed=self.plan.seed,
-            chat_template=self.plan.chat_template,
-        )
-        try:
-            engine.send(setup)
-            ready = engine.receive(EngineReady)
-        except EngineError:
-            engine.kill()
-            raise
-        engine.suspend()
-        started = self._alive[method.label] = Started(engine, ready.startup_s)
-        return started
-
-    def _lost(self, method: MethodSpec) -> None:
-        """The method's engine is of no more use."""
-        self._alive.pop(method.label).engine.kill()
-
-    def _end_engines(self) -> None:
-        self._alive.clear()
-        self._stack.close()
 
     def _checkout(self, method: MethodSpec) -> Path | None:
         """Whose code the method's engine runs; None: that of this process."""
@@ -506,7 +540,7 @@ class Benchmark:
                     reply = engine.receive(RoundResult, Paused)
                     engine.suspend()
                 except EngineError as exc:
-                    self._lost(session.method)
+                    self._engines.lost(session.method)
                     lasting.remove(item)
                     left = sum(len(later) for later in rounds[number:])
                     self._fail(session.method, load, "measure", exc, left)
@@ -535,7 +569,7 @@ class Benchmark:
             return
         stage: Stage = "margins"
         try:
-            started = self._alive.get(baseline.label) or self._start(baseline, load)
+            started = self._engines.alive(baseline) or self._engines.start(baseline, load)
             started.engine.resume()
             if differences:
                 self._add_margins(started.engine, differences)
@@ -544,8 +578,7 @@ class Benchmark:
                 self._add_scores(started.engine, group)
             started.engine.suspend()
         except EngineError as exc:
-            if baseline.label in self._alive:
-                self._lost(baseline)
+            self._engines.lost(baseline)
             self._fail(baseline, load, stage, exc, 0)
 
     def _add_margins(

@@ -4,7 +4,8 @@ import importlib.util
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.progress import (
 
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.compare import print_comparison, read_report
-from vllm_specplus.bench.dataset import Dataset, load_dataset, pick
+from vllm_specplus.bench.dataset import Dataset, Question, load_dataset, pick
 from vllm_specplus.bench.images import (
     ImageBench,
     ImageReport,
@@ -89,10 +90,10 @@ def bench(
     Exit code 0: all measured; 1: a method failed, the others were measured; 2: unusable input.
     """
     errors = Console(stderr=True, highlight=False)
-    names = ",".join(methods or [options.METHODS_OF[task]])
+    names, in_flight = ",".join(methods or [options.METHODS_OF[task]]), concurrency or "1"
     if temperature is None:
         temperature = 0.0 if task is options.Task.text else 1.0
-    try:
+    with bad_input_told(errors):
         if compare is not None:
             print_comparison(Console(), *map(read_report, compare))
             return
@@ -101,35 +102,40 @@ def bench(
         check_task(task, context)
         if task is options.Task.image:
             pictures = bench_images(
-                model, names, concurrency or "1", limit, temperature, seed, engine_arg or [], errors
+                model, names, in_flight, limit, temperature, seed, engine_arg or [], errors
             )
             finish_images(pictures, json_path, plot, sheet)
             return
         if task is options.Task.image_continuous:
             bench_continuous(
-                model, names, concurrency or "1", limit, temperature, guidance_scale, seed, errors,
+                model, names, in_flight, limit, temperature, guidance_scale, seed, errors,
                 json_path, plot, sheet,
             )  # fmt: skip
             return
-        data = load_texts(dataset, chat_template, later_turns)
-        measured, warmup = pick(data.questions, limit)
-        objectives = Objectives(ttft_ms=slo_ttft_ms, tpot_ms=slo_tpot_ms)
+        questions = load_texts(dataset, chat_template, later_turns, errors)
+        measured, warmup = pick(questions, limit)
+        loads = parse_loads(concurrency, rate, burstiness)
         plan = Plan(
-            model, parse_methods(names), parse_loads(concurrency, rate, burstiness), measured,
-            warmup,
-            rounds=rounds, repeat=repeat, max_tokens=max_tokens, temperature=temperature,
-            seed=seed, chat_template=chat_template, sequential=sequential,
-            engine_args=parse_engine_args(engine_arg or []),
+            model, parse_methods(names), loads, measured, warmup, rounds, repeat, max_tokens,
+            temperature, seed, chat_template, parse_engine_args(engine_arg or []), sequential,
         )  # fmt: skip
-    except InputError as exc:
-        errors.print(f"Error: {exc}", markup=False, soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from exc
-    if data.duplicates:
-        errors.print(f"{data.duplicates} rows that repeat an earlier prompt are left out.")
+    objectives = Objectives(ttft_ms=slo_ttft_ms, tpot_ms=slo_tpot_ms)
     bench_texts(plan, objectives, str(dataset), errors, json_path, plot)
 
 
-def load_texts(dataset: Path | None, chat_template: bool, later_turns: bool) -> Dataset:
+@contextmanager
+def bad_input_told(errors: Console) -> Iterator[None]:
+    """Tell what cannot be used in one line, and exit."""
+    try:
+        yield
+    except InputError as exc:
+        errors.print(f"Error: {exc}", markup=False, soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from exc
+
+
+def load_texts(
+    dataset: Path | None, chat_template: bool, later_turns: bool, errors: Console
+) -> list[Question]:
     """The questions of the file; InputError for those that cannot be asked."""
     if dataset is None:
         raise InputError("--dataset is needed for --task text")
@@ -137,7 +143,9 @@ def load_texts(dataset: Path | None, chat_template: bool, later_turns: bool) -> 
         raise InputError("--later-turns needs the chat template: remove --no-chat-template")
     data = load_dataset(dataset, later_turns)
     check_raw_prompts(data, chat_template)
-    return data
+    if data.duplicates:
+        errors.print(f"{data.duplicates} rows that repeat an earlier prompt are left out.")
+    return data.questions
 
 
 def bench_texts(
