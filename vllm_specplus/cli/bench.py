@@ -100,16 +100,10 @@ def bench(
         check_model(model)
         check_options(max_tokens, limit, rounds, repeat, temperature, json_path, plot, sheet)
         check_task(task, context)
-        if task is options.Task.image:
-            pictures = bench_images(
-                model, names, in_flight, limit, temperature, seed, engine_arg or [], errors
-            )
-            finish_images(pictures, json_path, plot, sheet)
-            return
-        if task is options.Task.image_continuous:
-            bench_continuous(
-                model, names, in_flight, limit, temperature, guidance_scale, seed, errors,
-                json_path, plot, sheet,
+        if task is not options.Task.text:
+            bench_pictures(
+                task, model, names, in_flight, limit, temperature, guidance_scale, seed,
+                engine_arg or [], errors, json_path, plot, sheet,
             )  # fmt: skip
             return
         questions = load_texts(dataset, chat_template, later_turns, errors)
@@ -176,6 +170,24 @@ def bench_texts(
         save_plot(report, plot)
     if report.failures:
         raise typer.Exit(FAILED)
+
+
+def bench_pictures(
+    task: options.Task, model: str, methods: str, in_flight: str, limit: int, temperature: float,
+    guidance_scale: float, seed: int, engine_arg: list[str], errors: Console,
+    json_path: Path | None, plot: Path | None, sheet: Path | None,
+) -> None:  # fmt: skip
+    """The tasks of image models."""
+    if task is options.Task.image:
+        pictures = bench_images(
+            model, methods, in_flight, limit, temperature, seed, engine_arg, errors
+        )
+        finish_images(pictures, json_path, plot, sheet)
+    else:
+        bench_continuous(
+            model, methods, in_flight, limit, temperature, guidance_scale, seed, errors, json_path,
+            plot, sheet,
+        )  # fmt: skip
 
 
 def bench_images(
