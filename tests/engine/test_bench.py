@@ -25,8 +25,9 @@ def test_loads_and_turns_side_by_side(tmp_path):
     command = [
         sys.executable, "-m", "vllm_specplus.cli.main", "bench", "--model", str(prepare_model()),
         "--dataset", str(questions), "--later-turns", "--methods",
-        'none,token_recycling:control={"policy":"fixed"}', "--concurrency", "1,2", "--rate", "5",
-        "--limit", "3", "--max-tokens", "12", "--slo-ttft-ms", "100000", "--json", str(out),
+        'none,token_recycling:num_speculative_tokens=8:control={"policy":"fixed"}',
+        "--concurrency", "1,2", "--rate", "5", "--limit", "3",
+        "--max-tokens", "12", "--slo-ttft-ms", "100000", "--json", str(out),
         "--engine-arg", "dtype=float32", "--engine-arg", "enforce_eager=true",
         "--engine-arg", "max_model_len=512", "--engine-arg", "kv_cache_memory_bytes=67108864",
     ]  # fmt: skip

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
     [
         {"method": "token_recycling", "num_speculative_tokens": 8},
         {"method": "rasd", "num_speculative_tokens": 8},
-        {"method": "draft_tree", "num_speculative_tokens": 4},
+        {"method": "draft_tree", "num_speculative_tokens": 6},
         {"method": "suffix"},
     ],
     ids=lambda spec: spec["method"],
