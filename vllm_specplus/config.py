@@ -127,6 +127,14 @@ class KlJudgeAcceptance(AcceptanceRule):
     """Above this largest probability of the target verification is lossless."""
 
 
+class SyntheticAcceptance(AcceptanceRule):
+    """Nodes at a given rate, whatever they hold: for planning, texts are nonsense."""
+
+    rule: Literal["synthetic"]
+    rate: Annotated[float, Field(ge=0, le=1)]
+    """Probability that the first child of an accepted node is accepted."""
+
+
 AcceptanceConfig = (
     LosslessAcceptance
     | TypicalAcceptance
@@ -136,6 +144,7 @@ AcceptanceConfig = (
     | LanternPlusAcceptance
     | GsdAcceptance
     | KlJudgeAcceptance
+    | SyntheticAcceptance
 )
 
 

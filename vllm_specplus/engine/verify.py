@@ -38,6 +38,7 @@ from vllm_specplus.samplers.relaxed import (
 )
 from vllm_specplus.samplers.relaxed_sampling import Relaxation, RelaxedSampling
 from vllm_specplus.samplers.sampled import SampledRule
+from vllm_specplus.samplers.synthetic import Synthetic
 from vllm_specplus.step import Acceptance, DraftProbs, Rows
 
 if TYPE_CHECKING:
@@ -237,11 +238,30 @@ class Substitution:
         return sampled
 
 
+class SyntheticSubstitution:
+    """Puts nodes in the place of draws by a given rate alone."""
+
+    reads_hidden = False
+
+    def __init__(self, rule: Synthetic, counters: Counters):
+        self._rule, self._counters = rule, counters
+
+    def statistics(self, logits: torch.Tensor, batch: VerifyBatch) -> bool | None:
+        """Says whether there are nodes, by None if not."""
+        return True if (batch.rows.parents >= 0).any() else None
+
+    def __call__(self, sampled: np.ndarray, statistics: bool, batch: VerifyBatch) -> np.ndarray:
+        """Returns ``sampled`` int32 [L] with some nodes' tokens in it."""
+        sampled, count = self._rule.choose(batch.rows, sampled, batch.relaxed_stops)
+        self._counters.add("relaxed_tokens", count)
+        return sampled
+
+
 class Verifier:
     """Verifies steps: finds a token at every row, and follows them down the trees."""
 
     def __init__(
-        self, draws: Draws, substitution: Substitution | None, top_k: int,
+        self, draws: Draws, substitution: Substitution | SyntheticSubstitution | None, top_k: int,
         reads_target_probs: bool,
     ):  # fmt: skip
         self._draws, self._substitution = draws, substitution
@@ -306,7 +326,9 @@ def make_verifier(
         rule = make_rule(name, {})
         rule_sampler = RuleSampler(sampler.logprobs_mode, rule, device)
         draws = JudgedDraws(rule_sampler, rule, relaxed, draft_probs, counters, device, group)
-    substitution = None
+    substitution: Substitution | SyntheticSubstitution | None = None
     if isinstance(acceptance, SubstitutionRule):
         substitution = Substitution(acceptance, counters)
+    elif isinstance(acceptance, Synthetic):
+        substitution = SyntheticSubstitution(acceptance, counters)
     return Verifier(draws, substitution, proposer.top_k, proposer.reads_target_probs)

@@ -19,6 +19,7 @@ _CLASSES = {
     "lantern": "relaxed_sampling:Lantern",
     "lantern++": "relaxed_sampling:LanternPlus",
     "lossless": "lossless:Lossless",
+    "synthetic": "synthetic:Synthetic",
     "top_k_margin": "relaxed:TopKMargin",
     "traversal": "sampled:Traversal",
     "typical": "relaxed:Typical",
