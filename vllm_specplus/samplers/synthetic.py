@@ -26,8 +26,8 @@ class Synthetic(Rule):
     def choose(
         self, rows: Rows, sampled: np.ndarray, stops: list[frozenset[int] | None]
     ) -> tuple[np.ndarray, int]:
-        """Returns the target's draws ``sampled`` int32 [L] with other tokens on the accepted paths, and
-        how many of the accepted ones the target did not draw.
+        """Returns the target's draws ``sampled`` int32 [L], with other tokens on the accepted
+        paths, and how many of the accepted ones the target did not draw.
 
         A draw that a child holds makes room for another token where the child is not accepted. Rows
         of requests whose ``stops`` [R] are None are left as they are.
