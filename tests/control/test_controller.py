@@ -471,3 +471,23 @@ def test_what_was_drafted_for_a_request_says_nothing_about_the_next_of_its_name(
     world.controller.forget("r0")
     world.step(0.5)
     assert world.counters.as_dict()["nodes_labelled"] == 0
+
+
+def test_how_much_pays_for_one_salt_says_nothing_to_another():
+    """A new request may draft as much as the luckiest of its own salt got, or as ever."""
+    world, seen = World(FixedControl(policy="fixed"), requests=2), []
+    controller = world.controller
+    controller._policy.limit = lambda step, most: seen.append(most.tolist())
+
+    def step(names, salts):
+        known, most = np.full(2, 10, np.int32), np.full(2, MAX_NODES, np.int32)
+        out = StepContext(names, world.texts, known, most, np.zeros(2, bool), NOTHING)
+        out.cache_salts = salts
+        controller.prepare(out)
+        return out
+
+    chains = [5, 6, 7, 8, 9, 5], [-1, 0, 1, 2, 3, -1], [5, 1]
+    drafts = DraftBatch(*(np.array(each, np.int32) for each in chains))
+    controller.choose(step(["r0", "r1"], ["a", "b"]), drafts)
+    step(["r2", "r3"], ["b", "c"])
+    assert seen == [[MAX_NODES, MAX_NODES], [1, MAX_NODES]]
