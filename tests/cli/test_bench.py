@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_specplus.bench import InputError, runner
+from vllm_specplus.bench import InputError, report, runner
 from vllm_specplus.bench import engine as engine_module
 from vllm_specplus.bench.compare import compare, read_report
 from vllm_specplus.bench.dataset import Question, load_dataset, pick, split_rounds
@@ -1215,6 +1215,22 @@ def test_writes_json_and_plot(monkeypatch, tmp_path, dataset):
     assert len(suffix["answers"]) == 6
     assert read_report(out).runs[0].load == Load(in_flight=1)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_result_says_of_what_commit_it_is(monkeypatch, tmp_path):
+    module, commit = tmp_path / "vllm_specplus" / "bench" / "report.py", report.checked_out()
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    monkeypatch.setattr(report, "__file__", str(module))
+    assert report.checked_out() is None  # installed from a wheel
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for what in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *what], check=True)
+    clean = report.checked_out()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    assert clean != commit
+    module.write_text("changed")
+    assert report.checked_out() == clean + "+"
 
 
 def test_a_failed_method_is_shown_and_makes_the_exit_code_1(monkeypatch, tmp_path, dataset):

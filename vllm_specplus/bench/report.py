@@ -12,6 +12,7 @@ say otherwise.
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -488,12 +489,30 @@ def describe_run(log: Path) -> dict[str, Any]:
 
 
 def describe_versions(machine: MachineInfo) -> dict[str, str]:
-    """Versions of everything that matters for the numbers."""
+    """Versions of everything that matters for the numbers; of a checkout its commit too."""
+    commit = checked_out()
     return {
         **machine.versions,
         "vllm_specplus": __version__,
+        **({"commit": commit} if commit else {}),
         "python": platform.python_version(),
     }
+
+
+def checked_out() -> str | None:
+    """The commit of the code, with a plus sign where files differ from it; None of a wheel."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *what], check=True, capture_output=True, text=True).stdout.strip()
+            for what in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changes)
 
 
 def describe_hardware(machine: MachineInfo) -> dict[str, Any]:
