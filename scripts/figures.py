@@ -393,6 +393,8 @@ def origin(head: dict[str, Any]) -> tuple[str, str, str]:
         machine += f", {head['cores']} cores"
     version = versions.get("vllm") or head.get("vllm", "")
     version = f"vLLM {version}" if version else ""
+    if "commit" in versions:
+        version += f"; {versions['commit']}"
     if "before" in setting:
         version += f"; {setting['before']} and {setting.get('now', 'now')}"
     return f"`{program}`" if program else "", machine, version
