@@ -1,7 +1,7 @@
 """Puts compiled CPU kernels into a wheel when ``SPECPLUS_BUILD_KERNELS=1`` asks for it.
 
-Such a wheel is for one kind of machine, and for containers without a compiler. By default a wheel is
-pure Python, and the kernels are compiled on first use.
+Such a wheel is for one kind of machine, and for containers without a compiler. By default a wheel
+is pure Python, and the kernels are compiled on first use.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 from against_commit import compare
+
 from vllm_specplus import preloads
 from vllm_specplus.bench.dataset import load_dataset, pick
 from vllm_specplus.bench.methods import MethodSpec, parse_methods

@@ -293,7 +293,7 @@ def cpu_memory(section: str) -> Finding:
         f"not set: vLLM takes {share} of the memory, {memory.human(int(needed))} of "
         f"{memory.human(here.total_memory)}; {memory.human(here.available_memory)} are available"
     )
-    remedy = f"{name}=4 gives the KV cache 4 GiB instead, as does --kv-cache-memory-bytes 4G"
+    remedy = f"{name}=4 gives the KV cache 4 GiB and takes no more than is needed beside it"
     if needed <= here.available_memory:
         return Finding(section, name, value, remedy=remedy)
     return Finding(section, name, f"{value}, so it does not start", "warning", remedy)

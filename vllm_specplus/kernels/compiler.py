@@ -48,15 +48,15 @@ class Variant:
         return FOLDER / f"kernels-{self.name}.so"
 
 
-_V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())
-_V4 = _V3 | set("avx512f avx512bw avx512cd avx512dq avx512vl".split())
-_AMX = ("amx_tile", "amx_bf16")
+_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_AMX = _V4 | {"amx_tile", "amx_bf16"}
 #: By machine; a processor takes the first that it runs.
 VARIANTS = {
     "x86_64": (
-        Variant("amx", ("-march=x86-64-v4", "-mamx-tile", "-mamx-bf16"), _V4 | set(_AMX)),
-        Variant("x86-64-v4", ("-march=x86-64-v4",), _V4),
-        Variant("x86-64-v3", ("-march=x86-64-v3",), _V3),
+        Variant("amx", ("-march=x86-64-v4", "-mamx-tile", "-mamx-bf16"), frozenset(_AMX)),
+        Variant("x86-64-v4", ("-march=x86-64-v4",), frozenset(_V4)),
+        Variant("x86-64-v3", ("-march=x86-64-v3",), frozenset(_V3)),
     ),
     "aarch64": (
         Variant("armv8.2-a", ("-march=armv8.2-a+fp16",), frozenset(("asimd", "fphp", "asimdhp"))),
