@@ -23,7 +23,7 @@ class KernelsHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Add the libraries and the platform's tag; an editable installation compiles by itself."""
-        if version != "standard" or os.environ.get(VARIABLE, "0") == "0":
+        if version != "standard" or os.environ.get(VARIABLE, "0") in ("", "0"):
             return
         # By path: nothing of the package is installed where a wheel is built.
         compiler = runpy.run_path(str(Path(self.root, "vllm_specplus/kernels/compiler.py")))

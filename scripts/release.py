@@ -11,6 +11,7 @@ hatchling, of the dev extra.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -55,9 +56,9 @@ def checkout_problems(root: Path) -> Iterator[str]:
     if git(root, "status", "--porcelain"):
         yield "the checkout is not clean: commit or remove what `git status` lists"
     yield from tag_problems(root)
-    elsewhere = git(root, "tag", "--list", f"v{version}", "--no-contains", "HEAD")
-    if elsewhere:
-        yield f"{elsewhere} is the tag of another commit: raise __version__"
+    tag = ("tag", "--list", f"v{version}")
+    if git(root, *tag) != git(root, *tag, "--points-at", "HEAD"):
+        yield f"v{version} is the tag of another commit: raise __version__"
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     heading = rf"^## \[?{re.escape(version)}\]? - \d{{4}}-\d\d-\d\d$"
     entry = re.search(rf"{heading}(.*?)(?=^## |\Z)", changelog, re.M | re.S)
@@ -66,9 +67,10 @@ def checkout_problems(root: Path) -> Iterator[str]:
 
 
 def build(root: Path, folder: Path) -> tuple[Path, Path]:
-    """Build the wheel and the sdist into the empty ``folder``."""
+    """Build the wheel, without compiled kernels, and the sdist into the empty ``folder``."""
     command = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)]
-    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"SPECPLUS_BUILD_KERNELS": "0"}
+    subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.DEVNULL)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return wheel, sdist
 

@@ -64,6 +64,12 @@ def test_faults_of_a_checkout_are_found(release, root):
     another, entry = release.checkout_problems(root)
     assert "tag of another commit" in another
     assert "no entry" in entry
+    release.git(root, "checkout", "--quiet", "HEAD~")
+    release.git(root, "tag", "--delete", "v1.2.4")
+    assert list(release.checkout_problems(root)) == []
+    release.git(root, "tag", "--force", "v1.2.3", "@{-1}")  # of a later commit
+    (another,) = release.checkout_problems(root)
+    assert "tag of another commit" in another
 
 
 def test_a_tag_on_this_commit_is_the_packages_version(release):
@@ -104,9 +110,11 @@ def test_what_an_sdist_lacks_is_found(release, tmp_path):
     assert list(release.sdist_problems(path, "1.2.3")) == ["x.tar.gz lacks pyproject.toml"]
 
 
-def test_what_this_checkout_builds_is_sound(release, tmp_path):
+def test_what_this_checkout_builds_is_sound(release, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECPLUS_BUILD_KERNELS", "1")  # kernels are for wheels of their own
     wheel, sdist = release.build(ROOT, tmp_path)
     version = release.version_of(ROOT)
+    assert wheel.name == f"{release.PACKAGE}-{version}-py3-none-any.whl"
     assert list(release.wheel_problems(wheel, version)) == []
     assert list(release.sdist_problems(sdist, version)) == []
 
