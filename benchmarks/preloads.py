@@ -3,10 +3,11 @@
     python benchmarks/preloads.py --model DIR --dataset question.jsonl \\
         --out benchmarks/results/preloads.json
 
-Engines of every method with nothing preloaded, with each library alone and with all of them answer
-the same questions in turns of a few seconds. Reported is the ratio of throughputs to the engine
-without, with the 95 % interval of its mean over the rounds. ``--tcmalloc`` names a library that is
-not where the loader looks.
+Engines of every method with nothing preloaded and with each library answer the same questions in
+turns of a few seconds. Reported is the ratio of throughputs to the engine without, with the 95 %
+interval of its mean over the rounds, and the share of the machine's time that others took: they
+slow down threads that wait by spinning. ``--tcmalloc`` names a library that the loader does not
+find.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -67,8 +69,7 @@ def sets_of(tcmalloc: str | None) -> dict[str, str]:
     ]
     if missing := [each for each in libraries if not each.path]:
         raise SystemExit("\n".join(f"{each.name}: {each.install}" for each in missing))
-    alone = {each.name: each.path for each in libraries}
-    return {NOTHING: "", **alone, "all": ":".join(alone.values())}
+    return {NOTHING: ""} | {each.name: each.path for each in libraries}
 
 
 def measure(args: argparse.Namespace, sets: dict[str, str], method: MethodSpec) -> dict:
@@ -94,7 +95,15 @@ def measure(args: argparse.Namespace, sets: dict[str, str], method: MethodSpec) 
         raise SystemExit("\n".join(each.error for each in run.failures))
     by_set: dict[str, Session] = {each.method.label.split()[-1]: each for each in run.sessions}
     nothing = by_set.pop(NOTHING)
-    return {each: compare(nothing, session) for each, session in by_set.items()}
+    return {
+        each: compare(nothing, session) | {"other_cpu_share": [others(nothing), others(session)]}
+        for each, session in by_set.items()
+    }
+
+
+def others(session: Session) -> float:
+    """Median share of the machine's time that other processes took in its rounds."""
+    return statistics.median(each.other_cpu_share for each in session.rounds)
 
 
 def main() -> None:
