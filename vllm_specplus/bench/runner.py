@@ -34,6 +34,7 @@ from typing import Any, Literal, TypeVar
 import psutil
 from pydantic import BaseModel
 
+from vllm_specplus import preloads
 from vllm_specplus.bench.dataset import Question, split_rounds
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.protocol import (
@@ -158,7 +159,7 @@ class EngineProcess:
                 stderr=stream,
                 text=True,
                 cwd=cwd,
-                env=os.environ | {ALIVE: str(alive)},
+                env=os.environ | preloads.environment() | {ALIVE: str(alive)},
                 pass_fds=(alive,),
             )
         os.close(alive)
