@@ -4,25 +4,20 @@
         --out benchmarks/results/preloads.json
 
 Engines of every method with nothing preloaded and with each library answer the same questions in
-turns of a few seconds: alone on the machine, and beside another process that computes all the time.
-Reported is the ratio of throughputs to the engine without, with the 95 % interval of its mean over
-the rounds, and the share of the time that others took. ``--tcmalloc`` names a library that
-the loader does not find.
+turns of a few seconds. Reported is the ratio of throughputs to the engine without, with the 95 %
+interval of its mean over the rounds, and the share of the machine's time that others took: they
+slow down threads that wait by spinning. ``--tcmalloc`` names a library that the loader does not
+find.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -36,8 +31,6 @@ from vllm_specplus.bench.runner import Benchmark, Plan, Session, Started, descri
 from vllm_specplus.compat import vllm_version
 
 NOTHING = "nothing"
-#: Numbers of other processes that compute.
-BUSY = (0, 1)
 
 
 class Comparison(Benchmark):
@@ -77,19 +70,6 @@ def sets_of(tcmalloc: str | None) -> dict[str, str]:
     if missing := [each for each in libraries if not each.path]:
         raise SystemExit("\n".join(f"{each.name}: {each.install}" for each in missing))
     return {NOTHING: ""} | {each.name: each.path for each in libraries}
-
-
-@contextlib.contextmanager
-def busy(processes: int) -> Iterator[None]:
-    """As many other processes compute meanwhile."""
-    command = [sys.executable, "-c", "while True: pass"]
-    started = [subprocess.Popen(command) for _ in range(processes)]
-    try:
-        yield
-    finally:
-        for each in started:
-            each.kill()
-            each.wait()
 
 
 def measure(args: argparse.Namespace, sets: dict[str, str], method: MethodSpec) -> dict:
@@ -138,13 +118,11 @@ def main() -> None:
     left_out = ("out", "tcmalloc")
     setting = {key: each for key, each in setting.items() if key not in left_out}
     document: dict = {"setting": setting, "methods": {}}
-    for method, processes in itertools.product(parse_methods(args.methods), BUSY):
-        with busy(processes):
-            found = measure(args, sets, method)
-        document["methods"].setdefault(method.label, {})[str(processes)] = found
+    for method in parse_methods(args.methods):
+        document["methods"][method.label] = found = measure(args, sets, method)
         for each, ratio in found.items():
             print(
-                f"{method.label} beside {processes}, {each} preloaded: {ratio['ratio']:.3f} "
+                f"{method.label}, {each} preloaded: {ratio['ratio']:.3f} "
                 f"±{ratio['half_width']:.3f} {ratio['verdict']}",
                 flush=True,
             )

