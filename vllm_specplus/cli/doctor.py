@@ -448,4 +448,9 @@ def _print(console: Console, findings: list[Finding], works: bool) -> None:
                 if finding.remedy:
                     table.add_row("", "", f"[bold]What to do:[/] {escape(finding.remedy)}")
         console.print(table)
-    console.print("Everything works." if works else "[red]The plugin will not work here.[/]")
+    if not works:
+        console.print("[red]The plugin will not work here.[/]")
+    elif any(finding.status == "warning" for finding in findings):
+        console.print("Everything works, but for what the warnings say.")
+    else:
+        console.print("Everything works.")
