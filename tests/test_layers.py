@@ -16,7 +16,18 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 #: Parts of the package from the ground up. Each imports from lower floors and, without circles,
 #: from its own.
 FLOORS = (
-    ("strict", "files", "tree", "step", "target", "capabilities", "metrics", "compat", "registry"),
+    (
+        "strict",
+        "files",
+        "tree",
+        "step",
+        "target",
+        "capabilities",
+        "metrics",
+        "compat",
+        "registry",
+        "preloads",
+    ),
     ("kernels", "retrieval", "control", "samplers"),
     ("drafting", "image", "config"),
     ("proposer", "proposers"),

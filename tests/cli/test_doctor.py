@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import vllm.engine.arg_utils  # noqa: F401  before a test pretends to be on another platform
 from typer.testing import CliRunner
+from vllm.utils.cpu_resource_utils import MemoryNodeInfo
 
 import vllm_specplus.engine.attention.cpu  # noqa: F401  the same
 from tests.model_configs import LLAMA_3_8B
-from vllm_specplus import compat
+from vllm_specplus import compat, preloads
 from vllm_specplus.capabilities import Found, Need
 from vllm_specplus.cli import doctor
 from vllm_specplus.cli.main import app
@@ -22,6 +23,7 @@ from vllm_specplus.proposers.token_recycling import TokenRecyclingConfig
 
 PATCH = ("vllm.somewhere.Args.create", "vllm_specplus/plugin.py:1")
 SOUND = Report(counts={"imports": 7, "overrides": 5}, patches=[PATCH])
+MEMORY_NODE = "vllm.utils.cpu_resource_utils.get_memory_node_info"
 INSTALLED = {"vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu", "torch": "2.13.0+cpu", "triton": "3.9.0"}
 
 
@@ -46,7 +48,11 @@ def installation(monkeypatch):
     monkeypatch.setattr(compat, "vllm_version", lambda: "0.32.0+cpu")
     monkeypatch.setattr(compat, "check", lambda: SOUND)
     monkeypatch.setattr(native, "status", lambda: None)
-    for variable in ("VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):
+    monkeypatch.setattr(native, "origin", lambda: "compiled")
+    monkeypatch.setattr(MEMORY_NODE, lambda: MemoryNodeInfo(8 << 30, 4 << 30))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setattr(preloads, "wanted", list)
+    for variable in ("VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER", preloads.VARIABLE):
         monkeypatch.delenv(variable, raising=False)
 
 
@@ -75,7 +81,7 @@ def run(*arguments):
 def test_sound_installation():
     result = run()
     assert result.exit_code == 0
-    assert "Everything works" in result.output
+    assert "Everything works." in result.output
     for text in ("vllm-cpu 0.32.0", "2.13.0+cpu", "7 imports", PATCH[0], "compiled"):
         assert text in result.output
 
@@ -186,6 +192,65 @@ def test_missing_compiler_only_costs_speed(monkeypatch):
     finding = only_trouble()
     assert finding.status == "warning"
     assert "no C++ compiler found" in finding.value
+
+
+def device_finding(name):
+    (finding,) = [each for each in doctor.device() if each.name == name]
+    return finding
+
+
+def test_the_wheels_kernels_are_told_from_compiled_ones(monkeypatch):
+    assert device_finding("C++ kernels").value == "compiled"
+    monkeypatch.setattr(native, "origin", lambda: "the wheel's, kernels-x86-64-v3.so")
+    assert device_finding("C++ kernels").value == "the wheel's, kernels-x86-64-v3.so"
+
+
+def test_memory_that_vllm_takes_on_a_cpu(monkeypatch):
+    name = "VLLM_CPU_KVCACHE_SPACE"
+    assert device_finding(name).value == "1 GiB for the KV cache"
+    monkeypatch.delenv(name)
+    # 0.92 of 8 GiB are not there.
+    finding = only_trouble()
+    assert (finding.status, finding.name) == ("warning", name)
+    assert "0.92 of the memory, 7.4 GiB of 8.0 GiB; 4.0 GiB are available" in finding.value
+    assert f"{name}=4" in finding.remedy
+    assert "Everything works, but for what the warnings say." in run().output
+    monkeypatch.setattr(MEMORY_NODE, lambda: MemoryNodeInfo(8 << 30, 8 << 30))
+    finding = device_finding(name)
+    assert finding.status == "ok"
+    assert "does not start" not in finding.value
+    assert f"{name}=4" in finding.remedy
+
+
+TCMALLOC = preloads.Library("libtcmalloc", "libtcmalloc_minimal.so.4", "apt install tcmalloc")
+OPENMP = preloads.Library("libiomp", "/venv/lib/libiomp5.so", "pip install openmp")
+
+
+def test_libraries_to_preload(monkeypatch):
+    monkeypatch.setattr(preloads, "wanted", lambda: [TCMALLOC, OPENMP])
+    finding = device_finding("LD_PRELOAD")
+    assert finding.status == "ok"
+    assert "libtcmalloc is not preloaded, libiomp is not preloaded" in finding.value
+    assert "changed nothing that could be measured" in finding.value
+    line = "LD_PRELOAD=libtcmalloc_minimal.so.4:/venv/lib/libiomp5.so"
+    assert finding.remedy == f"export {line}"
+    monkeypatch.setenv(*line.split("="))
+    finding = device_finding("LD_PRELOAD")
+    assert finding.value == "libtcmalloc is preloaded, libiomp is preloaded"
+    assert finding.remedy is None
+
+
+def test_libraries_to_install_before_they_are_preloaded(monkeypatch):
+    monkeypatch.setattr(preloads, "wanted", lambda: [replace(TCMALLOC, path=None), OPENMP])
+    monkeypatch.setenv("LD_PRELOAD", "/other.so")
+    finding = device_finding("LD_PRELOAD")
+    assert finding.value.startswith("libtcmalloc is not installed, libiomp is not preloaded")
+    line = "export LD_PRELOAD=/venv/lib/libiomp5.so:/other.so"
+    assert finding.remedy == f"apt install tcmalloc; {line}"
+    monkeypatch.setenv("LD_PRELOAD", "/x/libiomp5.so")
+    finding = device_finding("LD_PRELOAD")
+    assert finding.remedy == "apt install tcmalloc"
+    assert "as fast" not in finding.value
 
 
 def test_cuda_backends(monkeypatch, broken_imports):

@@ -34,6 +34,7 @@ from typing import Any, Literal, TypeVar
 import psutil
 from pydantic import BaseModel
 
+from vllm_specplus import preloads
 from vllm_specplus.bench.dataset import Question, first_turn, split_rounds
 from vllm_specplus.bench.loads import Load
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
@@ -159,7 +160,7 @@ class EngineProcess:
                 stderr=stream,
                 text=True,
                 cwd=cwd,
-                env=os.environ | {ALIVE: str(alive)},
+                env=os.environ | preloads.environment() | {ALIVE: str(alive)},
                 pass_fds=(alive,),
             )
         os.close(alive)

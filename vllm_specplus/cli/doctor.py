@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import vllm_specplus
-from vllm_specplus import capabilities, compat, registry
+from vllm_specplus import capabilities, compat, preloads, registry
 from vllm_specplus.control import memory
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
@@ -236,19 +236,8 @@ def device() -> Iterator[Finding]:
 
     section, kind = "Device", current_platform.device_type
     if kind == "cpu":
-        from vllm_specplus.kernels import native
-
         yield Finding(section, "platform", "cpu")
-        if problem := native.status():
-            yield Finding(
-                section,
-                "C++ kernels",
-                f"not usable, slower torch code takes their place: {problem}",
-                "warning",
-                "install g++ (or set CXX to a C++ compiler)",
-            )
-        else:
-            yield Finding(section, "C++ kernels", "compiled")
+        yield from cpu_device(section)
     elif kind == "cuda":
         yield Finding(section, "platform", f"cuda, {current_platform.get_device_name()}")
         if problem := import_problem("triton"):
@@ -269,6 +258,65 @@ def device() -> Iterator[Finding]:
             "error",
             "without an NVIDIA GPU use the CPU build of vLLM: pip install 'vllm-specplus[cpu]'",
         )
+
+
+def cpu_device(section: str) -> Iterator[Finding]:
+    """The C++ kernels, the memory that vLLM takes, and the libraries that it wants preloaded."""
+    from vllm_specplus.kernels import native
+
+    if problem := native.status():
+        yield Finding(
+            section,
+            "C++ kernels",
+            f"not usable, slower torch code takes their place: {problem}",
+            "warning",
+            "install g++ (or set CXX to a C++ compiler)",
+        )
+    else:
+        yield Finding(section, "C++ kernels", native.origin())
+    yield cpu_memory(section)
+    if libraries := preloads.wanted():
+        yield preloaded(section, libraries)
+
+
+def cpu_memory(section: str) -> Finding:
+    """What vLLM takes of the memory, and whether so much is there."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.cpu_resource_utils import get_memory_node_info
+
+    name = "VLLM_CPU_KVCACHE_SPACE"
+    if space := os.environ.get(name):
+        return Finding(section, name, f"{space} GiB for the KV cache")
+    here, share = get_memory_node_info(), EngineArgs.gpu_memory_utilization
+    needed = share * here.total_memory
+    value = (
+        f"not set: vLLM takes {share} of the memory, {memory.human(int(needed))} of "
+        f"{memory.human(here.total_memory)}; {memory.human(here.available_memory)} are available"
+    )
+    remedy = f"{name}=4 gives the KV cache 4 GiB and takes no more than is needed beside it"
+    if needed <= here.available_memory:
+        return Finding(section, name, value, remedy=remedy)
+    return Finding(section, name, f"{value}, so it does not start", "warning", remedy)
+
+
+def preloaded(section: str, libraries: list[preloads.Library]) -> Finding:
+    """Which of the libraries that vLLM's CPU worker looks for are preloaded, and how to."""
+    lines = [
+        f"{each.name} is "
+        + ("preloaded" if each.preloaded else "not preloaded" if each.path else "not installed")
+        for each in libraries
+    ]
+    missing = [each for each in libraries if not each.preloaded]
+    if not missing:
+        return Finding(section, preloads.VARIABLE, ", ".join(lines))
+    steps = [each.install for each in missing if not each.path]
+    if any(each.path for each in missing):
+        steps.append(f"export {preloads.VARIABLE}={preloads.value(libraries)}")
+    value = (
+        f"{', '.join(lines)}: vLLM warns of it at start; on a quiet machine of ours they changed "
+        f"nothing that could be measured"
+    )
+    return Finding(section, preloads.VARIABLE, value, remedy="; ".join(steps))
 
 
 def hooks() -> Iterator[Finding]:
@@ -398,4 +446,9 @@ def _print(console: Console, findings: list[Finding], works: bool) -> None:
                 if finding.remedy:
                     table.add_row("", "", f"[bold]What to do:[/] {escape(finding.remedy)}")
         console.print(table)
-    console.print("Everything works." if works else "[red]The plugin will not work here.[/]")
+    if not works:
+        console.print("[red]The plugin will not work here.[/]")
+    elif any(finding.status == "warning" for finding in findings):
+        console.print("Everything works, but for what the warnings say.")
+    else:
+        console.print("Everything works.")

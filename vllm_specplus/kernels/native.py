@@ -3,7 +3,8 @@
 The library is compiled on first use (2-3 seconds) with the machine's own C++
 compiler, which vLLM's CPU back end needs anyway for torch.compile, and kept in
 the cache folder under a name that hashes source, flags and processor. Without
-a compiler everything still works on the torch references of
+a compiler the wheel's library is loaded, if it has one that this processor
+runs. Without either everything still works on the torch references of
 :mod:`vllm_specplus.kernels.reference`, only slower; ``status`` says so.
 """
 
@@ -13,31 +14,14 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
-import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).parent / "cpu" / "kernels.cpp"
-# Not -ffast-math: linking with it would flush denormals in the whole process.
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-mprefer-vector-width=512",
-    "-std=c++17",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-fassociative-math",
-    "-ffinite-math-only",
-]
+from vllm_specplus.kernels import compiler
 
+NATIVE = "-march=native"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LAYOUTS = {"vec": 0, "amx": 1}
 
@@ -73,45 +57,52 @@ def cache_dir() -> Path:
     return Path(os.environ.get("VLLM_SPECPLUS_CACHE") or Path.home() / ".cache" / "vllm-specplus")
 
 
-def _processor() -> str:
-    """What -march=native depends on: a shared home may serve several machines."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    lines = text.splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
 def build() -> Path:
     """Compile the kernels unless the cache has them; returns the library's path.
 
     Raises RuntimeError with one sentence when there is no working compiler.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
-        raise RuntimeError("no C++ compiler found (install g++ or set CXX)")
-    key = "\0".join([SOURCE.read_text(), *FLAGS, compiler, _processor()])
+    found = compiler.find()
+    source = compiler.SOURCE.read_text()
+    key = "\0".join([source, *compiler.FLAGS, NATIVE, found, compiler.features()])
     target = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as part:
-        command = [compiler, *FLAGS, "-o", part.name, str(SOURCE)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+        pass
+    try:
+        compiler.run(found, part.name, NATIVE)
+    except RuntimeError:
         os.unlink(part.name)
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")
+        raise
     os.replace(part.name, target)  # atomic: several engine processes may build at once
     return target
 
 
+def prebuilt() -> Path:
+    """Return the wheel's best library for this processor; raises RuntimeError without one."""
+    able = set(compiler.features().split())
+    for variant in compiler.variants():
+        if variant.needs <= able and variant.path.exists():
+            return variant.path
+    raise RuntimeError("this installation brings no compiled kernels for this processor")
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    try:
-        lib = ctypes.CDLL(str(build()))
-    except (OSError, RuntimeError) as error:
-        return str(error)
+    reasons = []
+    # What was compiled here fits the processor best.
+    for find in (build, prebuilt):
+        try:
+            return _declared(ctypes.CDLL(str(find())))
+        except (OSError, RuntimeError) as error:
+            reasons.append(str(error))
+    return "; ".join(reasons)
+
+
+def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions."""
     void_p, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     batch = ctypes.POINTER(TreeBatch)
     lib.specplus_tree_attention_unsupported.argtypes = [batch]
@@ -136,6 +127,12 @@ def status() -> str | None:
     """None when the kernels are usable, else the reason they are not."""
     lib = _load()
     return lib if isinstance(lib, str) else None
+
+
+def origin() -> str:
+    """Return where the usable kernels come from, for a report."""
+    path = Path(library()._name)
+    return f"the wheel's, {path.name}" if path.parent == compiler.FOLDER else "compiled"
 
 
 UNSUPPORTED = {

@@ -1,8 +1,8 @@
 // CPU kernels of vllm-specplus: tree attention over vLLM's paged KV cache, the
 // move of accepted KV slots, and top-k of logits rows.
 //
-// Plain C ABI, called through ctypes (see native.py); built once per machine
-// with -march=native. torch is not included: every tensor arrives as a pointer
+// Plain C ABI, called through ctypes (see native.py); compiled as compiler.py says,
+// with -march=native once per machine. torch is not included: every tensor arrives as a pointer
 // with sizes, and OpenMP runs on the thread pool that torch already owns.
 //
 // Layout of one page of one KV head in vLLM's CPU cache (block of B tokens,
@@ -42,7 +42,11 @@ struct bf16 {
     bits = uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
   }
 };
+#if defined(__aarch64__)
+typedef __fp16 fp16;  // _Float16 is in C++ since GCC 13 there
+#else
 typedef _Float16 fp16;
+#endif
 
 enum Layout { VEC = 0, AMX = 1 };
 
