@@ -7,10 +7,13 @@ import math
 import multiprocessing
 import os
 import shlex
+import signal
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 SPECULATIVE_CONFIG = {"method": "token_recycling"}
-MAX_TOKENS = 128
+MAX_TOKENS, WARM_UP_TOKENS = 96, 32
 WARM_UP = "Write a short story about a lighthouse keeper who finds a letter in a bottle."
 PROMPTS = {
     "Summary": (
@@ -43,7 +46,8 @@ PROMPTS = {
 }
 
 #: What an engine gets to -> how long that takes, in parts of the whole.
-STAGES = {"vLLM imported": 6.0, "engine started": 6.0} | dict.fromkeys(PROMPTS, 1.5)
+STARTED, ANSWERED = "engine started", "all answered"
+STAGES = {"vLLM imported": 4.0, STARTED: 5.0, ANSWERED: 0.0} | dict.fromkeys(PROMPTS, 1.0)
 
 #: Two candidates this close in log-probability are a tie for bfloat16, which cannot tell
 #: logits between 16 and 32 apart if they differ by less than 0.125.
@@ -110,13 +114,11 @@ def demo(
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     console.print(
-        f"Two engines, one after the other, in {dtype} and without torch.compile, which would make "
-        f"both wait minutes to save seconds here. vLLM's log: {escape(str(log))}"
+        f"Two engines answer, one after the other, in {dtype} and without torch.compile, which "
+        f"would make both wait minutes to save seconds here. vLLM's log: {escape(str(log))}"
     )
     try:
-        with _Waiting(console) as waiting:
-            specplus, _ = waiting.run("with the plugin", log, path, dtype, SPECULATIVE_CONFIG, None)
-            plain, differences = waiting.run("without", log, path, dtype, None, specplus)
+        specplus, plain, differences = _compared(console, log, path, dtype)
     except Exception as error:  # whatever vLLM raised in the other process
         console.print(f"[red]vLLM failed:[/] {escape(str(error))}")
         console.print(f"More in {escape(str(log))}. Is all well with `vllm-specplus doctor`?")
@@ -127,8 +129,73 @@ def demo(
     console.print(shlex.join(serve), markup=False, soft_wrap=True)
 
 
+def _compared(
+    console: Console, log: Path, model: str, dtype: str
+) -> tuple[list[Answer], list[Answer], list[Difference | None]]:
+    """Return the answers with the plugin and without, and where they differ.
+
+    On a CPU both engines start at once, forked from a process that has imported vLLM, and the
+    second is stopped while the first answers: a waiting engine spins. A GPU's memory may not hold
+    both.
+    """
+    import torch
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm"])
+    with ExitStack() as ends:
+
+        def started(what: str, config: dict[str, Any] | None) -> _Engine:
+            return ends.enter_context(_Engine(context, what, log, model, dtype, config))
+
+        plain = None
+        with _written_to(log):  # the forked-from process has the files of this one
+            ours = started("with the plugin", SPECULATIVE_CONFIG)
+            if not torch.cuda.is_available():
+                plain = started("without", None)
+        waiting = ends.enter_context(_Waiting(console))
+        waiting.until(STARTED, *([ours, plain] if plain else [ours]))
+        if plain:
+            plain.signal(signal.SIGSTOP)
+        specplus, _ = waiting.answers(ours, [])
+        ours.end()
+        if plain is None:
+            plain = started("without", None)
+            waiting.until(STARTED, plain)
+        plain.signal(signal.SIGCONT)
+        return specplus, *waiting.answers(plain, specplus)
+
+
+class _Engine:
+    """An engine in a process of its own, since vLLM keeps state for a process's life. It says how
+    far it is, and answers when it is told to."""
+
+    def __init__(self, context: Any, what: str, *job: Any):
+        self.what = what
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, *job))
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> _Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all that belongs to the engine."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def end(self) -> None:
+        """End it, whatever it does."""
+        self.signal(signal.SIGKILL)
+        self._process.kill()  # if it has no group yet
+        self._process.join()
+
+
 class _Waiting:
-    """Runs the engines, and shows how far they are and how long they will take."""
+    """Shows how far the engines are and how long they will take."""
 
     def __init__(self, console: Console):
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
@@ -143,67 +210,95 @@ class _Waiting:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def run(self, what: str, *job: Any) -> tuple[list[Answer], list[Difference | None]]:
-        """Run ``_answer(*job)`` in a process of its own: vLLM keeps state for a process's life."""
-        context = multiprocessing.get_context("spawn")
-        with context.Manager() as manager, ProcessPoolExecutor(1, mp_context=context) as executor:
-            stages = manager.Queue()
-            running = executor.submit(_answer, stages.put, *job)
-            running.add_done_callback(lambda _: stages.put(None))
-            self._progress.update(self._task, description=what)
-            while (stage := stages.get()) is not None:
+    def answers(
+        self, engine: _Engine, others: list[Answer]
+    ) -> tuple[list[Answer], list[Difference | None]]:
+        """Let an engine that has started answer; see :func:`_serve`."""
+        engine.connection.send(others)
+        return self.until(ANSWERED, engine)
+
+    def until(self, goal: str, *engines: _Engine) -> Any:
+        """Wait until all engines have reached it; return what the last one brings with it."""
+        left, brought = {engine.connection: engine for engine in engines}, None
+        while left:
+            for connection in wait(list(left)):
+                engine = left[connection]
+                try:
+                    stage, brought = connection.recv()
+                except EOFError:
+                    raise RuntimeError("the engine's process has ended") from None
+                if stage is None:
+                    raise RuntimeError(brought)
                 self._progress.update(
-                    self._task, description=f"{what}: {stage}", advance=STAGES[stage]
+                    self._task, description=f"{engine.what}: {stage}", advance=STAGES[stage]
                 )
-            return running.result()
+                if stage == goal:
+                    del left[connection]
+        return brought
 
 
-def _answer(
-    reached: Callable[[str], None],
-    log: Path,
-    model: str,
-    dtype: str,
-    speculative_config: dict | None,
-    others: list[Answer] | None,
-) -> tuple[list[Answer], list[Difference | None]]:
-    """Answer all prompts, one at a time; say where ``others`` differ from these answers."""
+@contextmanager
+def _written_to(log: Path) -> Iterator[None]:
+    """Let what processes that are started meanwhile print go to ``log``."""
+    kept = [os.dup(1), os.dup(2)]
     with log.open("a") as file:
         for descriptor in (1, 2):  # native code writes too: redirecting sys.stdout is not enough
             os.dup2(file.fileno(), descriptor)
-    import torch
-
-    if not torch.cuda.is_available():
-        # On a CPU a second process would compete with the engine for the cores.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
-
-    reached("vLLM imported")
-    llm = LLM(
-        model=model,
-        enforce_eager=True,
-        dtype=dtype,
-        speculative_config=speculative_config,
-        max_model_len=2048,
-        # The default, a share of the machine's memory, fails on small machines.
-        kv_cache_memory_bytes=512 << 20,
-        disable_log_stats=False,
-        seed=0,
-    )
-    reached("engine started")
-    _ask(llm, WARM_UP)
-    answers = []
-    for title, prompt in PROMPTS.items():
-        answers.append(_ask(llm, prompt))
-        reached(title)
-    if others is None:
-        return answers, []
-    return answers, [_difference(llm, *pair) for pair in zip(answers, others, strict=True)]
+    try:
+        yield
+    finally:
+        for descriptor, old in enumerate(kept, start=1):
+            os.dup2(old, descriptor)
+            os.close(old)
 
 
-def _ask(llm: LLM, prompt: str) -> Answer:
+def _serve(
+    connection: Connection, log: Path, model: str, dtype: str, speculative_config: dict | None
+) -> None:
+    """Start an engine; when ``others``, answers of another, come, answer all prompts one at a time
+    and say where the others differ. Sends what is reached, or None and what went wrong."""
+    os.setpgrp()
+    with log.open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            # On a CPU a second process would compete with the engine for the cores.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        connection.send(("vLLM imported", None))
+        llm = LLM(
+            model=model,
+            enforce_eager=True,
+            dtype=dtype,
+            speculative_config=speculative_config,
+            max_model_len=2048,
+            # The default, a share of the machine's memory, fails on small machines.
+            kv_cache_memory_bytes=512 << 20,
+            disable_log_stats=False,
+            seed=0,
+        )
+        _ask(llm, WARM_UP, max_tokens=WARM_UP_TOKENS)
+        connection.send((STARTED, None))
+        others = connection.recv()
+        answers = []
+        for title, prompt in PROMPTS.items():
+            answers.append(_ask(llm, prompt))
+            connection.send((title, None))
+        pairs = zip(answers, others, strict=False)
+        connection.send((ANSWERED, (answers, [_difference(llm, *pair) for pair in pairs])))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send((None, str(error)))
+
+
+def _ask(llm: LLM, prompt: str, max_tokens: int = MAX_TOKENS) -> Answer:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
     steps, start = _steps(llm), time.perf_counter()
     (output,) = llm.chat([{"role": "user", "content": prompt}], params, use_tqdm=False)
     seconds = time.perf_counter() - start
