@@ -274,12 +274,12 @@ class Verifier:
         greedy = is_plain_greedy(batch.metadata)
         # Greedy steps need nothing else from the device. Others need what the proposer reads.
         best = top_ids(logits, max(self._top_k, int(greedy)))
-        unusable = ~(logits.amax(-1) < torch.inf)  # NaN compares with nothing
+        usable = logits.amax(-1) < torch.inf  # NaN compares with nothing
         statistics = None
         if self._substitution is not None:
             statistics = self._substitution.statistics(logits, batch)
         samples = RowSamples(best[:, 0]) if greedy else self._draws(logits, batch)
-        top, sampled = to_host(best, samples.tokens.masked_fill(unusable, BROKEN))
+        top, sampled = to_host(best, torch.where(usable, samples.tokens, BROKEN))
         # Penalties may have made infinities of finite logits: nothing is drawn from those either.
         sampled = np.where(sampled < logits.shape[-1], sampled, BROKEN)
         if statistics is not None:
