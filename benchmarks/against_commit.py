@@ -19,6 +19,7 @@ import platform
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
@@ -40,8 +41,8 @@ class Comparison(Benchmark):
         super().__init__(*args, **kwargs)
         self._before = checkout
 
-    def _checkout(self, method: MethodSpec) -> Path:
-        return self._before if method.label.endswith(BEFORE) else ROOT
+    def _process_options(self, method: MethodSpec) -> dict[str, Any]:
+        return {"cwd": self._before if method.label.endswith(BEFORE) else ROOT}
 
 
 def throughputs(session: Session) -> np.ndarray:
@@ -70,43 +71,59 @@ def compare(before: Session, now: Session) -> dict:
     }
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--commit", required=True)
+def run_options(about: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Options of a run that compares engines, with ``defaults`` for some."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--methods", default="token_recycling,suffix_tree,rasd")
-    parser.add_argument("--draft", help="model of the methods that need one")
-    parser.add_argument("--concurrency", default="1,16")
     parser.add_argument("--limit", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--enforce-eager", action="store_true", help="compile nothing: starts fast")
     parser.add_argument("--out")
+    parser.set_defaults(**defaults)
     return parser
 
 
-def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan:
-    """One method at one number of requests in flight, twice."""
+def options() -> argparse.ArgumentParser:
+    parser = run_options(__doc__)
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--draft", help="model of the methods that need one")
+    parser.add_argument("--concurrency", default="1,16")
+    return parser
+
+
+def plan_of(
+    args: argparse.Namespace, methods: list[MethodSpec], in_flight: int, **engine_args: Any
+) -> Plan:
+    """All methods' engines side by side, greedy, as the options say."""
     measured, warmup = pick(load_dataset(Path(args.dataset)).questions, args.limit)
-    if len(split_rounds(measured, args.rounds, concurrency)) < 2:
-        raise SystemExit(
-            f"--limit {args.limit} is one round at {concurrency} in flight, which has no interval: "
-            f"ask more questions"
-        )
-    config = method.speculative_config
-    if config is not None and method.name in ("draft_tree", "easyspec"):
-        config = {"model": args.draft} | config
-    both = [MethodSpec(f"{method.label} {when}", method.name, config) for when in (BEFORE, NOW)]
     return Plan(
-        model=args.model, methods=both, loads=[Load(in_flight=concurrency)], measured=measured,
+        model=args.model, methods=methods, loads=[Load(in_flight=in_flight)], measured=measured,
         warmup=warmup, rounds=args.rounds, repeat=1, max_tokens=args.max_tokens, temperature=0.0,
         seed=0, chat_template=True, sequential=False,
         engine_args={
             "dtype": args.dtype, "max_model_len": 2048, "enforce_eager": args.enforce_eager,
+            **engine_args,
         },
     )  # fmt: skip
+
+
+def plan(args: argparse.Namespace, method: MethodSpec, concurrency: int) -> Plan:
+    """One method at one number of requests in flight, twice."""
+    config = method.speculative_config
+    if config is not None and method.name in ("draft_tree", "easyspec"):
+        config = {"model": args.draft} | config
+    both = [MethodSpec(f"{method.label} {when}", method.name, config) for when in (BEFORE, NOW)]
+    both_times = plan_of(args, both, concurrency)
+    if len(split_rounds(both_times.measured, args.rounds, concurrency)) < 2:
+        raise SystemExit(
+            f"--limit {args.limit} is one round at {concurrency} in flight, which has no interval: "
+            f"ask more questions"
+        )
+    return both_times
 
 
 def setting(args: argparse.Namespace) -> dict:

@@ -20,14 +20,13 @@ import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
-from against_commit import compare
+from against_commit import compare, plan_of, run_options
 
 from vllm_specplus import preloads
-from vllm_specplus.bench.dataset import load_dataset, pick
 from vllm_specplus.bench.methods import MethodSpec, parse_methods
-from vllm_specplus.bench.runner import Benchmark, Plan, Session, Started, describe_machine
+from vllm_specplus.bench.runner import Benchmark, Session, describe_machine
 from vllm_specplus.compat import vllm_version
 
 NOTHING = "nothing"
@@ -40,24 +39,13 @@ class Comparison(Benchmark):
         super().__init__(*args, **kwargs)
         self._sets = sets
 
-    def _start(self, method: MethodSpec, concurrency: int) -> Started:
-        preload = self._sets[method.label.split()[-1]]
-        with mock.patch.dict(os.environ, {preloads.VARIABLE: preload}):
-            return super()._start(method, concurrency)
+    def _process_options(self, method: MethodSpec) -> dict[str, Any]:
+        return {"variables": {preloads.VARIABLE: self._sets[method.label.split()[-1]]}}
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--methods", default="none,token_recycling")
+    parser = run_options(__doc__, methods="none,token_recycling", limit=32, rounds=4)
     parser.add_argument("--tcmalloc", help="path of the library, if the loader does not find it")
-    parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--enforce-eager", action="store_true", help="compile nothing: starts fast")
-    parser.add_argument("--out")
     return parser
 
 
@@ -74,31 +62,22 @@ def sets_of(tcmalloc: str | None) -> dict[str, str]:
 
 def measure(args: argparse.Namespace, sets: dict[str, str], method: MethodSpec) -> dict:
     """Return how every set compares with nothing preloaded."""
-    measured, warmup = pick(load_dataset(Path(args.dataset)).questions, args.limit)
-    plan = Plan(
-        model=args.model,
-        methods=[
-            MethodSpec(f"{method.label} {each}", method.name, method.speculative_config)
-            for each in sets
-        ],
-        concurrencies=[1], measured=measured, warmup=warmup, rounds=args.rounds, repeat=1,
-        max_tokens=args.max_tokens, temperature=0.0, seed=0, chat_template=True, sequential=False,
-        engine_args={
-            "dtype": args.dtype, "max_model_len": 2048, "enforce_eager": args.enforce_eager,
-            "kv_cache_memory_bytes": 256 << 20,
-        },
-    )  # fmt: skip
+    by_set = [
+        MethodSpec(f"{method.label} {each}", method.name, method.speculative_config)
+        for each in sets
+    ]
+    plan = plan_of(args, by_set, 1, kv_cache_memory_bytes=256 << 20)
     with tempfile.TemporaryDirectory() as logs:
         machine = describe_machine(Path(logs) / "describe.log")
         run = Comparison(plan, machine, Path(logs), lambda *_: None, lambda _: None, sets=sets)
         run.run()
     if run.failures:
         raise SystemExit("\n".join(each.error for each in run.failures))
-    by_set: dict[str, Session] = {each.method.label.split()[-1]: each for each in run.sessions}
-    nothing = by_set.pop(NOTHING)
+    sessions = {each.method.label.split()[-1]: each for each in run.sessions}
+    nothing = sessions.pop(NOTHING)
     return {
         each: compare(nothing, session) | {"other_cpu_share": [others(nothing), others(session)]}
-        for each, session in by_set.items()
+        for each, session in sessions.items()
     }
 
 

@@ -27,9 +27,9 @@ BOUNDS = {
     "draft: token_recycling": ((0, 0, 30), (0, 0, 300)),
     CACHE: ((0, 0, 30), (0, 0, 1200)),
     "inputs of a tree step": ((0, 1, 60), (0, 1, 400)),
-    "verify, sampled": ((11, 2, 64), (11, 2, 64)),
-    "verify, penalties": ((35, 2, 110), (35, 2, 430)),
-    "verify, seeded": ((15, 2, 90), (143, 2, 750)),
+    "verify, sampled": ((8, 2, 60), (8, 2, 60)),
+    "verify, penalties": ((32, 2, 110), (32, 2, 430)),
+    "verify, seeded": ((12, 2, 90), (140, 2, 750)),
 }
 
 

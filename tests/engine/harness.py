@@ -34,7 +34,7 @@ def run(
     other, with more keys for what happens before or instead:
 
     * "pause": wait so many seconds; "await_rebuild": until a layer-parallel draft has new processes
-    * "truncate": that file is cut short; "renew": the engine forgets all, see ``bench.renewal``
+    * "truncate": that file is cut short; "renew": the engine forgets all, see ``engine.renewal``
     * "kill_owner_at": a process of that draft is killed when the draft of that number is asked
       for; "end_process": that one, at the draft "end_at"
     * "abort_after": the requests are aborted after so many steps, and nothing is returned

@@ -196,9 +196,10 @@ def sample(tmp_path, target, draft=None, first: int = 0, **keys) -> np.ndarray:
     for request in requests:
         request[0][0], request[1]["temperature"] = 2, 1.0
     keys = engine(target, draft, max_num_seqs=256, **keys)
+    keys["max_num_batched_tokens"] = 1024  # room for every draft
     result = harness.run(tmp_path, keys, [{"requests": requests}])
     if draft is not None:
-        assert result["counters"]["nodes_accepted"] > 900
+        assert result["counters"]["nodes_accepted"] > 1000
         assert result["counters"]["nodes_accepted"] < 0.98 * result["counters"]["nodes_drafted"]
     return latents(result).flatten(1).double().numpy()
 

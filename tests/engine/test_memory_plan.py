@@ -32,11 +32,10 @@ def proposer(rule=None, reads_prompt=False, slot=0):
 @pytest.mark.parametrize(("rule", "bytes_"), [(None, 14), ("traversal", 18)])
 def test_rows_of_drafts_have_logits(rule, bytes_):
     """Those that a step may have beside a root per request."""
-    drawn = rule is not None
     fits = memory.LOGITS_BUDGET // (VOCAB * bytes_)
-    assert max_rows(config(), drawn) == fits
-    assert max_rows(config(requests=2000), drawn) == 2000  # roots are verified anyway
-    assert max_rows(config(budget=300), drawn) == 300
+    assert max_rows(config(), proposer(rule)) == fits
+    assert max_rows(config(requests=2000), proposer(rule)) == 2000  # roots are verified anyway
+    assert max_rows(config(budget=300), proposer(rule)) == 300
     got = verification_bytes(config(requests=32, nodes=8), proposer(rule))
     assert got == 32 * 8 * VOCAB * bytes_ + CHUNK_BYTES
     assert verification_bytes(config(), proposer(rule)) == (

@@ -30,7 +30,7 @@ def test_what_was_learnt_is_forgotten(tmp_path, tiny_engine, tiny_model, spec):
     batches = [{"requests": requests}, {"requests": requests, "renew": True}]
     engine = tiny_engine | {
         "speculative_config": spec, "disable_log_stats": False,
-        "worker_extension_cls": "vllm_specplus.bench.renewal.Renewal",
+        "worker_extension_cls": "vllm_specplus.engine.renewal.Renewal",
     }  # fmt: skip
     got = harness.run(tmp_path, engine, [*batches, batches[0]])
     first, renewed, known = (

@@ -202,7 +202,7 @@ class Engine:
             speculative_config=setup.speculative_config,
             # vllm serve's default, and the source of the draft counters.
             disable_log_stats=False,
-            worker_extension_cls="vllm_specplus.bench.renewal.Renewal",
+            worker_extension_cls="vllm_specplus.engine.renewal.Renewal",
             **setup.engine_args,
         )
         self.startup_s = time.perf_counter() - started

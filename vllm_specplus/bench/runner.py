@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,8 +148,16 @@ class EngineProcess:
     the other end.
     """
 
-    def __init__(self, log: Path, *arguments: str, cwd: Path | None = None) -> None:
-        """`cwd`: a checkout whose code the engine runs; by default the code of this process."""
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """`cwd`: a checkout whose code the engine runs, by default the code of this process;
+        `variables`: of its environment, besides or in the place of those here.
+        """
         self.log = log
         alive, self._alive = os.pipe()
         with log.open("wb") as stream:
@@ -160,7 +168,7 @@ class EngineProcess:
                 stderr=stream,
                 text=True,
                 cwd=cwd,
-                env=os.environ | preloads.environment() | {ALIVE: str(alive)},
+                env=os.environ | preloads.environment() | (variables or {}) | {ALIVE: str(alive)},
                 pass_fds=(alive,),
             )
         os.close(alive)
@@ -333,11 +341,11 @@ class Engines:
         engine_args: dict[str, Any],
         logs: Path,
         notify: Notify,
-        checkout: Callable[[MethodSpec], Path | None],
+        process_options: Callable[[MethodSpec], dict[str, Any]],
     ) -> None:
-        """`checkout`: whose code a method's engine runs; None: that of this process."""
+        """`process_options`: keywords of `EngineProcess` for a method's engine."""
         self._plan, self._engine_args = plan, engine_args
-        self._logs, self._notify, self._checkout = logs, notify, checkout
+        self._logs, self._notify, self._process_options = logs, notify, process_options
         self._stack = ExitStack()
         self._alive: dict[str, Started] = {}
         self._number = 0
@@ -380,7 +388,7 @@ class Engines:
         self._number += 1
         name = re.sub(r"[^\w.=-]+", "_", method.label)
         log = self._logs / f"{self._number:02}-{name}.log"
-        engine = self._stack.enter_context(EngineProcess(log, cwd=self._checkout(method)))
+        engine = self._stack.enter_context(EngineProcess(log, **self._process_options(method)))
         plan = self._plan
         setup = EngineSetup(
             model=plan.model,
@@ -440,7 +448,7 @@ class Benchmark:
         self._notify = notify
         self._save = save
         self._unstartable: set[str] = set()
-        self._engines = Engines(plan, self.engine_args, logs, notify, self._checkout)
+        self._engines = Engines(plan, self.engine_args, logs, notify, self._process_options)
 
     def run(self) -> None:
         """Measure everything. A method that fails leaves the others alone.
@@ -511,9 +519,9 @@ class Benchmark:
             live.append(Live(session, started.engine))
         return live
 
-    def _checkout(self, method: MethodSpec) -> Path | None:
-        """Whose code the method's engine runs; None: that of this process."""
-        return None
+    def _process_options(self, method: MethodSpec) -> dict[str, Any]:
+        """Keywords of `EngineProcess` for the method's engine."""
+        return {}
 
     def _take_turns(self, live: list[Live], load: Load) -> list[Live]:
         """Measure every round with every engine; return the ones that lasted."""

@@ -54,15 +54,14 @@ class Drafter:
 
     def _begin(self) -> None:
         self.proposer = self._method(self.config, self._services())
-        draws = self.proposer.rule is not None
         self.controller = Controller(
             self.config.control,
             self.proposer.sources,
             max_nodes=self.config.num_speculative_tokens,
-            max_rows=max_rows(self._vllm_config, draws),
+            max_rows=max_rows(self._vllm_config, self.proposer),
             counters=self.counters,
             levels=self.proposer.levels,
-            draws=draws,
+            draws=self.proposer.rule is not None,
         )
         self._drafted: tuple[list[str], DraftBatch] | None = None
 

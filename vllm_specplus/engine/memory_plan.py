@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from vllm_specplus.proposer import Proposer
 
 
-def max_rows(vllm_config: VllmConfig, drawn: bool) -> int:
-    """Most rows a step may verify: the batch's token budget and the logits' memory. ``drawn``: are
-    drafts judged by what they were drawn from?"""
+def max_rows(vllm_config: VllmConfig, proposer: Proposer) -> int:
+    """Most rows a step may verify: the batch's token budget and the logits' memory."""
     scheduler = vllm_config.scheduler_config
-    by_logits = memory.LOGITS_BUDGET // _row_bytes(vllm_config, drawn)
+    by_logits = memory.LOGITS_BUDGET // _row_bytes(vllm_config, _sampling(proposer))
     return min(scheduler.max_num_batched_tokens, max(by_logits, scheduler.max_num_seqs))
 
 
 def verification_bytes(vllm_config: VllmConfig, proposer: Proposer) -> int:
     """What a step may take beside what vLLM has measured: rows of drafts with their logits and the
     sampler's copies of them, penalties of those, and logits of prompts that are looked at."""
-    drawn = proposer.rule is not None
     requests = vllm_config.scheduler_config.max_num_seqs
-    most = min(max_rows(vllm_config, drawn), requests * (1 + vllm_config.num_speculative_tokens))
-    bytes_ = max(most - requests, 0) * _row_bytes(vllm_config, drawn) + CHUNK_BYTES
+    nodes = vllm_config.num_speculative_tokens
+    most = min(max_rows(vllm_config, proposer), requests * (1 + nodes))
+    row = _row_bytes(vllm_config, _sampling(proposer))
+    bytes_ = max(most - requests, 0) * row + CHUNK_BYTES
     if proposer.reads_prompt:
-        bytes_ += memory.PROMPT_CHUNK * _row_bytes(vllm_config, None)
+        bytes_ += memory.PROMPT_CHUNK * _row_bytes(vllm_config, "greedy")
     return bytes_
 
 
@@ -59,9 +59,13 @@ def for_kv_cache(
     return int(available * slot_bytes / (slot_bytes + proposer.slot_bytes()))
 
 
-def _row_bytes(vllm_config: VllmConfig, drawn: bool | None) -> int:
-    """Of one row's logits and what drawing from them takes; ``drawn`` None: nothing is drawn."""
+def _sampling(proposer: Proposer) -> memory.Sampling:
+    """How rows are drawn from: drawn drafts are judged by what they were drawn from."""
+    return "sampled" if proposer.rule is None else "judged"
+
+
+def _row_bytes(vllm_config: VllmConfig, sampling: memory.Sampling) -> int:
+    """Of one row's logits and what drawing from them takes."""
     model = vllm_config.model_config
-    sampling: memory.Sampling = "judged" if drawn else "greedy" if drawn is None else "sampled"
     ranks = vllm_config.parallel_config.tensor_parallel_size
     return memory.logits_row_bytes(model.get_vocab_size(), model.dtype.itemsize, ranks, sampling)

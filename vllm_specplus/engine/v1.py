@@ -100,7 +100,8 @@ class V1Batch:
         )
 
     def blank(self, rows: np.ndarray) -> None:
-        """Let batch rows ``rows`` int64 [n] read token 0: vLLM pads some first decodes with -1."""
+        """Let batch rows ``rows`` int64 [n] read token 0: vLLM puts -1 where a grammar refuses a
+        draft."""
         if len(rows):
             self._runner.input_ids.gpu[self.to_device(rows)] = 0
 

@@ -113,13 +113,15 @@ def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
     return ids
 
 
-def to_host(top: torch.Tensor, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Copies ``top`` int32 [L, k] and ``tokens`` int32 [L] to the host, in one go if both are on a
-    device: every copy waits for it."""
-    if not top.shape[1] or top.device != tokens.device:
-        return top.cpu().numpy(), tokens.cpu().numpy()
-    both = torch.cat((top, tokens[:, None]), 1).cpu().numpy()
-    return np.ascontiguousarray(both[:, :-1]), np.ascontiguousarray(both[:, -1])
+def to_host(
+    top: torch.Tensor, tokens: torch.Tensor, largest: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Copies ``top`` int32 [L, k], ``tokens`` int32 [L] and ``largest`` float32 [L] to the host, in
+    one go if all are at one place: every copy waits for the device."""
+    if top.device != tokens.device:
+        return top.cpu().numpy(), tokens.cpu().numpy(), largest.cpu().numpy()
+    rows = torch.cat((top.T, tokens[None], largest.view(torch.int32)[None])).cpu().numpy()
+    return np.ascontiguousarray(rows[:-2].T), rows[-2], rows[-1].view(np.float32)
 
 
 class Draws(Protocol):
@@ -273,20 +275,23 @@ class Verifier:
         """Decides what becomes text by ``logits`` [L, V], which it may change in place."""
         greedy = is_plain_greedy(batch.metadata)
         # Greedy steps need nothing else from the device. Others need what the proposer reads.
-        best = top_ids(logits, max(self._top_k, int(greedy)))
-        usable = logits.amax(-1) < torch.inf  # NaN compares with nothing
+        best = top_ids(logits, self._top_k or int(greedy))
+        largest = logits.amax(-1).float()  # NaN where one is
         statistics = None
         if self._substitution is not None:
             statistics = self._substitution.statistics(logits, batch)
         samples = RowSamples(best[:, 0]) if greedy else self._draws(logits, batch)
-        top, sampled = to_host(best, torch.where(usable, samples.tokens, BROKEN))
-        # Penalties may have made infinities of finite logits: nothing is drawn from those either.
-        sampled = np.where(sampled < logits.shape[-1], sampled, BROKEN)
+        top, sampled, largest = to_host(best, samples.tokens, largest)
+        # Penalties may have made infinities of finite logits: what is drawn from those is no id.
+        usable = (largest < np.inf) & (sampled < logits.shape[-1])
+        sampled[~usable] = BROKEN
         if statistics is not None:
             sampled = self._substitution(sampled, statistics, batch)
         acceptance = lossless.accept(batch.rows, sampled)
-        broken = (acceptance.output == BROKEN).any(1) & ~batch.discarded
-        acceptance.output[acceptance.output == BROKEN] = 0
+        # A node without a distribution is not accepted: only a root can have none.
+        nothing = sampled[batch.rows.starts[:-1]] == BROKEN
+        acceptance.output[nothing, 0] = 0
+        broken = nothing & ~batch.discarded
         if samples.seeded is not None:
             draws = acceptance.lengths
             if logits.device.type == "cpu":  # elsewhere vLLM takes discarded draws back

@@ -155,7 +155,7 @@ class LatentSlots:
         ``discarded`` bool [R]: requests that get nothing.
         """
         slot, first, count = windows.slot, windows.first, windows.count
-        # Drafts that are not the ones made last, such as vLLM's padding, are not looked at.
+        # Drafts that are not the ones made last are not looked at.
         known = (self.drafted[slot, 0] == first) & ~discarded
         room = np.where(known, np.minimum(count - 1, self.drafted[slot, 1]), 0)
         wanted = np.flatnonzero(_within(count) <= np.repeat(room, count))

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
+
+from vllm_specplus.engine.drafter import Drafter
+
 
 class Renewal:
     """A ``worker_extension_cls``: vLLM makes its methods those of the worker."""
@@ -13,12 +19,6 @@ class Renewal:
     def renew_drafts(self) -> bool:
         """Forgets what drafts were made of, all that a method has learnt; False where it is not
         known how. Not what the KV cache holds, which vLLM's ``reset_prefix_cache`` is for."""
-        from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
-        from vllm.v1.spec_decode.ngram_proposer import NgramProposer
-        from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
-
-        from vllm_specplus.engine.drafter import Drafter
-
         drafter = getattr(self.model_runner, "drafter", None)
         if isinstance(drafter, Drafter):
             drafter.renew()
