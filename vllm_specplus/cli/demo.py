@@ -11,9 +11,9 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 SPECULATIVE_CONFIG = {"method": "token_recycling"}
-MAX_TOKENS, WARM_UP_TOKENS = 96, 32
+MAX_TOKENS = 128
 WARM_UP = "Write a short story about a lighthouse keeper who finds a letter in a bottle."
 PROMPTS = {
     "Summary": (
@@ -134,35 +134,24 @@ def _compared(
 ) -> tuple[list[Answer], list[Answer], list[Difference | None]]:
     """Return the answers with the plugin and without, and where they differ.
 
-    On a CPU both engines start at once, forked from a process that has imported vLLM, and the
-    second is stopped while the first answers: a waiting engine spins. A GPU's memory may not hold
-    both.
+    The engines are forked, one after the other, from a process that has imported vLLM. Not at once:
+    the first measures at its start what a step costs.
     """
-    import torch
-
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vllm.entrypoints.llm"])
-    with ExitStack() as ends:
 
-        def started(what: str, config: dict[str, Any] | None) -> _Engine:
-            return ends.enter_context(_Engine(context, what, log, model, dtype, config))
+    def answers(what: str, config: dict[str, Any] | None, others: list[Answer]) -> Any:
+        with _written_to(log):  # the process that is forked from has the files of this one
+            engine = _Engine(context, what, log, model, dtype, config)
+        with engine:
+            waiting.until(STARTED, engine)
+            engine.connection.send(others)
+            return waiting.until(ANSWERED, engine)
 
-        plain = None
-        with _written_to(log):  # the forked-from process has the files of this one
-            ours = started("with the plugin", SPECULATIVE_CONFIG)
-            if not torch.cuda.is_available():
-                plain = started("without", None)
-        waiting = ends.enter_context(_Waiting(console))
-        waiting.until(STARTED, *([ours, plain] if plain else [ours]))
-        if plain:
-            plain.signal(signal.SIGSTOP)
-        specplus, _ = waiting.answers(ours, [])
-        ours.end()
-        if plain is None:
-            plain = started("without", None)
-            waiting.until(STARTED, plain)
-        plain.signal(signal.SIGCONT)
-        return specplus, *waiting.answers(plain, specplus)
+    with _Waiting(console) as waiting:
+        specplus, _ = answers("with the plugin", SPECULATIVE_CONFIG, [])
+        plain, differences = answers("without", None, specplus)
+    return specplus, plain, differences
 
 
 class _Engine:
@@ -180,17 +169,9 @@ class _Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to all that belongs to the engine."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
-
-    def end(self) -> None:
-        """End it, whatever it does."""
-        self.signal(signal.SIGKILL)
-        self._process.kill()  # if it has no group yet
+        with suppress(ProcessLookupError):  # if it has no group yet
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.join()
 
 
@@ -210,30 +191,19 @@ class _Waiting:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def answers(
-        self, engine: _Engine, others: list[Answer]
-    ) -> tuple[list[Answer], list[Difference | None]]:
-        """Let an engine that has started answer; see :func:`_serve`."""
-        engine.connection.send(others)
-        return self.until(ANSWERED, engine)
-
-    def until(self, goal: str, *engines: _Engine) -> Any:
-        """Wait until all engines have reached it; return what the last one brings with it."""
-        left, brought = {engine.connection: engine for engine in engines}, None
-        while left:
-            for connection in wait(list(left)):
-                engine = left[connection]
-                try:
-                    stage, brought = connection.recv()
-                except EOFError:
-                    raise RuntimeError("the engine's process has ended") from None
-                if stage is None:
-                    raise RuntimeError(brought)
-                self._progress.update(
-                    self._task, description=f"{engine.what}: {stage}", advance=STAGES[stage]
-                )
-                if stage == goal:
-                    del left[connection]
+    def until(self, goal: str, engine: _Engine) -> Any:
+        """Wait until the engine has reached it; return what it brings with it."""
+        stage = ""
+        while stage != goal:
+            try:
+                stage, brought = engine.connection.recv()
+            except EOFError:
+                raise RuntimeError("the engine's process has ended") from None
+            if stage is None:
+                raise RuntimeError(brought)
+            self._progress.update(
+                self._task, description=f"{engine.what}: {stage}", advance=STAGES[stage]
+            )
         return brought
 
 
@@ -281,7 +251,7 @@ def _serve(
             disable_log_stats=False,
             seed=0,
         )
-        _ask(llm, WARM_UP, max_tokens=WARM_UP_TOKENS)
+        _ask(llm, WARM_UP)
         connection.send((STARTED, None))
         others = connection.recv()
         answers = []
@@ -295,10 +265,10 @@ def _serve(
         connection.send((None, str(error)))
 
 
-def _ask(llm: LLM, prompt: str, max_tokens: int = MAX_TOKENS) -> Answer:
+def _ask(llm: LLM, prompt: str) -> Answer:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     steps, start = _steps(llm), time.perf_counter()
     (output,) = llm.chat([{"role": "user", "content": prompt}], params, use_tqdm=False)
     seconds = time.perf_counter() - start
