@@ -12,11 +12,11 @@ Simulated time is all there is: nothing here depends on how fast the simulation 
 
     python benchmarks/simulator.py --traces benchmarks/data/traces_smollm2.npz \
         --steps benchmarks/data/step_times_cpu.json [--loads 1,2,4,...] \
-        [--speculative-config JSON] [--json OUT] [--plot OUT]
+        [--requests 800] [--speculative-config JSON] [--json OUT] [--plot OUT]
 
 It prints, for every number of requests in flight, tokens/s of no speculation, of fixed
-budgets, and of the goodput controller, and where the controller stands against the best
-fixed budget of that load.
+budgets, and of the controller with each objective, where "throughput" stands against the best
+fixed budget of that load, and percentiles of the time per token over the requests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -167,18 +167,22 @@ def fixed(nodes: int) -> Policy:
     return make
 
 
-def goodput(max_nodes: int = 32) -> Policy:
-    """The default policy; it starts from the profile of single requests and learns."""
+def goodput(max_nodes: int = 32, **control) -> Policy:
+    """The default policy, with these keys of ``control``; it starts from the profile of single
+    requests and learns."""
 
     def make(proposer: Proposer, times: StepTimes) -> Controller:
         controller = Controller(
-            GoodputControl(), proposer.sources, max_nodes, 1 << 20, Counters()
+            GoodputControl(**control), proposer.sources, max_nodes, 1 << 20, Counters()
         )  # fmt: skip
         controller.cost = StepCost(times.profile())
         return controller
 
     return make
 
+
+#: The objectives "throughput" and "latency" of the controller, among the policies.
+OURS = ("goodput", "latency")
 
 #: What is simulated if nothing is said: as many nodes as any policy asks for.
 DEFAULT = parse({"method": "token_recycling", "num_speculative_tokens": 80})
@@ -354,12 +358,24 @@ def workload(traces: Sequence[Trace], in_flight: int) -> list[Trace]:
     return (list(traces) * repeats)[: max(3 * in_flight, len(traces))]
 
 
+def varied(traces: Sequence[Trace], count: int, seed: int) -> list[Trace]:
+    """So many requests whose answers, cut anywhere, do not end together: a prompt is read in one
+    step or another all the time, as of a server."""
+    rng = np.random.default_rng(seed)
+    picked = [traces[i] for i in rng.integers(len(traces), size=count)]
+    return [
+        replace(trace, output=trace.output[: rng.integers(8, len(trace.output) + 1)])
+        for trace in picked
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--traces", type=Path, required=True)
     parser.add_argument("--steps", type=Path, required=True)
     parser.add_argument("--loads", default="1,2,4,8,16,32,64,128,256")
     parser.add_argument("--fixed", default="2,4,8,16")
+    parser.add_argument("--requests", type=int, default=800)
     parser.add_argument("--speculative-config", type=json.loads)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -368,7 +384,8 @@ def main() -> None:
     loads = [int(n) for n in args.loads.split(",")]
     policies: dict[str, Policy] = {"none": fixed(0)}
     policies |= {f"fixed {n}": fixed(int(n)) for n in args.fixed.split(",")}
-    policies["goodput"] = goodput()
+    policies["goodput"] = goodput(objective="throughput")
+    policies["latency"] = goodput(objective="latency")
     config = parse(args.speculative_config) if args.speculative_config else DEFAULT
     longest = max(len(t.prompt) + len(t.output) for t in traces)
     vocab_size = 1 + max(int(t.row_top_ids.max()) for t in traces)
@@ -377,28 +394,39 @@ def main() -> None:
         row = {"in_flight": load}
         for name, policy in policies.items():
             simulator = Simulator(times, policy, vocab_size, load, longest + 1, config=config)
-            result = closed_loop(simulator, workload(traces, load), load)
+            result = closed_loop(simulator, varied(traces, args.requests, load), load)
+            median, p95, p99 = np.percentile(result.seconds_per_token, (50, 95, 99)) * 1000
             row[name] = {
+                "p50_tpot_ms": median,
+                "p95_tpot_ms": p95,
+                "p99_tpot_ms": p99,
                 "tokens_per_second": result.tokens_per_second,
                 "tokens_per_step": result.tokens_per_step,
                 "nodes_per_request": sum(result.nodes) / max(result.request_steps, 1),
             }
         rates = {name: row[name]["tokens_per_second"] for name in policies}
-        best = max((name for name in rates if name != "goodput"), key=rates.get)
+        best = max((name for name in rates if name not in OURS), key=rates.get)
         row["goodput_vs_none"] = rates["goodput"] / rates["none"]
         row["goodput_vs_best_fixed"] = rates["goodput"] / rates[best]
         row["best_fixed"] = best
+        row["latency_vs_none"] = rates["latency"] / rates["none"]
+        for name in OURS:
+            row[name]["p99_vs_none"] = row[name]["p99_tpot_ms"] / row["none"]["p99_tpot_ms"]
         table.append(row)
         print(
             f"{load:4} in flight: "
             + "  ".join(f"{name} {rate:6.1f}" for name, rate in rates.items())
             + f"  goodput {row['goodput_vs_none']:.2f}x none,"
-            f" {row['goodput_vs_best_fixed']:.2f}x {best}",
+            f" {row['goodput_vs_best_fixed']:.2f}x {best}; p99 "
+            + ", ".join(f"{name} {row[name]['p99_vs_none']:.2f}x" for name in OURS),
             flush=True,
         )
     if args.json:
         args.json.write_text(
-            json.dumps({"command": " ".join(sys.argv), "loads": table}, indent=1) + "\n"
+            json.dumps(
+                {"command": " ".join(sys.argv), "requests": args.requests, "loads": table}, indent=1
+            )
+            + "\n"
         )
     if args.plot:
         plot(table, list(policies), args.plot)
@@ -416,7 +444,7 @@ def plot(table: list[dict], policies: list[str], path: Path) -> None:
         ratios = [
             row[name]["tokens_per_second"] / row["none"]["tokens_per_second"] for row in table
         ]
-        style = {"linewidth": 2.5, "marker": "o"} if name == "goodput" else {"linestyle": "--"}
+        style = {"linewidth": 2.5, "marker": "o"} if name in OURS else {"linestyle": "--"}
         axes.plot(loads, ratios, label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(loads, [str(n) for n in loads])

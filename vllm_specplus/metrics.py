@@ -32,6 +32,8 @@ COUNTERS = {
     "timed_steps": "Steps without prompts whose duration was predicted and measured.",
     "predicted_step_seconds": "Seconds the cost model predicted for these steps.",
     "measured_step_seconds": "Seconds these steps took.",
+    "limited_steps": "Steps that verified less than would pay, for the sake of a slow request.",
+    "requests_above_target": "Requests that took longer per token than their target.",
     "memory_guard_trims": "Drafts shortened because cache blocks or token budget ran short.",
     "draft_group_rebuilds": "Times the processes of a layer-parallel draft were started anew.",
     "draft_layer_changes": "Times self-speculation chose other layers of the target.",

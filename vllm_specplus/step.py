@@ -165,6 +165,9 @@ class StepContext:
     """[R] requests of different salts must not see each other's texts; None: all alike."""
     ends: list[np.ndarray] | None = None
     """[R] of int32 [K]: ids behind which a request has no text; None: there are none."""
+    tpot_targets: np.ndarray | None = None
+    """float64 [R] seconds per token that a request asks for, NaN where it does not; None: nowhere.
+    """
     acceptance: np.ndarray | None = None
     """float32 [R, depths, S] probability that a node is accepted if its parent was, by
     depth (the last entry serves all deeper ones) and source; set by the controller."""

@@ -58,11 +58,33 @@ def test_the_engine_recorded_here_is_reproduced(traces):
 @pytest.mark.slow
 @pytest.mark.parametrize("in_flight", [1, 2, 4, 8, 16, 32, 64, 128, 256])
 def test_goodput_is_never_slower_than_any_fixed_budget(traces, in_flight):
-    """The claim of the controller, over the whole range of loads."""
-    ours = run(traces, simulator.goodput(), in_flight).tokens_per_second
+    """The claim of the controller, over the whole range of loads, if nothing but throughput
+    counts."""
+    ours = run(traces, simulator.goodput(objective="throughput"), in_flight).tokens_per_second
     for nodes in (0, 2, 4, 8, 16):
         other = run(traces, simulator.fixed(nodes), in_flight).tokens_per_second
         assert ours > 0.97 * other, f"{nodes} nodes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_flight", [4, 16, 64])
+def test_the_slowest_requests_do_not_pay_for_throughput(traces, in_flight):
+    """Of 1,200 requests, with the default objective; those of "throughput" do at 16 and 64."""
+    longest = max(len(t.prompt) + len(t.output) for t in traces)
+    vocab = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    results = []
+    for policy in (
+        simulator.fixed(0),
+        simulator.goodput(),
+        simulator.goodput(objective="throughput"),
+    ):
+        world = simulator.Simulator(TIMES, policy, vocab, in_flight, longest + 1)
+        requests = simulator.varied(traces, 1200, seed=0)
+        results.append(simulator.closed_loop(world, requests, in_flight))
+    none, ours, fast = (np.percentile(r.seconds_per_token, 99) for r in results)
+    assert ours < 1.05 * none
+    assert in_flight == 4 or fast > 1.05 * none
+    assert results[1].tokens_per_second > 1.02 * results[0].tokens_per_second
 
 
 def test_open_loop_waits_for_arrivals(traces):

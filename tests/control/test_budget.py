@@ -14,6 +14,7 @@ from vllm_specplus.control.budget import (
     best_goodput,
     keep_nodes,
     leading_chains,
+    within_limits,
 )
 
 
@@ -154,3 +155,30 @@ def test_best_chains_are_the_paths_with_the_most_expected_tokens(batch):
         assert chosen in paths
         worth = [sum(values[i] for i in path) for path in paths]
         assert sum(values[i] for i in chosen) == pytest.approx(max(worth), rel=1e-6)
+
+
+@given(batches(), st.data())
+@settings(deadline=None, max_examples=60)
+def test_limits_are_kept_by_exactly_the_numbers_of_nodes_that_keep_them(batch, data):
+    trees, seconds = batch
+    owners = np.array([r for r, (parents, _) in enumerate(trees) for _ in parents], np.int64)
+    survival = np.array([s for _, survival in trees for s in survival], np.float32)
+    some = st.floats(0.5, 4.0)
+    limits, per_token = (
+        np.array([data.draw(some) for _ in trees]) for _ in ("limits", "per token")
+    )
+    allowed = within_limits(owners, survival, seconds, limits, per_token)
+    for count in range(len(owners) + 1):
+        gained = np.bincount(owners[:count], survival[:count], minlength=len(trees))
+        least = (limits + per_token * gained).min()
+        if abs(seconds[count] - least) > 1e-9:
+            assert allowed[count] == (seconds[count] < least)
+
+
+def test_the_best_of_the_allowed_numbers_is_taken():
+    survival, seconds = np.array([0.9, 0.8, 0.7]), np.ones(4)
+    assert best_goodput(survival, 1, seconds)[0] == 3
+    allowed = np.array([True, True, False, False])
+    assert best_goodput(survival, 1, seconds, 0, allowed) == (1, pytest.approx(1.9))
+    # What is verified anyway is, allowed or not.
+    assert best_goodput(survival, 1, seconds, 2, allowed) == (2, pytest.approx(2.7))

@@ -137,7 +137,8 @@ def test_expectations_come_true_though_estimates_are_too_high(monkeypatch):
 
 
 def test_every_request_gets_what_it_deserves():
-    world = World(requests=2)
+    """Whatever the other one pays for it: see test_objectives.py."""
+    world = World(GoodputControl(objective="throughput"), requests=2)
     world.run(200, [0.95, 0.02])
     before = world.known.copy()
     world.run(200, [0.95, 0.02])

@@ -40,7 +40,7 @@ def test_limits(extra_args, limit):
         ({"cache_salt": 3}, "'cache_salt' is 3: input should be a valid string"),
         ({"enabled": 0}, "'enabled' is 0: input should be a valid boolean"),
         ({"nodes": 3}, "unknown key 'nodes', did you mean 'max_nodes'? (allowed: enabled, max_"),
-        ({"x": 3}, "unknown key 'x' (allowed: enabled, max_nodes, lossless, cache_salt)"),
+        ({"x": 3}, "unknown key 'x' (allowed: enabled, max_nodes, lossless, tpot_ms, cache_salt)"),
         (3, 'must be an object such as {"max_nodes": 8}, not 3'),
         ("{", "not valid JSON"),
         ("[1]", "must be an object"),

@@ -20,7 +20,7 @@ def make_clock(drafting: float = 0.0):
     took = []
     drafter = SimpleNamespace(
         counters={"draft_seconds": drafting},
-        controller=SimpleNamespace(step_took=lambda shape, seconds: took.append((shape, seconds))),
+        controller=SimpleNamespace(step_took=lambda *args: took.append(args)),
     )
     return StepClock(drafter), drafter, took
 
@@ -31,7 +31,7 @@ def test_a_step_ends_where_the_next_one_begins(monkeypatch):
     drafter.counters["draft_seconds"] = 5.25
     monkeypatch.setattr(clock.time, "perf_counter", lambda: 101.0)
     times.stop({"b": 1})
-    assert took == [(SHAPE, 0.75)]
+    assert took == [(SHAPE, 0.75, 0.25)]
 
 
 def test_an_idle_engine_teaches_nothing():

@@ -100,14 +100,37 @@ def test_smaller_templates_are_trees(budget):
     assert len(set(zip(parents.tolist(), ranks.tolist(), strict=False))) == budget
 
 
-def test_template_is_filled_breadth_first_by_rank():
+@pytest.mark.parametrize("most", [1, 8, 80])
+def test_template_is_filled_with_its_best_nodes(most):
     proposer = make(num_speculative_tokens=80, tree="2.2.2")
     toy_matrix(proposer)
-    tokens, parents = draft(proposer, [4], 80)
-    expected_parents, ranks = tr.template_nodes(tr.TEMPLATE_222)
+    tokens, parents = draft(proposer, [4], most)
+    expected_parents, ranks = tr.template_subset(most)
     assert parents == expected_parents.tolist()
-    for i, (p, r) in enumerate(zip(parents, ranks, strict=False)):
-        assert tokens[i] == (3 * (tokens[p] if p >= 0 else 4) + r + 1) % V
+    for p, r, token in zip(parents, ranks, tokens, strict=True):
+        assert token == (3 * (tokens[p] if p >= 0 else 4) + r + 1) % V
+
+
+def test_a_template_that_is_cut_expects_what_the_best_nodes_do():
+    """0.65 is what the root's eight children would bring: the paper's order, cut."""
+    parents, ranks = tr.template_subset(80)
+
+    def expected(parents, ranks):
+        survival = []
+        for p, r in zip(parents, ranks, strict=True):
+            survival.append(tr.TOKEN_RANK_ACCEPTANCE[r] * (survival[p] if p >= 0 else 1.0))
+        return sum(survival)
+
+    assert expected(parents[:8], ranks[:8]) == pytest.approx(0.8, abs=0.01)
+    children = tr.template_nodes(tr.TEMPLATE_222)
+    assert expected(children[0][:8], children[1][:8]) == pytest.approx(0.65)
+
+
+def test_a_chain_of_the_template_is_as_long_as_it_may_be():
+    proposer = make(num_speculative_tokens=80, tree="2.2.2")
+    toy_matrix(proposer)
+    _, parents = draft(proposer, [4], 6, chain=True)
+    assert parents == [-1, 0, 1, 2, 3, 4]
 
 
 def test_unset_rows_cut_the_tree():

@@ -24,6 +24,7 @@ import numpy as np
 from numba import njit
 
 from vllm_specplus.control.salts import SaltTables
+from vllm_specplus.control.slots import RequestSlots
 from vllm_specplus.step import DEPTHS, Source, prior_tables
 
 #: The prior counts like this many observations, and fades like them.
@@ -169,10 +170,8 @@ class AcceptanceEstimator:
         hits = PRIOR_WEIGHT * prior_tables(sources, 1)[0].astype(np.float64)
         # Hits and trials float64 [salts, DEPTHS, S].
         self._frequencies = SaltTables(hits, np.full_like(hits, PRIOR_WEIGHT))
-        self._slots: dict[str, int] = {}
-        self._free: list[int] = []
-        self._offsets = np.zeros((0, len(names)))
-        self._information = np.zeros((0, len(names)))
+        # Of each request: its offsets, and how much is known about them.
+        self._requests = RequestSlots((len(names),), (len(names),))
 
     def learn(
         self,
@@ -198,7 +197,7 @@ class AcceptanceEstimator:
         # A request that is gone must not take a slot again: nobody would forget it.
         slots = np.array(
             [
-                self._slot(name) if row >= 0 else -1
+                self._requests.take(name) if row >= 0 else -1
                 for name, row in zip(request_ids, rows, strict=True)
             ],
             np.int32,
@@ -207,7 +206,7 @@ class AcceptanceEstimator:
         salts = self._frequencies.rows_of(cache_salts, len(num_tokens))[rows]
         return _learn(
             tokens, parents, sources, starts, drafted_at, rows, slots, salts, token_ids, num_tokens,
-            *self._frequencies.arrays, self._groups, self._offsets, self._information,
+            *self._frequencies.arrays, self._groups, *self._requests.arrays,
         )  # fmt: skip
 
     def tables(
@@ -215,27 +214,13 @@ class AcceptanceEstimator:
     ) -> np.ndarray:
         """Float32 [R, DEPTHS, S] conditional acceptance of each source for requests of
         ``cache_salts`` [R], now."""
-        slots = np.array([self._slots.get(name, -1) for name in request_ids], np.int32)
+        slots = self._requests.find(request_ids)
         out = np.empty((len(slots), DEPTHS, len(self.sources)), np.float32)
         salts = self._frequencies.rows_of(cache_salts, len(slots))
-        _tables(*self._frequencies.arrays, self._groups, self._offsets, slots, salts, out)
+        offsets = self._requests.arrays[0]
+        _tables(*self._frequencies.arrays, self._groups, offsets, slots, salts, out)
         return out
 
     def forget(self, request_id: str) -> None:
         """The request is gone; its offsets may serve another one."""
-        slot = self._slots.pop(request_id, None)
-        if slot is not None:
-            self._offsets[slot] = self._information[slot] = 0.0
-            self._free.append(slot)
-
-    def _slot(self, request_id: str) -> int:
-        slot = self._slots.get(request_id)
-        if slot is None:
-            if not self._free:
-                size, groups = self._offsets.shape
-                more = np.zeros((max(size, 16), groups))
-                self._offsets = np.concatenate((self._offsets, more))
-                self._information = np.concatenate((self._information, more))
-                self._free.extend(range(size, size + len(more)))
-            slot = self._slots[request_id] = self._free.pop()
-        return slot
+        self._requests.forget(request_id)

@@ -21,18 +21,46 @@ from numba import njit
 
 
 def best_goodput(
-    survival: np.ndarray, num_requests: int, seconds: np.ndarray, least: int = 0
-) -> tuple[int, float]:
+    survival: np.ndarray, num_requests: int, seconds: np.ndarray, least: int = 0,
+    allowed: np.ndarray | None = None,
+) -> tuple[int, float]:  # fmt: skip
     """The most productive number of nodes, and its goodput over that of no nodes.
 
     ``survival`` float [N] in descending order behind the first ``least``, which are
     verified anyway; ``seconds`` float [N + 1] time of a step that verifies 0..N of them. Each
     of the ``num_requests`` requests outputs one token even undrafted. Ties go to fewer nodes.
+    ``allowed`` bool [N + 1]: numbers of nodes to choose from, ``least`` in any case.
     """
     tokens = num_requests + np.concatenate(([0.0], np.cumsum(survival, dtype=np.float64)))
     goodput = tokens / seconds
-    best = least + int(np.argmax(goodput[least:]))
+    choices = goodput[least:]
+    if allowed is not None:
+        choices = np.where(allowed[least:], choices, 0.0)
+        choices[0] = goodput[least]
+    best = least + int(np.argmax(choices))
     return best, float(goodput[best] / goodput[0])
+
+
+@njit(cache=True)
+def within_limits(owners, survival, seconds, limits, per_token):
+    """Bool [K + 1]: does a step that verifies the first 0..K nodes keep every request's limit?
+
+    ``owners`` int64 [K] request of each node and ``survival`` float [K], in the order in which
+    they are taken; ``seconds`` float64 [K + 1] such steps take; ``limits`` float64 [R] seconds that
+    a request admits, and ``per_token`` float64 [R] so many more for each token it can expect.
+    """
+    left = limits.copy()
+    least = left.min()
+    out = np.empty(owners.shape[0] + 1, np.bool_)
+    out[0] = seconds[0] <= least
+    for i in range(owners.shape[0]):
+        r = owners[i]
+        was = left[r]
+        left[r] += per_token[r] * survival[i]
+        if was <= least:  # it was the one that admits least
+            least = left.min()
+        out[i + 1] = seconds[i + 1] <= least
+    return out
 
 
 @njit(cache=True)

@@ -25,6 +25,7 @@ drafting counts from the next step on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from vllm_specplus.control.acceptance import (
 )
 from vllm_specplus.control.budget import keep_nodes
 from vllm_specplus.control.cost import DraftingCost, Prices, StepCost, StepShape
+from vllm_specplus.control.ledger import Ledger
 from vllm_specplus.control.levels import Levels
 from vllm_specplus.control.outcomes import Calibration, DraftedTrees
 from vllm_specplus.control.policies import Candidates, make_policy
@@ -43,6 +45,9 @@ from vllm_specplus.control.settings import ControlConfig
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
+
+#: Share of the newest step that read prompts in the average of what these take.
+PROMPT_NEWEST = 0.1
 
 
 class Controller:
@@ -66,7 +71,8 @@ class Controller:
         self.acceptance = AcceptanceEstimator(sources)
         self.prices = Prices(DraftingCost())
         self._levels = None if levels is None else Levels(levels)
-        self._policy = make_policy(config, self.prices, draws, counters)
+        self._ledger = Ledger()
+        self._policy = make_policy(config, self.prices, self._ledger, draws, counters)
         self._calibration = Calibration()
         self._drafted: DraftedTrees | None = None
         # Nodes that the luckiest request of each salt got in the last step.
@@ -83,10 +89,17 @@ class Controller:
 
     # -- what happened ------------------------------------------------------------
 
-    def step_took(self, shape: StepShape, seconds: float) -> None:
-        """The last step had this shape and took this long, drafting not included."""
+    def step_took(self, shape: StepShape, seconds: float, drafting: float = 0.0) -> None:
+        """The last step had this shape and took ``seconds``, and ``drafting`` seconds more."""
         if self.cost is None:
             return
+        undrafted = replace(shape, rows=shape.requests, tree=False)
+        plain = self.cost.predict_step(replace(undrafted, prompt_rows=0))
+        prompts = 0.0
+        if shape.prompt_rows:
+            prompts = self.cost.predict_step(undrafted) - plain
+            self.prices.prompt += PROMPT_NEWEST * (prompts - self.prices.prompt)
+        self._ledger.took(seconds + drafting, plain, prompts)
         predicted = self.cost.observe(shape, seconds)
         if predicted is not None and not shape.prompt_rows:
             self.counters.add("timed_steps")
@@ -101,6 +114,7 @@ class Controller:
     def forget(self, request_id: str) -> None:
         """The request is gone, and what was drafted for it: its id may come again."""
         self.acceptance.forget(request_id)
+        self._policy.ended(request_id)
         if self._drafted is not None:
             self._drafted.forget(request_id)
 
@@ -109,6 +123,7 @@ class Controller:
     def prepare(self, step: StepContext) -> None:
         """Learn from the texts; set ``step.acceptance`` and lower ``step.max_nodes``."""
         self._learn(step)
+        self._ledger.produced(step.request_ids, step.num_tokens, step.num_prompt_tokens)
         step.acceptance = self.acceptance.tables(step.request_ids, step.cache_salts)
         if self._levels is None:
             most = [self._most.get(salt, self.max_nodes) for salt in _salts(step)]

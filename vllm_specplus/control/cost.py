@@ -370,3 +370,5 @@ class Prices:
     drafting: DraftingCost
     step: StepCost | None = None
     """None: it is not profiled."""
+    prompt: float = 0.0
+    """Seconds that reading prompts adds to a step that does, a moving average."""

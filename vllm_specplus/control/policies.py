@@ -13,9 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_specplus.control.budget import best_chains, best_goodput, leading_chains
+from vllm_specplus.control.budget import (
+    best_chains,
+    best_goodput,
+    leading_chains,
+    within_limits,
+)
 from vllm_specplus.control.cost import Prices, StepCost
+from vllm_specplus.control.ledger import Ledger
 from vllm_specplus.control.levels import Levels
+from vllm_specplus.control.objectives import Limits, Throughput, make_objective
 from vllm_specplus.control.settings import ControlConfig, FixedControl, ThresholdControl
 from vllm_specplus.control.switch import Switch
 from vllm_specplus.metrics import Counters
@@ -48,9 +55,29 @@ class Candidates:
         order = np.argsort(-np.where(self.drawn, 2.0, self.survival), kind="stable")
         return order[: max(most, 0)]
 
+    def owners(self, nodes: np.ndarray) -> np.ndarray:
+        """The request int64 [K] of each of ``nodes`` int64 [K]."""
+        return np.searchsorted(self.starts, nodes, side="right") - 1
+
     def on_best_chain(self) -> np.ndarray:
         """Bool [N]: is the node on its request's best path?"""
         return best_chains(self.survival, self.parents, self.starts)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The most productive nodes of those in some order."""
+
+    ranked: np.ndarray
+    """int64 [K] the nodes in that order."""
+    best: int
+    """So many of them, the first ones, are to be verified."""
+    gain: float
+    """Their goodput over that of none."""
+    seconds: float
+    """A step that verifies them takes."""
+    limited: bool
+    """Would more be productive, but for the limits?"""
 
 
 class Policy:
@@ -72,6 +99,9 @@ class Policy:
     def gained(self, tokens: int) -> None:
         """The levels drafted last gained so many tokens, of all requests."""
 
+    def ended(self, request_id: str) -> None:
+        """The request is gone."""
+
 
 class Threshold(Policy):
     """Nodes whose path holds a rejection with less than some probability."""
@@ -88,11 +118,13 @@ class Threshold(Policy):
 
 
 class Goodput(Policy):
-    """As many nodes as make the most expected tokens per second; none while none pay."""
+    """As many nodes as make the most expected tokens per second, within the limits of an
+    objective; none while none pay."""
 
-    def __init__(self, prices: Prices, draws: bool, counters: Counters):
+    def __init__(self, prices: Prices, objective: Throughput, draws: bool, counters: Counters):
         """``draws``: nodes may be draws, which are verified once they are made."""
-        self._prices, self._draws = prices, draws
+        self._prices, self._objective, self._draws = prices, objective, draws
+        self._counters = counters
         self._switch = Switch(counters)
         self._rest = False  # the next step is not drafted, to keep the step cost honest
         self._break_even = 0.0  # tokens with which the levels drafted last have paid
@@ -129,8 +161,9 @@ class Goodput(Policy):
         tree = np.concatenate(([False], np.maximum.accumulate(levels.sizes[level] > 1)))
         seconds = self._prices.step.predict(rows, requests, _context(step), tree=tree)
         seconds = seconds + self._prices.drafting.of_levels(deepest)
-        best, gain = best_goodput(ranked, requests, seconds)
-        best = self._switch.decide(best, gain)
+        limits = self._objective.limits(step, float(seconds[0]), self._prices.prompt)
+        best, gain, limited = _best_allowed(limits, request, ranked, requests, seconds)
+        best = self._decide(best, gain, limited)
         if best < len(seconds):
             self._break_even = requests * float(seconds[best] / seconds[0] - 1)
         return np.bincount(request[:best], minlength=requests)
@@ -145,42 +178,88 @@ class Goodput(Policy):
         cost = self._prices.step
         if cost is None:
             return ranked[:drawn]
-        best, gain, seconds = _best(cost, step, candidates, ranked, drawn)
+        plain = float(cost.predict(len(step.request_ids), len(step.request_ids), _context(step)))
+        limits = self._objective.limits(step, plain, self._prices.prompt)
+        choice = self._best(cost, step, limits, candidates, ranked, drawn)
         if not drawn:
+            orders = [ranked]
             chains = ranked[candidates.on_best_chain()[ranked]]
             if len(chains) < len(ranked):  # there are trees, which may cost more
-                alternative = _best(cost, step, candidates, chains, 0)
-                if alternative[1] > gain:
-                    ranked, (best, gain, seconds) = chains, alternative
+                orders.append(chains)
+            choices = [choice, *(
+                self._best(cost, step, limits, candidates, each, 0) for each in orders[1:]
+            )]  # fmt: skip
+            if limits is not None and any(each.limited for each in choices):
+                choices += [
+                    self._best(cost, step, limits, candidates, _fairly(each, candidates, limits), 0)
+                    for each in orders
+                ]
+            choice = max(choices, key=lambda each: each.gain)
         # The time for these drafts is spent, but the next ones will cost it again.
         drafting = self._prices.drafting.of_requests(len(step.request_ids))
-        decided = self._switch.decide(best, gain * seconds / (seconds + drafting))
+        gain = choice.gain * choice.seconds / (choice.seconds + drafting)
+        decided = self._decide(choice.best, gain, choice.limited)
         if not drawn:
-            return ranked[:decided]
+            return choice.ranked[:decided]
         self._rest = self._switch.speculating and not decided
-        return ranked[:best]
+        return choice.ranked[: choice.best]
+
+    def _best(
+        self, cost: StepCost, step: StepContext, limits: Limits | None, candidates: Candidates,
+        ranked: np.ndarray, least: int,
+    ) -> Choice:  # fmt: skip
+        """Of ``ranked`` int64 [K], the most productive number of nodes, at ``least`` so many."""
+        requests = len(step.request_ids)
+        count = np.arange(len(ranked) + 1)
+        chains = leading_chains(ranked, candidates.parents, candidates.starts)
+        seconds = cost.predict(requests + count, requests, _context(step), tree=count > chains)
+        best, gain, limited = _best_allowed(
+            limits, candidates.owners(ranked), candidates.survival[ranked], requests, seconds, least
+        )
+        return Choice(ranked, best, gain, float(seconds[best]), limited)
+
+    def _decide(self, best: int, gain: float, limited: bool) -> int:
+        """What the switch makes of it. Who drafts nothing for another request's sake has not found
+        that drafts do not pay."""
+        self._counters.add("limited_steps", limited)
+        return 0 if limited and not best else self._switch.decide(best, gain)
+
+    def ended(self, request_id: str) -> None:
+        self._objective.ended(request_id)
 
 
-def make_policy(config: ControlConfig, prices: Prices, draws: bool, counters: Counters) -> Policy:
-    """The policy that the user configured."""
+def make_policy(
+    config: ControlConfig, prices: Prices, ledger: Ledger, draws: bool, counters: Counters
+) -> Policy:
+    """The policy that the user configured; ``ledger``: what requests have paid so far."""
     if isinstance(config, FixedControl):
         return Policy()
     if isinstance(config, ThresholdControl):
         return Threshold(config)
-    return Goodput(prices, draws, counters)
+    return Goodput(prices, make_objective(config, ledger, counters), draws, counters)
 
 
-def _best(
-    cost: StepCost, step: StepContext, candidates: Candidates, ranked: np.ndarray, least: int
-) -> tuple[int, float, float]:
-    """Of ``ranked`` int64 [K], the most productive number of nodes, at ``least`` so many;
-    its goodput over that of none; and the seconds of its step."""
-    requests = len(step.request_ids)
-    count = np.arange(len(ranked) + 1)
-    chains = leading_chains(ranked, candidates.parents, candidates.starts)
-    seconds = cost.predict(requests + count, requests, _context(step), tree=count > chains)
-    best, gain = best_goodput(candidates.survival[ranked], requests, seconds, least)
-    return best, gain, float(seconds[best])
+def _best_allowed(
+    limits: Limits | None, owners: np.ndarray, survival: np.ndarray, requests: int,
+    seconds: np.ndarray, least: int = 0,
+) -> tuple[int, float, bool]:  # fmt: skip
+    """``budget.best_goodput`` of the numbers of nodes that keep the limits; is it less than that
+    of all?"""
+    best, gain = best_goodput(survival, requests, seconds, least)
+    if limits is None or best == least:
+        return best, gain, False
+    allowed = within_limits(owners, survival, seconds, limits.seconds, limits.per_token)
+    allowed &= seconds <= limits.ceiling
+    if allowed[best]:
+        return best, gain, False
+    return *best_goodput(survival, requests, seconds, least, allowed), True
+
+
+def _fairly(ranked: np.ndarray, candidates: Candidates, limits: Limits) -> np.ndarray:
+    """``ranked`` int64 [K] in another order: what a request admits is divided by, so that those
+    who hold a step back come first. Of one request's nodes the order stays."""
+    key = candidates.survival[ranked] / limits.seconds[candidates.owners(ranked)]
+    return ranked[np.argsort(-key, kind="stable")]
 
 
 def _context(step: StepContext) -> float:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from vllm_specplus.control.settings import Milliseconds
 from vllm_specplus.strict import StrictModel, nearest, quoted, sentences, told
 
 KEY, GUIDANCE = "specplus", "guidance_scale"
@@ -33,6 +34,8 @@ class RequestControls(StrictModel):
     """Most nodes drafted per step; the engine's limit stays in force above it."""
     lossless: bool = False
     """Verify this request losslessly, whatever acceptance rule the engine has."""
+    tpot_ms: Milliseconds | None = None
+    """Its own target of time per token, for the objective "slo"."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     """Drafts from other requests' texts come only from requests of the same salt."""
 

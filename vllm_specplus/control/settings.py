@@ -10,13 +10,31 @@ from vllm_specplus.control.cost import CostProfile
 from vllm_specplus.files import check_writable, is_file
 from vllm_specplus.strict import StrictModel
 
+#: Milliseconds that a user may ask for: up to an hour.
+Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
+
 
 class GoodputControl(StrictModel):
     """As many nodes as make the most expected tokens per second, every step."""
 
     policy: Literal["goodput"] = "goodput"
+    objective: Literal["latency", "throughput", "slo"] = "latency"
+    """For whom a step may become longer, see ``control/objectives.py``."""
+    tpot_ms: Milliseconds | None = None
+    """Target of the objective "slo": a request's time per token, unless it sets its own."""
+    ttft_ms: Milliseconds | None = None
+    """The same of the time to the first token, as far as drafts delay it."""
     cost_file: str | None = None
     """Step times: read from this file if it exists, else measured at start and written."""
+
+    @model_validator(mode="after")
+    def _targets_are_of_an_objective(self):
+        for key in ("tpot_ms", "ttft_ms"):
+            if getattr(self, key) is not None and self.objective != "slo":
+                raise ValueError(
+                    f"control: {key!r} is a target: set 'objective' to \"slo\", or remove it"
+                )
+        return self
 
     @model_validator(mode="after")
     def _file_can_be_used(self):

@@ -69,7 +69,7 @@ class StepClock:
             return
         seconds = time.perf_counter() - step.started
         drafting = self.drafting - step.drafting
-        self._drafter.controller.step_took(step.shape, seconds - drafting)
+        self._drafter.controller.step_took(step.shape, seconds - drafting, drafting)
 
 
 class StepProfiler:

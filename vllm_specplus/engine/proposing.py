@@ -104,6 +104,7 @@ class Proposing:
             num_prompt_tokens=self._batch.num_prompt,
             cache_salts=[each.cache_salt for each in options],
             ends=[each.ends for each in options],
+            tpot_targets=np.array([each.tpot_target for each in options]),
             sampling=self._batch.sampling([each.seed for each in options]),
             versions=self._batch.versions(),
             row_starts=step.rows.starts,

@@ -24,6 +24,8 @@ class RequestOptions:
     seed: int | None
     relaxed_stops: frozenset[int] | None
     """Its stop tokens; None: it must be verified losslessly."""
+    tpot_target: float
+    """Seconds per token that it asks for; NaN: it does not."""
     ends: np.ndarray
     """int32 [K] tokens that end it; with ``ignore_eos`` only those it names itself."""
 
@@ -32,7 +34,7 @@ class RequestOptions:
         """Of a request that was admitted: its parameters have been checked in the front end, so
         that nothing here can fail. A request without any is not drafted."""
         if params is None:
-            return cls(0, False, "", None, None, np.empty(0, np.int32))
+            return cls(0, False, "", None, None, np.nan, np.empty(0, np.int32))
         controls = parse(params.extra_args)
         ends = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
         return cls(
@@ -41,6 +43,7 @@ class RequestOptions:
             cache_salt=salt_of(params.extra_args, controls),
             seed=params.seed,
             relaxed_stops=_relaxed_stops(params, controls),
+            tpot_target=np.nan if controls.tpot_ms is None else controls.tpot_ms / 1000,
             ends=np.array(sorted(ends or ()), np.int32),
         )
 

@@ -95,13 +95,15 @@ def template_nodes(children: dict[tuple[int, ...], int]) -> tuple[np.ndarray, np
 
 
 def template_subset(budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ``budget`` most probable nodes of template "2.2.2", as (parents, ranks)."""
+    """The ``budget`` most probable nodes of template "2.2.2", the best first, as (parents, ranks):
+    its first n nodes are the best n."""
     parents, ranks = template_nodes(TEMPLATE_222)
     score = np.empty(len(parents))
     for i, (parent, rank) in enumerate(zip(parents, ranks, strict=False)):
         score[i] = TOKEN_RANK_ACCEPTANCE[rank] * (score[parent] if parent >= 0 else 1.0)
-    # A child scores below its parent, so the best nodes are closed under parents.
-    kept = np.sort(np.argsort(-score, kind="stable")[:budget])
+    # A child scores below its parent, so the best nodes are closed under parents, which come
+    # before their children.
+    kept = np.argsort(-score, kind="stable")[:budget]
     renumber = np.full(len(parents) + 1, -1, np.int32)  # the last entry maps the root's -1
     renumber[kept] = np.arange(len(kept))
     return renumber[parents[kept]], ranks[kept]
@@ -257,9 +259,10 @@ def grow(
 
 @njit(cache=True)
 def grow_template(
-    matrix, template_parents, template_ranks, root, chain, tokens, parents, sources
+    matrix, template_parents, template_ranks, root, most, chain, tokens, parents, sources
 ):  # fmt: skip
-    """Fill a static tree from the matrix; returns the number of nodes.
+    """Fill the first ``most`` nodes of a static tree, whose best ones come first, from the matrix;
+    returns the number of nodes.
 
     Nodes below an unset successor are left out. ``chain`` keeps rank 0 only.
     """
@@ -268,6 +271,8 @@ def grow_template(
     if root >= matrix.shape[0]:
         return count
     for i in range(template_parents.shape[0]):
+        if count == most:
+            break
         above = template_parents[i]
         if above >= 0 and place[above] < 0:
             continue
@@ -298,9 +303,10 @@ def grow_batch(
         if template_parents.shape[0]:
             counts[r] = grow_template(
                 matrix,
-                template_parents[: max_nodes[r]],
-                template_ranks[: max_nodes[r]],
+                template_parents,
+                template_ranks,
                 text[n - 1],
+                max_nodes[r],
                 chain_only[r],
                 tokens[total:],
                 parents[total:],
