@@ -20,7 +20,10 @@ def test_defaults():
         "top_k": 8, "pair_keys": True, "match_context": True, "seed_from_prompt": False,
         "max_memory_mb": 256,
         "load_matrix": None, "save_matrix": None,
-        "control": {"policy": "goodput", "cost_file": None},
+        "control": {
+            "policy": "goodput", "objective": "latency", "tpot_ms": None, "ttft_ms": None,
+            "cost_file": None,
+        },  # fmt: skip
         "acceptance": {"rule": "lossless"}, "allow_lossy": False,
     }  # fmt: skip
 
@@ -60,13 +63,15 @@ def test_a_config_is_not_changed_afterwards():
         ({"load_matrix": "/nowhere/m"}, "load_matrix '/nowhere/m' is not a file"),
         ({"save_matrix": "/nowhere/m"}, "is in a folder that does not exist"),
         ({"control": "goodput"}, "'control' is 'goodput': input should be a valid dict"),
-        ({"control": {}}, "'control' needs a policy (allowed: goodput, fixed, threshold)"),
+        ({"control": {"threshold": 0.5}}, "unknown key 'control.threshold' (policy 'goodput' "),
+        ({"control": {"tpot_ms": 30.0}}, "'tpot_ms' is a target: set 'objective' to \"slo\""),
+        ({"control": {"objective": "fast"}}, "'latency', 'throughput' or 'slo'"),
         ({"control": {"policy": "best"}}, "unknown control policy 'best' (allowed: goodput,"),
         ({"control": {"policy": "fixed"}}, "set num_speculative_tokens"),
         ({"control": {"policy": "threshold", "threshold": 1.0}}, "'control.threshold' is 1.0: "),
         (
             {"control": {"policy": "goodput", "threshold": 0.5}},
-            "unknown key 'control.threshold' (policy 'goodput' allows: policy, cost_file)",
+            "unknown key 'control.threshold' (policy 'goodput' allows: policy, ",
         ),
         ({"control": {"policy": "goodput", "cost_file": "/nowhere/c"}}, "does not exist"),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vllm_specplus import registry
 from vllm_specplus.capabilities import TEXT, Need
@@ -172,6 +172,13 @@ class MethodConfig(StrictModel):
     """Which nodes become text; see ``vllm_specplus/samplers``."""
     allow_lossy: bool = False
     """Is it known that the acceptance rule changes what is answered?"""
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _goodput_goes_without_saying(cls, control: Any) -> Any:
+        if isinstance(control, dict) and "policy" not in control:
+            return {"policy": GoodputControl().policy, **control}
+        return control
 
     @model_validator(mode="after")
     def _fixed_says_how_many(self):
