@@ -1,7 +1,8 @@
 # make demo                 answers with and without the plugin, side by side, on the CPU
 # make check                lint, types, and all tests without an engine: before every commit
 # make engine-test T=...    one test that starts an engine, as T=tests/engine/test_greedy.py -k jacobi
-# make test                 every test, as CI runs them
+# make test                 every test but the long ones, as CI runs them
+# make full                 the long ones; stamps them in tests/full.json, which make test checks
 # make figures              figures of README.md and docs/ from benchmarks/results
 # make check-vllm           is all we take from vLLM in the source of every supported version?
 # BACKEND=cuda make ...     the same with vLLM for NVIDIA GPUs
@@ -13,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 T ?=
 
-.PHONY: demo check test engine-test figures check-vllm lint types setup clean
+.PHONY: demo check test full engine-test figures check-vllm lint types setup clean
 
 demo:
 	@$(PYTHON) scripts/setup.py --demo
@@ -24,6 +25,9 @@ check: lint types
 
 test: setup
 	$(PYTEST) $(IN_PARALLEL) $(PYTEST_ARGS)
+
+full: setup
+	$(PYTEST) $(IN_PARALLEL) --full $(PYTEST_ARGS)
 
 engine-test: setup
 	@test -n "$(T)" || { echo "name a test: make engine-test T='tests/engine/test_greedy.py -k jacobi'"; exit 2; }

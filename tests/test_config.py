@@ -23,7 +23,7 @@ def test_defaults():
         "control": {
             "policy": "goodput", "objective": "latency", "tpot_ms": None, "ttft_ms": None,
             "cost_file": None,
-        },  # fmt: skip
+        },
         "acceptance": {"rule": "lossless"}, "allow_lossy": False,
     }  # fmt: skip
 

@@ -173,6 +173,9 @@ def main(job_path: str, out_path: str) -> None:
         if batch.get("renew"):
             assert llm.reset_prefix_cache()
             assert all(llm.collective_rpc("renew_drafts"))
+        if "control" in batch:
+            (answer,) = llm.collective_rpc("control_speculation", args=(batch["control"],))
+            assert answer.items() >= batch["control"].items(), answer
         if batch.get("await_rebuild"):
             _await_rebuild(llm)
         if batch.keys() & {"await_rebuild", "kill_owner_at", "end_process"}:

@@ -33,6 +33,7 @@ def run(
     sampling params], ...]}`` or ``{"prompt", "params", "repeat"}``, run one after the
     other, with more keys for what happens before or instead:
 
+    * "control": how much is drafted is changed, see ``ControlChange``
     * "pause": wait so many seconds; "await_rebuild": until a layer-parallel draft has new processes
     * "truncate": that file is cut short; "renew": the engine forgets all, see ``engine.renewal``
     * "kill_owner_at": a process of that draft is killed when the draft of that number is asked

@@ -141,3 +141,33 @@ def test_step_times_are_kept_in_a_file(tmp_path, tiny_engine, mixed_requests, pl
     assert json.loads(path.read_text()) == content  # read, not measured again
     with pytest.raises(RuntimeError, match=r"measured on something else .*dtype: 'float32'"):
         run(tmp_path, tiny_engine, requests, spec, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("method", ["token_recycling", "draft_tree"])
+def test_speculation_is_switched_while_serving(
+    tmp_path, tiny_engine, mixed_requests, plain, tiny_model, method
+):
+    """Off, watched, and on again with another objective: the same texts."""
+    spec = {"method": method}
+    if method == "draft_tree":
+        spec |= {"model": tiny_model, "shape": "2.2"}
+    batches = [
+        {"requests": mixed_requests, "control": change}
+        for change in (
+            {"mode": "off"},
+            {"mode": "shadow"},
+            {"mode": "on", "objective": "throughput"},
+        )
+    ]
+    result = harness.run(tmp_path, tiny_engine | {"speculative_config": spec}, batches)
+    for i in range(3):
+        assert harness.ids(result, i) == harness.ids(plain)
+    off, shadow, on = result["counted"]
+    assert off["nodes_drafted"] == off["nodes_grown"] == shadow["nodes_drafted"] == 0
+    assert off["shadow_request_steps"] == 0
+    assert shadow["shadow_request_steps"] > 200
+    assert shadow["shadow_tokens"] > 1.05 * shadow["shadow_request_steps"]
+    assert shadow["shadow_seconds"] > shadow["shadow_plain_seconds"] > 0
+    assert on["nodes_accepted"] > 0
+    assert on["shadow_request_steps"] == shadow["shadow_request_steps"]
+    assert on["draft_failures"] == 0

@@ -41,7 +41,8 @@ from vllm_specplus.control.ledger import Ledger
 from vllm_specplus.control.levels import Levels
 from vllm_specplus.control.outcomes import Calibration, DraftedTrees
 from vllm_specplus.control.policies import Candidates, make_policy
-from vllm_specplus.control.settings import ControlConfig
+from vllm_specplus.control.settings import ControlChange, ControlConfig, Mode
+from vllm_specplus.control.shadow import Shadow
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
@@ -75,6 +76,7 @@ class Controller:
         self._policy = make_policy(config, self.prices, self._ledger, draws, counters)
         self._calibration = Calibration()
         self._drafted: DraftedTrees | None = None
+        self._shadow = Shadow(counters)
         # Nodes that the luckiest request of each salt got in the last step.
         self._most: dict[str, int] = {}
 
@@ -86,6 +88,17 @@ class Controller:
     @cost.setter
     def cost(self, cost: StepCost | None) -> None:
         self.prices.step = cost
+
+    @property
+    def mode(self) -> Mode:
+        """Are drafts verified, made at all, or made and only watched?"""
+        return getattr(self.config, "mode", "on")
+
+    def change(self, change: ControlChange) -> None:
+        """From the next step on; ValueError with one sentence where that cannot be."""
+        self.config = config = change.of(self.config)
+        self._policy.pursue(config, self._ledger)
+        self._drafted, self._shadow = None, Shadow(self.counters)
 
     # -- what happened ------------------------------------------------------------
 
@@ -115,6 +128,7 @@ class Controller:
         """The request is gone, and what was drafted for it: its id may come again."""
         self.acceptance.forget(request_id)
         self._policy.ended(request_id)
+        self._shadow.forget(request_id)
         if self._drafted is not None:
             self._drafted.forget(request_id)
 
@@ -125,6 +139,9 @@ class Controller:
         self._learn(step)
         self._ledger.produced(step.request_ids, step.num_tokens, step.num_prompt_tokens)
         step.acceptance = self.acceptance.tables(step.request_ids, step.cache_salts)
+        if self.mode == "off":
+            step.max_nodes[:] = 0
+            return
         if self._levels is None:
             most = [self._most.get(salt, self.max_nodes) for salt in _salts(step)]
             self._policy.limit(step, np.array(most, np.int32))
@@ -133,13 +150,17 @@ class Controller:
 
     def _learn(self, step: StepContext) -> None:
         trees, self._drafted = self._drafted, None
+        if self.mode == "shadow":
+            trees = self._shadow.due()
         if trees is None:
             return
         rows = trees.rows_in(step.request_ids)
         here = rows >= 0
         if not here.any():
             return
-        gained = step.num_tokens[rows] - trees.drafted_at - 1
+        gained = trees.gained(rows, step.token_ids, step.num_tokens)
+        if self.mode == "shadow":
+            self._shadow.compared(gained[here])
         salts = step.cache_salts and [step.cache_salts[row] for row in rows[here]]
         self._calibration.observe(trees.expected[here], gained[here], salts)
         if self._levels is not None:
@@ -174,10 +195,8 @@ class Controller:
         # All that was planned is verified.
         expected = self._levels.survival(step.acceptance, self._levels.depths(drafts.counts)).sum(1)
         sources = np.zeros(len(drafts.tokens), np.int32)
-        self._remember(step, drafts, sources, starts, expected)
-        self.counters.add("expected_tokens", float(expected.sum()))
-        self.counters.add("undrafted_steps", not len(drafts.tokens))
-        return drafts
+        everything = np.ones(len(drafts.tokens), bool)
+        return self._verified(step, drafts, everything, sources, starts, expected, expected.sum())
 
     def _choose(self, step: StepContext, drafts: DraftBatch, starts: np.ndarray) -> DraftBatch:
         """The nodes that the policy chooses, which compete by survival."""
@@ -197,24 +216,48 @@ class Controller:
             ranked = candidates.ranked(self.max_rows - len(step.request_ids))
             kept[self._policy.choose(step, candidates, ranked)] = True
         expected = expected_tokens(estimated, kept, starts)
-        self._remember(step, drafts, sources, starts, expected)
-        self.counters.add("expected_tokens", float(calibration @ expected))
-        self.counters.add("undrafted_steps", not kept.any())
+        calibrated = float(calibration @ expected)
+        return self._verified(step, drafts, kept, sources, starts, expected, calibrated)
+
+    def _verified(
+        self, step: StepContext, drafts: DraftBatch, kept: np.ndarray, sources: np.ndarray,
+        starts: np.ndarray, expected: np.ndarray, calibrated: float,
+    ) -> DraftBatch:  # fmt: skip
+        """The ``kept`` bool [N] nodes of ``drafts``, to be verified; in shadow mode, none. What was
+        drafted is kept until the text has labelled it; a proposer reuses its arrays."""
+        shadow = self.mode == "shadow"
+        trees = DraftedTrees(
+            list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
+            drafts.parents.copy(), sources.copy(), starts, expected, kept if shadow else None,
+        )  # fmt: skip
         chosen = _subtrees(drafts, kept)
         self._most = {}
         for salt, count in zip(_salts(step), chosen.counts.tolist(), strict=True):
             self._most[salt] = max(count, self._most.get(salt, 0))
+        if shadow:
+            self._watch(step, trees, chosen)
+            chosen = DraftBatch.empty(len(drafts.counts))
+        else:
+            self._drafted = trees
+        self.counters.add("expected_tokens", 0.0 if shadow else calibrated)
+        self.counters.add("undrafted_steps", not len(chosen.tokens))
         return chosen
 
-    def _remember(
-        self, step: StepContext, drafts: DraftBatch, sources: np.ndarray, starts: np.ndarray,
-        expected: np.ndarray,
-    ) -> None:  # fmt: skip
-        """Keep the trees until the text has labelled them; a proposer reuses its arrays."""
-        self._drafted = DraftedTrees(
-            list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
-            drafts.parents.copy(), sources.copy(), starts, expected,
-        )  # fmt: skip
+    def _watch(self, step: StepContext, trees: DraftedTrees, chosen: DraftBatch) -> None:
+        if self.cost is None:
+            return
+        requests, context = len(step.request_ids), int(step.num_tokens.sum())
+        rows = requests + len(chosen.tokens)
+        seconds, plain = (
+            self.cost.predict_step(StepShape(requests, n, context, tree=chosen.has_trees))
+            for n in (rows, requests)
+        )
+        if self._levels is None:
+            seconds += self.prices.drafting.of_requests(requests)
+        else:
+            depths = self._levels.depths(chosen.counts)
+            seconds += float(self.prices.drafting.of_levels(depths.max(initial=0)))
+        self._shadow.keep(trees, seconds, plain)
 
 
 def _salts(step: StepContext) -> Sequence[str]:
@@ -224,10 +267,10 @@ def _salts(step: StepContext) -> Sequence[str]:
 
 def _subtrees(drafts: DraftBatch, kept: np.ndarray) -> DraftBatch:
     """The ``kept`` bool [N] nodes of ``drafts``, with what they were drawn from."""
-    if not kept.any():
-        return DraftBatch.empty(len(drafts.counts))
     if kept.all():
         return drafts
+    if not kept.any():
+        return DraftBatch.empty(len(drafts.counts))
     chosen = DraftBatch(*keep_nodes(drafts.tokens, drafts.parents, drafts.counts, kept))
     if drafts.drawn_from is not None and (drafts.drawn_from >= 0).any():
         chosen.draft_probs, chosen.drawn_from = drafts.draft_probs, drafts.drawn_from[kept]

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
+from vllm_specplus.control.acceptance import label_nodes
 from vllm_specplus.control.salts import SaltTables
 
 
@@ -29,6 +31,21 @@ class DraftedTrees:
     expected: np.ndarray
     """float64 [R] tokens each request was expected to gain by its verified nodes, before
     calibration."""
+    shadow: np.ndarray | None = None
+    """bool [N] nodes that would have been verified; None: they were."""
+
+    def gained(self, rows: np.ndarray, token_ids: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """Drafted tokens that each request gained, or would have gained, int32 [R].
+
+        The texts by now: ``token_ids`` int32 [B, max_len], ``num_tokens`` int32 [B]; ``rows`` int32
+        [R] finds a request there; -1: it is gone, and 0 is returned of it.
+        """
+        if self.shadow is not None:
+            return _followed(
+                self.tokens, self.parents, self.starts, self.shadow, self.drafted_at, rows,
+                token_ids, num_tokens,
+            )  # fmt: skip
+        return np.where(rows < 0, 0, num_tokens[rows] - self.drafted_at - 1).astype(np.int32)
 
     def rows_in(self, request_ids: Sequence[str]) -> np.ndarray:
         """Where each request stands among ``request_ids`` now, int32 [R]; -1: it is gone."""
@@ -39,6 +56,24 @@ class DraftedTrees:
         """Its tree is no guess about what comes under that id from now on."""
         if request_id in self.request_ids:
             self.request_ids[self.request_ids.index(request_id)] = None
+
+
+@njit(cache=True)
+def _followed(tokens, parents, starts, kept, drafted_at, rows, token_ids, num_tokens):
+    """How many levels the text follows each request's ``kept`` nodes, int32 [R]."""
+    out = np.zeros(rows.shape[0], np.int32)
+    for r in range(rows.shape[0]):
+        first, end = starts[r], starts[r + 1]
+        if rows[r] < 0 or first == end:
+            continue
+        labels, depths = label_nodes(
+            tokens[first:end], parents[first:end], token_ids[rows[r]], drafted_at[r],
+            num_tokens[rows[r]],
+        )  # fmt: skip
+        for i in range(end - first):
+            if kept[first + i] and labels[i] == 1:
+                out[r] = max(out[r], depths[i])
+    return out
 
 
 class Calibration:

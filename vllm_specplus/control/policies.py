@@ -22,8 +22,13 @@ from vllm_specplus.control.budget import (
 from vllm_specplus.control.cost import Prices, StepCost
 from vllm_specplus.control.ledger import Ledger
 from vllm_specplus.control.levels import Levels
-from vllm_specplus.control.objectives import Limits, Throughput, make_objective
-from vllm_specplus.control.settings import ControlConfig, FixedControl, ThresholdControl
+from vllm_specplus.control.objectives import Limits, make_objective
+from vllm_specplus.control.settings import (
+    ControlConfig,
+    FixedControl,
+    GoodputControl,
+    ThresholdControl,
+)
 from vllm_specplus.control.switch import Switch
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import StepContext
@@ -96,6 +101,9 @@ class Policy:
         """The nodes to verify, of ``ranked`` int64 [K], the best ones first."""
         return ranked
 
+    def pursue(self, config: GoodputControl, ledger: Ledger) -> None:
+        """From now on as ``config`` has it; of the policy goodput."""
+
     def gained(self, tokens: int) -> None:
         """The levels drafted last gained so many tokens, of all requests."""
 
@@ -121,13 +129,19 @@ class Goodput(Policy):
     """As many nodes as make the most expected tokens per second, within the limits of an
     objective; none while none pay."""
 
-    def __init__(self, prices: Prices, objective: Throughput, draws: bool, counters: Counters):
+    def __init__(
+        self, config: GoodputControl, prices: Prices, ledger: Ledger, draws: bool,
+        counters: Counters,
+    ):  # fmt: skip
         """``draws``: nodes may be draws, which are verified once they are made."""
-        self._prices, self._objective, self._draws = prices, objective, draws
-        self._counters = counters
+        self._prices, self._draws, self._counters = prices, draws, counters
+        self.pursue(config, ledger)
         self._switch = Switch(counters)
         self._rest = False  # the next step is not drafted, to keep the step cost honest
         self._break_even = 0.0  # tokens with which the levels drafted last have paid
+
+    def pursue(self, config: GoodputControl, ledger: Ledger) -> None:
+        self._objective = make_objective(config, ledger, self._counters)
 
     def limit(self, step: StepContext, most: np.ndarray) -> None:
         switch = self._switch
@@ -236,7 +250,7 @@ def make_policy(
         return Policy()
     if isinstance(config, ThresholdControl):
         return Threshold(config)
-    return Goodput(prices, make_objective(config, ledger, counters), draws, counters)
+    return Goodput(config, prices, ledger, draws, counters)
 
 
 def _best_allowed(

@@ -26,6 +26,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_specplus.control.requests import GUIDANCE
+from vllm_specplus.engine.refusals import refusal
 from vllm_specplus.image.pictures import Pictures, pictures_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class ImagesEndpoint:
 
     async def _generations(self, body: ImageRequest, raw: Request) -> JSONResponse:
         if self._pictures is None:
-            return _refuse("the model that is served makes no pictures", 404)
+            return refusal("the model that is served makes no pictures", 404)
         pictures = self._pictures
         try:
             size = None if body.size == "auto" else body.size
@@ -98,7 +99,7 @@ class ImagesEndpoint:
                 *(self._output(prompt, sampling, body.seed, extra, i) for i in range(body.n))
             )
         except ValueError as error:
-            return _refuse(str(error), 400)
+            return refusal(str(error), 400)
         data = [
             {"b64_json": base64.b64encode(await asyncio.to_thread(pictures.png, each)).decode()}
             for each in made
@@ -113,8 +114,3 @@ class ImagesEndpoint:
         async for output in self._engine.generate(prompt, params, f"img-{uuid.uuid4().hex}"):
             last = output
         return last.outputs[0]
-
-
-def _refuse(message: str, status: int) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
-    return JSONResponse({"error": error}, status)

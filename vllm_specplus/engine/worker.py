@@ -6,13 +6,49 @@ a method of ours never sees it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_specplus.control.settings import ControlChange
 from vllm_specplus.engine import attention
+from vllm_specplus.engine.drafter import Drafter
 
 
-class TreeCPUWorker(CPUWorker):
+class TreeWorkerMixin:
+    """What workers of both devices do besides."""
+
+    model_runner: Any
+
+    def determine_available_memory(self) -> int:
+        return self.model_runner.memory_for_kv_cache(super().determine_available_memory())
+
+    def compile_or_warm_up_model(self):
+        times = super().compile_or_warm_up_model()
+        self.model_runner.profile_step_cost()
+        return times
+
+    def control_speculation(self, change: dict[str, Any]) -> dict[str, Any]:
+        """For ``collective_rpc``: changes how much is drafted from the next step on, by the keys of
+        ``ControlChange``; none only asks. Returns what holds now, or what is wrong, one sentence
+        under "refused"."""
+        drafter = getattr(self.model_runner, "drafter", None)
+        if not isinstance(drafter, Drafter):
+            return {"refused": "nothing is drafted here by a method of vllm-specplus"}
+        try:
+            if change:
+                drafter.controller.change(ControlChange.model_validate(change))
+        except ValueError as error:
+            return {"refused": str(error)}
+        return drafter.controller.config.model_dump()
+
+    def shutdown(self) -> None:
+        self.model_runner.close_drafter()
+        super().shutdown()
+
+
+class TreeCPUWorker(TreeWorkerMixin, CPUWorker):
     def _runner_class(self) -> type:
         from vllm_specplus.engine.runner import TreeCPUModelRunner
 
@@ -29,20 +65,8 @@ class TreeCPUWorker(CPUWorker):
         finally:
             module.CPUModelRunner = stock
 
-    def determine_available_memory(self) -> int:
-        return self.model_runner.memory_for_kv_cache(super().determine_available_memory())
 
-    def compile_or_warm_up_model(self):
-        times = super().compile_or_warm_up_model()
-        self.model_runner.profile_step_cost()
-        return times
-
-    def shutdown(self) -> None:
-        self.model_runner.close_drafter()
-        super().shutdown()
-
-
-class TreeGPUWorker(Worker):
+class TreeGPUWorker(TreeWorkerMixin, Worker):
     def _runner_class(self) -> type:
         from vllm_specplus.engine.runner import TreeGPUModelRunner
 
@@ -51,18 +75,6 @@ class TreeGPUWorker(Worker):
     def _make_model_runner(self):
         attention.register("cuda")
         return self._runner_class()(self.vllm_config, self.device)
-
-    def determine_available_memory(self) -> int:
-        return self.model_runner.memory_for_kv_cache(super().determine_available_memory())
-
-    def compile_or_warm_up_model(self):
-        times = super().compile_or_warm_up_model()
-        self.model_runner.profile_step_cost()
-        return times
-
-    def shutdown(self) -> None:
-        self.model_runner.close_drafter()
-        super().shutdown()
 
 
 class ImageCPUWorker(TreeCPUWorker):
