@@ -28,6 +28,7 @@ def test_methods_side_by_side(tmp_path):
     assert done.returncode == 1, done.stderr[-3000:]  # one method failed, the others are there
     assert "jacobi:nonsense=1 failed:" in done.stdout
     assert "unknown key 'nonsense'" in done.stdout
+    assert done.stderr.count(": measuring") == 2
     report = json.loads((tmp_path / "out.json").read_text())
     plain, jacobi = report["runs"]
     assert plain["steps_per_picture"] == 63  # the first code comes with the prompt

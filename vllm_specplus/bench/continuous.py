@@ -14,7 +14,6 @@ A pass of the target is one call of its backbone per picture.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from rich.table import Table
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.report import ReportHead
+from vllm_specplus.bench.runner import Notify
 from vllm_specplus.image import quality
 from vllm_specplus.image.continuous.decoding import Counts
 from vllm_specplus.image.continuous.folder import LatentsFolder
@@ -63,11 +63,11 @@ class ContinuousReport(ReportHead):
 
 
 class ContinuousBench:
-    """Measures methods in turn; ``notify`` is told which."""
+    """Measures methods in turn; ``notify`` is told which, and of pictures that are made."""
 
     def __init__(
         self, model: str, methods: list[MethodSpec], pictures: int, batches: list[int],
-        temperature: float, guidance: float, seed: int, notify: Callable[[str], None],
+        temperature: float, guidance: float, seed: int, notify: Notify,
     ):  # fmt: skip
         try:
             self.folder = LatentsFolder.load(model)
@@ -111,13 +111,21 @@ class ContinuousBench:
     def run(self) -> None:
         for batch in self.batches:
             for label, way in self.ways.items():
-                self.notify(f"{label}, batches of {batch}")
+                self.notify(f"{label}, batches of {batch}", 0)
                 way(self.labels[: min(batch, 8)], list(range(min(batch, 8))))  # warm up
                 self.runs.append(self._measure(label, way, batch))
 
+    @property
+    def total(self) -> int:
+        """Pictures to make."""
+        return len(self.ways) * sum(map(self._count, self.batches))
+
+    def _count(self, batch: int) -> int:
+        """Small batches take longest: fewer pictures of them are made, and judged."""
+        return min(len(self.labels), max(batch * 8, 16))
+
     def _measure(self, label: str, way, batch: int) -> ContinuousRun:
-        # Small batches take longest: fewer pictures of them are made, and judged.
-        count = min(len(self.labels), max(batch * 8, 16))
+        count = self._count(batch)
         made, passes, accepted, judged, given_up, seconds = [], 0.0, 0, 0, 0, 0.0
         for first in range(0, count, batch):
             labels = self.labels[first : min(first + batch, count)]
@@ -125,6 +133,7 @@ class ContinuousBench:
             start = time.perf_counter()
             latents, counts = way(labels, seeds)
             seconds += time.perf_counter() - start
+            self.notify(None, len(labels))
             made.append(latents)
             if isinstance(counts, Counts):
                 passes += float(counts.target_passes.sum())

@@ -11,13 +11,13 @@ trained on, and to what plain decoding made.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from rich.table import Table
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.report import ReportHead
+from vllm_specplus.bench.runner import Notify
 from vllm_specplus.registry import method_names
 
 
@@ -77,8 +78,13 @@ class ImageReport(ReportHead):
     failures: dict[str, str]
 
 
+#: Begins a line of the process's output that says how many more pictures are made.
+MADE = "made: "
+
+
 def measure(job: ImageJob) -> None:
     """In a process of its own."""
+    from tqdm import tqdm
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from vllm_specplus.image.pictures import pictures_of
@@ -91,7 +97,18 @@ def measure(job: ImageJob) -> None:
         (values,) = llm.collective_rpc(_counters)
         return values
 
-    def generate(labels: list[int], seed: int):
+    class Told(tqdm):
+        """vLLM's progress bar, as lines of output."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"file": io.StringIO()})
+
+        def update(self, n=1):
+            if self.desc.startswith("Processed"):  # not when requests are added
+                print(f"{MADE}{n}", flush=True)
+            return super().update(n)
+
+    def generate(labels: list[int], seed: int, bar=False):
         prompts = [
             TokensPrompt(prompt_token_ids=[model.hf_config.label_token(i)]) for i in labels
         ]  # fmt: skip
@@ -99,11 +116,11 @@ def measure(job: ImageJob) -> None:
             SamplingParams(temperature=job.temperature, seed=seed + i, **pictures.sampling)
             for i in range(len(labels))
         ]
-        return llm.generate(prompts, params, use_tqdm=False)
+        return llm.generate(prompts, params, use_tqdm=bar)
 
     generate(job.labels[: 2 * job.in_flight], job.seed + 10**6)
     before, start = counters(), time.perf_counter()
-    done = generate(job.labels, job.seed)
+    done = generate(job.labels, job.seed, Told)
     seconds = time.perf_counter() - start
     tokens = np.stack([pictures.tokens(each.outputs[0]).numpy() for each in done])
     after = counters()
@@ -117,11 +134,12 @@ def _counters(worker) -> dict[str, float]:
 
 
 class ImageBench:
-    """Measures methods one by one; ``notify`` is told which."""
+    """Measures methods one by one; ``notify`` is told which, and of pictures that are made, as
+    ``runner.Benchmark`` tells of questions."""
 
     def __init__(
         self, model: str, methods: list[MethodSpec], pictures: int, in_flight: int,
-        temperature: float, seed: int, engine_args: dict[str, Any], notify: Callable[[str], None],
+        temperature: float, seed: int, engine_args: dict[str, Any], notify: Notify,
     ):  # fmt: skip
         from vllm_specplus.image.pictures import load_pictures
         from vllm_specplus.image.quality import DigitClassifier, Gaussian
@@ -149,6 +167,7 @@ class ImageBench:
                 )
         if pictures < 2:
             raise InputError("--limit: a distance needs at least 2 pictures")
+        self._told = 0  # pictures of the current method
         self.labels = [i % self.reads.config.num_classes for i in range(pictures)]
         self.tokens: dict[str, np.ndarray] = {}
         self.runs: list[ImageRun] = []
@@ -158,11 +177,12 @@ class ImageBench:
         plain = None
         # Plain decoding first: the others are compared with its pictures.
         for method in sorted(self.methods, key=lambda method: method.name != BASELINE):
-            self.notify(method.label)
+            self.notify(f"{method.label}: starting", 0)
             try:
                 found = self._measure(method)
             except subprocess.CalledProcessError as error:
                 self.failures[method.label] = error.stderr.strip().splitlines()[-1]
+                self.notify(f"{method.label}: failed", len(self.labels) - self._told)
                 continue
             self.tokens[method.label] = found["tokens"]
             run, plain = self._judge(method, found, plain)
@@ -186,16 +206,31 @@ class ImageBench:
             )  # fmt: skip
             # The engine in the job's own process: its counters can be read there.
             env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-            subprocess.run(
-                [sys.executable, "-m", "vllm_specplus.bench.images"],
-                input=job.model_dump_json(), env=os.environ | env, check=True, text=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            )  # fmt: skip
+            self._told = 0
+            with open(f"{folder}/log", "w+") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "vllm_specplus.bench.images"], env=os.environ | env,
+                    text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                )  # fmt: skip
+                process.stdin.write(job.model_dump_json())
+                process.stdin.close()
+                for line in process.stdout:
+                    if line.startswith(MADE):
+                        self._made(method.label, int(line.removeprefix(MADE)))
+                if process.wait():
+                    log.seek(0)
+                    raise subprocess.CalledProcessError(
+                        process.returncode, process.args, stderr=log.read()
+                    )
             with np.load(out, allow_pickle=False) as found:
                 return {
                     "tokens": found["tokens"], "seconds": float(found["seconds"]),
                     "counted": json.loads(str(found["counted"])),
                 }  # fmt: skip
+
+    def _made(self, label: str, pictures: int) -> None:
+        self.notify(None if self._told else f"{label}: measuring", pictures)
+        self._told += pictures
 
     def _judge(self, method: MethodSpec, found: dict[str, Any], plain):
         from vllm_specplus.image import quality

@@ -48,7 +48,7 @@ from vllm_specplus.bench.report import (
     describe_hardware,
     describe_versions,
 )
-from vllm_specplus.bench.runner import Benchmark, EngineError, Plan, describe_machine
+from vllm_specplus.bench.runner import Benchmark, EngineError, Notify, Plan, describe_machine
 from vllm_specplus.cli import bench_options as options
 from vllm_specplus.registry import method_names
 
@@ -199,14 +199,14 @@ def bench_images(
     if len(in_flight) > 1:
         raise InputError("--task image takes one --concurrency")
 
-    def notify(label: str) -> None:
-        console.print(f"{label}: {pictures} pictures", markup=False)
-
-    bench = ImageBench(
-        str(Path(model).expanduser()), parse_methods(methods), pictures, in_flight[0],
-        temperature, seed, parse_engine_args(engine_args), notify,
-    )  # fmt: skip
-    bench.run()
+    specs = parse_methods(methods)
+    with progress(console) as (notify, expect):
+        bench = ImageBench(
+            str(Path(model).expanduser()), specs, pictures, in_flight[0],
+            temperature, seed, parse_engine_args(engine_args), notify,
+        )  # fmt: skip
+        expect(len(specs) * pictures)
+        bench.run()
     return bench
 
 
@@ -249,11 +249,13 @@ def bench_continuous(
     """Measure, print, and write what was asked for; InputError for what cannot be measured."""
     from vllm_specplus.bench import continuous  # imports torch: not at every command
 
-    bench = continuous.ContinuousBench(
-        model, parse_methods(methods), pictures, parse_concurrencies(batches), temperature,
-        guidance_scale, seed, lambda what: console.print(what, markup=False),
-    )  # fmt: skip
-    bench.run()
+    with progress(console) as (notify, expect):
+        bench = continuous.ContinuousBench(
+            model, parse_methods(methods), pictures, parse_concurrencies(batches), temperature,
+            guidance_scale, seed, notify,
+        )  # fmt: skip
+        expect(bench.total)
+        bench.run()
     with tempfile.TemporaryDirectory(prefix="vllm-specplus-bench-") as folder:
         machine = describe_machine(Path(folder) / "describe.log")
     report = continuous.ContinuousReport(
@@ -336,8 +338,18 @@ def run(
     save: Callable[[Benchmark], None],
 ) -> Benchmark:
     """Measure with a progress bar."""
+    with progress(console) as (notify, expect):
+        expect(len(plan.methods) * len(plan.loads) * plan.repeat * len(plan.measured))
+        benchmark = Benchmark(plan, machine, logs, notify, save)
+        benchmark.run()
+    return benchmark
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[tuple[Notify, Callable[[int], None]]]:
+    """What tells a progress bar, with the time left, what is done; and how much it is in all."""
     # Drawn at events only: a redrawing thread would take CPU time from what is measured.
-    progress = Progress(
+    bar = Progress(
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -348,18 +360,15 @@ def run(
         auto_refresh=False,
         transient=True,
     )
-    total = len(plan.methods) * len(plan.loads) * plan.repeat * len(plan.measured)
-    with progress:
-        task = progress.add_task("", total=total)
+    with bar:
+        task = bar.add_task("", total=None)
 
         def notify(what: str | None, settled: int) -> None:
-            progress.update(task, description=what, advance=settled, refresh=True)
+            bar.update(task, description=what, advance=settled, refresh=True)
             if what and not console.is_terminal:
                 console.print(what, markup=False)
 
-        benchmark = Benchmark(plan, machine, logs, notify, save)
-        benchmark.run()
-    return benchmark
+        yield notify, lambda total: bar.update(task, total=total)
 
 
 def build_report(
