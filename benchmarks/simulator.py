@@ -127,6 +127,11 @@ class Running:
     produced: int = 0
     fed: int = 0
     """Recorded rows shown to the proposer."""
+    steps: int = 0
+    """After its first token."""
+    seconds: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    """float64 [3] of these: what they would have taken undrafted and without prompts, what
+    others' prompts added, and what drafts did."""
 
 
 @dataclass
@@ -142,6 +147,8 @@ class Result:
     batches: list[int] = field(default_factory=list)
     seconds_per_token: list[float] = field(default_factory=list)
     """Of every finished request, after its first token."""
+    finished: list[Running] = field(default_factory=list)
+    """Those requests."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -233,6 +240,9 @@ class Simulator:
         rows = len(batch) + len(self.drafts.tokens)
         tree = self.drafts.has_trees
         seconds = self.times(len(batch), rows, prompt_rows)
+        plain = self.times(len(batch), len(batch), 0)
+        reading = self.times.prompt_row * prompt_rows
+        parts = np.array([plain, reading, seconds - plain - reading])
         seconds *= 1.0 + self.noise * float(self.rng.standard_normal())
         self.clock += max(seconds, 1e-6)
 
@@ -240,6 +250,8 @@ class Simulator:
         for r, more in zip(decoding, accepted, strict=True):
             result.tokens += min(more, len(r.trace.output) - r.produced)
             r.produced += more
+            r.steps += 1
+            r.seconds += parts
         for r in prompts:
             self._read_prompt(r)
             r.produced, r.started = 1, self.clock
@@ -259,6 +271,7 @@ class Simulator:
                 result.seconds_per_token.append(
                     (self.clock - r.started) / (len(r.trace.output) - 1)
                 )
+                result.finished.append(r)
             self.free.append(r.row)
             self.proposer.forget(r.name)
             if self.controller is not None:
@@ -369,6 +382,20 @@ def varied(traces: Sequence[Trace], count: int, seed: int) -> list[Trace]:
     ]
 
 
+def parts_of(result: Result, share: float) -> dict[str, float]:
+    """What the slowest ``share`` of the requests have in common: means over them, times in
+    milliseconds per token."""
+    order = np.argsort(result.seconds_per_token)[::-1]
+    slow = [result.finished[i] for i in order[: max(round(share * len(order)), 1)]]
+    tokens = np.array([len(r.trace.output) - 1.0 for r in slow])
+    plain, prompts, drafts = 1000 * np.mean([r.seconds for r in slow] / tokens[:, None], axis=0)
+    return {
+        "tokens": float(tokens.mean()),
+        "tokens_per_step": float(np.mean(tokens / [r.steps for r in slow])),
+        "plain_ms": float(plain), "prompts_ms": float(prompts), "drafts_ms": float(drafts),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--traces", type=Path, required=True)
@@ -400,6 +427,8 @@ def main() -> None:
                 "p50_tpot_ms": median,
                 "p95_tpot_ms": p95,
                 "p99_tpot_ms": p99,
+                "all": parts_of(result, 1.0),
+                "slowest": parts_of(result, 0.02),
                 "tokens_per_second": result.tokens_per_second,
                 "tokens_per_step": result.tokens_per_step,
                 "nodes_per_request": sum(result.nodes) / max(result.request_steps, 1),

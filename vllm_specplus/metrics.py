@@ -32,6 +32,10 @@ COUNTERS = {
     "timed_steps": "Steps without prompts whose duration was predicted and measured.",
     "predicted_step_seconds": "Seconds the cost model predicted for these steps.",
     "measured_step_seconds": "Seconds these steps took.",
+    **{
+        f"step_errors:{name}": "These steps by how far the prediction was off, relative."
+        for name in ("5%", "10%", "20%", "50%", "more")
+    },
     "shadow_request_steps": "Decoding steps in shadow mode whose drafts were compared.",
     "shadow_tokens": "Tokens that would have come out of these, had the drafts been verified.",
     "shadow_seconds": "Seconds that these steps would have taken, by the cost model.",

@@ -487,3 +487,18 @@ def test_how_much_pays_for_one_salt_says_nothing_to_another():
     controller.choose(step(["r0", "r1"], ["a", "b"]), drafts)
     step(["r2", "r3"], ["b", "c"])
     assert seen == [[MAX_NODES, MAX_NODES], [1, MAX_NODES]]
+
+
+def test_errors_of_predictions_are_classed():
+    world = World()
+    world.run(300, 0.7)
+    classes = {
+        name.partition(":")[2]: count
+        for name, count in world.counters.as_dict().items()
+        if name.startswith("step_errors:")
+    }
+    assert sum(classes.values()) == world.counters["timed_steps"] == 300
+    assert classes["5%"] > 200  # the world's noise has a deviation of 3 %
+    before = dict(classes)
+    world.controller.step_took(StepShape(1, 1, 100), 5 * float(CURVE(1)))
+    assert world.counters["step_errors:more"] == before["more"] + 1

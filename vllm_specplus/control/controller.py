@@ -41,12 +41,19 @@ from vllm_specplus.control.ledger import Ledger
 from vllm_specplus.control.levels import Levels
 from vllm_specplus.control.outcomes import Calibration, DraftedTrees
 from vllm_specplus.control.policies import Candidates, make_policy
-from vllm_specplus.control.settings import ControlChange, ControlConfig, Mode
+from vllm_specplus.control.settings import (
+    ControlChange,
+    ControlConfig,
+    GoodputControl,
+    Mode,
+)
 from vllm_specplus.control.shadow import Shadow
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
 
+#: Classes of relative errors of predictions, by their upper ends in percent.
+ERRORS = (5, 10, 20, 50)
 #: Share of the newest step that read prompts in the average of what these take.
 PROMPT_NEWEST = 0.1
 
@@ -92,7 +99,7 @@ class Controller:
     @property
     def mode(self) -> Mode:
         """Are drafts verified, made at all, or made and only watched?"""
-        return getattr(self.config, "mode", "on")
+        return self.config.mode if isinstance(self.config, GoodputControl) else "on"
 
     def change(self, change: ControlChange) -> None:
         """From the next step on; ValueError with one sentence where that cannot be."""
@@ -118,6 +125,9 @@ class Controller:
             self.counters.add("timed_steps")
             self.counters.add("predicted_step_seconds", predicted)
             self.counters.add("measured_step_seconds", seconds)
+            error = abs(predicted - seconds) / seconds
+            name = next((f"{most}%" for most in ERRORS if error <= most / 100), "more")
+            self.counters.add(f"step_errors:{name}")
 
     def drafting_took(self, max_nodes: np.ndarray, seconds: float) -> None:
         """Growing the last trees, of up to ``max_nodes`` int32 [R], took this long."""

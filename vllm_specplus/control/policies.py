@@ -10,6 +10,7 @@ A draft model's trees are verified as they were planned, so it is asked one of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -194,21 +195,15 @@ class Goodput(Policy):
             return ranked[:drawn]
         plain = float(cost.predict(len(step.request_ids), len(step.request_ids), _context(step)))
         limits = self._objective.limits(step, plain, self._prices.prompt)
-        choice = self._best(cost, step, limits, candidates, ranked, drawn)
-        if not drawn:
-            orders = [ranked]
-            chains = ranked[candidates.on_best_chain()[ranked]]
-            if len(chains) < len(ranked):  # there are trees, which may cost more
-                orders.append(chains)
-            choices = [choice, *(
-                self._best(cost, step, limits, candidates, each, 0) for each in orders[1:]
-            )]  # fmt: skip
-            if limits is not None and any(each.limited for each in choices):
-                choices += [
-                    self._best(cost, step, limits, candidates, _fairly(each, candidates, limits), 0)
-                    for each in orders
-                ]
-            choice = max(choices, key=lambda each: each.gain)
+        orders = [ranked]
+        chains = ranked[candidates.on_best_chain()[ranked]]
+        if not drawn and len(chains) < len(ranked):  # there are trees, which may cost more
+            orders.append(chains)
+        best = partial(self._best, cost, step, limits, candidates)
+        choices = [best(each, drawn) for each in orders]
+        if limits is not None and not drawn and any(each.limited for each in choices):
+            choices += [best(_fairly(each, candidates, limits), 0) for each in orders]
+        choice = max(choices, key=lambda each: each.gain)
         # The time for these drafts is spent, but the next ones will cost it again.
         drafting = self._prices.drafting.of_requests(len(step.request_ids))
         gain = choice.gain * choice.seconds / (choice.seconds + drafting)
