@@ -167,6 +167,10 @@ def ask(url: str, prompt: list[int]) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.full(
+    "vllm_specplus/metrics.py", "vllm_specplus/engine/counts.py",
+    "vllm_specplus/engine/scheduler.py",
+)  # fmt: skip
 def test_our_counters_are_vllms(tiny_model, tmp_path):
     """With two front ends and two engines at once, which holds for either alone: engine by engine,
     at every front end."""

@@ -137,6 +137,10 @@ def test_chains_are_accepted_exactly_as_those_of_vllms_own_heads(tmp_path, gener
     assert stock["accepted_per_position"][0] > 10
 
 
+@pytest.mark.full(
+    "vllm_specplus/samplers/*.py", "vllm_specplus/drafting/*.py",
+    "vllm_specplus/proposers/eagle_tree.py", "vllm_specplus/engine/verify.py",
+)  # fmt: skip
 def test_sampled_text_has_the_targets_distribution(tmp_path, tmp_path_factory):
     target, head = single_layer(tmp_path_factory.mktemp("small"), 32, 0.12)
     engine = {

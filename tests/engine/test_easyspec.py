@@ -38,6 +38,7 @@ def gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.full("vllm_specplus/drafting/**/*.py", "vllm_specplus/proposers/easyspec.py")
 def test_a_killed_owner_costs_drafts_and_nothing_else(
     tmp_path, tiny_engine, mixed_requests, plain, deep_draft
 ):

@@ -172,6 +172,10 @@ def test_sampled_pictures_have_the_models_distribution(tmp_path, small, config, 
     assert p > 1e-3 if sabotage is None else p < 1e-6
 
 
+@pytest.mark.full(
+    "vllm_specplus/samplers/*.py", "vllm_specplus/engine/verify.py",
+    "vllm_specplus/engine/image_rows.py", "vllm_specplus/engine/pictures.py",
+)  # fmt: skip
 def test_relaxed_rules_at_their_lossless_end_give_the_same_pictures(tmp_path, small):
     """Seeded requests, token for token."""
     folder, prompt, _ = small

@@ -220,6 +220,10 @@ def test_drafted_pictures_have_the_targets_law(tmp_path, small):
     assert least_p(plain, sample(tmp_path, small[1], first=12000)) < 1e-6
 
 
+@pytest.mark.full(
+    "vllm_specplus/image/continuous/*.py", "vllm_specplus/engine/latents.py",
+    "vllm_specplus/proposers/cspd.py",
+)  # fmt: skip
 def test_the_embedded_model_by_default(tmp_path):
     """Compiled, in the CPU's dtype, under the controller, drafts and all."""
     from vllm_specplus.cli.model import LATENTS_MODEL

@@ -63,7 +63,9 @@ def ray_env(tmp_path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("backend", ["mp", "ray"])
+@pytest.mark.parametrize(
+    "backend", ["mp", pytest.param("ray", marks=pytest.mark.full("vllm_specplus/engine/*.py"))]
+)
 def test_two_ranks(tmp_path, engine, mixed_requests, expected, backend, request):
     env = ENV
     if backend == "ray":
@@ -85,6 +87,11 @@ def test_two_ranks(tmp_path, engine, mixed_requests, expected, backend, request)
     assert counters["request_steps"] > second["request_steps"] == 0
 
 
+@pytest.mark.full(
+    "vllm_specplus/engine/clock.py",
+    "vllm_specplus/engine/runner.py",
+    "vllm_specplus/control/cost.py",
+)
 def test_two_ranks_measure_once_and_read_together(tmp_path, engine, mixed_requests, expected):
     """Measuring is collective; with the file there, no rank may wait for another to."""
     path = tmp_path / "cost.json"
@@ -102,6 +109,10 @@ def test_two_ranks_measure_once_and_read_together(tmp_path, engine, mixed_reques
     assert len(written) == 1
 
 
+@pytest.mark.full(
+    "vllm_specplus/engine/*.py", "vllm_specplus/samplers/*.py", "vllm_specplus/drafting/*.py",
+    "vllm_specplus/proposers/draft_tree.py",
+)  # fmt: skip
 def test_two_ranks_agree_on_sampled_drafts(tmp_path, engine, mixed_requests, expected, tiny_model):
     """Rank 0 alone knows what the nodes were drawn from. With top_k = 1 the text is the
     greedy one, and goes through the rules for sampled trees."""
@@ -121,6 +132,10 @@ def test_two_ranks_agree_on_sampled_drafts(tmp_path, engine, mixed_requests, exp
     assert result["counters"]["nodes_accepted"] > 400
 
 
+@pytest.mark.full(
+    "vllm_specplus/engine/runner.py", "vllm_specplus/engine/drafter.py",
+    "vllm_specplus/drafting/**/*.py", "vllm_specplus/proposers/easyspec.py",
+)  # fmt: skip
 def test_a_draft_in_parallel_shares_the_devices_of_both_ranks(
     tmp_path, engine, mixed_requests, expected
 ):

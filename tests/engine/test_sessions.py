@@ -50,6 +50,7 @@ def test_turns_are_those_of_plain_decoding(
     assert result["counters"]["draft_failures"] == 0
 
 
+@pytest.mark.full("vllm_specplus/engine/scheduler.py")  # it is about vLLM's own method
 def test_vllms_own_draft_goes_on_behind_what_was_cut_away(
     tmp_path, tiny_engine, tiny_model, sessions, plain_turns
 ):
