@@ -70,6 +70,10 @@ def sabotage(kind: str) -> None:
                 self.prices.drafting.seconds = 0.0005
 
         Controller.drafting_took = drafting_took
+        took = Controller.step_took
+        Controller.step_took = lambda self, shape, seconds, drafting=0.0: (
+            self.cost and took(self, shape, self.cost.predict_step(shape))
+        )
     elif kind == "q_not_renormalised":
         # The rule for draws with replacement on draws without.
         from vllm_specplus.samplers.sampled import WithoutReplacement

@@ -150,7 +150,7 @@ def test_speculation_is_switched_while_serving(
     """Off, watched, and on again with another objective: the same texts."""
     spec = {"method": method}
     if method == "draft_tree":
-        spec |= {"model": tiny_model, "shape": "2.2"}
+        spec |= {"model": tiny_model, "shape": "topk", "width": 3, "num_speculative_tokens": 9}
     batches = [
         {"requests": mixed_requests, "control": change}
         for change in (
@@ -159,14 +159,15 @@ def test_speculation_is_switched_while_serving(
             {"mode": "on", "objective": "throughput"},
         )
     ]
-    result = harness.run(tmp_path, tiny_engine | {"speculative_config": spec}, batches)
+    engine = tiny_engine | {"speculative_config": spec}
+    result = harness.run(tmp_path, engine, batches, "fixed_prices")
     for i in range(3):
         assert harness.ids(result, i) == harness.ids(plain)
     off, shadow, on = result["counted"]
     assert off["nodes_drafted"] == off["nodes_grown"] == shadow["nodes_drafted"] == 0
     assert off["shadow_request_steps"] == 0
     assert shadow["shadow_request_steps"] > 200
-    assert shadow["shadow_tokens"] > 1.05 * shadow["shadow_request_steps"]
+    assert shadow["shadow_tokens"] > shadow["shadow_request_steps"]
     assert shadow["shadow_seconds"] > shadow["shadow_plain_seconds"] > 0
     assert on["nodes_accepted"] > 0
     assert on["shadow_request_steps"] == shadow["shadow_request_steps"]
