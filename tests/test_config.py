@@ -21,8 +21,8 @@ def test_defaults():
         "max_memory_mb": 256,
         "load_matrix": None, "save_matrix": None,
         "control": {
-            "policy": "goodput", "objective": "latency", "tpot_ms": None, "ttft_ms": None,
-            "cost_file": None,
+            "policy": "goodput", "mode": "on", "objective": "latency", "tpot_ms": None,
+            "ttft_ms": None, "cost_file": None,
         },
         "acceptance": {"rule": "lossless"}, "allow_lossy": False,
     }  # fmt: skip

@@ -347,7 +347,8 @@ def run(
 
 @contextmanager
 def progress(console: Console) -> Iterator[tuple[Notify, Callable[[int], None]]]:
-    """What tells a progress bar, with the time left, what is done; and how much it is in all."""
+    """What tells a progress bar, with the time left, what is done; and what begins it, told how
+    much is to do: before, whatever else is said stands alone."""
     # Drawn at events only: a redrawing thread would take CPU time from what is measured.
     bar = Progress(
         BarColumn(),
@@ -360,15 +361,22 @@ def progress(console: Console) -> Iterator[tuple[Notify, Callable[[int], None]]]
         auto_refresh=False,
         transient=True,
     )
-    with bar:
-        task = bar.add_task("", total=None)
+    tasks = []
 
-        def notify(what: str | None, settled: int) -> None:
-            bar.update(task, description=what, advance=settled, refresh=True)
-            if what and not console.is_terminal:
-                console.print(what, markup=False)
+    def expect(total: int) -> None:
+        bar.start()
+        tasks.append(bar.add_task("", total=total))
 
-        yield notify, lambda total: bar.update(task, total=total)
+    def notify(what: str | None, settled: int) -> None:
+        bar.update(tasks[0], description=what, advance=settled, refresh=True)
+        if what and not console.is_terminal:
+            console.print(what, markup=False)
+
+    try:
+        yield notify, expect
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def build_report(
