@@ -71,7 +71,8 @@ def test_a_config_is_not_changed_afterwards():
         ({"control": {"policy": "threshold", "threshold": 1.0}}, "'control.threshold' is 1.0: "),
         (
             {"control": {"policy": "goodput", "threshold": 0.5}},
-            "unknown key 'control.threshold' (policy 'goodput' allows: policy, ",
+            "unknown key 'control.threshold' (policy 'goodput' allows: policy, mode, objective, "
+            "tpot_ms, ttft_ms, cost_file)",
         ),
         ({"control": {"policy": "goodput", "cost_file": "/nowhere/c"}}, "does not exist"),
     ],

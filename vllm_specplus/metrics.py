@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+#: Classes of relative errors of predicted step times, by their upper ends in percent.
+STEP_ERRORS = (5, 10, 20, 50)
 #: name -> help. A name "family:label" is one value of a labelled counter.
 COUNTERS = {
     "request_steps": "Decoding steps, counted once per request in the step.",
@@ -34,7 +36,7 @@ COUNTERS = {
     "measured_step_seconds": "Seconds these steps took.",
     **{
         f"step_errors:{name}": "These steps by how far the prediction was off, relative."
-        for name in ("5%", "10%", "20%", "50%", "more")
+        for name in (*(f"{most}%" for most in STEP_ERRORS), "more")
     },
     "shadow_request_steps": "Decoding steps in shadow mode whose drafts were compared.",
     "shadow_tokens": "Tokens that would have come out of these, had the drafts been verified.",

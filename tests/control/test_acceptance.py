@@ -160,6 +160,7 @@ def test_finished_requests_leave_nothing_behind():
         estimator.learn(*args, i32(0), text, i32(2))
         estimator.forget(f"r{i}")
         estimator.learn(*args, i32(-1), text, i32(2))
+    assert (estimator._requests.find([f"r{i}" for i in range(100)]) == -1).all()
     assert len(estimator._requests.arrays[0]) == 16
 
 

@@ -502,3 +502,22 @@ def test_errors_of_predictions_are_classed():
     before = dict(classes)
     world.controller.step_took(StepShape(1, 1, 100), 5 * float(CURVE(1)))
     assert world.counters["step_errors:more"] == before["more"] + 1
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        GoodputControl(),
+        GoodputControl(objective="throughput"),
+        GoodputControl(objective="slo", tpot_ms=20.0),
+        FixedControl(policy="fixed"),
+    ],
+)
+def test_nothing_of_a_request_stays(control):
+    world = World(control, requests=2)
+    world.run(5, 0.7)
+    slots = world.controller._ledger._slots
+    assert (slots.find(world.names) >= 0).all()
+    for name in world.names:
+        world.controller.forget(name)
+    assert (slots.find(world.names) == -1).all()

@@ -35,11 +35,11 @@ def test_a_step_is_booked_once_and_only_to_who_is_there():
     ledger = Ledger()
     ledger.produced(["a", "b"], i32(6, 6), None)
     ledger.produced(["a", "b"], i32(7, 7), None)
-    assert ledger.forget("b").spent == [0.0]
+    ledger.forget("b")
     ledger.took(1.0, 1.0, 0.0)
     ledger.took(1.0, 1.0, 0.0)  # a step that nobody spoke of
     assert accounts(ledger, "a", "b", "nobody") == [(1, 1.0, 1.0), (0, 0, 0), (0, 0, 0)]
-    assert ledger.forget("a").spent == [1.0]
+    ledger.forget("a")
     assert accounts(ledger, "a") == [(0, 0, 0)]
 
 

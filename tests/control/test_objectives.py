@@ -89,7 +89,19 @@ def test_missed_targets_are_counted_and_told_once(caplog):
             ledger.took(seconds, seconds, 0.0)
             slo.limits(make_step(), seconds, 0.0)
             slo.ended("a")
-            ledger.forget("b")
+            for name in "ab":
+                ledger.forget(name)
     assert counters["requests_above_target"] == 2
     (message,) = [record.getMessage() for record in caplog.records]
     assert "took 20.0 ms per token, its target is 5.0 ms" in message
+
+
+def test_a_request_of_one_token_misses_no_target():
+    """Nor does one without a target, or one that nobody knows."""
+    ledger, counters = Ledger(), Counters()
+    slo = Slo(GoodputControl(objective="slo", ttft_ms=5.0), ledger, counters)
+    ledger.produced(["a", "b"], np.full(2, 5), None)
+    slo.limits(make_step(tpot_targets=np.array([np.nan, 0.001])), 0.01, 0.0)
+    for name in ("a", "b", "nobody"):
+        slo.ended(name)
+    assert counters["requests_above_target"] == 0

@@ -48,12 +48,10 @@ from vllm_specplus.control.settings import (
     Mode,
 )
 from vllm_specplus.control.shadow import Shadow
-from vllm_specplus.metrics import Counters
+from vllm_specplus.metrics import STEP_ERRORS, Counters
 from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
 
-#: Classes of relative errors of predictions, by their upper ends in percent.
-ERRORS = (5, 10, 20, 50)
 #: Share of the newest step that read prompts in the average of what these take.
 PROMPT_NEWEST = 0.1
 
@@ -104,7 +102,7 @@ class Controller:
     def change(self, change: ControlChange) -> None:
         """From the next step on; ValueError with one sentence where that cannot be."""
         self.config = config = change.of(self.config)
-        self._policy.pursue(config, self._ledger)
+        self._policy.pursue(config)
         self._drafted, self._shadow = None, Shadow(self.counters)
 
     # -- what happened ------------------------------------------------------------
@@ -126,7 +124,7 @@ class Controller:
             self.counters.add("predicted_step_seconds", predicted)
             self.counters.add("measured_step_seconds", seconds)
             error = abs(predicted - seconds) / seconds
-            name = next((f"{most}%" for most in ERRORS if error <= most / 100), "more")
+            name = next((f"{most}%" for most in STEP_ERRORS if error <= most / 100), "more")
             self.counters.add(f"step_errors:{name}")
 
     def drafting_took(self, max_nodes: np.ndarray, seconds: float) -> None:
@@ -138,6 +136,7 @@ class Controller:
         """The request is gone, and what was drafted for it: its id may come again."""
         self.acceptance.forget(request_id)
         self._policy.ended(request_id)
+        self._ledger.forget(request_id)
         self._shadow.forget(request_id)
         if self._drafted is not None:
             self._drafted.forget(request_id)

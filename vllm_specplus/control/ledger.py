@@ -79,8 +79,6 @@ class Ledger:
         known = slots >= 0
         return Accounts(*(np.where(known, array[slots], 0.0) for array in self._slots.arrays[1:]))
 
-    def forget(self, request_id: str) -> Accounts:
-        """The request is gone; returns what its account was."""
-        last = self.accounts([request_id])
+    def forget(self, request_id: str) -> None:
+        """The request is gone, and its account with it."""
         self._slots.forget(request_id)
-        return last

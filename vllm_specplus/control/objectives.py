@@ -46,7 +46,7 @@ class Throughput:
         return None
 
     def ended(self, request_id: str) -> None:
-        """The request is gone."""
+        """The request is gone; its account is still there."""
 
 
 class Latency(Throughput):
@@ -63,9 +63,6 @@ class Latency(Throughput):
         accounts = self._ledger.accounts(step.request_ids)
         left = (1.0 + self.MARGIN) * accounts.plain - accounts.spent
         return Limits(plain + np.maximum(left, 0.0), np.full(len(left), plain))
-
-    def ended(self, request_id: str) -> None:
-        self._ledger.forget(request_id)
 
 
 class Slo(Throughput):
@@ -88,15 +85,15 @@ class Slo(Throughput):
         # Who misses the target even undrafted is at least not to be any slower than that.
         # A new request waits for the end of a step, and shares the next with others' drafts.
         return Limits(
-            np.maximum(np.nan_to_num(left, posinf=np.inf), plain),
+            np.maximum(left, plain),
             np.maximum(targets, plain),
             max((self._ttft - prompt) / 2, plain),
         )
 
     def ended(self, request_id: str) -> None:
-        target, account = self._targets.pop(request_id, np.inf), self._ledger.forget(request_id)
+        target, account = self._targets.pop(request_id, np.inf), self._ledger.accounts([request_id])
         tokens, spent = float(account.tokens[0]), float(account.spent[0])
-        if spent <= target * tokens:
+        if not tokens or spent <= target * tokens:
             return
         self._counters.add("requests_above_target")
         if not self._told:

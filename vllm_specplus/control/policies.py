@@ -102,14 +102,14 @@ class Policy:
         """The nodes to verify, of ``ranked`` int64 [K], the best ones first."""
         return ranked
 
-    def pursue(self, config: GoodputControl, ledger: Ledger) -> None:
+    def pursue(self, config: GoodputControl) -> None:
         """From now on as ``config`` has it; of the policy goodput."""
 
     def gained(self, tokens: int) -> None:
         """The levels drafted last gained so many tokens, of all requests."""
 
     def ended(self, request_id: str) -> None:
-        """The request is gone."""
+        """The request is gone; its account is still there."""
 
 
 class Threshold(Policy):
@@ -135,14 +135,14 @@ class Goodput(Policy):
         counters: Counters,
     ):  # fmt: skip
         """``draws``: nodes may be draws, which are verified once they are made."""
-        self._prices, self._draws, self._counters = prices, draws, counters
-        self.pursue(config, ledger)
+        self._prices, self._ledger, self._draws, self._counters = prices, ledger, draws, counters
+        self.pursue(config)
         self._switch = Switch(counters)
         self._rest = False  # the next step is not drafted, to keep the step cost honest
         self._break_even = 0.0  # tokens with which the levels drafted last have paid
 
-    def pursue(self, config: GoodputControl, ledger: Ledger) -> None:
-        self._objective = make_objective(config, ledger, self._counters)
+    def pursue(self, config: GoodputControl) -> None:
+        self._objective = make_objective(config, self._ledger, self._counters)
 
     def limit(self, step: StepContext, most: np.ndarray) -> None:
         switch = self._switch

@@ -13,7 +13,6 @@ from vllm_specplus.strict import StrictModel, sentences
 #: Milliseconds that a user may ask for: up to an hour.
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 
-
 Mode = Literal["on", "off", "shadow"]
 Objective = Literal["latency", "throughput", "slo"]
 
