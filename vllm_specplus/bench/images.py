@@ -207,20 +207,27 @@ class ImageBench:
             # The engine in the job's own process: its counters can be read there.
             env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
             self._told = 0
-            with open(f"{folder}/log", "w+") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "vllm_specplus.bench.images"], env=os.environ | env,
-                    text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                )  # fmt: skip
-                process.stdin.write(job.model_dump_json())
-                process.stdin.close()
-                for line in process.stdout:
-                    if line.startswith(MADE):
-                        self._made(method.label, int(line.removeprefix(MADE)))
+            command = [sys.executable, "-m", "vllm_specplus.bench.images"]
+            with (
+                open(f"{folder}/log", "w+") as log,
+                subprocess.Popen(
+                    command, env=os.environ | env, text=True, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=log,
+                ) as process,
+            ):  # fmt: skip
+                try:
+                    process.stdin.write(job.model_dump_json())
+                    process.stdin.close()
+                    for line in process.stdout:
+                        if line.startswith(MADE):
+                            self._made(method.label, int(line.removeprefix(MADE)))
+                except BaseException:  # whoever is interrupted leaves no engine behind
+                    process.kill()
+                    raise
                 if process.wait():
                     log.seek(0)
                     raise subprocess.CalledProcessError(
-                        process.returncode, process.args, stderr=log.read()
+                        process.returncode, command, stderr=log.read()
                     )
             with np.load(out, allow_pickle=False) as found:
                 return {
