@@ -107,7 +107,10 @@ def test_mistakes_are_one_sentence(keys, words):
             {"method": "rasd", "sources": [{"method": "suffix_tree", "control": {}}]},
             "'suffix_tree' has a 'control' of its own: set it once, for 'rasd'",
         ),
-        ({"method": "rasd", "sources": ["suffix_tree"], "prune": 0.1}, "needs a source that draft"),
+        (
+            {"method": "rasd", "sources": ["suffix_tree"], "prune": 0.1},
+            "goes by what a draft model thinks",
+        ),
     ],
 )
 def test_mistakes_of_retrieval(raw, words):

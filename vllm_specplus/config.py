@@ -159,6 +159,8 @@ class MethodConfig(StrictModel):
     """May it be a source of rasd?"""
     own_size: ClassVar[bool] = False
     """Has it, as a source of rasd, a ``num_speculative_tokens`` of its own?"""
+    knows_next: ClassVar[bool] = False
+    """Has it a distribution of the next token, over the vocabulary?"""
     drafts_latents: ClassVar[bool] = False
     drafts_pictures: ClassVar[bool] = False
     """Is it for image models only?"""

@@ -70,6 +70,9 @@ class Proposer(ABC):
     """Does :meth:`observe_prompt` want the prompt's rows? They cost the target's
     output layer over the whole prompt."""
 
+    tells_next: bool = False
+    """Are ``DraftBatch.next_probs`` asked for, of a method that knows them?"""
+
     reads_hidden: bool = False
     """Does it draft from the target's hidden states?"""
     hidden_layers: tuple[int, ...] | None = None

@@ -64,6 +64,11 @@ class DraftBatch:
     drawn_from: np.ndarray | None = None
     """int32 [N] row of ``draft_probs`` that each node was drawn from, siblings in draw order;
     -1: the node is no draw but a function of the past."""
+    next_probs: torch.Tensor | None = None
+    """float32 [A, V'] on the target's device: a draft model's distributions behind the texts that
+    it drafted for; None: there is no such model."""
+    next_row: np.ndarray | None = None
+    """int32 [R] row of ``next_probs`` for each request, -1: it has none."""
 
     @classmethod
     def empty(cls, num_requests: int) -> DraftBatch:

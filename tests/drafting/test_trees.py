@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,30 +163,51 @@ def test_the_union_is_trimmed_to_the_best(seed, budget):
 
 def test_worked_example():
     """Card rasd.md, section 2: draft {a: 0.6, b: 0.3}, a -> {c: 0.5}; retrieved a c d three
-    times, b e once, z z four times. z is pruned; five nodes remain, three of them shared."""
+    times, b e once, z z four times. z is impossible; five nodes remain, three of them shared."""
     a, b, c, d, e, z = range(6)
-    fusion = Fusion([MEMBER, MEMBER], [False, True])
+    fusion = Fusion([MEMBER, MEMBER])
     level = {p: i for i, p in enumerate(LEVELS)}
     drafted = ([a, b, c], [-1, -1, 0], [level[0.6], level[0.3], level[0.5]])
     high = level[0.9]
     retrieved = ([a, c, d, b, e, z, z], [-1, 0, 1, -1, 3, -1, 5], [high] * 7)
     drafts = [batch([drafted]), batch([retrieved])]
-    fused = fusion.fuse(drafts, step(fusion), least=1e-3)
+    possible = np.array([True] * 3 + [True] * 5 + [False, True])
+    fused = fusion.fuse(drafts, step(fusion), possible)
     paths = paths_of(fused.tokens, fused.parents)
     assert sorted(paths) == [(a,), (a, c), (a, c, d), (b,), (b, e)]
     shared = {p for p, s in zip(paths, fused.sources, strict=True) if s >= fusion.agreement}
     assert shared == {(a,), (b,), (a, c)}
+    found = dict(zip(paths, fusion.finders.tolist(), strict=True))
+    assert found == {(a,): 3, (b,): 3, (a, c): 3, (a, c, d): 2, (b, e): 2}
 
 
-@pytest.mark.parametrize("least", [0.0, 0.25, 1.0])
-def test_pruning(least):
-    """0 is the union; above any probability of the draft only the drafted tree is left."""
+def test_what_is_below_an_impossible_node_goes_with_it():
     rng = np.random.default_rng(8)
-    fusion = Fusion([MEMBER, MEMBER], [False, True])
+    fusion = Fusion([MEMBER, MEMBER])
     for _ in range(30):
         trees = [with_sources(rng, random_tree(rng)) for _ in range(2)]
-        drafted, retrieved = (paths_of(*t[:2]) for t in trees)
-        q = {p[0]: LEVELS[s] for p, s in zip(drafted, trees[0][2], strict=True) if len(p) == 1}
-        fused = fusion.fuse([batch([t]) for t in trees], step(fusion, 500), least)
-        expected = set(drafted) | {p for p in retrieved if q.get(p[0], 0.0) >= least}
+        possible = rng.random(sum(len(t[0]) for t in trees)) < 0.7
+        fused = fusion.fuse([batch([t]) for t in trees], step(fusion, 500), possible)
+        expected, first = set(), 0
+        for t in trees:
+            bad = {p for p, ok in zip(paths_of(*t[:2]), possible[first:], strict=False) if not ok}
+            first += len(t[0])
+            expected |= {
+                p for p in paths_of(*t[:2])
+                if not any(p[:n] in bad for n in range(1, len(p) + 1))
+            }  # fmt: skip
         assert set(paths_of(fused.tokens, fused.parents)) == expected
+
+
+@given(seeds, st.integers(0, 30))
+@settings(max_examples=40, deadline=None)
+def test_who_found_a_node(seed, budget):
+    rng = np.random.default_rng(seed)
+    fusion = Fusion([MEMBER] * 3)
+    trees = [with_sources(rng, random_tree(rng)) for _ in range(3)]
+    fused = fusion.fuse([batch([t]) for t in trees], step(fusion, budget))
+    found = [set(paths_of(*t[:2])) for t in trees]
+    for path, bits in zip(
+        paths_of(fused.tokens, fused.parents), fusion.finders.tolist(), strict=True
+    ):
+        assert bits == sum(1 << m for m in range(3) if path in found[m])

@@ -96,8 +96,8 @@ def sabotage(kind: str) -> None:
 
         right_fuse = Fusion.fuse
 
-        def fuse(self, drafts, step, least=0.0):
-            batch = right_fuse(self, drafts, step, least)
+        def fuse(self, drafts, step, possible=None):
+            batch = right_fuse(self, drafts, step, possible)
             if batch.drawn_from is not None:
                 tree = np.repeat(np.arange(len(batch.counts)), batch.counts)
                 first_draws = {}

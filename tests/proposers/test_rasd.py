@@ -17,7 +17,7 @@ from tests.drafting.test_drafting import save_draft
 from vllm_specplus import config
 from vllm_specplus.drafting.trees import Fusion
 from vllm_specplus.proposer import Proposer, Services
-from vllm_specplus.proposers.rasd import Rasd
+from vllm_specplus.proposers.rasd import TOP, Rasd, probable
 from vllm_specplus.samplers import lossless
 from vllm_specplus.step import (
     PROBABILITY_CLASSES,
@@ -217,19 +217,56 @@ def test_what_is_drawn_stays(tmp_path, nodes):
 
 
 @pytest.mark.parametrize(
-    ("keys", "other", "rasd_keys", "says"),
+    ("keys", "other", "says"),
     [
-        ({"shape": "spectr"}, "suffix_tree", {}, "set 'shape' to chain, rsd_c, rsd_s or topk"),
-        ({"verification": "traversal"}, "suffix_tree", {}, "leave 'verification' out"),
-        ({}, "suffix_tree", {"prune": 0.1}, "'draft_tree' draws its nodes: give it the shape"),
-        ({}, "easyspec", {}, "draft_tree and easyspec both draw their nodes"),
+        ({"shape": "spectr"}, "suffix_tree", "set 'shape' to chain, rsd_c, rsd_s or topk"),
+        ({"verification": "traversal"}, "suffix_tree", "leave 'verification' out"),
+        ({}, "easyspec", "draft_tree and easyspec both draw their nodes"),
     ],
 )
-def test_what_cannot_be_fused_is_refused(tmp_path, keys, other, rasd_keys, says):
+def test_what_cannot_be_fused_is_refused(tmp_path, keys, other, says):
     draft = {"method": "draft_tree", "model": save_draft(tmp_path), "shape": "rsd_s", **keys}
     sources = [draft, other if other == "suffix_tree" else draft | {"method": other}]
     with pytest.raises(ValueError, match=says):
-        config.parse({"method": "rasd", "sources": sources, **rasd_keys})
+        config.parse({"method": "rasd", "sources": sources})
+
+
+# -- the paper's pruning -------------------------------------------------------------
+
+
+def test_what_the_draft_model_finds_improbable_is_pruned(tmp_path):
+    """But its ten most probable tokens stay, whatever ``prune`` says."""
+    draft = {
+        "method": "draft_tree", "model": save_draft(tmp_path / "draft", vocab=VOCAB), "width": 3,
+        "num_speculative_tokens": 3,
+    }  # fmt: skip
+    reference = AutoModelForCausalLM.from_pretrained(draft["model"], dtype=torch.float32)
+    seen = {}
+    for token in range(6, 30):  # what followed 7, 8 before
+        text = [5, 7, 8, token, 10, 5, 7, 8]
+        keys = {"method": "rasd", "sources": ["suffix_tree", draft], "prune": 0.9}
+        proposer = Rasd(config.parse(keys), Services(VOCAB))
+        proposer.load_draft(torch.device("cpu"), torch.float32)
+        paths = paths_of(proposer.propose(context(proposer, text, nodes=60)))
+        ranks = reference(torch.tensor([text])).logits[0, -1].argsort(descending=True).tolist()
+        assert ((token, 10) in paths) == (ranks.index(token) < TOP)
+        assert {(t,) for t in ranks[:3]} <= paths  # what was drafted stays
+        seen[(token, 10) in paths] = True
+    assert seen == {True: True, False: True}
+
+
+def test_pruning_by_probability():
+    draft = DraftBatch(
+        np.array([0, 1, 30, 2, 1], np.int32), np.array([-1, 0, -1, -1, -1], np.int32),
+        np.array([3, 2], np.int32),
+    )  # fmt: skip
+    q = torch.full((1, 20), 1e-4)
+    q[0, 5:] = 0.01  # more than ten that are more probable than those
+    q[0, 0] = 0.005
+    everywhere, of_first = np.array([0, 0], np.int32), np.array([0, -1], np.int32)
+    assert probable(draft, q, everywhere, 1e-3).tolist() == [True, True, False, False, False]
+    assert probable(draft, q, of_first, 1e-3).tolist() == [True, True, False, True, True]
+    assert probable(draft, q, everywhere, 1e-2).tolist() == [False, True, False, False, False]
 
 
 # -- exactness ------------------------------------------------------------------------

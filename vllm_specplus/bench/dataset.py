@@ -38,6 +38,8 @@ class Question(BaseModel):
     messages: tuple[dict[str, str], ...] | None = None
     later: tuple[tuple[dict[str, str], ...], ...] = ()
     """Messages of the later turns; who answers them is the model, not the file."""
+    max_tokens: int | None = None
+    """Most tokens of each answer, where that is less than what all questions get."""
 
     def turn_ids(self) -> list[str]:
         """Ids of its turns; the first is the question's own."""
@@ -66,9 +68,9 @@ def load_dataset(path: Path, later_turns: bool = False) -> Dataset:
     """Read the questions of a file: JSON lines, a JSON array, or parquet (which SPEED-Bench has).
 
     A row is one of Spec-Bench or SPEED-Bench (`turns`), of ShareGPT (`conversations`), OpenAI
-    `{"messages"}` or `{"prompt"}`. Of a conversation the first turn is asked; with `later_turns`
-    all of them. Rows that repeat an earlier prompt are dropped: a drafter that caches what it has
-    seen would answer them from memory.
+    `{"messages"}` or `{"prompt"}`, with its own `max_tokens` if it has that key. Of a conversation
+    the first turn is asked; with `later_turns` all of them. Rows that repeat an earlier prompt are
+    dropped: a drafter that caches what it has seen would answer them from memory.
     """
     ids: set[str] = set()
     prompts: set[str] = set()
@@ -134,11 +136,15 @@ def parse_row(row: Any, default_id: str, later_turns: bool = False) -> Question:
         raise InputError(f"a row needs exactly one of {', '.join(PROMPT_KEYS)}")
     question_id = str(row.get("question_id", row.get("id", default_id)))
     category = str(row.get("category", "all"))
+    max_tokens = row.get("max_tokens")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise InputError("max_tokens must be a whole number of at least 1")
+    common = {"id": question_id, "category": category, "max_tokens": max_tokens}
 
     match given[0]:
         case "prompt":
             prompt = _text(row["prompt"], "prompt")
-            return Question(id=question_id, category=category, prompt=prompt)
+            return Question(**common, prompt=prompt)
         case "turns":
             if not isinstance(row["turns"], list) or not row["turns"]:
                 raise InputError("turns must be a non-empty list")
@@ -148,9 +154,7 @@ def parse_row(row: Any, default_id: str, later_turns: bool = False) -> Question:
         case _:
             messages = _messages(row["messages"], "messages", "role", "content")
     first, *later = _turns(messages, given[0])
-    return Question(
-        id=question_id, category=category, messages=first, later=later if later_turns else ()
-    )
+    return Question(**common, messages=first, later=later if later_turns else ())
 
 
 def _text(value: Any, name: str) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import psutil
 from pydantic import BaseModel
 
-from vllm_specplus.bench.dataset import Question, turn_id
+from vllm_specplus.bench.dataset import Question, first_turn, turn_id
 from vllm_specplus.bench.protocol import (
     ALIVE,
     REQUEST,
@@ -280,9 +280,10 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         (rendered,) = self.llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=prompt)])
+        own = self.questions[first_turn(name)].max_tokens
         params = SamplingParams(
             temperature=self.setup.temperature,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens if own is None else min(own, max_tokens),
             # One seed per question, so that sampled answers do not depend on the order.
             seed=self.setup.seed + self.numbers[name] if self.setup.temperature > 0 else None,
             output_kind=RequestOutputKind.DELTA,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vllm_specplus.bench.methods import BASELINE
 from vllm_specplus.bench.report import BenchReport, Percentiles, RunReport
+from vllm_specplus.bench.tails import Tails
 
 GIB = 1 << 30
 NOTHING = "–"
@@ -81,7 +82,8 @@ def _latency_table(runs: Sequence[RunReport]) -> Table:
     objectives = any(run.slo_attainment is not None for run in runs)
     table = _table(
         "Latency",
-        "ms over the requests: p50, below it p95 / p99",
+        "ms over the requests: p50, below it p95 / p99, and p99 to that of "
+        f"{BASELINE} with its 95 % interval",
         "first token",
         "later tokens",
         "whole answer",
@@ -91,8 +93,8 @@ def _latency_table(runs: Sequence[RunReport]) -> Table:
         table.add_row(
             escape(run.method),
             run.load.short,
-            _percentiles(run.ttft_ms, ".0f"),
-            _percentiles(run.tpot_ms, ".1f"),
+            _percentiles(run.ttft_ms, ".0f") + _tail(run, run.ttft_vs_none),
+            _percentiles(run.tpot_ms, ".1f") + _tail(run, run.tpot_vs_none),
             _percentiles(run.latency_ms, ".0f"),
             *([_number(run.slo_attainment, ".1%")] if objectives else []),
         )
@@ -103,6 +105,12 @@ def _percentiles(values: Percentiles | None, spec: str) -> str:
     if values is None:
         return NOTHING
     return f"{values.p50:{spec}}\n{values.p95:{spec}} / {values.p99:{spec}}"
+
+
+def _tail(run: RunReport, tails: Tails | None) -> str:
+    if tails is None or run.method == BASELINE:
+        return ""
+    return f"\n{tails.p99.ratio:.2f} ({tails.p99.low:.2f}–{tails.p99.high:.2f})"
 
 
 def _draft_table(runs: Sequence[RunReport]) -> Table:

@@ -30,6 +30,7 @@ from vllm_specplus.bench.loads import Load
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.protocol import DraftCounters, MachineInfo, RequestResult
 from vllm_specplus.bench.runner import Failure, Session, describe_machine, find_differences
+from vllm_specplus.bench.tails import Tails, compare
 
 #: Of a bootstrap: resamples, and values below which there is none.
 RESAMPLES, FEWEST = 2000, 3
@@ -104,6 +105,8 @@ class RunReport(BaseModel):
 
     `concurrency` requests were in flight, or `rate` of them came per second.
     `ratio_vs_none_interval`: see the module; None with fewer than three rounds.
+    `ttft_vs_none`, `tpot_vs_none`: how the percentiles compare with those of `none`, over the
+    requests of both; None of fewer than a hundred.
     `slo_attainment`: share of the requests that kept the objectives, None where there are none.
     `tokens_per_step`: generated tokens after the first output, per engine step and request.
     `drafted_per_draft`, `acceptance_per_depth`: vLLM's own counters. They leave out steps without
@@ -148,6 +151,8 @@ class RunReport(BaseModel):
     ttft_ms: Percentiles | None = None
     tpot_ms: Percentiles | None = None
     latency_ms: Percentiles | None = None
+    ttft_vs_none: Tails | None = None
+    tpot_vs_none: Tails | None = None
     slo_attainment: float | None = None
     peak_rss_bytes: int
     gpu_bytes: int | None
@@ -353,6 +358,7 @@ def _build_run(
         nats_below_best=nats_below_best(sessions),
         differences=differences,
         **_latencies(answers),
+        **_tails(answers, _answers(baseline)),
         slo_attainment=sum(kept) / len(kept) if objectives != Objectives() else None,
         peak_rss_bytes=max(result.peak_rss_bytes for result in results),
         gpu_bytes=max(gpu, default=None),
@@ -401,6 +407,22 @@ def _latencies(answers: Sequence[AnswerReport]) -> dict[str, Any]:
         "ttft_ms_p99": ttft.p99,
         "tpot_ms_median": tpot and tpot.p50,
         "tpot_ms_p99": tpot and tpot.p99,
+    }
+
+
+def _tails(answers: Sequence[AnswerReport], baseline: Sequence[AnswerReport]) -> dict[str, Any]:
+    """The fields that compare percentiles with the baseline's."""
+
+    def times(of: Sequence[AnswerReport], name: str) -> dict[tuple[int, str], float]:
+        return {
+            (answer.repeat, answer.question_id): value
+            for answer in of
+            if (value := getattr(answer, name)) is not None
+        }
+
+    return {
+        f"{name}_vs_none": compare(times(answers, f"{name}_ms"), times(baseline, f"{name}_ms"))
+        for name in ("ttft", "tpot")
     }
 
 

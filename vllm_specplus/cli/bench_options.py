@@ -40,7 +40,8 @@ DatasetFile = Annotated[
     Path | None,
     typer.Option(
         help="JSON lines, a JSON array or parquet, with rows of Spec-Bench or SPEED-Bench (turns, "
-        'category), ShareGPT (conversations), OpenAI {"messages"} or {"prompt"}. Needed for text.'
+        'category), ShareGPT (conversations), OpenAI {"messages"} or {"prompt"}, and '
+        '"max_tokens" of their own if they have it. Needed for text.'
     ),
 ]
 TaskName = Annotated[
@@ -105,7 +106,7 @@ Compare = Annotated[
         "by question.",
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens per answer.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens per answer; a row may say less.")]
 Limit = Annotated[
     int,
     typer.Option(

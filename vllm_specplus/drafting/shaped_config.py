@@ -29,6 +29,7 @@ class ShapedDraftConfig(MethodConfig):
     """Keys of the methods that draft level by level, each level a forward pass."""
 
     own_size: ClassVar[bool] = True
+    knows_next: ClassVar[bool] = True
 
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
     """Nodes of the whole tree: width times depth, or given by ``branching``."""

@@ -21,13 +21,43 @@ _MORE_AGREE = (0.15, 0.25, 0.40, 0.65, 0.75, 0.85, 0.92, 0.97)
 def keep_best(tokens, parents, sources, drawn_from, acceptance, budget, chain, out):
     """Keep the ``budget`` nodes of one tree that most probably survive; returns how many.
 
-    ``tokens``, ``parents``, ``sources``, ``drawn_from`` int32 [N] in topological order;
+    ``tokens``, ``parents``, ``sources``, ``drawn_from`` int32 [N] in topological order. Writes the
+    renumbered tree to the four rows of ``out`` int32 [4, >= budget]; ``acceptance`` and ``chain``:
+    see :func:`_best_nodes`.
+    """
+    kept = _best_nodes(parents, sources, drawn_from, acceptance, budget, chain)
+    return _renumber(kept, (tokens, parents, sources, drawn_from), out)
+
+
+@njit(cache=True, nogil=True)
+def _renumber(kept, nodes, out):
+    """Write the ``kept`` bool [N] nodes to ``out`` int32 [K, >= N], and return how many they are.
+
+    ``nodes``: K arrays int32 [N], the second of which are their parents, in topological order.
+    """
+    number = np.empty(kept.shape[0], np.int32)  # in the tree that is kept
+    total = 0
+    for i in range(kept.shape[0]):
+        if kept[i]:
+            number[i] = total
+            for k in range(len(nodes)):
+                out[k, total] = nodes[k][i]
+            if out[1, total] >= 0:
+                out[1, total] = number[out[1, total]]
+            total += 1
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _best_nodes(parents, sources, drawn_from, acceptance, budget, chain):
+    """Bool [N]: the ``budget`` nodes of one tree that most probably survive.
+
     ``acceptance`` float32 [1, depths, S]. No node survives its parent, so the best nodes are
     closed under parents. Drawn nodes (``drawn_from`` >= 0, below drawn ones only) go first,
-    whatever they are worth. ``chain``: only the best path, child by child. Writes the renumbered
-    tree to the four rows of ``out`` int32 [4, >= budget]; ties go to the earlier node.
+    whatever they are worth. ``chain``: only the best path, child by child. Ties go to the earlier
+    node.
     """
-    count = tokens.shape[0]
+    count = parents.shape[0]
     whole = np.array([0, count], np.int32)
     conditional, _ = look_up(parents, sources, whole, acceptance)
     survival = survivals(parents, whole, conditional)
@@ -51,17 +81,7 @@ def keep_best(tokens, parents, sources, drawn_from, acceptance, budget, chain, o
         kept[:] = False
         for i in np.argsort(-survival, kind="mergesort")[:budget]:
             kept[i] = True
-    number = np.empty(count, np.int32)  # in the tree that is kept
-    total = 0
-    for i in range(count):
-        if kept[i]:
-            number[i] = total
-            out[0, total] = tokens[i]
-            out[1, total] = -1 if parents[i] < 0 else number[parents[i]]
-            out[2, total] = sources[i]
-            out[3, total] = drawn_from[i]
-            total += 1
-    return total
+    return kept
 
 
 #: A node of a request's tree while trees of several members are inserted into it.
@@ -73,8 +93,7 @@ _FUSED = np.dtype(
         ("drawn_from", np.int32),
         ("best", np.float32),  # highest acceptance by which a member proposes it
         ("depth", np.int32),  # from 1
-        ("members", np.int32),  # how many propose it
-        ("last", np.int32),  # the last one of them
+        ("members", np.int32),  # a bit for each that proposes it
         ("child", np.int32),  # the newest one, -1: none
         ("sibling", np.int32),  # the next older child of the same parent, -1: none
     ]
@@ -83,16 +102,16 @@ _FUSED = np.dtype(
 
 # Inlined: three calls per request with eight arrays each cost a quarter of a small merge.
 @njit(cache=True, nogil=True, inline="always")
-def _insert(tree, nodes, member, least, tokens, parents, sources, drawn_from, acceptance):
+def _insert(tree, nodes, member, possible, tokens, parents, sources, drawn_from, acceptance):
     """Insert a member's tree into one of ``nodes`` nodes; returns how many it has then.
 
     ``tree`` _FUSED [> N]: its nodes, and the root as the last one. ``acceptance`` float32
-    [depths, S]. Branches go whose first token the members before give less than ``least``.
+    [depths, S]. Branches go whose first node is not ``possible`` bool [N].
     """
     fused = np.empty(tokens.shape[0], np.int32)  # node of ``tree``, -2: pruned
     for i in range(tokens.shape[0]):
         above = np.int32(-1) if parents[i] < 0 else fused[parents[i]]
-        if above == -2:  # below a pruned one
+        if above == -2 or not possible[i]:
             fused[i] = -2
             continue
         parent = tree[above]
@@ -101,23 +120,19 @@ def _insert(tree, nodes, member, least, tokens, parents, sources, drawn_from, ac
             at = parent.child
             while at >= 0 and tree[at].token != tokens[i]:
                 at = tree[at].sibling
-        if above < 0 and (tree[at].best if at >= 0 else 0.0) < least:
-            fused[i] = -2
-            continue
         p = acceptance[min(parent.depth, acceptance.shape[0] - 1), sources[i]]
         if at < 0:
             at = np.int32(nodes)
             node = tree[at]
             node.token, node.parent, node.source = tokens[i], above, sources[i]
             node.drawn_from, node.best, node.depth = drawn_from[i], p, parent.depth + 1
-            node.members, node.last, node.child = 1, member, -1
+            node.members, node.child = 1 << member, -1
             node.sibling, parent.child = parent.child, at
             nodes += 1
         else:
             node = tree[at]
             node.best = max(node.best, p)
-            node.members += node.last != member
-            node.last = member
+            node.members |= 1 << member
         fused[i] = at
     return nodes
 
@@ -126,18 +141,19 @@ def _insert(tree, nodes, member, least, tokens, parents, sources, drawn_from, ac
 def _agreed_source(node, agreement):
     """The source of a node: its own; that of its class if several members propose it, but for
     draws."""
-    if node.members == 1 or node.drawn_from >= 0:
+    others = node.members & (node.members - 1)  # but for one
+    if not others or node.drawn_from >= 0:
         return node.source
     column = 0
     while node.best > PROBABILITY_CLASSES[column]:
         column += 1
-    return agreement + (len(PROBABILITY_CLASSES) if node.members > 2 else 0) + column
+    return agreement + (len(PROBABILITY_CLASSES) if others & (others - 1) else 0) + column
 
 
 @njit(cache=True, nogil=True)
 def merge(
-    tokens, parents, sources, drawn_from, counts, retrieves, least, acceptance, agreement,
-    max_nodes, chain_only, out, out_counts,
+    tokens, parents, sources, drawn_from, possible, counts, acceptance, agreement, max_nodes,
+    chain_only, out, out_counts,
 ):  # fmt: skip
     """Fuse M trees of each request by longest common prefix and trim to the best nodes.
 
@@ -147,10 +163,9 @@ def merge(
     with the source they have: what happens to a draw must not depend on what was drawn.
     Others that hold the same token are one with the first of them. Sources and
     ``acceptance`` float32 [R, depths, S] use one numbering, in which the classes of
-    agreement begin at ``agreement``. Branches of members that only look up
-    (``retrieves`` bool [M]) go if the members before them, which draft, give their first
-    token less than ``least``. Writes to ``out`` int32 [4, >= sum(max_nodes)] and
-    ``out_counts`` int32 [R]; returns the total number of nodes.
+    agreement begin at ``agreement``. Branches go whose first node is not ``possible`` bool [N].
+    Writes to ``out`` int32 [5, >= sum(max_nodes)], last of all a bit for each member that found the
+    node, and to ``out_counts`` int32 [R]; returns the total number of nodes.
     """
     members, requests = counts.shape
     begin = np.zeros(members, np.int64)  # of each member's trees, for the current request
@@ -164,19 +179,21 @@ def merge(
         for m in range(members):
             first, end = begin[m], begin[m] + counts[m, r]
             nodes = _insert(
-                tree, nodes, m, least if retrieves[m] else 0.0, tokens[first:end],
-                parents[first:end], sources[first:end], drawn_from[first:end], acceptance[r],
+                tree, nodes, m, possible[first:end], tokens[first:end], parents[first:end],
+                sources[first:end], drawn_from[first:end], acceptance[r],
             )  # fmt: skip
             begin[m] = end
-        flat = np.empty((4, nodes), np.int32)
+        flat = np.empty((5, nodes), np.int32)
         for i in range(nodes):
             node = tree[i]
-            flat[0, i], flat[1, i] = node.token, node.parent
+            flat[0, i], flat[1, i], flat[4, i] = node.token, node.parent, node.members
             flat[2, i], flat[3, i] = _agreed_source(node, agreement), node.drawn_from
-        out_counts[r] = keep_best(
-            flat[0], flat[1], flat[2], flat[3], acceptance[r : r + 1], max_nodes[r],
-            chain_only[r], out[:, total:],
-        )  # fmt: skip
+        kept = _best_nodes(
+            flat[1], flat[2], flat[3], acceptance[r : r + 1], max_nodes[r], chain_only[r]
+        )
+        out_counts[r] = _renumber(
+            kept, (flat[0], flat[1], flat[2], flat[3], flat[4]), out[:, total:]
+        )
         total += out_counts[r]
     return total
 
@@ -189,35 +206,38 @@ class Fusion:
     best of them is. Only the first member may draw its nodes.
     """
 
-    def __init__(self, members: Sequence[Sequence[Source]], retrieves: Sequence[bool] = ()):
-        """``members``: each one's sources; ``retrieves``: which of them only look up."""
+    def __init__(self, members: Sequence[Sequence[Source]]):
+        """``members``: each one's sources."""
         self.offsets = np.cumsum([0] + [len(sources) for sources in members])
         self.agreement = int(self.offsets[-1])
         self.sources = tuple(s for sources in members for s in sources) + _agreement_sources()
-        self.retrieves = np.array(retrieves or [False] * len(members), bool)
-        self._out = np.empty((4, 0), np.int32)
+        self._out = np.empty((5, 0), np.int32)
+        self.finders = self._out[4]
+        """int32 [N] of the nodes fused last, a bit for each member that found them."""
 
     def fuse(
-        self, drafts: Sequence[DraftBatch], step: StepContext, least: float = 0.0
+        self, drafts: Sequence[DraftBatch], step: StepContext, possible: np.ndarray | None = None
     ) -> DraftBatch:
-        """One tree per request, of at most ``step.max_nodes`` nodes (``least``: see ``merge``).
+        """One tree per request, of at most ``step.max_nodes`` nodes.
 
-        ``step.acceptance`` is that of :attr:`sources`. The result lives until the next call.
+        ``step.acceptance`` is that of :attr:`sources`; ``possible`` bool [N] of all nodes of
+        ``drafts``, back to back: branches go whose first node is not (None: all are). The result
+        lives until the next call.
         """
         capacity = int(step.max_nodes.sum())
         if self._out.shape[1] < capacity:
-            self._out = np.empty((4, capacity), np.int32)
+            self._out = np.empty((5, capacity), np.int32)
         counts = np.empty(len(step.num_tokens), np.int32)
         total = merge(
             np.concatenate([d.tokens for d in drafts]),
             np.concatenate([d.parents for d in drafts]),
             np.concatenate([d.sources + o for d, o in zip(drafts, self.offsets, strict=False)]),
             np.concatenate([_drawn_from(d) for d in drafts]),
-            np.stack([d.counts for d in drafts]),
-            self.retrieves, least, step.acceptance, self.agreement,
+            np.ones(sum(len(d.tokens) for d in drafts), bool) if possible is None else possible,
+            np.stack([d.counts for d in drafts]), step.acceptance, self.agreement,
             step.max_nodes, step.chain_only, self._out, counts,
         )  # fmt: skip
-        tokens, parents, sources, drawn_from = self._out[:, :total]
+        tokens, parents, sources, drawn_from, self.finders = self._out[:, :total]
         draft_probs = drafts[0].draft_probs
         return DraftBatch(
             tokens,

@@ -242,11 +242,16 @@ class DraftTree(Proposer):
         )
         drawn_from[np.repeat(deterministic, counts[rows])] = -1
         drawn = bool((drawn_from >= 0).any())
-        return DraftBatch(
+        batch = DraftBatch(
             tokens, parents, counts, sources,
             draft_probs=torch.cat(draft_probs) if drawn else None,
             drawn_from=drawn_from if drawn else None,
         )  # fmt: skip
+        if self.tells_next:
+            batch.next_probs = draft_probs[0]
+            batch.next_row = np.full(len(counts), -1, np.int32)
+            batch.next_row[rows] = np.arange(len(rows))
+        return batch
 
 
 @dataclass(slots=True)

@@ -8,9 +8,12 @@ drafter and one retriever; here any methods of this package may be combined.
 All of them compete for the same nodes: each node's survival comes from the acceptance
 learnt for its source (``control/acceptance.py``), and the best nodes of the union are
 kept. What the paper does with fixed budgets per part, the estimates do: a retriever
-whose matches have been wrong lately loses its nodes to the others. ``prune`` is the
-paper's explicit rule: drop retrieved branches whose first token the drafting sources
-give less than this probability (0, the default, prunes nothing).
+whose matches have been wrong lately loses its nodes to the others. A source that takes more of a
+step's time than it alone brings of its tokens is asked rarely (``drafting/payoff.py``).
+
+``prune`` is the paper's explicit rule: a retrieved branch goes whose first token is neither among
+the ten that a draft model finds most probable, nor has at least this probability there (0, the
+default, prunes nothing). Its own rule for deeper nodes is not known; here they compete by survival.
 
 Most sources draft deterministically, given the text (a draft model by default too: its
 most probable sequences, as EAGLE-2's trees in the paper): the one-hot rule of the engine is
@@ -23,15 +26,18 @@ them are fixed before the draw. What was looked up may depend on anything.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 
 from vllm_specplus import registry
 from vllm_specplus.capabilities import Need
 from vllm_specplus.config import MethodConfig, parse
+from vllm_specplus.drafting.payoff import Payoff
 from vllm_specplus.drafting.trees import Fusion
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
@@ -40,8 +46,8 @@ from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
-if TYPE_CHECKING:
-    import torch
+#: First tokens that no probability prunes.
+TOP = 10
 
 
 class RasdConfig(MethodConfig):
@@ -56,7 +62,7 @@ class RasdConfig(MethodConfig):
     )
     """Methods to fuse: names, or objects with the method's own keys."""
     prune: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Retrieved branches go if the drafting sources give their first token less."""
+    """Retrieved branches go if a draft model gives their first token less, and others more."""
 
     @model_validator(mode="after")
     def _sources_fit(self):
@@ -71,15 +77,11 @@ class RasdConfig(MethodConfig):
                 f"'sources': {' and '.join(drawing)} both draw their nodes: give all but one of "
                 f"them the shape 'topk'"
             )
-        if drawing and self.prune:
+        if self.prune and not any(member.knows_next for member in members):
+            knowing = ", ".join(registry.usable_methods(lambda c: c.knows_next and c.fuses))
             raise ValueError(
-                f"'prune' goes by what a draft thinks, and {drawing[0]!r} draws its nodes: give "
-                f"it the shape 'topk' or remove 'prune'"
-            )
-        if self.prune and all(member.retrieves for member in members):
-            raise ValueError(
-                "'prune' needs a source that drafts, such as token_recycling: "
-                "add one or remove 'prune'"
+                f"'prune' goes by what a draft model thinks of the next token: add a source that "
+                f"has one ({knowing}), or remove 'prune'"
             )
         return self
 
@@ -139,29 +141,60 @@ class Rasd(Proposer):
         self.members = sorted(members, key=lambda m: (m.config.retrieves, m.rule is None))
         self.top_k = max(member.top_k for member in self.members)
         self.reads_prompt = any(member.reads_prompt for member in self.members)
-        self._fusion = Fusion(
-            [member.sources for member in self.members],
-            [member.config.retrieves for member in self.members],
-        )
+        for member in self.members:
+            member.tells_next = member.config.knows_next and config.prune > 0
+        self._fusion = Fusion([member.sources for member in self.members])
         self.sources = self._fusion.sources
+        # Under the policy "fixed" all sources are asked, whatever they bring.
+        self._rests = config.control.policy != "fixed"
+        self._payoff = Payoff(len(self.members))
+        self._begun = 0.0
 
     def propose(self, step: StepContext) -> DraftBatch:
-        drafts = []
-        bounds = self._fusion.offsets.tolist()
-        for member, low, high in zip(self.members, bounds, bounds[1:], strict=False):
-            own = replace(
-                step,
-                observation=_first_ranks(step.observation, member.top_k),
-                acceptance=np.ascontiguousarray(step.acceptance[:, :, low:high]),
-                max_nodes=np.minimum(step.max_nodes, member.config.num_speculative_tokens),
-            )
-            try:
-                draft = member.propose(own)
-            except Exception as error:
-                self.services.report(error)
-                draft = DraftBatch.empty(len(step.num_tokens))
-            drafts.append(draft if len(draft.tokens) else _nothing(len(step.num_tokens)))
-        return self._fusion.fuse(drafts, step, self.config.prune)
+        now = time.perf_counter()
+        asked = self._payoff.begin(step, now - self._begun) | (not self._rests)
+        self._begun = now
+        drafts, times = [], []
+        for number in range(len(self.members)):
+            drafts.append(self._ask(number, step, bool(asked[number])))
+            now, before = time.perf_counter(), now
+            times.append(now - before)
+        fused = self._fusion.fuse(drafts, step, self._possible(drafts))
+        self._payoff.drafted(step, times, fused, self._fusion.finders)
+        return fused
+
+    def _ask(self, number: int, step: StepContext, drafts: bool) -> DraftBatch:
+        """A member's trees; not ``drafts``: it rests, and only learns from the step."""
+        member, (low, high) = self.members[number], self._fusion.offsets[number : number + 2]
+        if not drafts:
+            self.services.count("rested_sources")
+        own = replace(
+            step,
+            observation=_first_ranks(step.observation, member.top_k),
+            acceptance=np.ascontiguousarray(step.acceptance[:, :, low:high]),
+            max_nodes=np.minimum(step.max_nodes, drafts * member.config.num_speculative_tokens),
+        )
+        try:
+            draft = member.propose(own)
+        except Exception as error:
+            self.services.report(error)
+            draft = DraftBatch.empty(len(step.num_tokens))
+        return draft if len(draft.tokens) else _nothing(len(step.num_tokens))
+
+    def _possible(self, drafts: list[DraftBatch]) -> np.ndarray | None:
+        """Bool [N] of the nodes of all ``drafts``: may they stay, by what a draft model thinks of
+        the first token? None: all."""
+        told = next((draft for draft in drafts if draft.next_probs is not None), None)
+        if told is None:
+            return None
+        return np.concatenate(
+            [
+                probable(draft, told.next_probs, told.next_row, self.config.prune)
+                if member.config.retrieves
+                else np.ones(len(draft.tokens), bool)
+                for member, draft in zip(self.members, drafts, strict=True)
+            ]
+        )
 
     def observe_prompt(self, observation: Observation) -> None:
         for member in self.members:
@@ -178,7 +211,12 @@ class Rasd(Proposer):
         step = bare_step(
             self.sources, np.zeros((1, 4), np.int32), self.config.num_speculative_tokens
         )
-        self._fusion.fuse([_nothing(1) for _ in self.members], step, self.config.prune)
+        nothing = [_nothing(1) for _ in self.members]
+        self._payoff.drafted(
+            step, [0.0] * len(nothing), self._fusion.fuse(nothing, step), self._fusion.finders
+        )
+        self._payoff.begin(step, 1.0)
+        self._payoff = Payoff(len(self.members))
 
     def forget(self, request_id: str) -> None:
         for member in self.members:
@@ -198,6 +236,28 @@ def _source(name: Any) -> type[MethodConfig] | None:
         return None
     config = registry.config_class(name)
     return config if config.fuses else None
+
+
+def probable(
+    draft: DraftBatch, next_probs: torch.Tensor, next_row: np.ndarray, least: float
+) -> np.ndarray:
+    """Bool [N]: has a node that follows its text at once a probability of ``least``, or one of the
+    ten highest? True of deeper nodes, and where no draft model was asked.
+
+    ``next_probs`` float32 [A, V'], of the requests whose ``next_row`` int32 [R] is not -1.
+    """
+    rows = np.repeat(next_row, draft.counts)
+    first = np.flatnonzero((draft.parents < 0) & (rows >= 0))
+    kept = np.ones(len(draft.tokens), bool)
+    if len(first):
+        rows, tokens = rows[first].astype(np.int64), draft.tokens[first].astype(np.int64)
+        known = tokens < next_probs.shape[1]
+        at = torch.from_numpy(np.where(known, tokens, 0)).to(next_probs.device)
+        where = torch.from_numpy(rows).to(next_probs.device)
+        tenth = next_probs.topk(min(TOP, next_probs.shape[1])).values[:, -1]
+        p = next_probs[where, at]
+        kept[first] = ((p >= least) | (p >= tenth[where])).cpu().numpy() & known
+    return kept
 
 
 def _first_ranks(observation: Observation, k: int) -> Observation:

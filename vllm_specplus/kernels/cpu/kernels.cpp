@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AMX_BF16__)
@@ -114,14 +115,15 @@ struct Scratch {
   std::vector<uint16_t> probs;  // AMX: [QUERIES][padded tokens] bf16
   std::vector<float> out;       // [QUERIES][head_size]
   std::vector<char> query;      // [QUERIES][head_size]
+  std::vector<float> wide;      // the same
 };
 
-// Hide the tokens before `first`, the request's rows that are not ancestors of `row`, and
+// Hide the tokens from `begin` to `first`, the request's rows that are not ancestors of `row`, and
 // the padding; scores then are 0 probability. `scores` starts at token 0 of the context.
-inline void mask_tree(const int32_t* parents, int row, int first, int context, int num_rows,
-                      int padded, float* scores) {
+inline void mask_tree(const int32_t* parents, int row, int begin, int first, int context,
+                      int num_rows, int padded, float* scores) {
   constexpr float HIDDEN = -1e30f;
-  for (int j = 0; j < first; ++j) scores[j] = HIDDEN;
+  for (int j = begin; j < first; ++j) scores[j] = HIDDEN;
   int next = num_rows;  // rows above `next` are already decided
   for (int r = row; r >= 0; r = parents[r]) {
     for (int j = r + 1; j < next; ++j) scores[context + j] = HIDDEN;
@@ -145,41 +147,140 @@ inline float softmax_numerators(float* s, int n) {
   return sum;
 }
 
-// QK^T and PV for the "vec" layout: float arithmetic on any storage type.
+// What fits a vector register, and how many queries share what was loaded and widened: their sums
+// stay in registers.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, SCORED = 8, VALUED = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, SCORED = 4, VALUED = 2;
+#else
+constexpr int LANES = 4, SCORED = 4, VALUED = 4;
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+
+inline Floats widen(const float* x) {
+  Floats out;
+  std::memcpy(&out, x, sizeof out);
+  return out;
+}
+
+inline Floats widen(const bf16* x) {
+  typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+  typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+  Halves halves;
+  std::memcpy(&halves, x, sizeof halves);
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline Floats widen(const fp16* x) {
+  Floats out;
+  for (int i = 0; i < LANES; ++i) out[i] = float(x[i]);
+  return out;
+}
+
+// QK^T and PV for the "vec" layout: float arithmetic on any storage type. Each key and value is
+// widened once for several queries; a product takes one multiply-add.
 template <typename T>
 struct VecProducts {
   static constexpr int TOKENS = 16;  // tokens per inner step; pages are multiples of it
 
-  static void scores(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
-                     const T* query, int n_queries, int tokens, int padded, Scratch& s) {
-    const int B = b.block_size, D = b.head_size;
-    for (int t0 = 0; t0 < padded; t0 += TOKENS) {
-      const T* k = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride + t0 % B;
-      for (int m = 0; m < n_queries; ++m) {
-        float acc[TOKENS] = {};
-        const T* q = query + m * D;
-        for (int d = 0; d < D; ++d) {
-          const float qd = float(q[d]);
-          const T* kd = k + int64_t(d) * B;
-          for (int t = 0; t < TOKENS; ++t) acc[t] += qd * float(kd[t]);
-        }
-        float* out = s.scores.data() + int64_t(m) * padded + t0;
-        for (int t = 0; t < TOKENS; ++t) out[t] = acc[t] * b.scale;
+  // Scores of M queries and TOKENS tokens, whose keys are `k` [D][B].
+  template <int M>
+  static void score(const T* k, int B, int D, float scale, const float* query, float* out,
+                    int padded) {
+    constexpr int N = TOKENS / LANES;
+    Floats sums[M][N] = {};
+    for (int d = 0; d < D; ++d) {
+      Floats keys[N];
+      for (int n = 0; n < N; ++n) keys[n] = widen(k + int64_t(d) * B + n * LANES);
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) sums[m][n] += query[m * D + d] * keys[n];
+    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) {
+        const Floats scaled = sums[m][n] * scale;
+        std::memcpy(out + int64_t(m) * padded + n * LANES, &scaled, sizeof scaled);
       }
+  }
+
+  static void scores(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+                     const T* query, int n_queries, int begin, int tokens, int padded,
+                     Scratch& s) {
+    const int B = b.block_size, D = b.head_size;
+    for (int i = 0; i < n_queries * D; ++i) s.wide[i] = float(query[i]);
+    for (int t0 = begin; t0 < padded; t0 += TOKENS) {
+      const T* k = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride + t0 % B;
+      int m = 0;
+      const auto many = [&](auto count) {
+        constexpr int M = decltype(count)::value;
+        for (; m + M <= n_queries; m += M)
+          score<M>(k, B, D, b.scale, s.wide.data() + m * D,
+                   s.scores.data() + int64_t(m) * padded + t0, padded);
+      };
+      many(std::integral_constant<int, SCORED>());
+      many(std::integral_constant<int, 4>());
+      many(std::integral_constant<int, 2>());
+      many(std::integral_constant<int, 1>());
+    }
+  }
+
+  // Sums over the tokens of what M queries and C vectors of the head's values make.
+  template <int M, int C>
+  static void value(const TreeBatch& b, const T* cache, const int32_t* pages, int64_t offset,
+                    const float* probs, int begin, int tokens, int padded, float* out) {
+    const int B = b.block_size, D = b.head_size;
+    Floats sums[M][C] = {};
+    for (int t0 = begin; t0 < tokens; t0 += TOKENS) {
+      const T* v = cache + pages[t0 / B] * b.page_stride + offset + int64_t(t0 % B) * D;
+      const int end = std::min(t0 + TOKENS, tokens);
+      for (int t = t0; t < end; ++t, v += D) {
+        Floats values[C];
+        for (int c = 0; c < C; ++c) values[c] = widen(v + c * LANES);
+        for (int m = 0; m < M; ++m)
+          for (int c = 0; c < C; ++c) sums[m][c] += probs[int64_t(m) * padded + t] * values[c];
+      }
+    }
+    for (int m = 0; m < M; ++m) std::memcpy(out + m * D, sums[m], sizeof sums[m]);
+  }
+
+  template <int C>
+  static void columns(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+                      int n_queries, int begin, int tokens, int padded, Scratch& s, int& d0) {
+    for (; d0 + C * LANES <= b.head_size; d0 += C * LANES) {
+      const int64_t offset =
+          kv_head * b.head_stride + int64_t(b.block_size) * b.head_size + d0;
+      int m = 0;
+      const auto many = [&](auto count) {
+        constexpr int M = decltype(count)::value;
+        for (; m + M <= n_queries; m += M)
+          value<M, C>(b, cache, pages, offset, s.scores.data() + int64_t(m) * padded, begin,
+                      tokens, padded, s.out.data() + m * b.head_size + d0);
+      };
+      many(std::integral_constant<int, VALUED>());
+      many(std::integral_constant<int, 2>());
+      many(std::integral_constant<int, 1>());
     }
   }
 
   static void values(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
-                     int n_queries, int tokens, int padded, Scratch& s) {
+                     int n_queries, int begin, int tokens, int padded, Scratch& s) {
+    int d0 = 0;
+    columns<4>(b, cache, pages, kv_head, n_queries, begin, tokens, padded, s, d0);
+    columns<1>(b, cache, pages, kv_head, n_queries, begin, tokens, padded, s, d0);
+    rest(b, cache, pages, kv_head, n_queries, begin, tokens, padded, s, d0);
+  }
+
+  // Columns from `d0` on, fewer than a register holds.
+  static void rest(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+                   int n_queries, int begin, int tokens, int padded, Scratch& s, int d0) {
     const int B = b.block_size, D = b.head_size;
-    std::fill(s.out.begin(), s.out.begin() + n_queries * D, 0.f);
-    for (int t = 0; t < tokens; ++t) {
-      const T* v = cache + pages[t / B] * b.page_stride + kv_head * b.head_stride +
-                   int64_t(B) * D + int64_t(t % B) * D;
-      for (int m = 0; m < n_queries; ++m) {
+    for (int m = 0; m < n_queries && d0 < D; ++m) {
+      std::fill_n(s.out.data() + m * D + d0, D - d0, 0.f);
+      for (int t = begin; t < tokens; ++t) {
+        const T* v = cache + pages[t / B] * b.page_stride + kv_head * b.head_stride +
+                     int64_t(B) * D + int64_t(t % B) * D;
         const float p = s.scores[int64_t(m) * padded + t];
-        float* out = s.out.data() + m * D;
-        for (int d = 0; d < D; ++d) out[d] += p * float(v[d]);
+        for (int d = d0; d < D; ++d) s.out[m * D + d] += p * float(v[d]);
       }
     }
   }
@@ -208,9 +309,9 @@ struct AmxProducts {
   }
 
   static void scores(const TreeBatch& b, const bf16* cache, const int32_t* pages, int kv_head,
-                     const bf16* query, int, int tokens, int padded, Scratch& s) {
+                     const bf16* query, int, int begin, int tokens, int padded, Scratch& s) {
     const int B = b.block_size, D = b.head_size;
-    for (int t0 = 0; t0 < padded; t0 += TOKENS) {
+    for (int t0 = begin; t0 < padded; t0 += TOKENS) {
       const bf16* k = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride +
                       int64_t(t0 % B) * D;
       _tile_zero(0);
@@ -229,14 +330,14 @@ struct AmxProducts {
   }
 
   static void values(const TreeBatch& b, const bf16* cache, const int32_t* pages, int kv_head,
-                     int n_queries, int tokens, int padded, Scratch& s) {
+                     int n_queries, int begin, int tokens, int padded, Scratch& s) {
     const int B = b.block_size, D = b.head_size;
     for (int64_t i = 0; i < int64_t(n_queries) * padded; ++i)
       s.probs[i] = bf16(s.scores[i]).bits;
     for (int d0 = 0; d0 < D; d0 += 32) {
       _tile_zero(0);
       _tile_zero(1);
-      for (int t0 = 0; t0 < padded; t0 += TOKENS) {
+      for (int t0 = begin; t0 < padded; t0 += TOKENS) {
         const bf16* v = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride +
                         int64_t(B) * D + int64_t(d0) * B + (t0 % B) * 16;
         _tile_loadd(2, s.probs.data() + t0, padded * 2);
@@ -261,6 +362,7 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache
   const int context = b.context[task.request], tokens = context + num_rows;
   const int first = b.first ? b.first[task.request] : 0;
   const int padded = (tokens + Products::TOKENS - 1) / Products::TOKENS * Products::TOKENS;
+  const int begin = first / Products::TOKENS * Products::TOKENS;  // nothing before is looked at
   const int n_queries = std::min(QUERIES, num_rows * group - task.first);
   const int32_t* pages = b.block_table + int64_t(task.request) * b.max_blocks;
   const int32_t* parents = b.parents + row0;
@@ -269,6 +371,7 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache
   s.probs.resize(size_t(QUERIES) * padded);
   s.out.resize(size_t(QUERIES) * D);
   s.query.assign(size_t(QUERIES) * D * sizeof(T), 0);
+  s.wide.resize(size_t(QUERIES) * D);
   T* q = reinterpret_cast<T*>(s.query.data());
   for (int m = 0; m < n_queries; ++m) {
     const int row = (task.first + m) / group, head = (task.first + m) % group;
@@ -277,14 +380,14 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache
                     (task.kv_head * group + head) * int64_t(D),
                 D * sizeof(T));
   }
-  Products::scores(b, cache, pages, task.kv_head, q, n_queries, tokens, padded, s);
+  Products::scores(b, cache, pages, task.kv_head, q, n_queries, begin, tokens, padded, s);
   float sums[QUERIES];
   for (int m = 0; m < n_queries; ++m) {
     float* line = s.scores.data() + int64_t(m) * padded;
-    mask_tree(parents, (task.first + m) / group, first, context, num_rows, padded, line);
-    sums[m] = softmax_numerators(line, padded);
+    mask_tree(parents, (task.first + m) / group, begin, first, context, num_rows, padded, line);
+    sums[m] = softmax_numerators(line + begin, padded - begin);
   }
-  Products::values(b, cache, pages, task.kv_head, n_queries, tokens, padded, s);
+  Products::values(b, cache, pages, task.kv_head, n_queries, begin, tokens, padded, s);
   for (int m = 0; m < n_queries; ++m) {
     const int row = (task.first + m) / group, head = (task.first + m) % group;
     T* out = output + b.rows[row0 + row] * b.output_stride +

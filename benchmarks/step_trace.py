@@ -1,0 +1,138 @@
+"""Which steps are slow, and who is in them: a trace of an engine's steps under load.
+
+    python benchmarks/step_trace.py --model DIR --dataset question.jsonl --in-flight 16 \
+        [--methods none,token_recycling] [--limit 160] [--max-tokens 40] [--engine-arg K=V ...] \
+        --json OUT
+
+One engine per method, one after the other, answers the same questions in a closed loop. Of every
+step is written down how long it took, how many requests got tokens, how many tokens, how many
+prompts were read and of how many tokens, and of a method of ours how many nodes it verified and
+what the controller and the drafting took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import numpy as np
+
+from vllm_specplus.bench.dataset import load_dataset, pick
+from vllm_specplus.bench.engine import Engine, configure_process
+from vllm_specplus.bench.methods import parse_engine_args, parse_methods
+from vllm_specplus.bench.protocol import EngineSetup
+from vllm_specplus.bench.report import describe_run
+
+COLUMNS = (
+    "began", "seconds", "requests", "tokens", "prompts", "prompt_tokens", "nodes", "control",
+    "drafting", "verifying",
+)  # fmt: skip
+
+
+class Steps:
+    """Wraps an engine's ``step``; a row of ``COLUMNS`` for each."""
+
+    def __init__(self, engine: Engine):
+        self._llm, self._engine = engine.llm, engine
+        self._step, engine.llm.llm_engine.step = engine.llm.llm_engine.step, self
+        self._known: set[str] = set()
+        self.rows: list[list[float]] = []
+        self.answers: dict[str, list[float]] = {}
+
+    def _counters(self) -> np.ndarray:
+        drafter = getattr(self._runner(), "drafter", None)
+        names = ("nodes_drafted", "control_seconds", "draft_seconds", "verify_seconds")
+        if drafter is None:
+            return np.zeros(len(names))
+        return np.array([drafter.counters[name] for name in names])
+
+    def _runner(self):
+        core = self._llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner
+
+    def __call__(self):
+        before, began = self._counters(), time.perf_counter()
+        outputs = self._step()
+        now = time.perf_counter()
+        nodes, control, drafting, verifying = self._counters() - before
+        fresh, tokens, requests = [], 0, 0
+        for output in outputs:
+            count = len(output.outputs[0].token_ids)
+            tokens, requests = tokens + count, requests + (count > 0)
+            if count and output.request_id not in self._known:
+                self._known.add(output.request_id)
+                fresh.append(len(self._engine.prompts[output.request_id]))
+                self.answers[output.request_id] = [now, now, count, 0]
+            elif count:
+                answer = self.answers[output.request_id]
+                answer[1], answer[3] = now, answer[3] + 1
+                answer[2] += count
+        self.rows.append(
+            [began, now - began, requests, tokens, len(fresh), sum(fresh), nodes, control, drafting,
+             verifying]
+        )  # fmt: skip
+        return outputs
+
+
+def measure(args: argparse.Namespace, config: dict | None) -> dict:
+    configure_process()
+    measured, warmup = pick(load_dataset(args.dataset).questions, args.limit)
+    engine = Engine(
+        EngineSetup(
+            model=args.model, speculative_config=config, engine_args=args.engine_args,
+            measured=measured, warmup=warmup, concurrency=args.in_flight,
+            max_tokens=args.max_tokens, temperature=0, seed=0, chat_template=True,
+        )
+    )  # fmt: skip
+    engine.warm_up()
+    steps = Steps(engine)
+    from vllm_specplus.bench.engine import Clock
+
+    engine._answer([question.id for question in measured], args.max_tokens, Clock())
+    first = steps.rows[0][0]
+    for row in steps.rows:
+        row[0] -= first
+    answers = {
+        name: {"first": first_at - first, "last": last - first, "tokens": tokens, "steps": taken}
+        for name, (first_at, last, tokens, taken) in steps.answers.items()
+    }
+    return {"columns": COLUMNS, "steps": steps.rows, "answers": answers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--methods", default="none,token_recycling")
+    parser.add_argument("--in-flight", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=160)
+    parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument("--engine-arg", action="append", default=[])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.engine_args = parse_engine_args(args.engine_arg)
+    if args.one:
+        args.json.write_text(json.dumps(measure(args, args.one["config"])))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "part.json")
+        for method in parse_methods(args.methods):
+            own = ["--one", json.dumps({"config": method.speculative_config}), "--json", str(part)]
+            subprocess.run([sys.executable, *sys.argv, *own], check=True)
+            results[method.label] = json.loads(part.read_text())
+        report = describe_run(Path(folder, "machine.log")) | {"methods": results}
+    args.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Which of several sources of drafts pay.
+
+A source is worth its time if, without it, more tokens per second would not be had. What it brings
+are the tokens that no cheaper source would have brought; what it takes is its own time. (The rows
+that it displaces compete node by node, by survival: ``control/budget.py``.) Both are measured on
+the steps in which it is asked:
+
+    brings  its tokens / all tokens       a step's output would be so much smaller
+    takes   its seconds / all seconds     a step would be so much shorter
+
+A source that takes more than it brings rests. It goes on learning, which takes time too and is not
+saved, so it is taken off; and it is asked again for a few steps now and then: traffic changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from vllm_specplus.control.acceptance import label_nodes
+from vllm_specplus.step import StepContext
+from vllm_specplus.tree import DraftBatch
+
+#: What a step still counts one step later.
+MEMORY = 0.98
+#: Tokens seen before anything is judged.
+LEAST_TOKENS = 64.0
+#: A source that takes less than this share of a step's time is always asked.
+NEGLIGIBLE = 0.003
+#: Steps that a source rests at first and at most, and steps for which it is asked then.
+RESTS, TRIAL = (16, 256), 8
+#: Where nothing was measured.
+LEAST_SECONDS = 1e-9
+#: A step that seems to have taken so many times the average has waited for requests.
+PAUSE = 4.0
+
+
+@dataclass(slots=True)
+class _Fused:
+    """The fused trees of one step, until the text tells which nodes were right."""
+
+    rows: dict[str, int]
+    """Of each request."""
+    drafted_at: np.ndarray
+    """int32 [R] tokens known then."""
+    tokens: np.ndarray
+    parents: np.ndarray
+    starts: np.ndarray
+    """int32 [N], [N], [R + 1]."""
+    credited: np.ndarray
+    """int32 [N] source that each node's token would be credited to."""
+
+
+@njit(cache=True)
+def credit(finders, cheapest):
+    """Int32 [N]: of the sources that found each node, the first in ``cheapest`` int64 [M].
+
+    ``finders`` int32 [N] has a bit for each source.
+    """
+    out = np.empty(finders.shape[0], np.int32)
+    for i in range(finders.shape[0]):
+        for m in cheapest:
+            if finders[i] >> m & 1:
+                out[i] = m
+                break
+    return out
+
+
+@njit(cache=True)
+def brought(tokens, parents, starts, credited, drafted_at, rows, token_ids, num_tokens, out):
+    """Add to ``out`` float64 [M] the tokens that each source is credited with.
+
+    Trees as in :class:`_Fused`; ``rows`` int32 [R] finds their requests in ``token_ids`` int32
+    [B, max_len], of which ``num_tokens`` int32 [B] are known by now; -1: gone.
+    """
+    for r in range(starts.shape[0] - 1):
+        first, end = starts[r], starts[r + 1]
+        if rows[r] < 0 or first == end:
+            continue
+        labels, _ = label_nodes(
+            tokens[first:end], parents[first:end], token_ids[rows[r]], drafted_at[r],
+            num_tokens[rows[r]],
+        )  # fmt: skip
+        for i in range(end - first):
+            if labels[i] == 1:
+                out[credited[first + i]] += 1.0
+
+
+class Payoff:
+    """Decides which of M sources are asked in a step."""
+
+    def __init__(self, sources: int):
+        # Over the steps in which each was asked: tokens credited to it, tokens of all requests,
+        # seconds it took and seconds of the steps.
+        self._brought, self._tokens, self._took, self._seconds = np.zeros((4, sources))
+        # Over those in which it rested.
+        self._learning, self._others = np.zeros((2, sources))
+        self._resting = np.zeros(sources, bool)
+        self._idle = np.zeros(sources, np.int64)  # steps since it was last asked
+        self._rest = np.full(sources, RESTS[0])
+        self._trial = np.zeros(sources, np.int64)  # steps left of it
+        self._asked = np.ones(sources, bool)
+        self._times = np.zeros(sources)  # of the last step
+        self._average = 0.0  # seconds of a step
+        self._fused: _Fused | None = None
+
+    @property
+    def resting(self) -> np.ndarray:
+        """Bool [M] sources that do not pay now."""
+        return self._resting.copy()
+
+    def begin(self, step: StepContext, interval: float) -> np.ndarray:
+        """Learn what became of the last trees; bool [M]: who is to be asked now.
+
+        ``interval``: seconds since the last step began.
+        """
+        fused, self._fused = self._fused, None
+        if fused is not None and self._learn(fused, step, interval):
+            self._judge()
+        return self._ask()
+
+    def drafted(
+        self, step: StepContext, times: Sequence[float], drafts: DraftBatch, finders: np.ndarray
+    ) -> None:
+        """The sources took ``times`` [M] seconds; their fused trees, and a bit for each source that
+        found the node, int32 [N]."""
+        self._times[:] = times
+        starts = np.zeros(len(drafts.counts) + 1, np.int32)
+        np.cumsum(drafts.counts, out=starts[1:])
+        self._fused = _Fused(
+            {name: i for i, name in enumerate(step.request_ids)}, step.num_tokens.copy(),
+            drafts.tokens.copy(), drafts.parents.copy(), starts,
+            credit(finders, np.argsort(self._takes(), kind="stable")),
+        )  # fmt: skip
+
+    def _learn(self, fused: _Fused, step: StepContext, interval: float) -> bool:
+        """False: nothing can be told from that step."""
+        rows = np.full(len(fused.drafted_at), -1, np.int32)
+        for row, name in enumerate(step.request_ids):
+            if (i := fused.rows.get(name)) is not None:
+                rows[i] = row
+        here = rows >= 0
+        if not here.any():  # nobody is left: time has passed without work
+            return False
+        found = np.zeros(len(self._times))
+        brought(
+            fused.tokens, fused.parents, fused.starts, fused.credited, fused.drafted_at, rows,
+            step.token_ids, step.num_tokens, found,
+        )  # fmt: skip
+        tokens = float((step.num_tokens[rows[here]] - fused.drafted_at[here]).sum())
+        seconds = min(interval, PAUSE * self._average) if self._average else interval
+        self._average += 0.1 * (seconds - self._average) if self._average else seconds
+        asked = self._asked
+        for sums, news in (
+            (self._brought, found), (self._tokens, tokens),
+            (self._took, self._times), (self._seconds, seconds),
+        ):  # fmt: skip
+            sums[asked] = (MEMORY * sums + news)[asked]
+        for sums, news in ((self._learning, self._times), (self._others, seconds)):
+            sums[~asked] = (MEMORY * sums + news)[~asked]
+        return True
+
+    def _takes(self) -> np.ndarray:
+        """Float64 [M] share of a step's time that asking each takes."""
+        asked = self._took / np.maximum(self._seconds, LEAST_SECONDS)
+        return np.maximum(asked - self._learning / np.maximum(self._others, LEAST_SECONDS), 0.0)
+
+    def _judge(self) -> None:
+        takes, brings = self._takes(), self._brought / np.maximum(self._tokens, 1.0)
+        unknown = (self._tokens < LEAST_TOKENS) & ~self._resting
+        pays = (takes < NEGLIGIBLE) | (brings >= takes) | unknown
+        for m in np.flatnonzero(self._asked & (self._trial == 0)).tolist():
+            if pays[m]:
+                self._rest[m] = RESTS[0]
+            elif self._resting[m]:  # its trial has failed
+                self._rest[m] = min(2 * self._rest[m], RESTS[1])
+            self._resting[m] = not pays[m]
+
+    def _ask(self) -> np.ndarray:
+        self._idle[self._resting] += 1
+        for m in np.flatnonzero(self._resting & (self._idle >= self._rest)).tolist():
+            self._idle[m], self._trial[m] = 0, TRIAL
+            # What it brought before it rested says nothing of now.
+            for sums in (self._brought, self._tokens, self._took, self._seconds):
+                sums[m] = 0.0
+        self._asked = ~self._resting | (self._trial > 0)
+        self._trial[self._trial > 0] -= 1
+        return self._asked
