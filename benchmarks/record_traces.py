@@ -100,7 +100,7 @@ def time_steps(llm, runner, chats, batches: list[int]) -> dict:
         np.minimum(step.max_nodes, rng.choice(NODE_CHOICES), out=step.max_nodes)
 
     controller.prepare = prepare
-    controller.step_took = lambda shape, seconds: steps.append((shape, seconds))
+    controller.step_took = lambda shape, seconds, *_: steps.append((shape, seconds))
     runner.num_spec_tokens = max(NODE_CHOICES)
     for batch in batches:
         questions = [chats[i % len(chats)] for i in range(batch)]

@@ -371,15 +371,22 @@ def workload(traces: Sequence[Trace], in_flight: int) -> list[Trace]:
     return (list(traces) * repeats)[: max(3 * in_flight, len(traces))]
 
 
-def varied(traces: Sequence[Trace], count: int, seed: int) -> list[Trace]:
-    """So many requests whose answers, cut anywhere, do not end together: a prompt is read in one
-    step or another all the time, as of a server."""
+def varied(
+    traces: Sequence[Trace], count: int, seed: int, most_tokens: int | None = None
+) -> list[Trace]:
+    """So many requests whose answers, cut anywhere up to ``most_tokens``, do not end together: a
+    prompt is read in one step or another all the time, as of a server."""
     rng = np.random.default_rng(seed)
     picked = [traces[i] for i in rng.integers(len(traces), size=count)]
     return [
-        replace(trace, output=trace.output[: rng.integers(8, len(trace.output) + 1)])
+        replace(trace, output=trace.output[: _cut(len(trace.output), most_tokens, rng)])
         for trace in picked
     ]
+
+
+def _cut(length: int, most: int | None, rng: np.random.Generator) -> int:
+    length = min(length, most or length)
+    return int(rng.integers(min(8, length), length + 1))
 
 
 def parts_of(result: Result, share: float) -> dict[str, float]:
@@ -403,6 +410,7 @@ def main() -> None:
     parser.add_argument("--loads", default="1,2,4,8,16,32,64,128,256")
     parser.add_argument("--fixed", default="2,4,8,16")
     parser.add_argument("--requests", type=int, default=800)
+    parser.add_argument("--most-tokens", type=int, help="Cut answers at 8 to so many tokens.")
     parser.add_argument("--speculative-config", type=json.loads)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -417,11 +425,15 @@ def main() -> None:
     longest = max(len(t.prompt) + len(t.output) for t in traces)
     vocab_size = 1 + max(int(t.row_top_ids.max()) for t in traces)
     table = []
+
+    def workload_of(load: int) -> list[Trace]:
+        return varied(traces, args.requests, load, args.most_tokens)
+
     for load in loads:
         row = {"in_flight": load}
         for name, policy in policies.items():
             simulator = Simulator(times, policy, vocab_size, load, longest + 1, config=config)
-            result = closed_loop(simulator, varied(traces, args.requests, load), load)
+            result = closed_loop(simulator, workload_of(load), load)
             median, p95, p99 = np.percentile(result.seconds_per_token, (50, 95, 99)) * 1000
             row[name] = {
                 "p50_tpot_ms": median,

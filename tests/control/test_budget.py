@@ -14,6 +14,7 @@ from vllm_specplus.control.budget import (
     best_goodput,
     keep_nodes,
     leading_chains,
+    most_productive,
     within_limits,
 )
 
@@ -182,3 +183,39 @@ def test_the_best_of_the_allowed_numbers_is_taken():
     assert best_goodput(survival, 1, seconds, 0, allowed) == (1, pytest.approx(1.9))
     # What is verified anyway is, allowed or not.
     assert best_goodput(survival, 1, seconds, 2, allowed) == (2, pytest.approx(2.7))
+
+
+@given(batches(), st.data())
+@settings(deadline=None, max_examples=120)
+def test_one_pass_chooses_as_the_parts_do(batch, data):
+    """Chains and trees, with and without limits, with nodes that are verified anyway."""
+    trees, chain_seconds = batch
+    survival, parents, starts = flat(trees)
+    ranked = np.argsort(-survival, kind="stable")
+    least = data.draw(st.integers(0, len(ranked)))
+    dearer = data.draw(st.floats(1.0, 1.5))
+    seconds = np.stack((chain_seconds, dearer * chain_seconds))
+    some = st.floats(0.5, 4.0)
+    limits, per_token = (
+        np.array([data.draw(some) for _ in trees]) for _ in ("limits", "per token")
+    )
+    ceiling = data.draw(st.floats(1.0, 5.0))
+    owners = np.searchsorted(starts, ranked, side="right") - 1
+    chains = leading_chains(ranked, parents, starts)
+    count = np.arange(len(ranked) + 1)
+    times = np.where(count > chains, seconds[1], seconds[0])[: len(ranked) + 1]
+    in_order = survival[ranked].astype(np.float64)
+    best, gain = best_goodput(in_order, len(trees), times, least)
+    none = np.empty(0)
+    plain = most_productive(
+        ranked, survival, parents, starts, seconds, least, none, none, np.inf
+    )  # fmt: skip
+    assert plain == (best, pytest.approx(gain), times[best], False)
+    allowed = within_limits(owners, in_order, times, limits, per_token) & (times <= ceiling)
+    limited = bool(best != least and not allowed[best])
+    if limited:
+        best, gain = best_goodput(in_order, len(trees), times, least, allowed)
+    found = most_productive(
+        ranked, survival, parents, starts, seconds, least, limits, per_token, ceiling
+    )  # fmt: skip
+    assert found == (best, pytest.approx(gain), times[best], limited)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vllm_specplus.proposer import Services
-from vllm_specplus.proposers.suffix_tree import SuffixTree, SuffixTreeConfig
+from vllm_specplus.proposers.suffix_tree import MOST_READ, SuffixTree, SuffixTreeConfig
 from vllm_specplus.step import bare_step
 
 A, B, C, D = 1, 2, 3, 4
@@ -150,3 +150,34 @@ def test_responses_of_20_000_salts_stay_below_the_bound(before):
     size = sum(shared.tree.estimate_memory() for shared in tree._shared.values())
     assert 0 < size < 1.2e6
     assert tree.stored_tokens == sum(shared.tokens for shared in tree._shared.values())
+
+
+def test_long_prompts_stay_below_the_bound_and_hold_up_no_step():
+    """Eight of 40,000 tokens at a limit of 8 MB; the text's end is continued all the same."""
+    tree, rng = proposer(max_memory_mb=8), np.random.default_rng(0)
+    texts = {f"r{i}": rng.integers(1, 900, 40_000).tolist() for i in range(8)}
+    for text in texts.values():
+        text[-3:] = text[1000:1003]
+    known = 0
+    for _ in range(12):
+        drafted = draft(tree, texts, prompt=39_999)
+        now = sum(request.known for request in tree._requests.values())
+        assert now - known <= 8 * MOST_READ
+        known = now
+    size = sum(request.local.estimate_memory() for request in tree._requests.values())
+    assert 2e6 < size < 4.4e6
+    found = [tuple(text[1003:1005]) in drafted[name] for name, text in texts.items()]
+    assert all(found)
+    for name in texts:
+        tree.forget(name)
+    assert tree._own == 0
+
+
+def test_a_prompt_is_read_to_its_end():
+    tree, rng = proposer(), np.random.default_rng(0)
+    text = rng.integers(1, 900, 10_000).tolist()
+    text[-3:] = text[9000:9003]
+    for _ in range(3):
+        drafted = draft(tree, {"r": text}, prompt=9_999)["r"]
+    assert tuple(text[9003:9005]) in drafted
+    assert tree._requests["r"].known == len(text)

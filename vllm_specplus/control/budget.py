@@ -64,6 +64,54 @@ def within_limits(owners, survival, seconds, limits, per_token):
 
 
 @njit(cache=True)
+def most_productive(
+    ranked, survival, parents, starts, seconds, least, limits, per_token, ceiling
+):  # fmt: skip
+    """:func:`best_goodput` within :func:`within_limits` of nodes in some order, in one pass.
+
+    ``ranked`` int64 [K] nodes in that order; ``survival`` float32 [N], ``parents`` int32 [N],
+    ``starts`` int32 [R + 1] of all; ``seconds`` float64 [2, >= K + 1] of a step that verifies so
+    many nodes as chains and as trees, which they are behind the :func:`leading_chains`; ``least``
+    nodes are verified anyway; ``limits`` and ``per_token`` float64 [R], of no request: [0] where
+    nothing is limited; ``ceiling`` seconds. Returns (best, its goodput over that of none, its
+    seconds, would more be productive but for the limits?).
+    """
+    requests = starts.shape[0] - 1
+    owner = np.empty(parents.shape[0], np.int32)
+    for r in range(requests):
+        owner[starts[r] : starts[r + 1]] = r
+    end = np.full(requests, -1, np.int32)  # of each request's chain
+    limited = limits.shape[0] > 0
+    left = limits.copy()
+    smallest = left.min() if limited else np.inf
+    tree, tokens, plain = 0, float(requests), requests / seconds[0, 0]
+    best, best_goodput = -1, 0.0  # that is allowed
+    wanted, wanted_goodput = least, 0.0
+    for count in range(ranked.shape[0] + 1):
+        if count:
+            node = ranked[count - 1]
+            r = owner[node]
+            if parents[node] != end[r]:
+                tree = 1
+            end[r] = node - starts[r]
+            tokens += survival[node]
+            if limited:
+                was = left[r]
+                left[r] += per_token[r] * survival[node]
+                if was <= smallest:  # it was the one that admits least
+                    smallest = left.min()
+        if count < least:
+            continue
+        time = seconds[tree, count]
+        goodput = tokens / time
+        if goodput > wanted_goodput:
+            wanted, wanted_goodput = count, goodput
+        if (count == least or time <= min(smallest, ceiling)) and goodput > best_goodput:
+            best, best_goodput, best_time = count, goodput, time
+    return best, best_goodput / plain, best_time, best != wanted
+
+
+@njit(cache=True)
 def leading_chains(ranked, parents, starts):
     """How many of the best nodes are chains, one of each request at most.
 

@@ -16,6 +16,11 @@ from vllm_specplus.control.slots import RequestSlots
 
 #: Share of the newest step in the average of what a request gains by one.
 GAIN_NEWEST = 0.05
+#: What undrafted requests usually take: this share of them takes no longer.
+USUAL = 0.5
+#: Requests of an age that it is told from, at least and at most; ages are powers of two in tokens.
+FEWEST, MOST = 32, 256
+AGES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,9 @@ class Accounts:
     """float64 [R] seconds they took."""
     plain: np.ndarray
     """float64 [R] seconds plain decoding would have taken for them, as predicted."""
+    usual: np.ndarray
+    """float64 [R] seconds that plain decoding takes at most for as many tokens, of nine requests in
+    ten; 0 as long as that is not known."""
 
 
 class Ledger:
@@ -39,6 +47,7 @@ class Ledger:
         self._slots = RequestSlots((), (), (), ())
         self._step: tuple[list[str], np.ndarray] = [], np.empty(0, np.int64)
         self._gain = 1.0  # tokens per request and step
+        self._ages = [_Age() for _ in range(AGES)]
 
     def produced(
         self, request_ids: Sequence[str], num_tokens: np.ndarray, num_prompt: np.ndarray | None
@@ -69,16 +78,43 @@ class Ledger:
         here = slots >= 0
         slots, gained = slots[here], gained[here]
         _, tokens, spent, undrafted = self._slots.arrays
+        before = _age(tokens[slots])
         tokens[slots] += gained
         spent[slots] += seconds
         undrafted[slots] += gained * (plain + prompts / self._gain)
+        after = _age(tokens[slots])
+        for i in np.flatnonzero(after > before).tolist():
+            self._ages[after[i]].add(undrafted[slots[i]] / tokens[slots[i]])
 
     def accounts(self, request_ids: Sequence[str]) -> Accounts:
         """The requests' accounts up to the last step booked; zeros of those it does not know."""
         slots = self._slots.find(request_ids)
         known = slots >= 0
-        return Accounts(*(np.where(known, array[slots], 0.0) for array in self._slots.arrays[1:]))
+        sums = [np.where(known, array[slots], 0.0) for array in self._slots.arrays[1:]]
+        per_token = np.array([age.usual for age in self._ages])
+        return Accounts(*sums, usual=per_token[np.maximum(_age(sums[0]), 0)] * sums[0])
 
     def forget(self, request_id: str) -> None:
         """The request is gone, and its account with it."""
         self._slots.forget(request_id)
+
+
+class _Age:
+    """What the latest requests took per token, undrafted, when they came to one age."""
+
+    def __init__(self) -> None:
+        self.usual = 0.0
+        """Seconds per token that are seldom exceeded; 0 while too few have come to that age."""
+        self._seconds = np.empty(MOST)
+        self._count = 0
+
+    def add(self, seconds_per_token: float) -> None:
+        self._seconds[self._count % MOST] = seconds_per_token
+        self._count += 1
+        if self._count >= FEWEST and self._count % (FEWEST // 4) == 0:
+            self.usual = float(np.quantile(self._seconds[: min(self._count, MOST)], USUAL))
+
+
+def _age(tokens: np.ndarray) -> np.ndarray:
+    """The age class int [R] of requests with ``tokens`` float64 [R] behind the first; -1: none."""
+    return np.minimum(np.frexp(tokens)[1] - 1, AGES - 1)

@@ -61,7 +61,8 @@ class Latency(Throughput):
 
     def limits(self, step: StepContext, plain: float, prompt: float) -> Limits | None:
         accounts = self._ledger.accounts(step.request_ids)
-        left = (1.0 + self.MARGIN) * accounts.plain - accounts.spent
+        admitted = np.maximum(accounts.plain, accounts.usual)
+        left = (1.0 + self.MARGIN) * admitted - accounts.spent
         return Limits(plain + np.maximum(left, 0.0), np.full(len(left), plain))
 
 

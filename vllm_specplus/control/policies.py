@@ -17,10 +17,10 @@ import numpy as np
 from vllm_specplus.control.budget import (
     best_chains,
     best_goodput,
-    leading_chains,
+    most_productive,
     within_limits,
 )
-from vllm_specplus.control.cost import Prices, StepCost
+from vllm_specplus.control.cost import Prices
 from vllm_specplus.control.ledger import Ledger
 from vllm_specplus.control.levels import Levels
 from vllm_specplus.control.objectives import Limits, make_objective
@@ -39,6 +39,8 @@ CHEAP_DRAFT = 0.02
 #: A request grows at most GROWTH[0] nodes plus GROWTH[1] times the most any request
 #: got in the last step: more would be grown only to be cut.
 GROWTH = (6, 2)
+#: Of nobody.
+NO_LIMITS = Limits(np.empty(0), np.empty(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,42 +192,31 @@ class Goodput(Policy):
 
     def choose(self, step: StepContext, candidates: Candidates, ranked: np.ndarray) -> np.ndarray:
         drawn = int(candidates.drawn[ranked].sum())
-        cost = self._prices.step
+        cost, requests = self._prices.step, len(step.request_ids)
         if cost is None:
             return ranked[:drawn]
-        plain = float(cost.predict(len(step.request_ids), len(step.request_ids), _context(step)))
-        limits = self._objective.limits(step, plain, self._prices.prompt)
+        rows = requests + np.arange(len(ranked) + 1)
+        seconds = np.stack(
+            [cost.predict(rows, requests, _context(step), tree=tree) for tree in (False, True)]
+        )
+        limits = self._objective.limits(step, float(seconds[0, 0]), self._prices.prompt)
+        best = partial(_best, limits or NO_LIMITS, candidates, seconds)
         orders = [ranked]
         chains = ranked[candidates.on_best_chain()[ranked]]
         if not drawn and len(chains) < len(ranked):  # there are trees, which may cost more
             orders.append(chains)
-        best = partial(self._best, cost, step, limits, candidates)
         choices = [best(each, drawn) for each in orders]
         if limits is not None and not drawn and any(each.limited for each in choices):
             choices += [best(_fairly(each, candidates, limits), 0) for each in orders]
         choice = max(choices, key=lambda each: each.gain)
         # The time for these drafts is spent, but the next ones will cost it again.
-        drafting = self._prices.drafting.of_requests(len(step.request_ids))
+        drafting = self._prices.drafting.of_requests(requests)
         gain = choice.gain * choice.seconds / (choice.seconds + drafting)
         decided = self._decide(choice.best, gain, choice.limited)
         if not drawn:
             return choice.ranked[:decided]
         self._rest = self._switch.speculating and not decided
         return choice.ranked[: choice.best]
-
-    def _best(
-        self, cost: StepCost, step: StepContext, limits: Limits | None, candidates: Candidates,
-        ranked: np.ndarray, least: int,
-    ) -> Choice:  # fmt: skip
-        """Of ``ranked`` int64 [K], the most productive number of nodes, at ``least`` so many."""
-        requests = len(step.request_ids)
-        count = np.arange(len(ranked) + 1)
-        chains = leading_chains(ranked, candidates.parents, candidates.starts)
-        seconds = cost.predict(requests + count, requests, _context(step), tree=count > chains)
-        best, gain, limited = _best_allowed(
-            limits, candidates.owners(ranked), candidates.survival[ranked], requests, seconds, least
-        )
-        return Choice(ranked, best, gain, float(seconds[best]), limited)
 
     def _decide(self, best: int, gain: float, limited: bool) -> int:
         """What the switch makes of it. Who drafts nothing for another request's sake has not found
@@ -246,6 +237,20 @@ def make_policy(
     if isinstance(config, ThresholdControl):
         return Threshold(config)
     return Goodput(config, prices, ledger, draws, counters)
+
+
+def _best(
+    limits: Limits, candidates: Candidates, seconds: np.ndarray, ranked: np.ndarray, least: int
+) -> Choice:
+    """Of ``ranked`` int64 [K], the most productive number of nodes, at ``least`` so many;
+    ``seconds``: see ``budget.most_productive``."""
+    return Choice(
+        ranked,
+        *most_productive(
+            ranked, candidates.survival, candidates.parents, candidates.starts, seconds, least,
+            limits.seconds, limits.per_token, limits.ceiling,
+        ),
+    )  # fmt: skip
 
 
 def _best_allowed(

@@ -9,7 +9,8 @@ fused, and the controller decides by learnt acceptance.
 The trees are those of ``arctic-inference``, which vLLM's method uses too: C++, and memory
 that grows with the tokens stored. Responses are kept per *cache salt*, in a shared
 tree of their own: a request draws only on responses of its salt. Over all salts the
-oldest finished responses go once ``max_memory_mb`` is reached.
+oldest finished responses go once ``max_memory_mb`` is reached, running requests' trees included,
+which get half of it at most and grow no further then. A long prompt is read in parts, a step each.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ from vllm_specplus.tree import DraftBatch
 #: A draft has at most FACTOR tokens per matched token plus OFFSET, and none below
 #: LEAST_PROBABILITY: the paper's rule (sec. 4) that short matches deserve short drafts.
 FACTOR, OFFSET, LEAST_PROBABILITY = 2.0, 2.0, 0.05
+#: Tokens of a request's text that its own tree takes in a step, and the share of the memory that
+#: all such trees may have.
+MOST_READ, OWN_SHARE = 4096, 0.5
+#: Bytes that a token takes in a tree, until it is measured.
+FIRST_GUESS = 300.0
 #: Memory is estimated anew when the stored tokens that came are this share of those stored.
 REESTIMATE = 0.1
 #: Stands for "many" where a tree tells frequencies and not counts.
@@ -60,6 +66,8 @@ class _Request:
     """Sequence number of its response in the shared tree."""
     known: int = 0
     """Tokens of its text that are in its own tree."""
+    said: int = 0
+    """Tokens of its text that the shared tree has seen, those of the prompt left out."""
     stored: int = 0
     """Tokens of its response that are in the shared tree."""
 
@@ -89,7 +97,7 @@ class SuffixTreeConfig(MethodConfig):
     max_depth: Annotated[int, Field(ge=2, le=256)] = 24
     """Longest match plus continuation the trees hold."""
     max_memory_mb: Megabytes = 256
-    """Finished responses are forgotten, oldest first, beyond this."""
+    """Of all trees; finished responses are forgotten, oldest first, beyond this."""
 
     @model_validator(mode="after")
     def _library_is_there(self):
@@ -121,9 +129,10 @@ class SuffixTree(Proposer):
         # Sequence number -> (salt, tokens), in the order the responses were finished.
         self._finished: OrderedDict[int, tuple[str, int]] = OrderedDict()
         self._next_number = 0
-        self._bytes_per_token = 0.0
-        self._stored = 0
-        # Tokens that were stored when the trees were measured, and that came since then.
+        self._bytes_per_token = FIRST_GUESS
+        # Tokens of responses in all shared trees, and of running requests in their own ones.
+        self._stored = self._own = 0
+        # Tokens that there were when the trees were measured, and that came since then.
         self._estimated_at = self._came = 0
 
     @property
@@ -146,9 +155,9 @@ class SuffixTree(Proposer):
                 self._requests[name] = request
                 self._next_number += 1
             text = step.token_ids[r]
-            if known > request.known:
-                request.local.extend_ndarray(0, text[request.known : known])
-                fresh = text[max(request.known, prompt) : known]
+            self._read(request, text[:known])
+            if known > request.said:
+                fresh = text[max(request.said, prompt) : known]
                 if step.ends is not None:  # what is behind the end was never said
                     ended = np.flatnonzero(np.isin(fresh, step.ends[r]))[:1].tolist()
                     fresh = fresh[: ended[0] + 1] if ended else fresh
@@ -157,7 +166,20 @@ class SuffixTree(Proposer):
                 shared.tokens += len(fresh)
                 request.stored += len(fresh)
                 self._stored += len(fresh)
-                request.known = known
+                self._came += len(fresh)
+                request.said = known
+        self._evict()
+
+    def _read(self, request: _Request, text: np.ndarray) -> None:
+        """Let the request's own tree grow by what is new in ``text`` int32 [n]."""
+        count = min(len(text) - request.known, MOST_READ)
+        room = OWN_SHARE * self.config.max_memory_mb * 1e6
+        if count <= 0 or (self._own + count) * self._bytes_per_token > room:
+            return
+        request.local.extend_ndarray(0, text[request.known : request.known + count])
+        request.known += count
+        self._own += count
+        self._came += count
 
     def _shared_of(self, salt: str) -> _Shared:
         shared = self._shared.get(salt)
@@ -170,19 +192,21 @@ class SuffixTree(Proposer):
         request = self._requests.pop(request_id, None)
         if request is None:
             return
+        self._own -= request.known
         if request.stored:
             self._finished[request.response] = (request.salt, request.stored)
-            self._came += request.stored
         self._evict()
 
     def _evict(self) -> None:
         """Oldest responses first, down to ``max_memory_mb``."""
         if self._came > REESTIMATE * self._estimated_at:
-            size = sum(shared.tree.estimate_memory() for shared in self._shared.values())
-            self._bytes_per_token = size / max(self._stored, 1)
-            self._estimated_at, self._came = self._stored, 0
+            trees = [shared.tree for shared in self._shared.values()]
+            trees += [request.local for request in self._requests.values()]
+            size = sum(tree.estimate_memory() for tree in trees)
+            self._bytes_per_token = size / max(self._stored + self._own, 1)
+            self._estimated_at, self._came = self._stored + self._own, 0
         allowed = self.config.max_memory_mb * 1e6
-        while self._finished and self.stored_tokens * self._bytes_per_token > allowed:
+        while self._finished and (self._stored + self._own) * self._bytes_per_token > allowed:
             number, (salt, size) = self._finished.popitem(last=False)
             shared = self._shared[salt]
             shared.tree.remove(number)
@@ -202,7 +226,7 @@ class SuffixTree(Proposer):
                 local.append(_NOTHING)
                 shared.append(_NOTHING)
                 continue
-            text = step.token_ids[r, : request.known]
+            text = step.token_ids[r, : step.num_tokens[r]]
             context = text[-self.config.max_depth :]
             local.append(_query(request.local, context, budget))
             shared.append(_query(self._shared_of(request.salt).tree, context, budget))

@@ -1,0 +1,174 @@
+"""Load that steps and load that comes in bursts: does anybody wait longer than undrafted meanwhile?
+
+    python benchmarks/ramps.py --model DIR --dataset question.jsonl [--methods token_recycling]
+        [--steps 1,32,1] [--seconds 20] [--rate 4] [--max-tokens 40] [--repeat 2] --json OUT
+
+Every method's engine, one at a time, gets the same requests at the same times: first so many in
+flight as ``--steps`` says, each for ``--seconds``, then bursts at ``--rate`` per second on average
+(Gamma arrivals, shape 0.25). Of every token is written down when it came and how long after the
+token before it; several of one step share their time. p99 of these times over windows of 10 seconds
+is compared with that of no speculation in the same window; ``none`` is run before and after, so
+that its own spread is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import numpy as np
+
+from vllm_specplus.bench.dataset import load_dataset, pick
+from vllm_specplus.bench.engine import Engine, configure_process
+from vllm_specplus.bench.methods import parse_engine_args, parse_methods
+from vllm_specplus.bench.protocol import EngineSetup
+from vllm_specplus.bench.report import describe_run
+
+WINDOW_S = 10.0
+SHAPE = 0.25
+FEWEST = 100
+
+
+class Driver:
+    """Feeds an engine and writes down (when, seconds) of every token but requests' first ones."""
+
+    def __init__(self, engine: Engine, names: list[str], max_tokens: int):
+        self._engine, self._loop = engine, engine.llm.llm_engine
+        self._names, self._max_tokens = deque(names), max_tokens
+        self._last: dict[str, float] = {}
+        self._start = time.perf_counter()
+        self.tokens: list[tuple[float, float]] = []
+        self.running = 0
+
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def submit(self) -> None:
+        name = self._names.popleft()
+        job = self._engine._job(name, self._engine.prompts[name], self._max_tokens)
+        self._loop.add_request(*job)
+        self.running += 1
+
+    def step(self) -> None:
+        for output in self._loop.step():
+            now, count = self.now(), len(output.outputs[0].token_ids)
+            if count and output.request_id in self._last:
+                gap = (now - self._last[output.request_id]) / count
+                self.tokens += [(now, gap)] * count
+            self._last[output.request_id] = now
+            self.running -= output.finished
+
+    def steps(self, levels: list[int], seconds: float) -> None:
+        for number, level in enumerate(levels):
+            while self.now() < (number + 1) * seconds:
+                while self.running < level:
+                    self.submit()
+                self.step()
+        while self.running:
+            self.step()
+
+    def bursts(self, arrivals: np.ndarray) -> None:
+        due = deque((self.now() + arrivals).tolist())
+        while due or self.running:
+            while due and due[0] <= self.now():
+                due.popleft()
+                self.submit()
+            if self.running:
+                self.step()
+            else:
+                time.sleep(min(max(due[0] - self.now(), 0.0), 0.05))
+
+
+def measure(args: argparse.Namespace, config: dict | None) -> dict:
+    configure_process()
+    levels = [int(n) for n in args.steps.split(",")]
+    measured, warmup = pick(load_dataset(args.dataset).questions, args.limit)
+    setup = EngineSetup(
+        model=args.model, speculative_config=config, engine_args=args.engine_args,
+        measured=measured, warmup=warmup, concurrency=4, max_tokens=args.max_tokens,
+        temperature=0, seed=0, chat_template=True,
+    )  # fmt: skip
+    engine = Engine(setup)
+    engine.warm_up()
+    names = [question.id for question in measured]
+    rng = np.random.default_rng(0)
+    gaps = rng.gamma(SHAPE, 1 / (SHAPE * args.rate), int(args.rate * 3 * args.seconds))
+    found = {}
+    for kind in ("steps", "bursts"):
+        engine.llm.reset_prefix_cache()
+        driver = Driver(engine, names * 3, args.max_tokens)
+        if kind == "steps":
+            driver.steps(levels, args.seconds)
+        else:
+            driver.bursts(np.cumsum(gaps))
+        found[kind] = driver.tokens
+    return found
+
+
+def windows(tokens: list[tuple[float, float]]) -> dict[int, tuple[int, float]]:
+    """Tokens and p99 milliseconds of every window."""
+    times = np.array(tokens)
+    number = (times[:, 0] // WINDOW_S).astype(int)
+    return {
+        int(n): (int((number == n).sum()), float(1e3 * np.percentile(times[number == n, 1], 99)))
+        for n in np.unique(number)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--methods", default="token_recycling")
+    parser.add_argument("--steps", default="1,32,1")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rate", type=float, default=4.0)
+    parser.add_argument("--limit", type=int, default=400)
+    parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument("--engine-arg", action="append", default=[])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.engine_args = parse_engine_args(args.engine_arg)
+    if args.one:
+        args.json.write_text(json.dumps(measure(args, args.one["config"])))
+        return
+    found = {}
+    methods = parse_methods(f"none,{args.methods},none")
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "part.json")
+        for method in methods:
+            own = ["--one", json.dumps({"config": method.speculative_config}), "--json", str(part)]
+            subprocess.run([sys.executable, *sys.argv, *own], check=True)
+            runs = json.loads(part.read_text())
+            found[method.label] = {kind: windows(tokens) for kind, tokens in runs.items()}
+        report = describe_run(Path(folder, "machine.log"))
+    table = []
+    for kind in ("steps", "bursts"):
+        for method in methods[1:]:
+            for number, (tokens, p99) in found[method.label][kind].items():
+                few, plain = found["none"][kind].get(number, (0, 0.0))
+                if min(few, tokens) < FEWEST:
+                    continue
+                table.append(
+                    {
+                        "load": kind, "method": method.label, "from_s": number * WINDOW_S,
+                        "tokens": tokens, "none_tokens": few, "p99_ms": p99,
+                        "none_p99_ms": plain, "ratio": p99 / plain,
+                    }
+                )  # fmt: skip
+                print(table[-1])
+    args.json.write_text(json.dumps(report | {"windows": table}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
