@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_specplus.control.ledger import Ledger
+from vllm_specplus.control.ledger import FEWEST, Ledger
 
 
 def i32(*values):
@@ -64,3 +64,23 @@ def test_for_as_many_tokens_as_many_prompts_are_read():
     ledger.produced(["a", "b"], i32(known + 4, known + 4), None)
     ledger.took(1.5, 1.0, 0.8)
     assert ledger.accounts(["a"]).plain[0] - before == pytest.approx(4 * (1.0 + 0.2), rel=1e-3)
+
+
+def test_what_is_usual_is_the_median_request_of_the_same_age():
+    """A prompt is read in every third step: those of two tokens have met one, or none."""
+    ledger = Ledger()
+    for i in range(FEWEST + 4):
+        name = f"r{i}"
+        for known in range(6, 12):
+            ledger.produced([name], i32(known), i32(5))
+            ledger.took(1.0, 1.0, 3.0 if i % 4 and known == 7 else 0.0)
+        if i < FEWEST - 1:
+            assert ledger.accounts([name]).usual.tolist() == [0.0]
+        ledger.forget(name)
+    ledger.produced(["new"], i32(6), i32(5))
+    ledger.took(1.0, 1.0, 0.0)
+    assert ledger.accounts(["new"]).usual.tolist() == [0.0]  # its first token is not booked
+    for known, usual in ((7, 1 * 4.0), (8, 2 * 2.5), (9, 3 * 2.5), (10, 4 * 1.75)):
+        ledger.produced(["new"], i32(known), i32(5))
+        ledger.took(1.0, 1.0, 0.0)
+        assert ledger.accounts(["new"]).usual.tolist() == [usual]

@@ -16,9 +16,8 @@ from vllm_specplus.control.slots import RequestSlots
 
 #: Share of the newest step in the average of what a request gains by one.
 GAIN_NEWEST = 0.05
-#: What undrafted requests usually take: this share of them takes no longer.
-USUAL = 0.5
-#: Requests of an age that it is told from, at least and at most; ages are powers of two in tokens.
+#: What is usual is the median of so many requests, at least and at most, of one age; ages are powers
+#: of two in tokens.
 FEWEST, MOST = 32, 256
 AGES = 16
 
@@ -34,8 +33,8 @@ class Accounts:
     plain: np.ndarray
     """float64 [R] seconds plain decoding would have taken for them, as predicted."""
     usual: np.ndarray
-    """float64 [R] seconds that plain decoding takes at most for as many tokens, of nine requests in
-    ten; 0 as long as that is not known."""
+    """float64 [R] seconds that plain decoding takes for as many tokens of the median request; 0 as
+    long as that is not known."""
 
 
 class Ledger:
@@ -90,9 +89,11 @@ class Ledger:
         """The requests' accounts up to the last step booked; zeros of those it does not know."""
         slots = self._slots.find(request_ids)
         known = slots >= 0
-        sums = [np.where(known, array[slots], 0.0) for array in self._slots.arrays[1:]]
+        tokens, spent, plain = (
+            np.where(known, array[slots], 0.0) for array in self._slots.arrays[1:]
+        )
         per_token = np.array([age.usual for age in self._ages])
-        return Accounts(*sums, usual=per_token[np.maximum(_age(sums[0]), 0)] * sums[0])
+        return Accounts(tokens, spent, plain, per_token[np.maximum(_age(tokens), 0)] * tokens)
 
     def forget(self, request_id: str) -> None:
         """The request is gone, and its account with it."""
@@ -100,11 +101,11 @@ class Ledger:
 
 
 class _Age:
-    """What the latest requests took per token, undrafted, when they came to one age."""
+    """What the latest requests would have taken per token, undrafted, when they came to one age."""
 
     def __init__(self) -> None:
         self.usual = 0.0
-        """Seconds per token that are seldom exceeded; 0 while too few have come to that age."""
+        """Median seconds per token; 0 while too few have come to that age."""
         self._seconds = np.empty(MOST)
         self._count = 0
 
@@ -112,7 +113,7 @@ class _Age:
         self._seconds[self._count % MOST] = seconds_per_token
         self._count += 1
         if self._count >= FEWEST and self._count % (FEWEST // 4) == 0:
-            self.usual = float(np.quantile(self._seconds[: min(self._count, MOST)], USUAL))
+            self.usual = float(np.median(self._seconds[: min(self._count, MOST)]))
 
 
 def _age(tokens: np.ndarray) -> np.ndarray:

@@ -50,7 +50,12 @@ class Throughput:
 
 
 class Latency(Throughput):
-    """No request may take longer than undrafted for the tokens it gets, but for a margin."""
+    """No request may take longer for its tokens than it would undrafted, or than the median request
+    would, whichever is longer, but for a margin.
+
+    The median: whoever has had a short time so far, since no prompt was read meanwhile, say, can
+    wait without being one of the slow ones for it.
+    """
 
     #: Share of what plain decoding would have taken. Below the 5 % that the tail may lose, since
     #: expectations do not come true every time, and the plain time itself is a prediction.
