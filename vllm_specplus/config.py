@@ -21,6 +21,14 @@ from vllm_specplus.target import Target
 Megabytes = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
+class MemoryBudget(StrictModel):
+    """What drafting and verifying may take, see ``engine/memory_plan.py``."""
+
+    budget_gb: Annotated[float, Field(gt=0, le=1 << 20)]
+    """Gigabytes (1e9 bytes) for the rows of a step with their logits, and for what the method
+    keeps; keys and values of the texts are vLLM's."""
+
+
 class AcceptanceRule(StrictModel):
     """Which nodes become text."""
 
@@ -172,6 +180,8 @@ class MethodConfig(StrictModel):
     """How much of that is used; see ``vllm_specplus/control``."""
     acceptance: Annotated[AcceptanceConfig, Field(discriminator="rule")] = LosslessAcceptance()
     """Which nodes become text; see ``vllm_specplus/samplers``."""
+    memory: MemoryBudget | None = None
+    """None: a step's logits have 1 GiB, and methods their own limits."""
     allow_lossy: bool = False
     """Is it known that the acceptance rule changes what is answered?"""
 

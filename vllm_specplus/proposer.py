@@ -107,6 +107,10 @@ class Proposer(ABC):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Load the method's own model, if it has one, to the target's device and dtype."""
 
+    def held_bytes(self) -> int:
+        """Return the most that it keeps while serving, weights aside, slots' shares too."""
+        return 0
+
     def slot_bytes(self) -> int:
         """Return how much it keeps for every slot of the target's KV cache, which is made
         smaller for it."""

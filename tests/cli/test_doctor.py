@@ -17,6 +17,7 @@ from vllm_specplus.capabilities import Found, Need
 from vllm_specplus.cli import doctor
 from vllm_specplus.cli.main import app
 from vllm_specplus.compat.report import Problem, Report
+from vllm_specplus.control import memory
 from vllm_specplus.control.memory import ModelDimensions, speculation_bytes
 from vllm_specplus.kernels import native
 from vllm_specplus.proposers.token_recycling import TokenRecyclingConfig
@@ -333,6 +334,30 @@ def test_too_many_verified_rows_are_a_warning(model):
     assert f"can have {2 * rows} in" in findings["verified rows"]["value"]
     assert "num_speculative_tokens" in findings["verified rows"]["remedy"]
     assert report["works"] is True
+
+
+def test_what_a_budget_holds(model):
+    arguments = ("--model", model, "--max-num-seqs", 8, "--budget", 4, "--context", 1024)
+    result = run("--json", *map(str, arguments))
+    report = json.loads(result.stdout)
+    plan = memory.plan(ModelDimensions.from_config(LLAMA_3_8B), 4 * 10**9, 1024, 8)
+    assert report["budget"]["nodes"] == plan.nodes > 0
+    section = "Within 4 GB beside the weights, texts of 1024 tokens"
+    findings = {f["name"]: f for f in report["findings"] if f["section"] == section}
+    assert findings["8 nodes each"]["value"] == f"at most {plan.batches[8]} requests"
+    assert findings["8 requests"]["value"].startswith(f"trees of {plan.nodes} nodes at most")
+    result = run("--json", *map(str, arguments[:-4]), "--budget", "0.5", "--context", "1024")
+    (too_many,) = [
+        f for f in json.loads(result.stdout)["findings"] if f["name"] == "8 requests"
+    ]  # fmt: skip
+    assert too_many["status"] == "warning"
+    assert "lower --max-num-seqs" in too_many["remedy"]
+
+
+def test_a_budget_needs_a_model():
+    result = run("--budget", "4")
+    assert result.exit_code == 2
+    assert "needs --model" in result.output
 
 
 def test_memory_per_gpu(model):

@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_specplus.control.cost import (
     PROFILE_ROWS,
@@ -250,3 +252,16 @@ def test_nodes_of_long_contexts_cost_more():
     for context in (200, 600, 1500):
         shape = StepShape(8, 8 + 20, 8 * context)
         assert cost.predict_step(shape) == pytest.approx(seconds(shape), rel=0.06)
+
+
+@given(
+    st.integers(1, 80), st.integers(0, 700), st.integers(1, 100_000), st.integers(0, 3000),
+    st.booleans(), st.lists(st.floats(0.01, 2.0), min_size=8, max_size=8),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_one_step_is_predicted_as_many_are(requests, nodes, context, prompt_rows, tree, theta):
+    cost = StepCost(CostProfile(CostCurve(np.array([1, 8, 64]), np.array([0.01, 0.012, 0.03]))))
+    cost.theta = np.array(theta)
+    shape = StepShape(requests, requests + nodes, context, prompt_rows, tree)
+    many = cost.predict(np.array([shape.rows]), requests, context, prompt_rows, tree)
+    assert cost.predict_step(shape) == pytest.approx(float(many[0]))

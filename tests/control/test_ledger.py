@@ -77,10 +77,8 @@ def test_what_is_usual_is_the_median_request_of_the_same_age():
         if i < FEWEST - 1:
             assert ledger.accounts([name]).usual.tolist() == [0.0]
         ledger.forget(name)
-    ledger.produced(["new"], i32(6), i32(5))
-    ledger.took(1.0, 1.0, 0.0)
-    assert ledger.accounts(["new"]).usual.tolist() == [0.0]  # its first token is not booked
-    for known, usual in ((7, 1 * 4.0), (8, 2 * 2.5), (9, 3 * 2.5), (10, 4 * 1.75)):
+    # With one token more, and nothing known of older ones.
+    for known, usual in ((6, 1 * 4.0), (7, 2 * 2.5), (8, 3 * 2.5), (9, 4 * 1.75), (30, 25 * 1.75)):
         ledger.produced(["new"], i32(known), i32(5))
         ledger.took(1.0, 1.0, 0.0)
         assert ledger.accounts(["new"]).usual.tolist() == [usual]

@@ -393,3 +393,25 @@ def test_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_plan_is_the_largest_that_fits():
+    dims = ModelDimensions.from_config(LLAMA_3_8B)
+    state = memory.token_recycling_bytes(dims.vocab_size)
+    for budget in (10**9, 3 * 10**9, 20 * 10**9):
+        plan = memory.plan(dims, budget, 2048, 8)
+        for nodes, most in plan.batches.items():
+            one = memory.request_bytes(dims, 2048, nodes)
+            assert state + most * one <= budget < state + (most + 1) * one
+        if plan.nodes is None:
+            assert budget < 8 * memory.request_bytes(dims, 2048, 0) == plan.needed
+        else:
+            assert plan.needed == state + 8 * memory.request_bytes(dims, 2048, plan.nodes) <= budget
+            more = 8 * memory.request_bytes(dims, 2048, plan.nodes + 1)
+            assert plan.nodes == 80 or state + more > budget
+
+
+def test_a_plan_without_room():
+    plan = memory.plan(ModelDimensions.from_config(LLAMA_3_8B), 1000, 2048, 8)
+    assert set(plan.batches.values()) == {0}
+    assert plan.nodes is None

@@ -7,8 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_specplus.config import MemoryBudget
 from vllm_specplus.control import memory
-from vllm_specplus.engine.memory_plan import for_kv_cache, max_rows, verification_bytes
+from vllm_specplus.engine.memory_plan import (
+    for_kv_cache,
+    max_rows,
+    verification_bytes,
+    whole_row_bytes,
+)
 from vllm_specplus.engine.row_penalties import CHUNK_BYTES
 
 VOCAB = 128_256
@@ -18,15 +24,27 @@ GIB = 2**30
 def config(requests=64, nodes=80, budget=8192, said=None):
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=budget),
-        model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB, dtype=torch.bfloat16),
+        model_config=SimpleNamespace(  # Llama-3-8B
+            get_vocab_size=lambda: VOCAB,
+            dtype=torch.bfloat16,
+            get_hidden_size=lambda: 4096,
+            get_num_layers=lambda parallel: 32,
+            get_num_kv_heads=lambda parallel: 8,
+            get_head_size=lambda: 128,
+            hf_text_config=SimpleNamespace(intermediate_size=14336),
+        ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         cache_config=SimpleNamespace(kv_cache_memory_bytes=said),
         num_speculative_tokens=nodes,
     )
 
 
-def proposer(rule=None, reads_prompt=False, slot=0):
-    return SimpleNamespace(rule=rule, reads_prompt=reads_prompt, slot_bytes=lambda: slot)
+def proposer(rule=None, reads_prompt=False, slot=0, budget_gb=None, held=0):
+    limit = None if budget_gb is None else MemoryBudget(budget_gb=budget_gb)
+    return SimpleNamespace(
+        rule=rule, reads_prompt=reads_prompt, slot_bytes=lambda: slot, held_bytes=lambda: held,
+        config=SimpleNamespace(memory=limit),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "bytes_"), [(None, 14), ("traversal", 18)])
@@ -57,3 +75,22 @@ def test_the_cache_gets_what_is_left():
 def test_a_device_that_is_too_small_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match=r"may take 9\d\d\.\d MiB for logits, and 512\.0 MiB"):
         for_kv_cache(GIB // 2, config(), proposer(), 1000)
+
+
+def test_a_budget_bounds_the_rows_of_a_step():
+    row = whole_row_bytes(config(), proposer())
+    # 14 bytes per id; a key and a value of 8 heads in 32 layers; 8 buffers of 14336 units.
+    assert row == VOCAB * 14 + 2 * 32 * 8 * 128 * 2 + 8 * 14336 * 2
+    assert max_rows(config(), proposer(budget_gb=100 * row / 1e9)) == 100
+    assert max_rows(config(), proposer(budget_gb=(100 * row + 5) / 1e9, held=row)) == 99
+    assert max_rows(config(), proposer(budget_gb=100)) == max_rows(config(), proposer())
+    less = proposer(budget_gb=100 * row / 1e9)
+    assert verification_bytes(config(), less) == 36 * VOCAB * 14 + CHUNK_BYTES
+
+
+def test_a_budget_that_holds_no_draft_is_refused_in_a_sentence():
+    row = whole_row_bytes(config(), proposer())
+    enough = (65 * row + 2**20) / 1e9
+    assert max_rows(config(), proposer(budget_gb=enough, held=2**20)) == 65
+    with pytest.raises(ValueError, match=r"'budget_gb' is 0\.1, and 0\.142 is the least for 64 "):
+        max_rows(config(), proposer(budget_gb=0.1, held=2**20))

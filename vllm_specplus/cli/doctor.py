@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -48,6 +48,16 @@ MEMORY_TERMS = {
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
 
 
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="With --model: GB for all beside the weights; says how many requests and how large "
+        "trees they hold.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the report.
@@ -80,29 +90,39 @@ def doctor(
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, help="With --model: GPUs that share the model.")
     ] = 1,
+    budget: Budget = None,
+    context: Annotated[
+        int, typer.Option(min=1, help="With --budget: tokens of each request's text.")
+    ] = 2048,
 ) -> None:
     """Check the installation; exit with 1 when something will not work."""
-    terms = {}
+    if budget is not None and not model:
+        raise typer.BadParameter("needs --model, whose sizes it goes by", param_hint="--budget")
+    sizes: dict[str, Any] = {}
+    about_memory: list[Finding] = []
     if model:
         dims = _dimensions(model, tensor_parallel_size)
         terms = memory.speculation_bytes(dims, max_num_seqs, nodes, block_size)
+        sizes["memory"] = {
+            **terms,
+            "total": sum(terms.values()),
+            "node": memory.node_bytes(dims),
+            "max_rows": memory.max_rows(dims),
+        }
+        about_memory += speculation_memory(dims, terms, max_num_seqs, nodes)
+        if budget is not None:
+            plan = memory.plan(dims, int(budget * 1e9), context, max_num_seqs, block_size)
+            sizes["budget"] = asdict(plan)
+            about_memory += within_budget(plan, budget, context, max_num_seqs)
     with _silenced():
         findings = examine()
         if model and all(finding.status != "error" for finding in findings):
             findings += contract(model)
-    if model:
-        findings += speculation_memory(dims, terms, max_num_seqs, nodes)
+    findings += about_memory
     works = all(finding.status != "error" for finding in findings)
     if as_json:
         report = {"works": works, "findings": [asdict(finding) for finding in findings]}
-        if model:
-            report["memory"] = {
-                **terms,
-                "total": sum(terms.values()),
-                "node": memory.node_bytes(dims),
-                "max_rows": memory.max_rows(dims),
-            }
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(json.dumps(report | sizes, indent=2))
     else:
         _print(Console(), findings, works)
     if not works:
@@ -404,6 +424,24 @@ def speculation_memory(
         )
     else:
         yield Finding(section, "verified rows", f"{fits}; a step has at most {most}")
+
+
+def within_budget(
+    plan: memory.Plan, budget: float, context: int, requests: int
+) -> Iterator[Finding]:
+    """What so many gigabytes hold beside the weights."""
+    section = f"Within {budget:g} GB beside the weights, texts of {context} tokens"
+    for nodes, most in plan.batches.items():
+        yield Finding(section, f"{nodes} nodes each", f"at most {most} requests")
+    name = f"{requests} requests"
+    if plan.nodes is None:
+        yield Finding(
+            section, name, f"do not fit, even undrafted: {memory.human(plan.needed)} are needed",
+            "warning", "lower --max-num-seqs or --context, or raise --budget",
+        )  # fmt: skip
+    else:
+        value = f"trees of {plan.nodes} nodes at most, {memory.human(plan.needed)} together"
+        yield Finding(section, name, value)
 
 
 def _dimensions(model: Path, tensor_parallel: int) -> memory.ModelDimensions:

@@ -111,14 +111,7 @@ class Controller:
         """The last step had this shape and took ``seconds``, and ``drafting`` seconds more."""
         if self.cost is None:
             return
-        undrafted = replace(shape, rows=shape.requests, tree=False)
-        plain = self.cost.predict_step(replace(undrafted, prompt_rows=0))
-        prompts = 0.0
-        if shape.prompt_rows:
-            prompts = self.cost.predict_step(undrafted) - plain
-            self.prices.prompt += PROMPT_NEWEST * (prompts - self.prices.prompt)
-        self._ledger.took(seconds + drafting, plain, prompts)
-        predicted = self.cost.observe(shape, seconds)
+        predicted = self._book(shape, seconds, drafting, self.cost)
         if predicted is not None and not shape.prompt_rows:
             self.counters.add("timed_steps")
             self.counters.add("predicted_step_seconds", predicted)
@@ -126,6 +119,23 @@ class Controller:
             error = abs(predicted - seconds) / seconds
             name = next((f"{most}%" for most in STEP_ERRORS if error <= most / 100), "more")
             self.counters.add(f"step_errors:{name}")
+
+    def _book(
+        self, shape: StepShape, seconds: float, drafting: float, cost: StepCost
+    ) -> float | None:
+        """Enter the step into the requests' accounts and let ``cost`` learn from it; returns what
+        it had predicted, as ``StepCost.observe``."""
+        undrafted = replace(shape, rows=shape.requests, tree=False)
+        plain = cost.predict_step(replace(undrafted, prompt_rows=0))
+        prompts = cost.predict_step(undrafted) - plain if shape.prompt_rows else 0.0
+        as_it_was = cost.predict_step(shape) if shape.rows > shape.requests else plain + prompts
+        # A step that took longer than it should (a neighbour on the machine, a long prompt) would
+        # have done so undrafted too.
+        scale = seconds / as_it_was
+        if shape.prompt_rows:
+            self.prices.prompt += PROMPT_NEWEST * (scale * prompts - self.prices.prompt)
+        self._ledger.took(seconds + drafting, scale * plain, scale * prompts)
+        return cost.observe(shape, seconds)
 
     def drafting_took(self, max_nodes: np.ndarray, seconds: float) -> None:
         """Growing the last trees, of up to ``max_nodes`` int32 [R], took this long."""

@@ -78,6 +78,10 @@ class CostCurve:
         return max(float(rise / (self.rows[-1] - self.rows[first])), 0.0)
 
 
+#: No step is predicted to take less, in units of a step of one row.
+LEAST_UNITS = 0.05
+
+
 class StepKind(IntEnum):
     """What a step runs, by the most demanding of its requests."""
 
@@ -228,6 +232,15 @@ class StepCost:
         self._seen = np.zeros(3, np.int64)
         self.theta = self._mean.copy()
 
+    @property
+    def theta(self) -> np.ndarray:
+        """float64 [8] the coefficients, as they are in ``_mean``."""
+        return np.array(self._theta)
+
+    @theta.setter
+    def theta(self, theta: np.ndarray) -> None:
+        self._theta = theta.tolist()
+
     def predict(
         self,
         rows: np.ndarray | int,
@@ -246,7 +259,7 @@ class StepCost:
         last = int(rows.max())
         if last >= self._units.shape[1]:
             self._tabulate(2 * last)
-        a, constant, request, kilo_token, drafts, drafted, attended, prompt = self.theta.tolist()
+        a, constant, request, kilo_token, drafts, drafted, attended, prompt = self._theta
         nodes = rows - requests
         kind = np.where(nodes == 0, StepKind.PLAIN, np.where(tree, StepKind.TREE, StepKind.CHAIN))
         units = a * self._units[kind, rows]
@@ -254,7 +267,7 @@ class StepCost:
         units += drafts * (nodes > 0)
         units += drafted * np.minimum(nodes, requests)
         units += attended * nodes * (context / requests / 1000)
-        return np.maximum(units, 0.05) * self.unit
+        return np.maximum(units, LEAST_UNITS) * self.unit
 
     def _tabulate(self, rows: int) -> None:
         counts = np.arange(rows + 1)
@@ -262,11 +275,17 @@ class StepCost:
         self._units = np.stack(curves) / self.unit
 
     def predict_step(self, shape: StepShape) -> float:
-        """Seconds of a step of this shape."""
-        seconds = self.predict(
-            shape.rows, shape.requests, shape.context, shape.prompt_rows, shape.tree
-        )
-        return float(seconds)
+        """:meth:`predict` of one step: without arrays, which take longer than the sum."""
+        if shape.rows >= self._units.shape[1]:
+            self._tabulate(2 * shape.rows)
+        a, constant, request, kilo_token, drafts, drafted, attended, prompt = self._theta
+        requests, nodes = shape.requests, shape.rows - shape.requests
+        units = a * self._units[shape.kind, shape.rows] + constant + request * requests
+        units += kilo_token * shape.context / 1000 + prompt * shape.prompt_rows
+        if nodes:
+            units += drafts + drafted * min(nodes, requests)
+            units += attended * nodes * (shape.context / requests / 1000)
+        return max(float(units), LEAST_UNITS) * self.unit
 
     def observe(self, shape: StepShape, seconds: float) -> float | None:
         """A step of this shape took ``seconds``; returns what was predicted, or None if it was

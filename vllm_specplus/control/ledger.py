@@ -16,8 +16,8 @@ from vllm_specplus.control.slots import RequestSlots
 
 #: Share of the newest step in the average of what a request gains by one.
 GAIN_NEWEST = 0.05
-#: What is usual is the median of so many requests, at least and at most, of one age; ages are powers
-#: of two in tokens.
+#: What is usual is the median of so many requests, at least and at most, of one age; ages are
+#: powers of two in tokens.
 FEWEST, MOST = 32, 256
 AGES = 16
 
@@ -33,8 +33,8 @@ class Accounts:
     plain: np.ndarray
     """float64 [R] seconds plain decoding would have taken for them, as predicted."""
     usual: np.ndarray
-    """float64 [R] seconds that plain decoding takes for as many tokens of the median request; 0 as
-    long as that is not known."""
+    """float64 [R] seconds that plain decoding takes the median request for as many tokens and one
+    more; 0 as long as that is not known."""
 
 
 class Ledger:
@@ -63,8 +63,8 @@ class Ledger:
         self._step = names, gained[gained > 0]
 
     def took(self, seconds: float, plain: float, prompts: float) -> None:
-        """That step took ``seconds``, all included, of which ``prompts`` were for reading prompts;
-        undrafted and without prompts it would have taken ``plain``.
+        """That step took ``seconds``, all included; undrafted it would have taken ``plain``, and
+        ``prompts`` more for reading prompts.
 
         Undrafted, as many prompts are read for as many tokens: by the tokens of a step, fewer.
         """
@@ -93,7 +93,11 @@ class Ledger:
             np.where(known, array[slots], 0.0) for array in self._slots.arrays[1:]
         )
         per_token = np.array([age.usual for age in self._ages])
-        return Accounts(tokens, spent, plain, per_token[np.maximum(_age(tokens), 0)] * tokens)
+        # Where too few have come to an age, what is known of a younger one has to do.
+        known_ages = np.maximum.accumulate(np.where(per_token > 0, np.arange(AGES), 0))
+        return Accounts(
+            tokens, spent, plain, per_token[known_ages[_age(tokens + 1)]] * (tokens + 1)
+        )
 
     def forget(self, request_id: str) -> None:
         """The request is gone, and its account with it."""

@@ -47,6 +47,9 @@ ACTIVATION_FACTOR = 8
 PROMPT_CHUNK = 256
 """Rows of a prompt shown to Token Recycling at once (``engine/proposing.py``)."""
 
+PLANNED_NODES, MOST_NODES = (0, 4, 8, 16, 32, 80), 80
+"""Sizes of trees in a plan, and the largest that ``num_speculative_tokens`` can ask for."""
+
 LOGITS_BUDGET = 2**30
 """What the logits of a step may take where nobody says otherwise: 1 GiB, which vLLM's V2
 model runner allows its verification too (``MAX_CHUNK_BYTES``)."""
@@ -297,6 +300,38 @@ def largest_batches(
         // request_bytes(dims, context, nodes, block_size, sampling)
         for nodes in node_counts
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a budget holds."""
+
+    batches: dict[int, int]
+    """Nodes that each request drafts -> most requests."""
+    nodes: int | None
+    """Most nodes that each of the asked number of requests can draft; None: not even undrafted they
+    fit."""
+    needed: int
+    """Bytes that they need then."""
+
+
+def plan(
+    dims: ModelDimensions, budget_bytes: int, context: int, requests: int, block_size: int = 16
+) -> Plan:
+    """The largest batch for trees of some sizes, and the largest tree for ``requests`` texts of
+    ``context`` tokens, in ``budget_bytes`` beside the weights; where drafts are looked up by Token
+    Recycling and tokens are sampled."""
+    state = token_recycling_bytes(dims.vocab_size)
+    batches = largest_batches(
+        dims, max(budget_bytes, state), state, context, PLANNED_NODES, block_size
+    )
+
+    def needed(nodes: int) -> int:
+        return (state if nodes else 0) + requests * request_bytes(dims, context, nodes, block_size)
+
+    fits = [nodes for nodes in range(MOST_NODES + 1) if needed(nodes) <= budget_bytes]
+    most = max(fits, default=None)
+    return Plan(batches, most, needed(most or 0))
 
 
 def human(size: int) -> str:

@@ -66,9 +66,10 @@ class Latency(Throughput):
 
     def limits(self, step: StepContext, plain: float, prompt: float) -> Limits | None:
         accounts = self._ledger.accounts(step.request_ids)
-        admitted = np.maximum(accounts.plain, accounts.usual)
+        # With the token that the step brings, whatever else it brings.
+        admitted = np.maximum(accounts.plain + plain, accounts.usual)
         left = (1.0 + self.MARGIN) * admitted - accounts.spent
-        return Limits(plain + np.maximum(left, 0.0), np.full(len(left), plain))
+        return Limits(np.maximum(left, plain), np.full(len(left), plain))
 
 
 class Slo(Throughput):

@@ -7,6 +7,7 @@ full batch ends in the middle of a step for want of memory.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from vllm_specplus.control import memory
@@ -15,14 +16,56 @@ from vllm_specplus.engine.row_penalties import CHUNK_BYTES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_specplus.config import MemoryBudget
     from vllm_specplus.proposer import Proposer
 
 
 def max_rows(vllm_config: VllmConfig, proposer: Proposer) -> int:
-    """Most rows a step may verify: the batch's token budget and the logits' memory."""
+    """Most rows a step may verify: the batch's token budget and the logits' memory, or the budget
+    that the user gives. ValueError with one sentence if that holds no draft."""
     scheduler = vllm_config.scheduler_config
     by_logits = memory.LOGITS_BUDGET // _row_bytes(vllm_config, _sampling(proposer))
-    return min(scheduler.max_num_batched_tokens, max(by_logits, scheduler.max_num_seqs))
+    most = min(scheduler.max_num_batched_tokens, max(by_logits, scheduler.max_num_seqs))
+    budget = proposer.config.memory
+    return most if budget is None else min(most, _budget_rows(budget, vllm_config, proposer))
+
+
+def _budget_rows(budget: MemoryBudget, vllm_config: VllmConfig, proposer: Proposer) -> int:
+    """Rows that the budget holds beside what the method keeps, of which every request has one."""
+    row, requests = (
+        whole_row_bytes(vllm_config, proposer),
+        vllm_config.scheduler_config.max_num_seqs,
+    )
+    held, given = proposer.held_bytes(), int(budget.budget_gb * 1e9)
+    rows = (given - held) // row
+    if rows <= requests:
+        needed = math.ceil((held + (requests + 1) * row) / 1e6) / 1e3
+        raise ValueError(
+            f"'budget_gb' is {budget.budget_gb:g}, and {needed:g} is the least for "
+            f"{requests} requests at once: {memory.human(held)} that the method keeps, and "
+            f"{memory.human(row)} for each request's row: raise it, or lower --max-num-seqs"
+            + (" or the method's memory" if held else "")
+        )
+    return rows
+
+
+def whole_row_bytes(vllm_config: VllmConfig, proposer: Proposer) -> int:
+    """Of one verified row: its logits and what drawing from them takes, its keys and values, and
+    its activations."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    hidden = model.get_hidden_size()
+    dims = memory.ModelDimensions(
+        layers=model.get_num_layers(parallel),
+        kv_heads=model.get_num_kv_heads(parallel),
+        head_dim=model.get_head_size(),
+        hidden_size=hidden,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * hidden,
+        vocab_size=model.get_vocab_size(),
+        dtype_bytes=model.dtype.itemsize,
+    )
+    logits = _row_bytes(vllm_config, _sampling(proposer))
+    return logits + memory.kv_token_bytes(dims) + memory.activation_bytes(dims, 1)
 
 
 def verification_bytes(vllm_config: VllmConfig, proposer: Proposer) -> int:

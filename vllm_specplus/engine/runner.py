@@ -124,6 +124,8 @@ class TreeRunnerMixin(ImageRowsMixin):
     def _run_profiled(self, rows: int, kind: str) -> None:
         """One forward pass over ``rows`` rows as in a step of this kind, with its logits."""
         drafted = kind != "plain"
+        # Of one token, which a dummy batch holds, all rows would go to the same experts.
+        self.batch.mix_tokens(rows, self.model_config.get_vocab_size())
         self._profiled = kind if drafted else None
         try:
             hidden, _ = self._dummy_run(

@@ -105,6 +105,13 @@ class V1Batch:
         if len(rows):
             self._runner.input_ids.gpu[self.to_device(rows)] = 0
 
+    def mix_tokens(self, rows: int, vocab_size: int) -> None:
+        """Let the first ``rows`` batch rows read tokens as if drawn from ``vocab_size`` ids, the
+        same on every rank."""
+        draws = torch.Generator().manual_seed(0)
+        tokens = torch.randint(vocab_size, (rows,), generator=draws, dtype=torch.int32)
+        self._runner.input_ids.gpu[:rows] = tokens.to(self._runner.input_ids.gpu.device)
+
     def shift_positions(self, rows: torch.Tensor, shifts: torch.Tensor) -> None:
         """Add ``shifts`` int64 [n] to the positions of batch rows ``rows`` int64 [n], both on the
         device. Cache slots, which vLLM has computed from sequential positions, stay."""

@@ -118,6 +118,9 @@ class DraftTree(Proposer):
     def _make_executor(self, model: Any, max_slots: int) -> DraftExecutor:
         return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
 
+    def held_bytes(self) -> int:
+        return self.config.kv_memory_mb * 2**20
+
     def forget(self, request_id: str) -> None:
         self._executor.forget(request_id)
 

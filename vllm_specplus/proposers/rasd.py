@@ -107,7 +107,7 @@ class RasdConfig(MethodConfig):
             common = {"num_speculative_tokens": self.num_speculative_tokens}
             if method.own_size:
                 common = {}
-            for key in (*common, "control", "acceptance", "allow_lossy"):
+            for key in (*common, "control", "acceptance", "memory", "allow_lossy"):
                 if key in keys:
                     raise ValueError(
                         f"'sources': {name!r} has a {key!r} of its own: "
@@ -224,6 +224,9 @@ class Rasd(Proposer):
                 member.forget(request_id)
             except Exception as error:  # the others forget all the same
                 self.services.report(error)
+
+    def held_bytes(self) -> int:
+        return sum(member.held_bytes() for member in self.members)
 
     def close(self) -> None:
         for member in self.members:

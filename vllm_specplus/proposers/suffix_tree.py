@@ -215,6 +215,9 @@ class SuffixTree(Proposer):
             if not shared.tokens:
                 del self._shared[salt]
 
+    def held_bytes(self) -> int:
+        return int(self.config.max_memory_mb * 1e6)
+
     # -- drafting -----------------------------------------------------------------
 
     def propose(self, step: StepContext) -> DraftBatch:

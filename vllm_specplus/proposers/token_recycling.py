@@ -436,6 +436,9 @@ class TokenRecycling(Proposer):
             matrix, keys, rows = (table.copy() for table in self._unsalted)
             self._start = matrix, keys, rows
 
+    def held_bytes(self) -> int:
+        return sum(table.nbytes for table in self._unsalted)
+
     def propose(self, step: StepContext) -> DraftBatch:
         counts = np.empty(len(step.num_tokens), np.int32)
         capacity = int(step.max_nodes.sum())
