@@ -36,6 +36,9 @@ COLUMNS = (
     "drafting", "verifying",
 )  # fmt: skip
 
+#: Share of the answers that are the slow ones.
+SLOWEST = 0.05
+
 
 class Steps:
     """Wraps an engine's ``step``; a row of ``COLUMNS`` for each."""
@@ -104,7 +107,58 @@ def measure(args: argparse.Namespace, config: dict | None) -> dict:
         name: {"first": first_at - first, "last": last - first, "tokens": tokens, "steps": taken}
         for name, (first_at, last, tokens, taken) in steps.answers.items()
     }
-    return {"columns": COLUMNS, "steps": steps.rows, "answers": answers}
+    found = {"columns": COLUMNS, "steps": steps.rows, "answers": answers}
+    return found | {"summary": summary(found, args.in_flight)}
+
+
+def summary(found: dict, in_flight: int) -> dict:
+    """Means over the kinds of steps of a full batch, times in milliseconds; and what the slowest
+    answers have in common."""
+    table = np.array(found["steps"], float)
+    column = {name: table[:, i] for i, name in enumerate(COLUMNS)}
+    full, read = column["requests"] >= in_flight - 1, column["prompts"] > 0
+    drafted = column["nodes"] > 0
+    kinds = {
+        "plain": full & ~read & ~drafted, "drafted": full & ~read & drafted,
+        "prompts": read & ~drafted, "prompts_drafted": read & drafted,
+    }  # fmt: skip
+    steps = {
+        name: {
+            "steps": int(chosen.sum()),
+            "share_of_time": float(column["seconds"][chosen].sum() / column["seconds"].sum()),
+            "ms": 1e3 * float(column["seconds"][chosen].mean()),
+            "tokens": float(column["tokens"][chosen].mean()),
+            "nodes": float(column["nodes"][chosen].mean()),
+            "prompt_tokens": float(column["prompt_tokens"][chosen].mean()),
+            **{
+                f"{part}_ms": 1e3 * float(column[part][chosen].mean())
+                for part in ("control", "drafting", "verifying")
+            },
+        }
+        for name, chosen in kinds.items()
+        if chosen.any()
+    }
+    answers = [each for each in found["answers"].values() if each["tokens"] > 1]
+    per_token = [(each["last"] - each["first"]) / (each["tokens"] - 1) for each in answers]
+    order = np.argsort(per_token)[::-1]
+    ends = column["began"] + column["seconds"]
+
+    def parts(chosen: np.ndarray) -> dict[str, float]:
+        tokens, beside, read_ms = [], [], []
+        for i in chosen:
+            # The steps behind its first token, up to its last.
+            here = (ends > answers[i]["first"] + 1e-9) & (ends <= answers[i]["last"] + 1e-9)
+            tokens.append(answers[i]["tokens"])
+            beside.append(int(column["prompts"][here].sum()) / answers[i]["tokens"])
+            read_ms.append(1e3 * column["seconds"][here & read].sum() / (answers[i]["tokens"] - 1))
+        return {
+            "tokens": float(np.mean(tokens)), "prompts_per_token": float(np.mean(beside)),
+            "ms_per_token": 1e3 * float(np.mean([per_token[i] for i in chosen])),
+            "of_it_in_steps_with_prompts_ms": float(np.mean(read_ms)),
+        }  # fmt: skip
+
+    share = max(round(SLOWEST * len(order)), 1)
+    return {"steps": steps, "all": parts(order), "slowest": parts(order[:share])}
 
 
 def main() -> None:

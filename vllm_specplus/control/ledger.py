@@ -16,10 +16,16 @@ from vllm_specplus.control.slots import RequestSlots
 
 #: Share of the newest step in the average of what a request gains by one.
 GAIN_NEWEST = 0.05
-#: What is usual is the median of so many requests, at least and at most, of one age; ages are
-#: powers of two in tokens.
-FEWEST, MOST = 32, 256
+#: Requests of one age that it is told from what is usual, at least and at most; ages are powers of
+#: two in tokens.
+FEWEST, MOST = 16, 256
 AGES = 16
+#: What is usual is a quantile, between these. It follows from the latest requests, after every so
+#: many of which their tails are compared: the seconds per token that they took and would have taken
+#: undrafted, at this quantile. A step down where they took longer, else up.
+LOWEST, HIGHEST = 0.0, 0.95
+LATEST, COMPARED_EVERY, TAIL = 256, 8, 0.97
+DOWN, UP = 0.1, 0.025
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +39,8 @@ class Accounts:
     plain: np.ndarray
     """float64 [R] seconds plain decoding would have taken for them, as predicted."""
     usual: np.ndarray
-    """float64 [R] seconds that plain decoding takes the median request for as many tokens and one
-    more; 0 as long as that is not known."""
+    """float64 [R] seconds that plain decoding takes a request for as many tokens and one more, if
+    it is as slow as may be; 0 as long as that is not known."""
 
 
 class Ledger:
@@ -47,6 +53,10 @@ class Ledger:
         self._step: tuple[list[str], np.ndarray] = [], np.empty(0, np.int64)
         self._gain = 1.0  # tokens per request and step
         self._ages = [_Age() for _ in range(AGES)]
+        # Of the latest requests, seconds per token: as they took, and undrafted.
+        self._ended = np.zeros((2, LATEST))
+        self._count = 0
+        self._quantile = HIGHEST
 
     def produced(
         self, request_ids: Sequence[str], num_tokens: np.ndarray, num_prompt: np.ndarray | None
@@ -83,7 +93,7 @@ class Ledger:
         undrafted[slots] += gained * (plain + prompts / self._gain)
         after = _age(tokens[slots])
         for i in np.flatnonzero(after > before).tolist():
-            self._ages[after[i]].add(undrafted[slots[i]] / tokens[slots[i]])
+            self._ages[after[i]].add(undrafted[slots[i]] / tokens[slots[i]], self._quantile)
 
     def accounts(self, request_ids: Sequence[str]) -> Accounts:
         """The requests' accounts up to the last step booked; zeros of those it does not know."""
@@ -101,7 +111,21 @@ class Ledger:
 
     def forget(self, request_id: str) -> None:
         """The request is gone, and its account with it."""
+        account = self.accounts([request_id])
+        if account.tokens[0]:
+            self._compare(np.array([account.spent[0], account.plain[0]]) / account.tokens[0])
         self._slots.forget(request_id)
+
+    def _compare(self, seconds_per_token: np.ndarray) -> None:
+        """Are the slow requests slower than they would be undrafted? Then less is admitted."""
+        self._ended[:, self._count % LATEST] = seconds_per_token
+        self._count += 1
+        if self._count >= FEWEST and self._count % COMPARED_EVERY == 0:
+            latest = self._ended[:, : min(self._count, LATEST)]
+            took, undrafted = np.quantile(latest, TAIL, axis=1)
+            slower = took > undrafted
+            self._quantile += -DOWN if slower else UP
+            self._quantile = min(max(self._quantile, LOWEST), HIGHEST)
 
 
 class _Age:
@@ -109,15 +133,15 @@ class _Age:
 
     def __init__(self) -> None:
         self.usual = 0.0
-        """Median seconds per token; 0 while too few have come to that age."""
+        """Seconds per token, at some quantile; 0 while too few have come to that age."""
         self._seconds = np.empty(MOST)
         self._count = 0
 
-    def add(self, seconds_per_token: float) -> None:
+    def add(self, seconds_per_token: float, quantile: float) -> None:
         self._seconds[self._count % MOST] = seconds_per_token
         self._count += 1
-        if self._count >= FEWEST and self._count % (FEWEST // 4) == 0:
-            self.usual = float(np.median(self._seconds[: min(self._count, MOST)]))
+        if self._count >= FEWEST and self._count % COMPARED_EVERY == 0:
+            self.usual = float(np.quantile(self._seconds[: min(self._count, MOST)], quantile))
 
 
 def _age(tokens: np.ndarray) -> np.ndarray:
