@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_specplus.control.ledger import FEWEST, Ledger
+from vllm_specplus.control.ledger import (
+    COMPARED_EVERY,
+    FEWEST,
+    FIRST,
+    HIGHEST,
+    LOWEST,
+    Ledger,
+)
 
 
 def i32(*values):
@@ -66,19 +73,58 @@ def test_for_as_many_tokens_as_many_prompts_are_read():
     assert ledger.accounts(["a"]).plain[0] - before == pytest.approx(4 * (1.0 + 0.2), rel=1e-3)
 
 
-def test_what_is_usual_is_the_median_request_of_the_same_age():
-    """A prompt is read in every third step: those of two tokens have met one, or none."""
-    ledger = Ledger()
-    for i in range(FEWEST + 4):
-        name = f"r{i}"
-        for known in range(6, 12):
-            ledger.produced([name], i32(known), i32(5))
-            ledger.took(1.0, 1.0, 3.0 if i % 4 and known == 7 else 0.0)
-        if i < FEWEST - 1:
-            assert ledger.accounts([name]).usual.tolist() == [0.0]
-        ledger.forget(name)
-    # With one token more, and nothing known of older ones.
-    for known, usual in ((6, 1 * 4.0), (7, 2 * 2.5), (8, 3 * 2.5), (9, 4 * 1.75), (30, 25 * 1.75)):
-        ledger.produced(["new"], i32(known), i32(5))
+def answered(ledger: Ledger, name: str, seconds: list[float], prompts: list[float], plain=1.0):
+    """A request whose tokens behind the first took so many ``seconds`` each, of which ``prompts``
+    were others' prompts; undrafted it would have taken ``plain`` and these."""
+    ledger.produced([name], i32(6), i32(5))
+    ledger.took(1.0, 1.0, 0.0)
+    for known, (took, reading) in enumerate(zip(seconds, prompts, strict=True), start=7):
+        ledger.produced([name], i32(known), i32(5))
+        ledger.took(took, plain, reading)
+    ledger.forget(name)
+
+
+def usual(ledger: Ledger, tokens: int) -> float:
+    """Of a request with ``tokens`` tokens behind its first."""
+    ledger.produced(["new"], i32(6), i32(5))
+    ledger.took(1.0, 1.0, 0.0)
+    if tokens:
+        ledger.produced(["new"], i32(6 + tokens), i32(5))
         ledger.took(1.0, 1.0, 0.0)
-        assert ledger.accounts(["new"]).usual.tolist() == [usual]
+    found = float(ledger.accounts(["new"]).usual[0])
+    ledger.forget("new")
+    return found
+
+
+def test_what_is_usual_is_told_from_requests_of_the_same_age():
+    """Beside every second one a prompt is read, at its first token; there are too few at first."""
+    ledger = Ledger()
+    for i in range(FEWEST - 1):
+        answered(ledger, f"r{i}", [4.0, 1.0, 1.0, 1.0], [3.0, 0.0, 0.0, 0.0])
+    assert usual(ledger, 0) == 0.0
+    answered(ledger, "one more", [4.0, 1.0, 1.0, 1.0], [3.0, 0.0, 0.0, 0.0])
+    # With one token more; of older ones, as many seconds per token as of the oldest known.
+    for tokens, seconds in ((0, 4.0), (1, 2 * 2.5), (2, 3 * 2.5), (3, 4 * 1.75), (24, 25 * 1.75)):
+        assert usual(ledger, tokens) == seconds
+
+
+def test_less_is_usual_where_the_slow_ones_have_become_slower():
+    """Half of them would have taken 4 seconds per token undrafted, the others 1; then those that
+    are slow anyway take a tenth longer."""
+    ledger = Ledger()
+    for i in range(40 * COMPARED_EVERY):
+        reading = 3.0 if i % 2 else 0.0
+        answered(ledger, f"r{i}", [1.0 + reading] * 2, [reading] * 2)
+        if i < FEWEST - 1:
+            assert ledger._quantile == FIRST
+    assert ledger._quantile == HIGHEST
+    assert usual(ledger, 1) == pytest.approx(2 * 4.0, rel=0.01)
+    for i in range(40 * COMPARED_EVERY):
+        reading = 3.0 if i % 2 else 0.0
+        answered(ledger, f"s{i}", [1.0 + 1.1 * reading] * 2, [reading] * 2)
+    assert ledger._quantile == LOWEST
+    assert usual(ledger, 1) == pytest.approx(2 * 1.0, rel=0.01)
+    for i in range(80 * COMPARED_EVERY):  # and no longer
+        reading = 3.0 if i % 2 else 0.0
+        answered(ledger, f"t{i}", [1.0 + reading] * 2, [reading] * 2)
+    assert ledger._quantile == HIGHEST

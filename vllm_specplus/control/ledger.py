@@ -20,10 +20,10 @@ GAIN_NEWEST = 0.05
 #: two in tokens.
 FEWEST, MOST = 16, 256
 AGES = 16
-#: What is usual is a quantile, between these. It follows from the latest requests, after every so
+#: What is usual is a quantile, at first the median. It follows from the latest requests, after every so
 #: many of which their tails are compared: the seconds per token that they took and would have taken
 #: undrafted, at this quantile. A step down where they took longer, else up.
-LOWEST, HIGHEST = 0.0, 0.95
+LOWEST, FIRST, HIGHEST = 0.0, 0.5, 0.95
 LATEST, COMPARED_EVERY, TAIL = 256, 8, 0.97
 DOWN, UP = 0.1, 0.025
 
@@ -56,7 +56,7 @@ class Ledger:
         # Of the latest requests, seconds per token: as they took, and undrafted.
         self._ended = np.zeros((2, LATEST))
         self._count = 0
-        self._quantile = HIGHEST
+        self._quantile = FIRST
 
     def produced(
         self, request_ids: Sequence[str], num_tokens: np.ndarray, num_prompt: np.ndarray | None

@@ -50,11 +50,12 @@ class Throughput:
 
 
 class Latency(Throughput):
-    """No request may take longer for its tokens than it would undrafted, or than the median request
-    would, whichever is longer, but for a margin.
+    """No request may take longer for its tokens than it would undrafted, or than undrafted requests
+    usually do, whichever is longer, but for a margin.
 
-    The median: whoever has had a short time so far, since no prompt was read meanwhile, say, can
-    wait without being one of the slow ones for it.
+    Whoever has had a short time so far, since no prompt was read meanwhile, say, can wait without
+    being one of the slow ones for it. What is usual is so chosen that the slow ones, all in all,
+    take no longer than they would undrafted (``control/ledger.py``).
     """
 
     #: Share of what plain decoding would have taken. Below the 5 % that the tail may lose, since
