@@ -24,7 +24,7 @@ def test_defaults():
             "policy": "goodput", "mode": "on", "objective": "latency", "tpot_ms": None,
             "ttft_ms": None, "cost_file": None,
         },
-        "acceptance": {"rule": "lossless"}, "allow_lossy": False,
+        "acceptance": {"rule": "lossless"}, "memory": None, "allow_lossy": False,
     }  # fmt: skip
 
 

@@ -23,8 +23,8 @@ AGES = 16
 #: What is usual is a quantile, at first the median. It follows from the latest requests, after
 #: every so many of which their tails are compared: the seconds per token that they took and would
 #: have taken undrafted, at this quantile. A step down where they took longer, else up.
-LOWEST, FIRST, HIGHEST = 0.0, 0.5, 0.95
-LATEST, COMPARED_EVERY, TAIL = 256, 8, 0.97
+LOWEST, FIRST, HIGHEST = 0.0, 0.5, 0.8
+LATEST, COMPARED_EVERY, TAIL = 256, 8, 0.95
 DOWN, UP = 0.1, 0.025
 
 
