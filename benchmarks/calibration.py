@@ -14,20 +14,15 @@ share, which knows nothing of any node: skill is 1 - one / other.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import numpy as np
+from one_engine import ask_each, by_label, save
 
 from vllm_specplus.bench.dataset import load_dataset, pick
-from vllm_specplus.bench.methods import parse_methods
-from vllm_specplus.bench.report import describe_run
 from vllm_specplus.control.acceptance import AcceptanceEstimator, label_nodes, look_up
 
 BINS = 10
@@ -136,23 +131,11 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=48)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=4)
-    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        args.json.write_text(json.dumps(measure(args, args.one)))
-        return
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder, "part.json")
-        for method in parse_methods(args.methods):
-            own = ["--one", json.dumps(method.speculative_config), "--json", str(part)]
-            subprocess.run([sys.executable, *sys.argv, *own], check=True)
-            results[method.name] = json.loads(part.read_text())
-            print(method.name, {k: v for k, v in results[method.name].items() if k != "bins"})
-        report = describe_run(Path(folder, "machine.log")) | {"methods": results}
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    args, results, about = ask_each(parser, lambda args: by_label(args.methods), measure)
+    for name, result in results.items():
+        print(name, {key: value for key, value in result.items() if key != "bins"})
+    save(args.json, about | {"methods": results})
     if args.plot:
         plot(results, args.plot)
 

@@ -1,7 +1,7 @@
 """What generating takes beside the weights, with and without a memory budget, at the same batch.
 
     python benchmarks/memory_budget.py --model DIR --dataset question.jsonl [--batch 8]
-        [--budgets 0.02,0.01] [--questions 48] [--max-tokens 64] --json OUT
+        [--budgets 0.024,0.016] [--questions 48] [--max-tokens 64] --json OUT
 
 One engine at a time, on a CPU, whose memory the kernel counts: the process's resident memory is
 read when the engine is warm and idle, its peak is reset, and questions are answered, ``--batch`` at
@@ -13,20 +13,17 @@ are no memory yet. Speed is the median of three passes over fresh questions.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+from one_engine import ask_each, runner_of, save
+
 from vllm_specplus.bench.dataset import load_dataset, pick
-from vllm_specplus.bench.report import describe_run
 from vllm_specplus.control import memory
 
 PASSES = 3
@@ -62,8 +59,7 @@ def measure(args: argparse.Namespace, config: dict | None) -> dict:
     model = llm.llm_engine.model_config
     dims = memory.ModelDimensions.from_config(model.hf_config.to_dict())
     longest = max(len(each.prompt_token_ids) for each in out) + args.max_tokens
-    core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
+    runner = runner_of(llm)
     terms = {}
     if config is not None:
         counters, controller = runner.drafter.counters, runner.drafter.controller
@@ -78,34 +74,27 @@ def measure(args: argparse.Namespace, config: dict | None) -> dict:
     }  # fmt: skip
 
 
+def engines(args: argparse.Namespace) -> dict[str, dict | None]:
+    plain: dict = {"method": "token_recycling"}
+    budgets = {
+        f"{budget} GB": plain | {"memory": {"budget_gb": float(budget)}}
+        for budget in args.budgets.split(",")
+    }
+    return {"none": None, "default": plain} | budgets
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--budgets", default="0.02,0.01")
+    parser.add_argument("--budgets", default="0.024,0.016")
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        args.json.write_text(json.dumps(measure(args, args.one["config"])))
-        return
-    plain: dict = {"method": "token_recycling"}
-    configs = {"none": None, "default": plain}
-    for budget in args.budgets.split(","):
-        configs[f"{budget} GB"] = plain | {"memory": {"budget_gb": float(budget)}}
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder, "part.json")
-        for name, config in configs.items():
-            own = ["--one", json.dumps({"config": config}), "--json", str(part)]
-            subprocess.run([sys.executable, *sys.argv, *own], check=True)
-            found[name] = json.loads(part.read_text())
-            print(name, found[name], flush=True)
-        report = describe_run(Path(folder, "machine.log")) | {"runs": found}
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    args, runs, about = ask_each(parser, engines, measure)
+    for name, run in runs.items():
+        print(name, run)
+    save(args.json, about | {"runs": runs})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Load that steps and load that comes in bursts: does anybody wait longer than undrafted meanwhile?
 
     python benchmarks/ramps.py --model DIR --dataset question.jsonl [--methods token_recycling]
-        [--steps 1,32,1] [--seconds 20] [--rate 4] [--max-tokens 40] [--repeat 2] --json OUT
+        [--steps 1,32,1] [--seconds 20] [--rate 4] [--max-tokens 40] --json OUT
 
 Every method's engine, one at a time, gets the same requests at the same times: first so many in
 flight as ``--steps`` says, each for ``--seconds``, then bursts at ``--rate`` per second on average
@@ -14,24 +14,22 @@ that its own spread is known.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import numpy as np
+from one_engine import ask_each, by_label, save
 
 from vllm_specplus.bench.dataset import load_dataset, pick
 from vllm_specplus.bench.engine import Engine, configure_process
-from vllm_specplus.bench.methods import parse_engine_args, parse_methods
+from vllm_specplus.bench.methods import parse_engine_args
 from vllm_specplus.bench.protocol import EngineSetup
-from vllm_specplus.bench.report import describe_run
 
 WINDOW_S = 10.0
 SHAPE = 0.25
@@ -65,7 +63,9 @@ class Driver:
                 gap = (now - self._last[output.request_id]) / count
                 self.tokens += [(now, gap)] * count
             self._last[output.request_id] = now
-            self.running -= output.finished
+            if output.finished:  # the same question may come again
+                del self._last[output.request_id]
+                self.running -= 1
 
     def steps(self, levels: list[int], seconds: float) -> None:
         for number, level in enumerate(levels):
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, config: dict | None) -> dict:
     levels = [int(n) for n in args.steps.split(",")]
     measured, warmup = pick(load_dataset(args.dataset).questions, args.limit)
     setup = EngineSetup(
-        model=args.model, speculative_config=config, engine_args=args.engine_args,
+        model=args.model, speculative_config=config, engine_args=parse_engine_args(args.engine_arg),
         measured=measured, warmup=warmup, concurrency=4, max_tokens=args.max_tokens,
         temperature=0, seed=0, chat_template=True,
     )  # fmt: skip
@@ -124,6 +124,23 @@ def windows(tokens: list[tuple[float, float]]) -> dict[int, tuple[int, float]]:
     }
 
 
+def compare(found: dict[str, dict]) -> Iterator[dict]:
+    """Every window of all runs but the first, which is of none, beside its own."""
+    seen = {
+        name: {kind: windows(tokens) for kind, tokens in runs.items()}
+        for name, runs in found.items()
+    }
+    for kind, method in itertools.product(("steps", "bursts"), list(seen)[1:]):
+        for number, (tokens, p99) in seen[method][kind].items():
+            few, plain = seen["none"][kind].get(number, (0, 0.0))
+            if min(few, tokens) >= FEWEST:
+                yield {
+                    "load": kind, "method": method, "from_s": number * WINDOW_S,
+                    "tokens": tokens, "none_tokens": few, "p99_ms": p99, "none_p99_ms": plain,
+                    "ratio": p99 / plain,
+                }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
@@ -135,39 +152,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--max-tokens", type=int, default=40)
     parser.add_argument("--engine-arg", action="append", default=[])
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.engine_args = parse_engine_args(args.engine_arg)
-    if args.one:
-        args.json.write_text(json.dumps(measure(args, args.one["config"])))
-        return
-    found = {}
-    methods = parse_methods(f"none,{args.methods},none")
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder, "part.json")
-        for method in methods:
-            own = ["--one", json.dumps({"config": method.speculative_config}), "--json", str(part)]
-            subprocess.run([sys.executable, *sys.argv, *own], check=True)
-            runs = json.loads(part.read_text())
-            found[method.label] = {kind: windows(tokens) for kind, tokens in runs.items()}
-        report = describe_run(Path(folder, "machine.log"))
-    table = []
-    for kind in ("steps", "bursts"):
-        for method in methods[1:]:
-            for number, (tokens, p99) in found[method.label][kind].items():
-                few, plain = found["none"][kind].get(number, (0, 0.0))
-                if min(few, tokens) < FEWEST:
-                    continue
-                table.append(
-                    {
-                        "load": kind, "method": method.label, "from_s": number * WINDOW_S,
-                        "tokens": tokens, "none_tokens": few, "p99_ms": p99,
-                        "none_p99_ms": plain, "ratio": p99 / plain,
-                    }
-                )  # fmt: skip
-                print(table[-1])
-    args.json.write_text(json.dumps(report | {"windows": table}, indent=1) + "\n", encoding="utf-8")
+    args, found, about = ask_each(
+        parser, lambda args: by_label(f"none,{args.methods},none"), measure
+    )
+    table = list(compare(found))
+    for line in table:
+        print(line)
+    save(args.json, about | {"windows": table})
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ token of all passes together are compared.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +21,11 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import numpy as np
 import simulator
+from one_engine import ask_each, save
 
 from vllm_specplus.bench.dataset import load_dataset, pick
 from vllm_specplus.bench.engine import Clock, Engine, configure_process
 from vllm_specplus.bench.protocol import EngineSetup
-from vllm_specplus.bench.report import describe_run
 
 CONFIGS = {"none": None, "token_recycling": {"method": "token_recycling"}}
 SHORTEST = 8
@@ -93,44 +90,34 @@ def of_simulator(args: argparse.Namespace, name: str) -> dict:
     return found
 
 
+def compare(args: argparse.Namespace, engines: dict[str, dict]) -> Iterator[dict]:
+    for name, engine in engines.items():
+        simulated = of_simulator(args, name)
+        for load in args.loads:
+            (rate, per_token), (guess, guessed) = engine[str(load)], simulated[load]
+            p99, guess_p99 = (1e3 * float(np.percentile(x, 99)) for x in (per_token, guessed))
+            yield {
+                "method": name, "in_flight": load, "requests": len(per_token),
+                "tokens_per_s": rate, "simulated_tokens_per_s": guess, "rate_ratio": guess / rate,
+                "p99_ms": p99, "simulated_p99_ms": guess_p99, "p99_ratio": guess_p99 / p99,
+            }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--traces", type=Path, required=True)
     parser.add_argument("--steps", type=Path, required=True)
-    parser.add_argument("--loads", default="4,16,64")
+    parser.add_argument("--loads", type=lambda text: [int(n) for n in text.split(",")],
+                        default=[4, 16, 64])  # fmt: skip
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--most-tokens", type=int, default=64)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.loads = [int(n) for n in args.loads.split(",")]
-    if args.one:
-        args.json.write_text(json.dumps(of_engine(args, CONFIGS[args.one])))
-        return
-    table = []
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder, "part.json")
-        for name in CONFIGS:
-            own = ["--one", name, "--json", str(part)]
-            subprocess.run([sys.executable, *sys.argv, *own], check=True)
-            engine = json.loads(part.read_text())
-            simulated = of_simulator(args, name)
-            for load in args.loads:
-                (rate, per_token), (guess, guessed) = engine[str(load)], simulated[load]
-                p99, guess_p99 = (1e3 * float(np.percentile(x, 99)) for x in (per_token, guessed))
-                table.append(
-                    {
-                        "method": name, "in_flight": load, "requests": len(per_token),
-                        "tokens_per_s": rate, "simulated_tokens_per_s": guess,
-                        "rate_ratio": guess / rate, "p99_ms": p99, "simulated_p99_ms": guess_p99,
-                        "p99_ratio": guess_p99 / p99,
-                    }
-                )  # fmt: skip
-                print(table[-1], flush=True)
-        report = describe_run(Path(folder, "machine.log")) | {"loads": table}
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    args, engines, about = ask_each(parser, lambda args: CONFIGS, of_engine)
+    table = list(compare(args, engines))
+    for line in table:
+        print(line)
+    save(args.json, about | {"loads": table})
 
 
 if __name__ == "__main__":

@@ -13,23 +13,19 @@ what the controller and the drafting took.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import numpy as np
+from one_engine import ask_each, by_label, runner_of, save
 
 from vllm_specplus.bench.dataset import load_dataset, pick
 from vllm_specplus.bench.engine import Engine, configure_process
-from vllm_specplus.bench.methods import parse_engine_args, parse_methods
+from vllm_specplus.bench.methods import parse_engine_args
 from vllm_specplus.bench.protocol import EngineSetup
-from vllm_specplus.bench.report import describe_run
 
 COLUMNS = (
     "began", "seconds", "requests", "tokens", "prompts", "prompt_tokens", "nodes", "control",
@@ -51,15 +47,11 @@ class Steps:
         self.answers: dict[str, list[float]] = {}
 
     def _counters(self) -> np.ndarray:
-        drafter = getattr(self._runner(), "drafter", None)
+        drafter = getattr(runner_of(self._llm), "drafter", None)
         names = ("nodes_drafted", "control_seconds", "draft_seconds", "verify_seconds")
         if drafter is None:
             return np.zeros(len(names))
         return np.array([drafter.counters[name] for name in names])
-
-    def _runner(self):
-        core = self._llm.llm_engine.engine_core.engine_core
-        return core.model_executor.driver_worker.worker.model_runner
 
     def __call__(self):
         before, began = self._counters(), time.perf_counter()
@@ -90,7 +82,8 @@ def measure(args: argparse.Namespace, config: dict | None) -> dict:
     measured, warmup = pick(load_dataset(args.dataset).questions, args.limit)
     engine = Engine(
         EngineSetup(
-            model=args.model, speculative_config=config, engine_args=args.engine_args,
+            model=args.model, speculative_config=config,
+            engine_args=parse_engine_args(args.engine_arg),
             measured=measured, warmup=warmup, concurrency=args.in_flight,
             max_tokens=args.max_tokens, temperature=0, seed=0, chat_template=True,
         )
@@ -170,22 +163,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=160)
     parser.add_argument("--max-tokens", type=int, default=40)
     parser.add_argument("--engine-arg", action="append", default=[])
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.engine_args = parse_engine_args(args.engine_arg)
-    if args.one:
-        args.json.write_text(json.dumps(measure(args, args.one["config"])))
-        return
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder, "part.json")
-        for method in parse_methods(args.methods):
-            own = ["--one", json.dumps({"config": method.speculative_config}), "--json", str(part)]
-            subprocess.run([sys.executable, *sys.argv, *own], check=True)
-            results[method.label] = json.loads(part.read_text())
-        report = describe_run(Path(folder, "machine.log")) | {"methods": results}
-    args.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    args, results, about = ask_each(parser, lambda args: by_label(args.methods), measure)
+    save(args.json, about | {"methods": results}, indent=None)
 
 
 if __name__ == "__main__":

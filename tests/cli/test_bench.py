@@ -145,6 +145,12 @@ def test_repeated_prompts_are_dropped(tmp_path):
     assert data.duplicates == 1
 
 
+def test_a_row_may_say_how_long_its_answer_is(tmp_path):
+    rows = [{"prompt": "a", "max_tokens": 7}, {"turns": ["b"], "max_tokens": 9}, {"prompt": "c"}]
+    found = load_dataset(write_rows(tmp_path / "rows.jsonl", rows)).questions
+    assert [question.max_tokens for question in found] == [7, 9, None]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -162,6 +168,8 @@ def test_repeated_prompts_are_dropped(tmp_path):
         ('{"conversations": [{"from": "me", "value": "x"}]}', "from is 'me', not one of human,"),
         ('{"conversations": [{"from": "human", "value": ""}]}', "conversations[0].value must be"),
         ('{"question_id": 1, "prompt": "x"}\n{"question_id": 1, "prompt": "y"}', "used twice"),
+        ('{"prompt": "x", "max_tokens": 0}', "max_tokens must be a whole number of at least 1"),
+        ('{"prompt": "x", "max_tokens": true}', "max_tokens must be a whole number"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, message):
@@ -232,6 +240,12 @@ def test_methods():
     }
 
 
+def test_the_baseline_may_be_compared_with_itself():
+    specs = parse_methods("none,suffix,none")
+    assert [spec.label for spec in specs] == ["none", "suffix", "none again"]
+    assert specs[2].speculative_config is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -242,6 +256,7 @@ def test_methods():
         ("none:x=1", "none takes no keys"),
         ("ngram:method=suffix", "the key method is set"),
         ("ngram,suffix,ngram", "names ngram twice"),
+        ("none,none,none", "names none twice"),
     ],
 )
 def test_bad_methods(text, message):

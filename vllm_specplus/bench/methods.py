@@ -54,9 +54,9 @@ def parse_methods(text: str) -> list[MethodSpec]:
     how far it is from itself is what any other difference has to exceed.
     """
     specs = [_parse_method(part) for part in _split(text, ",")]
-    baselines = [spec for spec in specs if spec.name == BASELINE]
+    baselines = [place for place, spec in enumerate(specs) if spec.name == BASELINE]
     if len(baselines) == 2:
-        specs[specs.index(baselines[1], specs.index(baselines[0]) + 1)] = AGAIN
+        specs[baselines[1]] = AGAIN
     labels = [spec.label for spec in specs]
     for label in labels:
         if labels.count(label) > 1:
