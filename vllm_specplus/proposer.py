@@ -108,7 +108,8 @@ class Proposer(ABC):
         """Load the method's own model, if it has one, to the target's device and dtype."""
 
     def held_bytes(self) -> int:
-        """Return the most that it keeps while serving, weights aside, slots' shares too."""
+        """Return the most that it keeps in memory of its own while serving: without weights, and
+        without what :meth:`slot_bytes` takes of the target's cache."""
         return 0
 
     def slot_bytes(self) -> int:

@@ -13,7 +13,6 @@ from vllm_specplus.control.budget import (
     best_chains,
     best_goodput,
     keep_nodes,
-    leading_chains,
     most_productive,
     within_limits,
 )
@@ -123,6 +122,17 @@ def flat(trees) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     survival = np.array([s for _, each in trees for s in each], np.float32)
     parents = np.array([p for each, _ in trees for p in each], np.int32)
     return survival, parents, np.cumsum([0] + [len(each) for each, _ in trees]).astype(np.int32)
+
+
+def leading_chains(ranked, parents, starts) -> int:
+    """How many of the best nodes, ``ranked``, are chains, one of each request at most."""
+    end = {}  # of each request's chain
+    for count, node in enumerate(ranked.tolist()):
+        request = int(np.searchsorted(starts, node, side="right")) - 1
+        if parents[node] != end.get(request, -1):
+            return count
+        end[request] = node - starts[request]
+    return len(ranked)
 
 
 @given(batches())

@@ -37,7 +37,7 @@ class Loop:
             np.arange(-1, len(tokens) - 1, dtype=np.int32),
             np.array([len(tokens)], np.int32),
         )
-        times = [1e-6, dear_s if asked[1] else learning_s]
+        times = np.array([1e-6, dear_s if asked[1] else learning_s])
         self.payoff.drafted(step, times, drafts, np.array(finders, np.int32))
         self.known += 1 + len(tokens)
 
@@ -110,3 +110,15 @@ def test_a_pause_is_no_step(gap):
     step.num_tokens[:] = loop.known
     loop.payoff.begin(step, gap)
     assert loop.payoff._takes()[1] == pytest.approx(share, rel=0.1)
+
+
+def test_who_is_gone_teaches_nothing():
+    """Its id comes again, with another text."""
+    loop = Loop()
+    loop.run(100, [0], [0, 1, 2], 0.003)
+    brought = loop.payoff._brought.copy()
+    loop.payoff.forget("request 0")
+    step = bare_step(SOURCES, TEXT, 8)
+    step.num_tokens[:] = loop.known
+    loop.payoff.begin(step, STEP_S)
+    assert loop.payoff._brought.tolist() == brought.tolist()

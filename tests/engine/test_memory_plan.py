@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_specplus import registry
 from vllm_specplus.config import MemoryBudget
 from vllm_specplus.control import memory
 from vllm_specplus.engine.memory_plan import (
@@ -16,6 +17,8 @@ from vllm_specplus.engine.memory_plan import (
     whole_row_bytes,
 )
 from vllm_specplus.engine.row_penalties import CHUNK_BYTES
+from vllm_specplus.proposer import Proposer
+from vllm_specplus.proposers.eagle_tree import EagleTree
 
 VOCAB = 128_256
 GIB = 2**30
@@ -86,6 +89,19 @@ def test_a_budget_bounds_the_rows_of_a_step():
     assert max_rows(config(), proposer(budget_gb=100)) == max_rows(config(), proposer())
     less = proposer(budget_gb=100 * row / 1e9)
     assert verification_bytes(config(), less) == 36 * VOCAB * 14 + CHUNK_BYTES
+
+
+def test_what_every_method_keeps_is_known():
+    """Of those with settings for it: they are what it says."""
+    keeps = {
+        name: registry.method_class(name).held_bytes is not Proposer.held_bytes
+        for name in registry.usable_methods(lambda config: True)
+    }
+    for name, own in keeps.items():
+        fields = registry.config_class(name).model_fields
+        assert own or not {"kv_memory_mb", "max_memory_mb"} & fields.keys(), name
+    tree = EagleTree.held_bytes(SimpleNamespace(config=None))
+    assert tree == 0  # no kv_memory_mb of its own
 
 
 def test_a_budget_that_holds_no_draft_is_refused_in_a_sentence():

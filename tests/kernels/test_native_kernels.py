@@ -107,8 +107,10 @@ def test_tree_attention(layout, dtype, query_heads, kv_heads, head, block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", [16, 32, 128])
-def test_tree_attention_of_head_size_80(dtype, block):
-    attention_equals_reference("vec", dtype, 3, 1, 80, block)
+@pytest.mark.parametrize("head", [80, 20])
+def test_tree_attention_of_odd_head_sizes(dtype, block, head):
+    """Not a multiple of the vectors that are summed together, and not even of one."""
+    attention_equals_reference("vec", dtype, 3, 1, head, block)
 
 
 @pytest.mark.parametrize("contexts", [[0, 0, 0], [31, 32, 1], [127, 128, 129], [300, 257, 64]])

@@ -71,10 +71,10 @@ def most_productive(
 
     ``ranked`` int64 [K] nodes in that order; ``survival`` float32 [N], ``parents`` int32 [N],
     ``starts`` int32 [R + 1] of all; ``seconds`` float64 [2, >= K + 1] of a step that verifies so
-    many nodes as chains and as trees, which they are behind the :func:`leading_chains`; ``least``
-    nodes are verified anyway; ``limits`` and ``per_token`` float64 [R], of no request: [0] where
-    nothing is limited; ``ceiling`` seconds. Returns (best, its goodput over that of none, its
-    seconds, would more be productive but for the limits?).
+    many nodes as chains and as trees, which they are from the first node on that branches off its
+    request's chain; ``least`` nodes are verified anyway; ``limits`` and ``per_token`` float64 [R],
+    of no request: [0] where nothing is limited; ``ceiling`` seconds. Returns (best, its goodput
+    over that of none, its seconds, would more be productive but for the limits?).
     """
     requests = starts.shape[0] - 1
     owner = np.empty(parents.shape[0], np.int32)
@@ -109,26 +109,6 @@ def most_productive(
         if (count == least or time <= min(smallest, ceiling)) and goodput > best_goodput:
             best, best_goodput, best_time = count, goodput, time
     return best, best_goodput / plain, best_time, best != wanted
-
-
-@njit(cache=True)
-def leading_chains(ranked, parents, starts):
-    """How many of the best nodes are chains, one of each request at most.
-
-    ``ranked`` int64 [K] nodes, the best first; ``parents`` int32 [N]; ``starts`` int32 [R + 1].
-    With one node more the request of that node verifies a tree.
-    """
-    owner = np.empty(parents.shape[0], np.int32)
-    for r in range(starts.shape[0] - 1):
-        owner[starts[r] : starts[r + 1]] = r
-    end = np.full(starts.shape[0] - 1, -1, np.int32)  # of each request's chain
-    for i in range(ranked.shape[0]):
-        node = ranked[i]
-        r = owner[node]
-        if parents[node] != end[r]:
-            return i
-        end[r] = node - starts[r]
-    return ranked.shape[0]
 
 
 @njit(cache=True)

@@ -232,15 +232,6 @@ class StepCost:
         self._seen = np.zeros(3, np.int64)
         self.theta = self._mean.copy()
 
-    @property
-    def theta(self) -> np.ndarray:
-        """float64 [8] the coefficients, as they are in ``_mean``."""
-        return np.array(self._theta)
-
-    @theta.setter
-    def theta(self, theta: np.ndarray) -> None:
-        self._theta = theta.tolist()
-
     def predict(
         self,
         rows: np.ndarray | int,
@@ -259,7 +250,7 @@ class StepCost:
         last = int(rows.max())
         if last >= self._units.shape[1]:
             self._tabulate(2 * last)
-        a, constant, request, kilo_token, drafts, drafted, attended, prompt = self._theta
+        a, constant, request, kilo_token, drafts, drafted, attended, prompt = self.theta.tolist()
         nodes = rows - requests
         kind = np.where(nodes == 0, StepKind.PLAIN, np.where(tree, StepKind.TREE, StepKind.CHAIN))
         units = a * self._units[kind, rows]
@@ -278,7 +269,7 @@ class StepCost:
         """:meth:`predict` of one step: without arrays, which take longer than the sum."""
         if shape.rows >= self._units.shape[1]:
             self._tabulate(2 * shape.rows)
-        a, constant, request, kilo_token, drafts, drafted, attended, prompt = self._theta
+        a, constant, request, kilo_token, drafts, drafted, attended, prompt = self.theta.tolist()
         requests, nodes = shape.requests, shape.rows - shape.requests
         units = a * self._units[shape.kind, shape.rows] + constant + request * requests
         units += kilo_token * shape.context / 1000 + prompt * shape.prompt_rows

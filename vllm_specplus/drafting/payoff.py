@@ -14,13 +14,11 @@ saved, so it is taken off; and it is asked again for a few steps now and then: t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 from numba import njit
 
 from vllm_specplus.control.acceptance import label_nodes
+from vllm_specplus.control.outcomes import DraftedTrees
 from vllm_specplus.step import StepContext
 from vllm_specplus.tree import DraftBatch
 
@@ -36,22 +34,6 @@ RESTS, TRIAL = (16, 256), 8
 LEAST_SECONDS = 1e-9
 #: A step that seems to have taken so many times the average has waited for requests.
 PAUSE = 4.0
-
-
-@dataclass(slots=True)
-class _Fused:
-    """The fused trees of one step, until the text tells which nodes were right."""
-
-    rows: dict[str, int]
-    """Of each request."""
-    drafted_at: np.ndarray
-    """int32 [R] tokens known then."""
-    tokens: np.ndarray
-    parents: np.ndarray
-    starts: np.ndarray
-    """int32 [N], [N], [R + 1]."""
-    credited: np.ndarray
-    """int32 [N] source that each node's token would be credited to."""
 
 
 @njit(cache=True)
@@ -73,8 +55,9 @@ def credit(finders, cheapest):
 def brought(tokens, parents, starts, credited, drafted_at, rows, token_ids, num_tokens, out):
     """Add to ``out`` float64 [M] the tokens that each source is credited with.
 
-    Trees as in :class:`_Fused`; ``rows`` int32 [R] finds their requests in ``token_ids`` int32
-    [B, max_len], of which ``num_tokens`` int32 [B] are known by now; -1: gone.
+    Trees as in ``DraftedTrees``, ``credited`` int32 [N] the source of each node; ``rows`` int32 [R]
+    finds their requests in ``token_ids`` int32 [B, max_len], of which ``num_tokens`` int32 [B] are
+    known by now; -1: gone.
     """
     for r in range(starts.shape[0] - 1):
         first, end = starts[r], starts[r + 1]
@@ -98,59 +81,58 @@ class Payoff:
         self._brought, self._tokens, self._took, self._seconds = np.zeros((4, sources))
         # Over those in which it rested.
         self._learning, self._others = np.zeros((2, sources))
-        self._resting = np.zeros(sources, bool)
+        self.resting = np.zeros(sources, bool)
+        """Bool [M] sources that do not pay now."""
         self._idle = np.zeros(sources, np.int64)  # steps since it was last asked
         self._rest = np.full(sources, RESTS[0])
         self._trial = np.zeros(sources, np.int64)  # steps left of it
         self._asked = np.ones(sources, bool)
         self._times = np.zeros(sources)  # of the last step
         self._average = 0.0  # seconds of a step
-        self._fused: _Fused | None = None
-
-    @property
-    def resting(self) -> np.ndarray:
-        """Bool [M] sources that do not pay now."""
-        return self._resting.copy()
+        # The trees of the last step; the sources of its nodes are those that are credited.
+        self._drafted: DraftedTrees | None = None
 
     def begin(self, step: StepContext, interval: float) -> np.ndarray:
         """Learn what became of the last trees; bool [M]: who is to be asked now.
 
         ``interval``: seconds since the last step began.
         """
-        fused, self._fused = self._fused, None
-        if fused is not None and self._learn(fused, step, interval):
+        trees, self._drafted = self._drafted, None
+        if trees is not None and self._learn(trees, step, interval):
             self._judge()
         return self._ask()
 
     def drafted(
-        self, step: StepContext, times: Sequence[float], drafts: DraftBatch, finders: np.ndarray
+        self, step: StepContext, times: np.ndarray, drafts: DraftBatch, finders: np.ndarray
     ) -> None:
-        """The sources took ``times`` [M] seconds; their fused trees, and a bit for each source that
-        found the node, int32 [N]."""
+        """The sources took ``times`` float64 [M] seconds; their fused trees, and a bit for each
+        source that found the node, int32 [N]."""
         self._times[:] = times
         starts = np.zeros(len(drafts.counts) + 1, np.int32)
         np.cumsum(drafts.counts, out=starts[1:])
-        self._fused = _Fused(
-            {name: i for i, name in enumerate(step.request_ids)}, step.num_tokens.copy(),
-            drafts.tokens.copy(), drafts.parents.copy(), starts,
-            credit(finders, np.argsort(self._takes(), kind="stable")),
+        self._drafted = DraftedTrees(
+            list(step.request_ids), step.num_tokens.copy(), drafts.tokens.copy(),
+            drafts.parents.copy(), credit(finders, np.argsort(self._takes(), kind="stable")),
+            starts, np.zeros(len(drafts.counts)),
         )  # fmt: skip
 
-    def _learn(self, fused: _Fused, step: StepContext, interval: float) -> bool:
+    def forget(self, request_id: str) -> None:
+        """The request is gone; its id may come again, with another text."""
+        if self._drafted is not None:
+            self._drafted.forget(request_id)
+
+    def _learn(self, trees: DraftedTrees, step: StepContext, interval: float) -> bool:
         """False: nothing can be told from that step."""
-        rows = np.full(len(fused.drafted_at), -1, np.int32)
-        for row, name in enumerate(step.request_ids):
-            if (i := fused.rows.get(name)) is not None:
-                rows[i] = row
+        rows = trees.rows_in(step.request_ids)
         here = rows >= 0
         if not here.any():  # nobody is left: time has passed without work
             return False
         found = np.zeros(len(self._times))
         brought(
-            fused.tokens, fused.parents, fused.starts, fused.credited, fused.drafted_at, rows,
+            trees.tokens, trees.parents, trees.starts, trees.sources, trees.drafted_at, rows,
             step.token_ids, step.num_tokens, found,
         )  # fmt: skip
-        tokens = float((step.num_tokens[rows[here]] - fused.drafted_at[here]).sum())
+        tokens = float((step.num_tokens[rows[here]] - trees.drafted_at[here]).sum())
         seconds = min(interval, PAUSE * self._average) if self._average else interval
         self._average += 0.1 * (seconds - self._average) if self._average else seconds
         asked = self._asked
@@ -170,22 +152,22 @@ class Payoff:
 
     def _judge(self) -> None:
         takes, brings = self._takes(), self._brought / np.maximum(self._tokens, 1.0)
-        unknown = (self._tokens < LEAST_TOKENS) & ~self._resting
+        unknown = (self._tokens < LEAST_TOKENS) & ~self.resting
         pays = (takes < NEGLIGIBLE) | (brings >= takes) | unknown
         for m in np.flatnonzero(self._asked & (self._trial == 0)).tolist():
             if pays[m]:
                 self._rest[m] = RESTS[0]
-            elif self._resting[m]:  # its trial has failed
+            elif self.resting[m]:  # its trial has failed
                 self._rest[m] = min(2 * self._rest[m], RESTS[1])
-            self._resting[m] = not pays[m]
+            self.resting[m] = not pays[m]
 
     def _ask(self) -> np.ndarray:
-        self._idle[self._resting] += 1
-        for m in np.flatnonzero(self._resting & (self._idle >= self._rest)).tolist():
+        self._idle[self.resting] += 1
+        for m in np.flatnonzero(self.resting & (self._idle >= self._rest)).tolist():
             self._idle[m], self._trial[m] = 0, TRIAL
             # What it brought before it rested says nothing of now.
             for sums in (self._brought, self._tokens, self._took, self._seconds):
                 sums[m] = 0.0
-        self._asked = ~self._resting | (self._trial > 0)
+        self._asked = ~self.resting | (self._trial > 0)
         self._trial[self._trial > 0] -= 1
         return self._asked

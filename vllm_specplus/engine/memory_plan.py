@@ -32,10 +32,8 @@ def max_rows(vllm_config: VllmConfig, proposer: Proposer) -> int:
 
 def _budget_rows(budget: MemoryBudget, vllm_config: VllmConfig, proposer: Proposer) -> int:
     """Rows that the budget holds beside what the method keeps, of which every request has one."""
-    row, requests = (
-        whole_row_bytes(vllm_config, proposer),
-        vllm_config.scheduler_config.max_num_seqs,
-    )
+    row = whole_row_bytes(vllm_config, proposer)
+    requests = vllm_config.scheduler_config.max_num_seqs
     held, given = proposer.held_bytes(), int(budget.budget_gb * 1e9)
     rows = (given - held) // row
     if rows <= requests:

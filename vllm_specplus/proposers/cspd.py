@@ -115,6 +115,9 @@ class Cspd(Proposer):
         # In float32 like the target's head: densities are compared.
         self._draft = CausalLatents.load(self.config.model).to(device)
 
+    def held_bytes(self) -> int:
+        return self.config.kv_memory_mb << 20
+
     @torch.inference_mode()
     def propose(self, step: StepContext) -> DraftBatch:
         slots, index = step.latents.slots, step.latents.index

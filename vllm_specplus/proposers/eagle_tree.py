@@ -73,6 +73,9 @@ class EagleTree(DraftTree):
         )
         self._noise = DraftNoise(device)
 
+    def held_bytes(self) -> int:
+        return 0  # it has slots of the target's cache
+
     def slot_bytes(self) -> int:
         head = self._head
         return 2 * head.kv_heads * head.head_dim * head.dtype.itemsize

@@ -146,21 +146,21 @@ class Rasd(Proposer):
         self._fusion = Fusion([member.sources for member in self.members])
         self.sources = self._fusion.sources
         # Under the policy "fixed" all sources are asked, whatever they bring.
-        self._rests = config.control.policy != "fixed"
-        self._payoff = Payoff(len(self.members))
-        self._begun = 0.0
+        self._payoff = None if config.control.policy == "fixed" else Payoff(len(self.members))
+        self._begun = 0.0  # the last step
 
     def propose(self, step: StepContext) -> DraftBatch:
-        now = time.perf_counter()
-        asked = self._payoff.begin(step, now - self._begun) | (not self._rests)
-        self._begun = now
-        drafts, times = [], []
+        asked = np.ones(len(self.members), bool)
+        if self._payoff is not None:
+            begun, self._begun = self._begun, time.perf_counter()
+            asked = self._payoff.begin(step, self._begun - begun)
+        drafts, times = [], [time.perf_counter()]
         for number in range(len(self.members)):
             drafts.append(self._ask(number, step, bool(asked[number])))
-            now, before = time.perf_counter(), now
-            times.append(now - before)
+            times.append(time.perf_counter())
         fused = self._fusion.fuse(drafts, step, self._possible(drafts))
-        self._payoff.drafted(step, times, fused, self._fusion.finders)
+        if self._payoff is not None:
+            self._payoff.drafted(step, np.diff(times), fused, self._fusion.finders)
         return fused
 
     def _ask(self, number: int, step: StepContext, drafts: bool) -> DraftBatch:
@@ -212,13 +212,14 @@ class Rasd(Proposer):
             self.sources, np.zeros((1, 4), np.int32), self.config.num_speculative_tokens
         )
         nothing = [_nothing(1) for _ in self.members]
-        self._payoff.drafted(
-            step, [0.0] * len(nothing), self._fusion.fuse(nothing, step), self._fusion.finders
-        )
-        self._payoff.begin(step, 1.0)
-        self._payoff = Payoff(len(self.members))
+        fused = self._fusion.fuse(nothing, step)
+        compiled = Payoff(len(nothing))
+        compiled.drafted(step, np.zeros(len(nothing)), fused, self._fusion.finders)
+        compiled.begin(step, 1.0)
 
     def forget(self, request_id: str) -> None:
+        if self._payoff is not None:
+            self._payoff.forget(request_id)
         for member in self.members:
             try:
                 member.forget(request_id)
