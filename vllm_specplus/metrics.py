@@ -28,6 +28,7 @@ COUNTERS = {
     "control_steps": "Steps in which the controller decided what to verify.",
     "undrafted_steps": "Of these, steps that verified nothing.",
     "probe_steps": "Of these, steps speculated only to see whether it pays again.",
+    "unwatched_steps": "Steps passed over: drafts do not pay, and looking costs time.",
     "nodes_grown": "Draft nodes the controller chose from.",
     "nodes_labelled": "Draft nodes the text proved right or wrong.",
     "expected_tokens": "Draft tokens the controller expected to be accepted.",

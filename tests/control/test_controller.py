@@ -9,6 +9,7 @@ from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import CostCurve, CostProfile, StepCost, StepShape
 from vllm_specplus.control.settings import FixedControl, GoodputControl, ThresholdControl
 from vllm_specplus.control.switch import PROBE_INTERVALS
+from vllm_specplus.control.watch import AFTER
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Observation, Source, StepContext
 from vllm_specplus.tree import DraftBatch
@@ -27,7 +28,12 @@ class World:
     A drafted token is the text's with probability ``acceptance``.
     """
 
-    def __init__(self, control=None, requests=1, draft_seconds=0.0, seed=0, curve=CURVE):
+    def __init__(
+        self, control=None, requests=1, draft_seconds=0.0, seed=0, curve=CURVE, look_seconds=0.0
+    ):
+        """A step takes ``look_seconds`` more if it is looked at."""
+        self.look_seconds, self.looks = look_seconds, 0
+        self._nodes = 0  # verified in the next step
         self.counters = Counters()
         source = Source("chain", "chain", 0.5)
         control = control or GoodputControl()
@@ -44,6 +50,11 @@ class World:
     def step(self, acceptance) -> int:
         """One step; returns the verified nodes."""
         requests = len(self.names)
+        if not self.controller.watches(self._nodes > 0):
+            self.known += 1
+            self._took(requests, 0.0)
+            return 0
+        self.looks += 1
         step = StepContext(
             self.names, self.texts, self.known.copy(), np.full(requests, MAX_NODES, np.int32),
             np.zeros(requests, bool), NOTHING,
@@ -67,11 +78,18 @@ class World:
             right = path == self.texts[r, n : n + count]
             self.known[r] += 1 + (count if right.all() else int(np.argmin(right)))
             self.tokens += int(self.known[r] - n)
-        rows = requests + len(chosen.tokens)
+        self._nodes = len(chosen.tokens)
+        drafting = self.draft_seconds * requests if counts else 0.0
+        controller.looked(self.look_seconds + drafting, self._nodes)
+        self._took(requests + self._nodes, self.look_seconds + drafting)
+        return self._nodes
+
+    def _took(self, rows: int, beside: float) -> None:
+        """A step of so many rows went by, and ``beside`` seconds with it."""
         seconds = float(self.curve(rows)) * (1 + 0.03 * self.rng.standard_normal())
-        controller.step_took(StepShape(requests, rows, 100 * requests), seconds)
-        self.clock += seconds + (self.draft_seconds * requests if counts else 0)
-        return len(chosen.tokens)
+        shape = StepShape(len(self.names), rows, 100 * len(self.names))
+        self.controller.step_took(shape, seconds)
+        self.clock += seconds + beside
 
     def run(self, steps, acceptance) -> np.ndarray:
         return np.array([self.step(acceptance) for _ in range(steps)])
@@ -171,6 +189,45 @@ def test_a_cheap_method_keeps_looking_while_off():
     assert after["nodes_grown"] > before["nodes_grown"] + 100
     assert after["nodes_labelled"] > before["nodes_labelled"] + 50
     assert after["undrafted_steps"] - before["undrafted_steps"] > 90
+
+
+def test_looking_costs_a_small_share_while_nothing_pays():
+    """A look takes a twentieth of a step, so that one step in six is looked at; drafts that come
+    true again are found out about."""
+    step = float(CURVE(8))
+    world = World(requests=8, look_seconds=0.05 * step)
+    world.run(400, 0.0)
+    clock, looks = world.clock, world.looks
+    probes = np.count_nonzero(world.run(600, 0.0))
+    assert probes < 10
+    assert 600 / 7 < world.looks - looks < 600 / 5 + probes * (AFTER + 1)
+    assert world.clock - clock < 1.02 * 600 * step
+    assert world.counters["unwatched_steps"] > 600
+    looks = world.looks
+    assert np.count_nonzero(world.run(100, 0.95)) > 60
+    assert world.looks - looks > 65
+
+
+def test_accounts_hold_whether_steps_were_looked_at_or_not():
+    step = float(CURVE(8))
+    spent = []
+    for look in (0.0, 0.05 * step):
+        world = World(requests=8, look_seconds=look)
+        world.run(400, 0.0)
+        accounts = world.controller._ledger.accounts(world.names)
+        spent.append(accounts.spent[0] / accounts.tokens[0] / step)
+        assert accounts.plain[0] == pytest.approx(accounts.spent[0], rel=0.05)
+    assert spent == [pytest.approx(1.0, abs=0.03)] * 2
+
+
+def test_shadow_and_fixed_drafting_are_always_looked_at():
+    for control in (GoodputControl(mode="shadow"), FixedControl(policy="fixed")):
+        world = World(control, requests=8, look_seconds=0.01)
+        world.run(100, 0.0)
+        assert world.looks == 100
+    world = World(GoodputControl(mode="off"), requests=8, look_seconds=0.01)
+    world.run(100, 0.9)
+    assert world.looks < 30
 
 
 def test_an_expensive_method_is_probed_ever_more_rarely_and_comes_back():

@@ -50,6 +50,22 @@ def test_a_step_is_booked_once_and_only_to_who_is_there():
     assert accounts(ledger, "a") == [(0, 0, 0)]
 
 
+def test_steps_that_nobody_looked_at_are_booked_with_the_next_one():
+    """c comes meanwhile, and its time is not known; nobody gains in the step of prompts alone."""
+    ledger, prompts = Ledger(), i32(5, 5)
+    ledger.produced(["a", "b"], i32(6, 6), prompts)
+    ledger.took(9.0, 9.0, 0.0)
+    for _ in range(3):
+        ledger.took(1.5, 1.0, 0.25)
+    ledger.produced(["a", "c"], i32(10, 7), prompts)
+    assert accounts(ledger, "a") == [(0, 0, 0)]
+    ledger.took(1.5, 1.0, 0.25)
+    assert accounts(ledger, "a", "b", "c") == [(4, 6.0, 5.0), (0, 0, 0), (0, 0, 0)]
+    ledger.produced(["a", "c"], i32(11, 8), prompts)
+    ledger.took(1.5, 1.0, 0.25)
+    assert accounts(ledger, "a", "c") == [(5, 7.5, 6.25), (1, 1.5, 1.25)]
+
+
 def test_a_request_that_sits_out_a_step_pays_nothing():
     """It is preempted, and reads its text again."""
     ledger = Ledger()

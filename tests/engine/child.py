@@ -108,18 +108,18 @@ def sabotage(kind: str) -> None:
         Fusion.fuse = fuse
     elif kind == "nan_logits":
         # The target breaks for texts that begin with token 7, from their 30th token on.
-        from vllm_specplus.engine.verify import Verifier
+        from vllm_specplus.engine.runner import TreeRunnerMixin
 
-        right_verify = Verifier.verify
+        right_sample = TreeRunnerMixin._sample
 
-        def verify(self, logits, batch):
-            bad = (batch.texts.token_ids[: len(batch.request_ids), 0] == 7) & (
-                batch.texts.num_tokens >= 30
-            )
-            logits[np.repeat(bad, np.diff(batch.rows.starts))] = float("nan")
-            return right_verify(self, logits, batch)
+        def sample(self, logits, spec_decode_metadata):
+            batch = self.batch
+            bad = (batch.texts[: len(batch.request_ids), 0] == 7) & (batch.num_tokens >= 30)
+            if self._step is not None:
+                logits[np.repeat(bad, np.diff(self._step.rows.starts))] = float("nan")
+            return right_sample(self, logits, spec_decode_metadata)
 
-        Verifier.verify = verify
+        TreeRunnerMixin._sample = sample
     elif kind == "no_native_kernels":
         from vllm_specplus.kernels import native
 

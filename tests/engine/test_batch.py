@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 
@@ -119,3 +121,36 @@ def test_room_for_drafts():
     """By its own limit, by the context window, none where nothing is output."""
     room = draft_room(i32(10, 95, 99, 10), i32(8, 8, 8, 8), np.array([1, 1, 1, 0], bool), 100)
     assert room.tolist() == [8, 4, 0, 0]
+
+
+def test_a_step_without_drafts_is_described_as_any_other():
+    """One request reads the rest of its prompt, one the first token of a text."""
+    token_ids = np.arange(40, dtype=np.int32).reshape(4, 10)
+    computed, scheduled = np.array([4, 2, 0, 7], np.int32), np.array([1, 3, 1, 1], np.int32)
+    input_ids = np.concatenate(
+        [token_ids[r, n : n + m] for r, (n, m) in enumerate(zip(computed, scheduled, strict=True))]
+    )
+    view = BatchView(list("abcd"), [()] * 4, scheduled, computed, token_ids, input_ids)
+    rows = logits_rows(np.zeros(4, np.int64), np.cumsum(scheduled))
+    quick = describe(view, rows, serves_chains=True)
+    assert quick.previous.tolist() == [3, 13, -1, 36]
+    assert not quick.drafted
+
+    class Drafts(tuple):
+        """Empty, but not known to be."""
+
+        __slots__ = ()
+
+        def __bool__(self):
+            return True
+
+    view = replace(view, drafts=[Drafts()] * 4)
+    full = describe(view, rows, serves_chains=True)
+    for each in fields(quick):
+        values = [getattr(quick, each.name), getattr(full, each.name)]
+        if each.name == "rows":
+            values = [[getattr(x, f.name) for f in fields(x)] for x in values]
+        np.testing.assert_equal(*values)
+        for a, b in zip(*(x if isinstance(x, list) else [x] for x in values), strict=True):
+            if isinstance(a, np.ndarray):
+                assert a.dtype == b.dtype

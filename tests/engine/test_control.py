@@ -166,6 +166,8 @@ def test_speculation_is_switched_while_serving(
     off, shadow, on = result["counted"]
     assert off["nodes_drafted"] == off["nodes_grown"] == shadow["nodes_drafted"] == 0
     assert off["shadow_request_steps"] == 0
+    assert off["unwatched_steps"] > 20  # looking takes more than 1 % of so small a target's steps
+    assert shadow["unwatched_steps"] == off["unwatched_steps"]  # all are watched
     assert shadow["shadow_request_steps"] > 200
     assert shadow["shadow_tokens"] > shadow["shadow_request_steps"]
     assert shadow["shadow_seconds"] > shadow["shadow_plain_seconds"] > 0

@@ -320,8 +320,9 @@ def test_nothing_is_compiled_on_a_cpu():
 
 def test_the_vocabulary_is_ranked_only_for_who_reads_it(monkeypatch):
     asked = []
+    top = verify.most_probable
     monkeypatch.setattr(
-        verify, "top_ids", lambda logits, k, top=verify.top_ids: asked.append(k) or top(logits, k)
+        verify, "most_probable", lambda logits, k: asked.append(k) or top(logits, k)
     )
     for top_k in (0, 3):
         verifier = made(top_k=top_k)
@@ -330,3 +331,16 @@ def test_the_vocabulary_is_ranked_only_for_who_reads_it(monkeypatch):
             assert verdict.acceptance.output[0].tolist()[:3] == [5, 2, 6]
             assert verdict.top_ids.shape == (5, asked[-1])
     assert asked == [1, 0, 3, 3]
+
+
+def test_of_a_step_that_nobody_watches_no_more_is_found_than_its_tokens():
+    rows = make_rows([1, 3, 4], [-1] * 3, [0, 1, 2, 3])
+    verifier, logits = made(), certain([5, 0, 2])
+    for temperature, found in ((0.0, 1), (1.0, 0)):
+        batch = batch_of([temperature] * 3, rows=rows)
+        verdict = verifier.verify(logits.clone(), batch, watched=False)
+        assert texts(verdict) == [[5], [0], [2]]
+        assert verdict.top_ids.shape == (3, found)
+    logits[1, 3] = float("nan")
+    verdict = verifier.verify(logits, batch_of([0.0] * 3, rows=rows), watched=False)
+    assert verdict.broken.tolist() == [False, True, False]

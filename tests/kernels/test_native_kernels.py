@@ -67,6 +67,19 @@ def test_top_k_of_columns_that_are_not_contiguous():
     assert torch.equal(native.top_k(logits, 8)[0], top_k_reference(logits, 8)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_top_k_tells_of_nan(dtype):
+    """Of either sign, in a whole block of the kernel or behind the last; infinities are none."""
+    clean = torch.full((6, 200), 1.0, dtype=dtype)
+    clean[4, 100], clean[5, 100] = float("inf"), float("-inf")
+    rows = clean.clone()
+    nan = torch.tensor(float("nan"), dtype=dtype)
+    rows[0, 0], rows[1, 77], rows[2, 199], rows[3, 63] = nan, -nan, nan, -nan
+    for k in (1, 8):
+        assert native.top_k(rows, k)[1][:, 0].isnan().tolist() == [True] * 4 + [False] * 2
+        assert native.top_k(clean, k)[1][:, 0].tolist() == [1.0] * 4 + [float("inf"), 1.0]
+
+
 @pytest.mark.parametrize(
     ("layout", "block", "head"),
     [("vec", 16, 80), ("vec", 128, 64), ("amx", 32, 64), ("amx", 128, 96)],

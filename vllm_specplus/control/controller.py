@@ -3,15 +3,17 @@
 One step, as the engine calls it::
 
     step_took     the last step's shape and duration correct the cost model
+    watches       is the step to be looked at? Else nothing of what follows happens
     prepare       the texts label the last trees; who may draft, and the acceptance
                   tables by which a proposer grows its trees best first
     (propose)     trees up to that limit, every node with its source
     choose        the nodes to verify, by the policy
+    looked        what all that took
 
-Grown but unverified nodes cost microseconds with methods that look drafts up, so such
-methods keep growing while speculation is off: the text labels their trees, and drafting
-resumes in the step in which it pays. A method whose drafting itself costs time is
-only probed, ever more rarely up to ``PROBE_INTERVALS``.
+Grown but unverified nodes cost little with methods that look drafts up, so such methods
+keep growing while speculation is off, in as many steps as that may cost (``watch.py``): the
+text labels their trees, and drafting resumes when it pays. A method whose drafting itself
+costs time is only probed, ever more rarely up to ``PROBE_INTERVALS``.
 
 A draft model (a proposer with ``levels``) pays a forward pass per level, and draws. Its
 trees are therefore planned before they are drafted, by how often earlier texts followed a
@@ -48,6 +50,7 @@ from vllm_specplus.control.settings import (
     Mode,
 )
 from vllm_specplus.control.shadow import Shadow
+from vllm_specplus.control.watch import Watch
 from vllm_specplus.metrics import STEP_ERRORS, Counters
 from vllm_specplus.step import Source, StepContext
 from vllm_specplus.tree import DraftBatch
@@ -82,6 +85,7 @@ class Controller:
         self._calibration = Calibration()
         self._drafted: DraftedTrees | None = None
         self._shadow = Shadow(counters)
+        self._looks, self._watched = Watch(), True
         # Nodes that the luckiest request of each salt got in the last step.
         self._most: dict[str, int] = {}
 
@@ -110,6 +114,10 @@ class Controller:
     def step_took(self, shape: StepShape, seconds: float, drafting: float = 0.0) -> None:
         """The last step had this shape and took ``seconds``, and ``drafting`` seconds more."""
         if self.cost is None:
+            return
+        self._looks.step_took(seconds + drafting)
+        if not (self._watched or shape.prompt_rows):
+            self._ledger.took(seconds + drafting, seconds, 0.0)
             return
         predicted = self._book(shape, seconds, drafting, self.cost)
         if predicted is not None and not shape.prompt_rows:
@@ -152,6 +160,20 @@ class Controller:
             self._drafted.forget(request_id)
 
     # -- before drafting ------------------------------------------------------------
+
+    def watches(self, drafted: bool) -> bool:
+        """Is the step that runs, in which some node is verified if it is ``drafted``, to be looked
+        at: ``prepare`` and ``choose`` called for it?"""
+        rests = isinstance(self.config, GoodputControl) and self.mode != "shadow"
+        self._watched = not rests or drafted or self._policy.probe_is_due or self._looks.due()
+        if not self._watched:
+            self._policy.passed_over()
+            self.counters.add("unwatched_steps")
+        return self._watched
+
+    def looked(self, seconds: float, nodes: int) -> None:
+        """Looking at the step took ``seconds``, in which ``nodes`` were chosen."""
+        self._looks.looked(seconds, nodes)
 
     def prepare(self, step: StepContext) -> None:
         """Learn from the texts; set ``step.acceptance`` and lower ``step.max_nodes``."""

@@ -50,7 +50,9 @@ class Ledger:
     def __init__(self) -> None:
         # Tokens known at the last step, tokens behind the first one, seconds spent, plain seconds.
         self._slots = RequestSlots((), (), (), ())
-        self._step: tuple[list[str], np.ndarray] = [], np.empty(0, np.int64)
+        # Who gained how many tokens since the last booking; None: the step was not looked at.
+        self._step: tuple[list[str], np.ndarray] | None = None
+        self._unbooked = np.zeros(4)  # seconds, plain, prompts, steps
         self._gain = 1.0  # tokens per request and step
         self._ages = [_Age() for _ in range(AGES)]
         # Of the latest requests, seconds per token: as they took, and undrafted.
@@ -61,7 +63,8 @@ class Ledger:
     def produced(
         self, request_ids: Sequence[str], num_tokens: np.ndarray, num_prompt: np.ndarray | None
     ) -> None:
-        """The running step has brought the requests to ``num_tokens`` int [R] tokens, of which
+        """The running step, and those before it that were not looked at, have brought the requests
+        to ``num_tokens`` int [R] tokens, of which
         ``num_prompt`` int [R] are their prompts' (None: all texts are past them)."""
         begun = num_tokens > num_prompt if num_prompt is not None else num_tokens > 0
         slots = np.array([self._slots.take(name) for name in request_ids], np.int32)
@@ -73,16 +76,20 @@ class Ledger:
         self._step = names, gained[gained > 0]
 
     def took(self, seconds: float, plain: float, prompts: float) -> None:
-        """That step took ``seconds``, all included; undrafted it would have taken ``plain``, and
-        ``prompts`` more for reading prompts.
+        """A step took ``seconds``, all included; undrafted it would have taken ``plain``, and
+        ``prompts`` more for reading prompts. It is booked once it is known who gained by it.
 
         Undrafted, as many prompts are read for as many tokens: by the tokens of a step, fewer.
         """
-        names, gained = self._step
-        self._step = [], np.empty(0, np.int64)
+        self._unbooked += seconds, plain, prompts, 1
+        if self._step is None:
+            return
+        (names, gained), self._step = self._step, None
+        seconds, plain, prompts, steps = self._unbooked.tolist()
+        self._unbooked[:] = 0
         if not names:
             return
-        self._gain += GAIN_NEWEST * (float(gained.mean()) - self._gain)
+        self._gain += GAIN_NEWEST * (float(gained.mean()) / steps - self._gain)
         slots = self._slots.find(names)
         here = slots >= 0
         slots, gained = slots[here], gained[here]
@@ -90,7 +97,7 @@ class Ledger:
         before = _age(tokens[slots])
         tokens[slots] += gained
         spent[slots] += seconds
-        undrafted[slots] += gained * (plain + prompts / self._gain)
+        undrafted[slots] += gained * (plain + prompts / self._gain) / steps
         after = _age(tokens[slots])
         for i in np.flatnonzero(after > before).tolist():
             self._ages[after[i]].add(undrafted[slots[i]] / tokens[slots[i]], self._quantile)

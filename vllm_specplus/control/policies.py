@@ -104,6 +104,14 @@ class Policy:
         """The nodes to verify, of ``ranked`` int64 [K], the best ones first."""
         return ranked
 
+    @property
+    def probe_is_due(self) -> bool:
+        """Is the next step drafted only to see whether drafts pay again?"""
+        return False
+
+    def passed_over(self) -> None:
+        """A step went by that nobody looked at."""
+
     def pursue(self, config: GoodputControl) -> None:
         """From now on as ``config`` has it; of the policy goodput."""
 
@@ -145,6 +153,14 @@ class Goodput(Policy):
 
     def pursue(self, config: GoodputControl) -> None:
         self._objective = make_objective(config, self._ledger, self._counters)
+
+    @property
+    def probe_is_due(self) -> bool:
+        return not self._switch.speculating and self._switch.probe_is_due
+
+    def passed_over(self) -> None:
+        if not self._switch.speculating:
+            self._switch.idle()
 
     def limit(self, step: StepContext, most: np.ndarray) -> None:
         switch = self._switch

@@ -61,6 +61,8 @@ class Step:
     """What was in the step, for the cost model."""
     resumed: int
     """Trees that are verified as chains, because rows before their root are read again."""
+    watched: bool = True
+    """Are the proposer and the controller shown what comes of it?"""
     acceptance: Acceptance | None = None
     top_ids: np.ndarray | None = None
     """int32 [L, k] most probable next ids of each row, for the proposer."""
@@ -68,6 +70,11 @@ class Step:
     """float32 [L, V] on the device: the target's distributions, for a proposer that asks."""
     broken: np.ndarray | None = None
     """bool [R] requests whose last output stands for none, see ``verify.Verdict``."""
+
+    @property
+    def drafted(self) -> bool:
+        """Is some node verified?"""
+        return self.shape.rows > self.shape.requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +151,12 @@ def describe(view: BatchView, batch_rows: np.ndarray, serves_chains: bool) -> St
     ``serves_chains``: in steps with drafts our attention also takes chains and single rows (of
     requests that read no prompt), being faster for them than the stock kernel.
     """
+    if not any(view.drafts):
+        return _undrafted(view, batch_rows)
     parents, counts, has_tree, resumed = read_trees(view)
     starts = offsets(counts)
     tokens = view.input_ids[batch_rows]
     rows = Rows(tokens, parents, starts, row_depths(parents, starts))
-    before = view.num_computed + view.num_scheduled - counts - 1
-    before_root = np.where(
-        before >= 0, view.token_ids[np.arange(len(counts)), np.maximum(before, 0)], -1
-    ).astype(np.int32)
     tree_attention = has_tree
     if serves_chains and counts.max() > 1:
         tree_attention = view.num_scheduled == counts
@@ -161,7 +166,7 @@ def describe(view: BatchView, batch_rows: np.ndarray, serves_chains: bool) -> St
         tree_attention=tree_attention,
         num_scheduled=view.num_scheduled,
         num_computed=view.num_computed,
-        previous=previous_tokens(tokens, parents, starts, before_root),
+        previous=previous_tokens(tokens, parents, starts, _before_root(view, counts)),
         shape=StepShape(
             requests=len(counts),
             rows=len(parents),
@@ -171,6 +176,41 @@ def describe(view: BatchView, batch_rows: np.ndarray, serves_chains: bool) -> St
         ),
         resumed=resumed,
     )
+
+
+def _undrafted(view: BatchView, batch_rows: np.ndarray) -> Step:
+    """A step without drafts: most steps at high load, which the above would delay."""
+    requests = len(view.request_ids)
+    tokens = view.input_ids[batch_rows]
+    scheduled = int(view.num_scheduled.sum())
+    return Step(
+        rows=Rows(
+            tokens,
+            np.full(requests, -1, np.int32),
+            np.arange(requests + 1, dtype=np.int32),
+            np.zeros(requests, np.int32),
+        ),
+        batch_rows=batch_rows,
+        tree_attention=np.zeros(requests, bool),
+        num_scheduled=view.num_scheduled,
+        num_computed=view.num_computed,
+        previous=_before_root(view, 1),
+        shape=StepShape(
+            requests=requests,
+            rows=requests,
+            context=int(view.num_computed.sum()) + scheduled,
+            prompt_rows=scheduled - requests,
+        ),
+        resumed=0,
+    )
+
+
+def _before_root(view: BatchView, counts: np.ndarray | int) -> np.ndarray:
+    """int32 [R] the token before each request's first verified row, of which it has ``counts`` int
+    [R]; -1 at the start of a text."""
+    before = view.num_computed + view.num_scheduled - counts - 1
+    tokens = view.token_ids[np.arange(len(before)), np.maximum(before, 0)]
+    return np.where(before >= 0, tokens, -1).astype(np.int32)
 
 
 def offsets(counts: np.ndarray) -> np.ndarray:

@@ -116,6 +116,13 @@ class Drafter:
             "method of vllm-specplus, or by worker_cls when custom_class is written by hand"
         )
 
+    def watches(self, drafted: bool) -> bool:
+        """Is the step that runs to be looked at? See ``Controller.watches``. Where a proposer reads
+        the target's hidden states, none is passed over: it could not make up for them."""
+        if not self._first_rank or self.proposer.reads_hidden:
+            return True
+        return self.controller.watches(drafted)
+
     def draft(self, requests: int, look: Callable[[], StepContext]) -> DraftBatch:
         """Drafts for what ``look`` sees of a step of so many requests; none where anything fails,
         be it in ``look``, which takes memory."""
@@ -132,7 +139,9 @@ class Drafter:
             self.counters.add("control_seconds", proposing - start)
             drafts = self.controller.choose(step, drafts)
             self._drafted = list(step.request_ids), drafts
-            self.counters.add("control_seconds", time.perf_counter() - proposed)
+            end = time.perf_counter()
+            self.counters.add("control_seconds", end - proposed)
+            self.controller.looked(end - start, len(drafts.tokens))
             return drafts
         except Exception as error:
             self._failed(error)

@@ -20,15 +20,15 @@ from vllm_specplus.engine.batch import (
     text_before,
 )
 from vllm_specplus.engine.request_options import RequestOptions
-from vllm_specplus.engine.verify import top_ids
+from vllm_specplus.engine.verify import most_probable
 from vllm_specplus.step import LatentStep, Observation, ReadKV, StepContext, TargetRows
+from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
     from vllm_specplus.engine.drafter import Drafter
     from vllm_specplus.engine.v1 import V1Batch
-    from vllm_specplus.tree import DraftBatch
 
 #: Prompt rows per call of the target's output layer while a proposer reads a
 #: prompt: bounds the logits to this times the vocabulary.
@@ -44,8 +44,11 @@ class Proposing:
         self._most_nodes, self._max_model_len = most_nodes, max_model_len
         self._options: dict[str, tuple[SamplingParams | None, RequestOptions]] = {}
 
-    def options(self) -> list[RequestOptions]:
-        """[R] of the requests of the batch."""
+    def relaxed_stops(self) -> list[frozenset[int] | None]:
+        """See ``VerifyBatch``."""
+        return [each.relaxed_stops for each in self._requests_options()]
+
+    def _requests_options(self) -> list[RequestOptions]:
         return [self._options_of(name) for name in self._batch.request_ids]
 
     def _options_of(self, request_id: str) -> RequestOptions:
@@ -71,14 +74,17 @@ class Proposing:
         self, step: Step, decoding: np.ndarray, hidden: torch.Tensor,
         layers: list[torch.Tensor] | None, read_kv: ReadKV, latents: LatentStep | None,
     ) -> DraftBatch:  # fmt: skip
-        """Drafts for the next step, on the rank that drafts.
+        """Drafts for the next step, on the rank that drafts; none if nobody watches this one.
 
         ``decoding`` bool [R] requests that have an output; ``hidden`` [T, hidden] of the batch's
         rows, ``layers`` the same of the layers that the proposer asks for.
         """
 
+        self._count(step, decoding)
+        if not step.watched:
+            return DraftBatch.empty(len(decoding))
+
         def look() -> StepContext:
-            self._count(step, decoding)
             context = self._context(step, decoding)
             context.target_kv, context.latents = read_kv, latents
             context.target_rows = self._target_rows(step, hidden, layers)
@@ -87,7 +93,7 @@ class Proposing:
         return self._drafter.draft(len(decoding), look)
 
     def _context(self, step: Step, decoding: np.ndarray) -> StepContext:
-        options, num_tokens = self.options(), self._batch.num_tokens
+        options, num_tokens = self._requests_options(), self._batch.num_tokens
         limits = np.minimum([each.max_nodes for each in options], self._most_nodes)
         chain_only = np.array([each.chain_only for each in options], bool)
         self._drafter.counters.add("chain_fallbacks:structured_output", int(chain_only.sum()))
@@ -141,7 +147,7 @@ class Proposing:
 
     def _prompt_chunk(self, request: int, begin: int, logits: torch.Tensor) -> Observation:
         """What the ``logits`` [n, V] say of a prompt's tokens from ``begin`` on."""
-        ids = top_ids(logits, self._drafter.proposer.top_k).cpu().numpy()
+        ids = most_probable(logits, self._drafter.proposer.top_k)[0].cpu().numpy()
         text, count = self._batch.texts[request], len(ids)
         previous = text_before(text, begin, count)
         salt = self._options_of(self._batch.request_ids[request]).cache_salt
@@ -151,9 +157,12 @@ class Proposing:
     def _count(self, step: Step, decoding: np.ndarray) -> None:
         """Count decoding steps; a prompt's last chunk makes its first token, not a step."""
         in_output = (step.num_computed >= self._batch.num_prompt) & decoding
-        drafted = np.diff(step.rows.starts) - 1
         lengths, counters = step.acceptance.lengths, self._drafter.counters
-        counters.add("request_steps", int(in_output.sum()))
-        counters.add("output_tokens", int(lengths[in_output].sum()))
-        counters.add("nodes_drafted", int(drafted[in_output].sum()))
-        counters.add("nodes_accepted", int(lengths[in_output].sum() - in_output.sum()))
+        requests = tokens = int(in_output.sum())
+        if step.drafted:
+            tokens = int(lengths[in_output].sum())
+            nodes = np.diff(step.rows.starts) - 1
+            counters.add("nodes_drafted", int(nodes[in_output].sum()))
+            counters.add("nodes_accepted", tokens - requests)
+        counters.add("request_steps", requests)
+        counters.add("output_tokens", tokens)

@@ -113,11 +113,12 @@ class TokenCounts:
         self._free: list[int] = []
 
     def of_rows(
-        self, texts: Texts, rows: Rows, metadata: SamplingMetadata, logits: torch.Tensor
+        self, texts: Texts | None, rows: Rows, metadata: SamplingMetadata, logits: torch.Tensor
     ) -> RowPenalties | None:
         """Takes in what ``texts`` have gained; returns the penalties of the step's ``rows``, None
-        if nobody asks for any. ``logits`` [L, V] say where, and for how many ids."""
-        if metadata.no_penalties:
+        if nobody asks for any (``texts`` may be None then). ``logits`` [L, V] say where, and for
+        how many ids."""
+        if metadata.no_penalties or texts is None:
             self._clear()
             return None
         try:

@@ -171,6 +171,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         _, metadata, most = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         view = self.batch.view(scheduler_output, num_scheduled_tokens)
         self._step = step = describe(view, self._logits_rows, self.serves_chains)
+        step.watched = self.drafter.watches(step.drafted)
         self.drafter.counters.add("chain_fallbacks:resumed", step.resumed)
         self.batch.blank(step.batch_rows[step.rows.tokens < 0])
         trees, metadata.logits_indices = StepTrees.send(step, self.batch.upload, self.device.type)
@@ -214,7 +215,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         if step is None:
             return super()._sample(logits, spec_decode_metadata)
         start = time.perf_counter()
-        verdict = self.verifier.verify(logits, self._verify_batch(step))
+        verdict = self.verifier.verify(logits, self._verify_batch(step), step.watched)
         step.acceptance, step.top_ids = verdict.acceptance, verdict.top_ids
         step.target_probs, step.broken = verdict.target_probs, verdict.broken
         self.drafter.counters.add("verify_seconds", time.perf_counter() - start)
@@ -229,7 +230,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         outside = None
         if self._pictures is not None:  # words are not interchangeable
             outside = self._pictures.outside(step.batch_rows[step.rows.starts[:-1]])
-        stops = [each.relaxed_stops for each in self.proposing.options()]
+        stops = self.proposing.relaxed_stops() if self.verifier.relaxes else []
         return self.batch.verify_batch(step.rows, stops, outside, self._hidden)
 
     def _compact(self, step: Step) -> None:

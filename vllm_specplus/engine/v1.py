@@ -32,6 +32,8 @@ class V1Batch:
     def __init__(self, runner: GPUModelRunner):
         self._runner = runner
         self._versions = TextVersions()
+        self._versions_before = np.empty(0, np.int64)
+        """int64 [R] of the texts before the step that runs."""
 
     # -- requests ---------------------------------------------------------------
 
@@ -88,7 +90,8 @@ class V1Batch:
 
     def view(self, scheduler_output: SchedulerOutput, num_scheduled: np.ndarray) -> BatchView:
         """The batch of a step that begins; ``num_scheduled`` int32 [R] as vLLM hands it over."""
-        self.versions()  # a cut is seen before the step makes the text longer again
+        # A cut is seen before the step makes the text longer again.
+        self._versions_before = self.versions()
         drafts = scheduler_output.scheduled_spec_decode_tokens
         return BatchView(
             request_ids=self.request_ids,
@@ -145,12 +148,12 @@ class V1Batch:
         outside_pictures: np.ndarray | None, hidden: torch.Tensor | None,
     ) -> VerifyBatch:  # fmt: skip
         """What the step's ``rows`` are verified by; the arguments as in ``VerifyBatch``."""
-        sampling = self.sampling([])
+        sampling, metadata = self.sampling([]), self._runner.input_batch.sampling_metadata
         return VerifyBatch(
             request_ids=self.request_ids,
             rows=rows,
-            metadata=self._runner.input_batch.sampling_metadata,
-            texts=self._texts_before(),
+            metadata=metadata,
+            texts=None if metadata.no_penalties else self._texts_before(),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -168,13 +171,16 @@ class V1Batch:
             | batch.presence_penalties_reqs
             | batch.repetition_penalties_reqs
         )
+        penalised = np.zeros(batch.num_reqs, bool)
+        if asking:
+            penalised[:] = [name in asking for name in self.request_ids]
         return Texts(
             request_ids=self.request_ids,
             token_ids=self.texts,
             num_tokens=self.num_tokens,
             num_prompt=self.num_prompt,
-            versions=self.versions(),
-            penalised=np.array([name in asking for name in self.request_ids], bool),
+            versions=self._versions_before,
+            penalised=penalised,
         )
 
     # -- memory -----------------------------------------------------------------

@@ -62,7 +62,8 @@ class VerifyBatch:
     request_ids: list[str]
     rows: Rows
     metadata: SamplingMetadata
-    texts: Texts
+    texts: Texts | None
+    """None: nobody asks for a penalty."""
     temperature: np.ndarray
     """float32 [R]; 0 is greedy."""
     top_k: np.ndarray
@@ -73,7 +74,8 @@ class VerifyBatch:
     """bool [R] requests that output nothing in this step: their prompt is not read to its
     end."""
     relaxed_stops: list[frozenset[int] | None]
-    """[R] stop tokens of the requests that a lossy rule may serve; None: losslessly."""
+    """[R] stop tokens of the requests that a lossy rule may serve; None: losslessly. Of a verifier
+    that does not ``relax``, nothing."""
     outside_pictures: np.ndarray | None = None
     """bool [R] requests that are not in a picture, whose tokens are not compared by a codebook
     then; None: all may be."""
@@ -96,21 +98,24 @@ class Verdict:
     """bool [R] requests whose last output, a 0, stands for none: there was no distribution."""
 
 
-def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Finds the k most probable ids of every row, best first, as int32 on the device.
+def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finds the k most probable ids of every row of ``logits`` [L, V], best first, and its largest
+    logit, NaN where it holds one: int32 [L, k] and float32 [L] on the device.
 
     Before sampling, which changes logits in place. Column 0 is the argmax with
     ties to the lower index, as in vLLM's greedy sampling.
     """
+    if k and logits.device.type == "cpu":
+        ids, values = native.top_k(logits, k)
+        return ids, values[:, 0]
+    largest = logits.amax(-1).float()
     if k == 0:
-        return torch.empty((len(logits), 0), dtype=torch.int32, device=logits.device)
-    if logits.device.type == "cpu":
-        return native.top_k(logits, k)[0]
+        return torch.empty((len(logits), 0), dtype=torch.int32, device=logits.device), largest
     if k == 1:
-        return logits.argmax(dim=-1, keepdim=True).to(torch.int32)
+        return logits.argmax(dim=-1, keepdim=True).to(torch.int32), largest
     ids = logits.topk(k, dim=-1).indices.to(torch.int32)
     ids[:, 0] = logits.argmax(dim=-1)
-    return ids
+    return ids, largest
 
 
 def to_host(
@@ -118,14 +123,18 @@ def to_host(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Copies ``top`` int32 [L, k], ``tokens`` int32 [L] and ``largest`` float32 [L] to the host, in
     one go if all are at one place: every copy waits for the device."""
-    if top.device != tokens.device:
-        return top.cpu().numpy(), tokens.cpu().numpy(), largest.cpu().numpy()
+    if top.device.type == "cpu" or top.device != tokens.device:
+        # Tokens may be a column of ``top``, and are not what the caller makes of them.
+        return top.cpu().numpy(), tokens.cpu().numpy().copy(), largest.cpu().numpy()
     rows = torch.cat((top.T, tokens[None], largest.view(torch.int32)[None])).cpu().numpy()
     return np.ascontiguousarray(rows[:-2].T), rows[-2], rows[-1].view(np.float32)
 
 
 class Draws(Protocol):
     """A way to find the token at every row that the walk down a tree follows."""
+
+    relaxes: bool
+    """May it take other tokens than the target's draws?"""
 
     def __call__(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
         """Samples from ``logits`` [L, V], which it may change in place."""
@@ -137,6 +146,8 @@ class Draws(Protocol):
 class TargetDraws:
     """Draws from the target at every row: losslessly for any draft that is a function of the
     past."""
+
+    relaxes = False
 
     def __init__(self, sampler: Sampler):
         self._sampler = RowSampler(sampler)
@@ -166,6 +177,7 @@ class JudgedDraws:
         self._draft_probs, self._counters = draft_probs, counters
         self._device = device
         self._counts = TokenCounts()
+        self.relaxes = relaxed is not None
         self._group = group if group is not None and group.world_size > 1 else None
 
     def __call__(self, logits: torch.Tensor, batch: VerifyBatch) -> RowSamples:
@@ -270,13 +282,15 @@ class Verifier:
         self._top_k, self._reads_target_probs = top_k, reads_target_probs
         self.reads_hidden = substitution is not None and substitution.reads_hidden
         """Must a batch bring hidden states?"""
+        self.relaxes = substitution is not None or draws.relaxes
+        """May its rule be lossy?"""
 
-    def verify(self, logits: torch.Tensor, batch: VerifyBatch) -> Verdict:
-        """Decides what becomes text by ``logits`` [L, V], which it may change in place."""
+    def verify(self, logits: torch.Tensor, batch: VerifyBatch, watched: bool = True) -> Verdict:
+        """Decides what becomes text by ``logits`` [L, V], which it may change in place. If nobody
+        has ``watched``, the proposer is told nothing of it."""
         greedy = is_plain_greedy(batch.metadata)
         # Greedy steps need nothing else from the device. Others need what the proposer reads.
-        best = top_ids(logits, self._top_k or int(greedy))
-        largest = logits.amax(-1).float()  # NaN where one is
+        best, largest = most_probable(logits, (watched and self._top_k) or int(greedy))
         statistics = None
         if self._substitution is not None:
             statistics = self._substitution.statistics(logits, batch)

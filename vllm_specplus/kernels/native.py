@@ -153,7 +153,8 @@ def unsupported(batch: TreeBatch) -> str | None:
 
 
 def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest ``k`` entries of each row, best first, ties to the lower index.
+    """Largest ``k`` entries of each row, best first, ties to the lower index; NaN comes first where
+    a row holds any, with ids that mean nothing.
 
     ``logits`` [rows, V] on the CPU (float32, bfloat16 or float16, rows may be
     strided). Returns (ids int32 [rows, k], values float32 [rows, k]).

@@ -19,6 +19,10 @@ from vllm_specplus.tree import accepted_paths
 
 def accept(rows: Rows, sampled: np.ndarray) -> Acceptance:
     """Follows ``sampled`` int32 [L], the target's draw at every row, down each tree."""
+    if len(sampled) == len(rows.starts) - 1:  # roots alone
+        count = len(sampled)
+        path = np.zeros((count, 1), np.int32)
+        return Acceptance(path, np.ones(count, np.int32), sampled[:, None].astype(np.int32))
     path, lengths = accepted_paths(rows.tokens, rows.parents, rows.starts, sampled)
     width = int(lengths.max()) if len(lengths) else 1
     path = path[:, :width]

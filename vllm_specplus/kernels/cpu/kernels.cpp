@@ -422,7 +422,32 @@ void attend_all(const TreeBatch& b, const void* query, const void* cache, void* 
   }
 }
 
-// Top k of one row, best first, ties to the lower index (as argmax does).
+// Largest of `count` numbers, and whether any is NaN. As integers, of which more lanes fit where
+// numbers are short, and because -ffinite-math-only knows no NaN: numbers are ordered like their
+// bits, those below zero the other way round, and an infinity's are the largest of no NaN.
+template <typename T>
+float largest(const T* x, int64_t count, bool& nan) {
+  using Int = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
+  constexpr Int SIZE = sizeof(T) == 2 ? 0x7fff : 0x7fffffff;
+  constexpr Int INFINITE = sizeof(T) == 4             ? 0x7f800000
+                           : std::is_same_v<T, bf16> ? 0x7f80
+                                                     : 0x7c00;
+  Int best = -SIZE - 1, size = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Int bits;
+    std::memcpy(&bits, x + i, sizeof(T));
+    size = std::max(size, Int(bits & SIZE));
+    best = std::max(best, Int(bits < 0 ? bits ^ SIZE : bits));
+  }
+  nan |= size > INFINITE;
+  if (best < 0) best ^= SIZE;
+  T out;
+  std::memcpy(&out, &best, sizeof(T));
+  return float(out);
+}
+
+// Top k of one row, best first, ties to the lower index (as argmax does). Where the row holds a
+// NaN, the first value is one: no ids mean anything then.
 template <typename T>
 void top_k_row(const T* x, int64_t n, int k, int32_t* ids, float* values) {
   constexpr int BLOCK = 64;
@@ -435,13 +460,17 @@ void top_k_row(const T* x, int64_t n, int k, int32_t* ids, float* values) {
     values[j] = v, ids[j] = i;
   };
   int64_t i = 0;
+  bool nan = false;
   for (; i + BLOCK <= n; i += BLOCK) {
-    float best = float(x[i]);
-    for (int j = 1; j < BLOCK; ++j) best = std::max(best, float(x[i + j]));
+    const float best = largest(x + i, BLOCK, nan);
     if (filled == k && !(best > values[k - 1])) continue;
     for (int j = 0; j < BLOCK; ++j) offer(float(x[i + j]), int32_t(i + j));
   }
-  for (; i < n; ++i) offer(float(x[i]), int32_t(i));
+  for (; i < n; ++i) {
+    offer(largest(x + i, 1, nan), int32_t(i));
+  }
+  constexpr uint32_t NOT_A_NUMBER = 0x7fc00000;
+  if (nan) std::memcpy(values, &NOT_A_NUMBER, sizeof(float));
 }
 
 template <typename T>
