@@ -16,7 +16,6 @@ import json
 import random
 from pathlib import Path
 
-
 LONG = 2000
 
 
