@@ -124,6 +124,8 @@ class Running:
     trace: Trace
     row: int
     started: float = 0.0
+    read: int = 0
+    """Tokens of its prompt that are read."""
     produced: int = 0
     fed: int = 0
     """Recorded rows shown to the proposer."""
@@ -196,7 +198,9 @@ DEFAULT = parse({"method": "token_recycling", "num_speculative_tokens": 80})
 
 
 class Simulator:
-    """One engine. ``noise``: relative standard deviation of a step's time."""
+    """One engine. ``noise``: relative standard deviation of a step's time; ``step_tokens``: rows
+    that a step may have, prompts being read in parts beyond it (vLLM's
+    ``max_num_batched_tokens``)."""
 
     def __init__(
         self,
@@ -208,7 +212,9 @@ class Simulator:
         noise: float = 0.05,
         seed: int = 0,
         config: MethodConfig = DEFAULT,
+        step_tokens: int | None = None,
     ):
+        self.step_tokens = step_tokens
         self.proposer = method_class(config.method)(config, Services(vocab_size))
         self.times = times
         self.controller = policy(self.proposer, times)
@@ -223,7 +229,7 @@ class Simulator:
         self._names = 0
 
     def admit(self, trace: Trace) -> None:
-        """Start a request; its prompt is read in the next step."""
+        """Start a request; its prompt is read from the next step on."""
         self._names += 1
         running = Running(f"request {self._names}", trace, self.free.pop())
         length = len(trace.prompt)
@@ -233,10 +239,10 @@ class Simulator:
 
     def step(self) -> list[Running]:
         """One engine step; returns the requests that finished in it."""
-        batch, result = self.running, self.result
-        decoding = [r for r in batch if r.produced]
-        prompts = [r for r in batch if not r.produced]
-        prompt_rows = sum(len(r.trace.prompt) for r in prompts)
+        result = self.result
+        decoding = [r for r in self.running if r.produced]
+        prompts, prompt_rows = self._read(len(decoding) + len(self.drafts.tokens))
+        batch = [r for r in self.running if r.read]
         rows = len(batch) + len(self.drafts.tokens)
         tree = self.drafts.has_trees
         seconds = self.times(len(batch), rows, prompt_rows)
@@ -253,9 +259,9 @@ class Simulator:
             r.steps += 1
             r.seconds += parts
         for r in prompts:
-            self._read_prompt(r)
+            self._observe_prompt(r)
             r.produced, r.started = 1, self.clock
-        context = sum(len(r.trace.prompt) + r.produced for r in batch)
+        context = sum(r.read + r.produced for r in batch)
         result.steps += 1
         result.request_steps += len(decoding)
         result.nodes.append(len(self.drafts.tokens))
@@ -265,7 +271,7 @@ class Simulator:
             shape = StepShape(len(batch), rows, context, prompt_rows, tree)
             self.controller.step_took(shape, seconds)
 
-        finished = [r for r in batch if r.produced >= len(r.trace.output)]
+        finished = [r for r in self.running if r.produced >= len(r.trace.output)]
         for r in finished:
             if len(r.trace.output) > 1:
                 result.seconds_per_token.append(
@@ -276,9 +282,22 @@ class Simulator:
             self.proposer.forget(r.name)
             if self.controller is not None:
                 self.controller.forget(r.name)
-        self.running = [r for r in batch if r.produced < len(r.trace.output)]
+        self.running = [r for r in self.running if r.produced < len(r.trace.output)]
         self.drafts = self._draft()
         return finished
+
+    def _read(self, rows: int) -> tuple[list[Running], int]:
+        """Read prompts beside ``rows`` other rows: those that are read to their end by it, and how
+        many rows that takes."""
+        left = sys.maxsize if self.step_tokens is None else max(self.step_tokens - rows, 1)
+        ended, prompt_rows = [], 0
+        for r in self.running:
+            part = min(len(r.trace.prompt) - r.read, left - prompt_rows)
+            r.read += part
+            prompt_rows += part
+            if part and r.read == len(r.trace.prompt):
+                ended.append(r)
+        return ended, prompt_rows
 
     def _accept(self, decoding: list[Running]) -> list[int]:
         """Output tokens of each request: the drafted path that is in its text, plus one."""
@@ -296,7 +315,7 @@ class Simulator:
             out.append(1 + int(depths[labels == 1].max(initial=0)))
         return out
 
-    def _read_prompt(self, r: Running) -> None:
+    def _observe_prompt(self, r: Running) -> None:
         tokens = r.trace.prompt
         previous = np.concatenate(([-1], tokens[:-1])).astype(np.int32)
         kept = np.ones(len(tokens), bool)
@@ -305,26 +324,26 @@ class Simulator:
         )  # fmt: skip
 
     def _draft(self) -> DraftBatch:
-        if self.controller is None or not self.running:
-            return DraftBatch.empty(len(self.running))
-        count = len(self.running)
-        order = [r.row for r in self.running]
+        decoding = [r for r in self.running if r.produced]
+        count = len(decoding)
+        if self.controller is None or not decoding:
+            return DraftBatch.empty(count)
         step = StepContext(
-            request_ids=[r.name for r in self.running],
-            token_ids=self.texts[order],
-            num_tokens=np.array([len(r.trace.prompt) + r.produced for r in self.running], np.int32),
+            request_ids=[r.name for r in decoding],
+            token_ids=self.texts[[r.row for r in decoding]],
+            num_tokens=np.array([len(r.trace.prompt) + r.produced for r in decoding], np.int32),
             max_nodes=np.full(count, self.controller.max_nodes, np.int32),
             chain_only=np.zeros(count, bool),
-            observation=self._observe(),
-            num_prompt_tokens=np.array([len(r.trace.prompt) for r in self.running], np.int32),
+            observation=self._observe(decoding),
+            num_prompt_tokens=np.array([len(r.trace.prompt) for r in decoding], np.int32),
         )
         self.controller.prepare(step)
         return self.controller.choose(step, self.proposer.propose(step))
 
-    def _observe(self) -> Observation:
+    def _observe(self, decoding: list[Running]) -> Observation:
         """The rows the recorded engine verified up to where each request is now."""
         parts = []
-        for r in self.running:
+        for r in decoding:
             end = int(np.searchsorted(r.trace.row_at, r.produced))
             parts.append((r.trace, slice(r.fed, end)))
             r.fed = max(end, r.fed)

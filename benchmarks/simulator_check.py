@@ -29,6 +29,8 @@ from vllm_specplus.bench.protocol import EngineSetup
 
 CONFIGS = {"none": None, "token_recycling": {"method": "token_recycling"}}
 SHORTEST = 8
+#: vLLM's ``max_num_batched_tokens``, of both.
+STEP_TOKENS = 4096
 
 
 def lengths(count: int, passes: int, most: int) -> np.ndarray:
@@ -44,7 +46,10 @@ def of_engine(args: argparse.Namespace, config: dict | None) -> dict:
     engine = Engine(
         EngineSetup(
             model=args.model, speculative_config=config,
-            engine_args={"kv_cache_memory_bytes": 1 << 30, "max_model_len": 4096},
+            engine_args={
+                "kv_cache_memory_bytes": 1 << 30, "max_model_len": 4096,
+                "max_num_batched_tokens": STEP_TOKENS,
+            },
             measured=measured, warmup=warmup, concurrency=args.loads[0],
             max_tokens=args.most_tokens, temperature=0, seed=0, chat_template=True,
         )
@@ -77,7 +82,9 @@ def of_simulator(args: argparse.Namespace, name: str) -> dict:
     for load in args.loads:
         seconds, tokens, per_token = 0.0, 0, []
         for cut in lengths(len(traces), args.passes, args.most_tokens):
-            run = simulator.Simulator(times, policy, vocab, load, longest + 1)
+            run = simulator.Simulator(
+                times, policy, vocab, load, longest + 1, step_tokens=STEP_TOKENS
+            )
             asked = [
                 replace(t, output=t.output[:most])
                 for t, most in zip(traces, cut.tolist(), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +140,28 @@ def test_a_change_of_traffic_is_followed_within_50_steps(in_flight):
     assert after(400, slice(50, 100)) < 0.25 * repetitive
     assert after(1220, slice(0, 50)) > 0.5 * repetitive  # once the phrase came back
     assert nodes[(position > 1400) & (position < 1900)].mean() > 0.75 * repetitive
+
+
+def test_prompts_are_read_in_parts_where_a_step_has_a_budget(traces):
+    """The same texts; a step reads so many tokens at most, and no prompt is read twice."""
+    longest = max(len(t.prompt) + len(t.output) for t in traces)
+    vocab = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    prompts = sum(len(t.prompt) for t in traces[:8])
+    read = {}
+    for budget in (None, 64):
+        rows = []
+        times = replace(TIMES, prompt_row=0.001)
+        world = simulator.Simulator(
+            times, simulator.goodput(), vocab, 8, longest + 1, 0.0, step_tokens=budget
+        )
+        took = world.controller.step_took
+        world.controller.step_took = lambda shape, seconds, rows=rows, took=took: (
+            rows.append(shape.prompt_rows) or took(shape, seconds)
+        )
+        result = simulator.closed_loop(world, traces[:8], 8)
+        assert result.tokens == sum(len(t.output) - 1 for t in traces[:8])
+        read[budget] = rows
+    assert sum(read[None]) == sum(read[64]) == prompts
+    assert max(read[64]) <= 64
+    assert np.count_nonzero(read[64]) >= prompts / 64
+    assert np.count_nonzero(read[None]) == 1

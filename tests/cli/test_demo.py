@@ -24,7 +24,7 @@ def conversions(monkeypatch, tmp_path):
 
     monkeypatch.setenv("VLLM_SPECPLUS_CACHE", str(tmp_path))
     monkeypatch.setattr(model, "_download", lambda folder: folder / "model.gguf")
-    monkeypatch.setattr(model, "_convert", convert)
+    monkeypatch.setattr(model, "convert", convert)
     return done
 
 
@@ -51,7 +51,7 @@ def test_failed_conversion_leaves_nothing(conversions, monkeypatch, tmp_path):
         folder.mkdir()
         raise model.ModelError("gguf missing")
 
-    monkeypatch.setattr(model, "_convert", fail)
+    monkeypatch.setattr(model, "convert", fail)
     result = CliRunner().invoke(app, ["prepare-model"])
     assert result.exit_code == 1
     assert "gguf missing" in result.stderr
@@ -59,13 +59,13 @@ def test_failed_conversion_leaves_nothing(conversions, monkeypatch, tmp_path):
 
 
 def test_two_processes_prepare_at_once(conversions, monkeypatch, tmp_path):
-    convert, target = model._convert, tmp_path / model.NAME
+    convert, target = model.convert, tmp_path / model.NAME
 
     def convert_more_slowly_than_another(gguf, folder):
         convert(gguf, target)
         convert(gguf, folder)
 
-    monkeypatch.setattr(model, "_convert", convert_more_slowly_than_another)
+    monkeypatch.setattr(model, "convert", convert_more_slowly_than_another)
     assert model.prepare_model() == target
     assert list(tmp_path.iterdir()) == [target]
 

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from tests.datastores import NumberTokenizer, build_datastore, write_corpus
+from vllm_specplus.cli.main import app
 from vllm_specplus.retrieval import datastore
 from vllm_specplus.retrieval.build import add, build, first_positions, sort_backwards
 from vllm_specplus.retrieval.corpus import PIECE, Corpus, CorpusError
@@ -417,6 +419,11 @@ def command(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300, **kwargs)
 
 
+def invoke(*args):
+    """The same in this process: a new one imports for seconds."""
+    return CliRunner().invoke(app, ["datastore", *map(str, args)])
+
+
 @pytest.mark.slow
 def test_the_commands(tmp_path, tokenizer_folder):
     store, text = tmp_path / "store", tmp_path / "text.txt"
@@ -424,20 +431,20 @@ def test_the_commands(tmp_path, tokenizer_folder):
     done = command("build", store, text, "--tokenizer", tokenizer_folder)
     assert done.returncode == 0, done.stderr
     assert re.search(r"documents +1 *\n", done.stdout)
-    shown = command("query", store, "dog sat on", "--nodes", "6")
+    shown = invoke("query", store, "dog sat on", "--nodes", "6")
     assert "' the'" in shown.stdout
     assert "datastore, match" in shown.stdout
-    nothing = command("query", store, "zebra qq")
+    nothing = invoke("query", store, "zebra qq")
     assert "nothing in the datastore" in nothing.stdout
-    assert "all checksums are right" in command("verify", store).stdout
-    assert str(tokenizer_folder) in command("info", store).stdout.replace("\n", "")
-    again = command("build", store, text, "--tokenizer", tokenizer_folder)
-    assert again.returncode == 1
+    assert "all checksums are right" in invoke("verify", store).stdout
+    assert str(tokenizer_folder) in invoke("info", store).stdout.replace("\n", "")
+    again = invoke("build", store, text, "--tokenizer", tokenizer_folder)
+    assert again.exit_code == 1
     assert "nothing to do" in again.stderr
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "a zebra and a zebu"}))
-    assert command("add", store, other).returncode == 0
-    assert "'z'" in command("query", store, "and a").stdout
+    assert invoke("add", store, other).exit_code == 0
+    assert "'z'" in invoke("query", store, "and a").stdout
     for args, message in [
         (("info", tmp_path / "none"), "is not a datastore"),
         (("build", tmp_path / "new", other, "--tokenizer", tmp_path), "cannot load the tokenizer"),
@@ -446,8 +453,8 @@ def test_the_commands(tmp_path, tokenizer_folder):
             "neither",
         ),
     ]:
-        failed = command(*args)
-        assert failed.returncode == 1
+        failed = invoke(*args)
+        assert failed.exit_code == 1
         assert message in failed.stderr
         assert "Traceback" not in failed.stderr
 
