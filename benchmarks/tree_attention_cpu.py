@@ -76,7 +76,8 @@ class Case:
         batch = native.TreeBatch(
             num_requests=self.requests, num_query_heads=self.heads, num_kv_heads=self.kv_heads,
             head_size=size, block_size=BLOCK, layout=native.LAYOUTS[layout],
-            dtype=native.DTYPES[self.dtype], max_blocks=self.table.stride(0), scale=size**-0.5,
+            dtype=native.DTYPES[self.dtype], cache_dtype=native.DTYPES[self.dtype],
+            value_scale=1.0, max_blocks=self.table.stride(0), scale=size**-0.5,
             page_stride=self.cache.stride(0), head_stride=self.cache.stride(1),
             query_stride=width, output_stride=width, rows=rows.data_ptr(),
             row_start=self.starts.data_ptr(), context=context.data_ptr(),

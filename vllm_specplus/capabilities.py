@@ -29,7 +29,14 @@ _CONNECTOR = "remove it; --enable-prefix-caching reuses texts within one engine"
 class Need(Enum):
     """What a model or a launch may need: who serves it, its name for the user, what to do."""
 
+    ADAPTED_LAYERS = (
+        "method",
+        "LoRA adapters in the layers that it drafts with",
+        "use a method that drafts without the target's layers, such as 'token_recycling', or "
+        "remove --enable-lora and serve a model that the adapter is merged into",
+    )
     ALIBI = ("attention", "ALiBi position biases", _PLAIN)
+    ALIBI_SQRT = ("attention", "ALiBi by square roots of distances", _PLAIN)
     ASYNC_SCHEDULING = (
         "engine",
         "async scheduling, since drafts are made on the host",
@@ -85,6 +92,7 @@ class Need(Enum):
         "use a method of vllm-specplus, such as 'jacobi' for pictures of codes and 'cspd' for "
         "latents",
     )
+    FP8_KV = ("attention", "an FP8 KV cache", _KV_DTYPE)
     KV_CONNECTOR = ("engine", "a KV connector, which stores drafted tokens' pages", _CONNECTOR)
     KV_FAST_PREFILL = (
         "engine",
@@ -190,22 +198,22 @@ ENGINE: frozenset[Need] = frozenset(
     {
         Need.DATA_PARALLEL,
         Need.EXPERT_PARALLEL,
+        Need.LORA,
         Need.QUANTIZED_WEIGHTS,
         Need.TENSOR_PARALLEL,
     }
 )
 #: What a method serves that says nothing of it: it drafts tokens from tokens.
-TEXT: frozenset[Need] = frozenset({Need.MROPE})
+TEXT: frozenset[Need] = frozenset({Need.ADAPTED_LAYERS, Need.MROPE})
 #: What models of latents and of captions are served with, by workers of ours (with a method or
 #: without), and texts with pictures in them, which have their places from the worker.
 LATENTS: frozenset[Need] = frozenset({Need.DATA_PARALLEL, Need.NO_METHOD, Need.QUANTIZED_WEIGHTS})
 CAPTIONS: frozenset[Need] = ENGINE | {
     Need.KV_CONNECTOR,
-    Need.LORA,
     Need.NO_METHOD,
     Need.PIPELINE_PARALLEL,
 }
-PICTURES: frozenset[Need] = ENGINE - {Need.QUANTIZED_WEIGHTS}
+PICTURES: frozenset[Need] = ENGINE - {Need.LORA, Need.QUANTIZED_WEIGHTS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,16 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         hidden_size=model_config.get_hidden_size(),
         has_codebook=latents is None and hasattr(generates, "codebook_size"),
         latents=latents,
+        keeps=needs.kept_tokens(model_config),
+        fp8_cache=needs.has_fp8_cache(args, model_config),
     )
+    if needs.mixes_windows(model_config) and args.disable_hybrid_kv_cache_manager is None:
+        # Layers with a window keep what is behind it, so that all layers share one block table.
+        args.disable_hybrid_kv_cache_manager = True
+    backend = needs.backend_for(args, model_config, current_platform.device_type)
+    if backend is not None:
+        logger.info("attention back end %s, which verifies trees of this model", backend)
+        args.attention_backend = backend
     config.check_kind(target)
     config.check_acceptance(target)
     config.check_target(target)

@@ -23,3 +23,18 @@ class Target:
     """Does it generate image codes?"""
     latents: dict[str, Any] | None = None
     """Its config, if it generates latents."""
+    keeps: int | None = None
+    """How many tokens of a text stay in its KV cache, if all its layers have a sliding window that
+    texts may exceed; None: all do."""
+
+    fp8_cache: bool = False
+    """Are the keys and values in its cache bytes?"""
+
+    def check_keeps_texts(self, method: str) -> None:
+        """Raise ValueError if a text that grows loses what ``method`` goes on reading."""
+        if self.keeps is not None:
+            raise ValueError(
+                f"method {method!r} reads whole texts in the target's KV cache, which keeps "
+                f"{self.keeps} tokens here (sliding-window attention): set --max-model-len to that "
+                f"at most, or use another method, such as 'token_recycling'"
+            )

@@ -11,6 +11,12 @@ TEXT = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 32,
     "max_position_embeddings": 65536, "tie_word_embeddings": False,
 }  # fmt: skip
+TIED = {"tie_word_embeddings": True}
+#: Of tied embeddings: without it, random models repeat the token that they read.
+EMBEDDING_SCALE = {"gemma2": 0.03, "gemma3n": 0.003}
+#: Of weights whose texts do not repeat themselves, where those of others do; and whose two best
+#: tokens are never within rounding (of OLMo's, with the usual seed, 0.00004 nats apart once).
+SEEDS = {"bloom": 31, "falcon_alibi": 28, "olmo": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MLA = {
     "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
@@ -22,11 +28,11 @@ VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32
 
 #: name -> (architecture, model_type, what is different from TEXT, vision config).
 MODELS: dict[str, tuple[str, str, dict, dict | None]] = {
-    "bloom": ("BloomForCausalLM", "bloom", {"head_dim": None}, None),
+    "bloom": ("BloomForCausalLM", "bloom", TIED | {"head_dim": None}, None),
     "cohere2": ("Cohere2ForCausalLM", "cohere2", {"sliding_window": 64}, None),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "deepseek_v3", MLA, None),
-    "falcon_alibi": ("FalconForCausalLM", "falcon", {"alibi": True, "head_dim": None}, None),
-    "gemma2": ("Gemma2ForCausalLM", "gemma2", {"sliding_window": 64}, None),
+    "falcon_alibi": ("FalconForCausalLM", "falcon", TIED | {"alibi": True, "head_dim": None}, None),
+    "gemma2": ("Gemma2ForCausalLM", "gemma2", TIED | {"sliding_window": 64}, None),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text", {"sliding_window": 64}, None),
     "glm4": ("Glm4ForCausalLM", "glm4", {"pad_token_id": 0}, None),
     "glm4_moe": (
@@ -80,6 +86,73 @@ MODELS: dict[str, tuple[str, str, dict, dict | None]] = {
     "qwen3_moe": ("Qwen3MoeForCausalLM", "qwen3_moe", EXPERTS, None),
     "qwen3_next": ("Qwen3NextForCausalLM", "qwen3_next", EXPERTS, None),
 }
+#: More families, whose texts are compared and whose launches are those of the ones above.
+FULL_HEADS = {"head_dim": None, "num_key_value_heads": None}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FOUR_LAYERS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+MODELS |= {
+    name: (architecture, family, changes, None)
+    for name, (architecture, family, changes) in {
+        "apertus": ("ApertusForCausalLM", "apertus", {}),
+        "arcee": ("ArceeForCausalLM", "arcee", {}),
+        "cohere": ("CohereForCausalLM", "cohere", {}),
+        "ernie4_5": ("Ernie4_5ForCausalLM", "ernie4_5", {}),
+        "ernie4_5_moe": (
+            "Ernie4_5_MoeForCausalLM", "ernie4_5_moe",
+            {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "head_dim": None},
+        ),
+        "exaone4": ("Exaone4ForCausalLM", "exaone4", {"sliding_window": 64}),
+        "falcon": ("FalconForCausalLM", "falcon", TIED | {"alibi": False, "head_dim": None}),
+        "flex_olmo": ("FlexOlmoForCausalLM", "flex_olmo", EXPERTS | {"pad_token_id": 0}),
+        "gemma": ("GemmaForCausalLM", "gemma", TIED),
+        "gemma3n": (
+            "Gemma3nForCausalLM", "gemma3n_text",
+            TIED | {
+                "sliding_window": 64, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32,
+                "vocab_size_per_layer_input": 256, "laurel_rank": 16, "head_dim": 32,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "activation_sparsity_pattern": [0.0] * 4,
+            },
+        ),
+        "gemma4": (
+            "Gemma4ForCausalLM", "gemma4_text",
+            {"sliding_window": 64, "hidden_size_per_layer_input": 0, "layer_types": FOUR_LAYERS,
+             "vocab_size_per_layer_input": 256},
+        ),
+        "glm": ("GlmForCausalLM", "glm", {"pad_token_id": 0}),
+        "gpt2": ("GPT2LMHeadModel", "gpt2", FULL_HEADS | {"intermediate_size": None}),
+        "gpt_bigcode": ("GPTBigCodeForCausalLM", "gpt_bigcode", FULL_HEADS),
+        "gpt_neox": ("GPTNeoXForCausalLM", "gpt_neox", FULL_HEADS),
+        "gptj": ("GPTJForCausalLM", "gptj", FULL_HEADS | {"rotary_dim": 16}),
+        "granitemoe": ("GraniteMoeForCausalLM", "granitemoe", LOCAL_EXPERTS),
+        "granitemoehybrid": (
+            "GraniteMoeHybridForCausalLM", "granitemoehybrid",
+            LOCAL_EXPERTS | {"layer_types": ["attention"] * 4, "shared_intermediate_size": 64,
+                             "position_embedding_type": "rope"},
+        ),
+        "granitemoeshared": (
+            "GraniteMoeSharedForCausalLM", "granitemoeshared",
+            LOCAL_EXPERTS | {"shared_intermediate_size": 64},
+        ),
+        "hunyuan": ("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", {}),
+        "ministral3": ("Ministral3ForCausalLM", "ministral3", {}),
+        "nemotron": ("NemotronForCausalLM", "nemotron", {}),
+        "olmo": ("OlmoForCausalLM", "olmo", {}),
+        "olmo3": ("Olmo3ForCausalLM", "olmo3", {"sliding_window": 64}),
+        "olmoe": ("OlmoeForCausalLM", "olmoe", EXPERTS | {"head_dim": None}),
+        "opt": ("OPTForCausalLM", "opt", FULL_HEADS | {"ffn_dim": 64, "word_embed_proj_dim": 512}),
+        "phi": ("PhiForCausalLM", "phi", {}),
+        "qwen2_moe": (
+            "Qwen2MoeForCausalLM", "qwen2_moe",
+            EXPERTS | {"shared_expert_intermediate_size": 64, "head_dim": None},
+        ),
+        "seed_oss": ("SeedOssForCausalLM", "seed_oss", {}),
+        "smollm3": ("SmolLM3ForCausalLM", "smollm3", {"pad_token_id": 0}),
+        "stablelm": ("StableLmForCausalLM", "stablelm", {"head_dim": None}),
+        "starcoder2": ("Starcoder2ForCausalLM", "starcoder2", {"sliding_window": 64}),
+        "vaultgemma": ("VaultGemmaForCausalLM", "vaultgemma", {"sliding_window": 64}),
+    }.items()
+}  # fmt: skip
 FP8_KV = {
     "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {},
     "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False,
@@ -117,11 +190,14 @@ def make(root: Path, name: str, weights: bool = False) -> Path:
         import torch
         import transformers
 
-        torch.manual_seed(7)
+        torch.manual_seed(SEEDS.get(name, 7))
         for each in (config, config.get_text_config()):
             each.initializer_range = 0.25
         known = architecture.replace("MRopeText", "Qwen2")
         model = getattr(transformers, known)._from_config(config)
+        if config.get_text_config().tie_word_embeddings:
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(EMBEDDING_SCALE.get(name, 0.3))
         model.to(torch.float32).save_pretrained(folder)
         config.architectures = [architecture]
         config.save_pretrained(folder)

@@ -54,9 +54,9 @@ def sabotage(kind: str) -> None:
         from vllm_specplus.engine.scheduler import GuardedScheduler
 
         GuardedScheduler._trim_drafts = lambda self: None
-    elif kind == "fixed_prices":
+    elif kind in ("fixed_prices", "dear_looks"):
         # Decisions that do not depend on the machine's mood: 3 % of a step per row, and 5 % per
-        # pass of a draft.
+        # pass of a draft; looking at a step is free, or takes a tenth of one.
         from vllm_specplus.control.controller import Controller
         from vllm_specplus.control.cost import StepCost
 
@@ -70,6 +70,8 @@ def sabotage(kind: str) -> None:
                 self.prices.drafting.seconds = 0.0005
 
         Controller.drafting_took = drafting_took
+        look = 0.001 if kind == "dear_looks" else 0.0
+        Controller.looked = lambda self, seconds, nodes: self._looks.looked(look, nodes)
         took = Controller.step_took
         Controller.step_took = lambda self, shape, seconds, drafting=0.0: (
             self.cost and took(self, shape, self.cost.predict_step(shape))
@@ -177,6 +179,9 @@ def main(job_path: str, out_path: str) -> None:
         if batch.get("renew"):
             assert llm.reset_prefix_cache()
             assert all(llm.collective_rpc("renew_drafts"))
+        if "weights" in batch:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": batch["weights"]})
+            assert llm.reset_prefix_cache()
         if "control" in batch:
             (answer,) = llm.collective_rpc("control_speculation", args=(batch["control"],))
             assert answer.items() >= batch["control"].items(), answer
@@ -201,7 +206,7 @@ def main(job_path: str, out_path: str) -> None:
         if "sessions" in batch:
             result.append(sessions.serve(llm, batch["sessions"]))
             continue
-        result.append(generate(llm, requests_of(batch)))
+        result.append(generate(llm, requests_of(batch), batch.get("adapters")))
         counted.append(llm.collective_rpc(counters_of)[0])
         drafts = metrics_of(llm).get("spec_decode_num_draft_tokens")
         drafted.append(getattr(drafts, "value", None))

@@ -160,13 +160,13 @@ def test_speculation_is_switched_while_serving(
         )
     ]
     engine = tiny_engine | {"speculative_config": spec}
-    result = harness.run(tmp_path, engine, batches, "fixed_prices")
+    result = harness.run(tmp_path, engine, batches, "dear_looks")
     for i in range(3):
         assert harness.ids(result, i) == harness.ids(plain)
     off, shadow, on = result["counted"]
     assert off["nodes_drafted"] == off["nodes_grown"] == shadow["nodes_drafted"] == 0
     assert off["shadow_request_steps"] == 0
-    assert off["unwatched_steps"] > 20  # looking takes more than 1 % of so small a target's steps
+    assert off["unwatched_steps"] > 20
     assert shadow["unwatched_steps"] == off["unwatched_steps"]  # all are watched
     assert shadow["shadow_request_steps"] > 200
     assert shadow["shadow_tokens"] > shadow["shadow_request_steps"]

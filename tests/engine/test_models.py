@@ -21,12 +21,6 @@ ENGINE = {
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("bloom", "ALiBi"),
-        ("falcon_alibi", "ALiBi"),
-        ("gemma2", "sliding-window attention|soft-cap"),
-        ("gpt_oss", "sinks|sliding-window attention"),
-        ("mistral_window", "sliding-window attention"),
-        ("llama4", "ChunkedLocalAttention.* verifies no draft trees"),
         ("qwen3_next", "GDN_ATTN.* verifies no draft trees"),
         ("deepseek_v3", "verifies no draft trees|multi-head latent"),
     ],
@@ -42,16 +36,22 @@ def test_what_the_config_does_not_tell_is_refused_after_load(tmp_path, name, wor
         harness.run(tmp_path, engine, [{"requests": [request]}], sabotage="unchecked_launch")
 
 
+#: What goes by positions, and beyond them: ALiBi, soft caps, sinks, windows of 64 in all layers or
+#: in some.
+BY_POSITION = (
+    "bloom", "falcon_alibi", "gemma2", "gemma3", "gpt_oss", "llama4", "mistral_short_window",
+    "cohere2",
+)  # fmt: skip
 #: "mrope": rotary positions of three axes.
 SERVED = ("mrope", "glm4", "granite", "mixtral", "olmo2", "phi4")
 
 
-def equal(tmp_path, name: str, plain: dict, ours: dict) -> None:
+def equal(tmp_path, name: str, plain: dict, ours: dict, lengths=(5, 17)) -> None:
     """The same text under the worst drafts, by a plain engine and by ours, for random weights."""
     folder = folders.make(tmp_path, name, weights=True)
     rng = np.random.default_rng(5)
     params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
-    requests = [[rng.integers(3, 250, n).tolist(), params] for n in (5, 17)]
+    requests = [[rng.integers(3, 250, n).tolist(), params] for n in lengths]
     engine = ENGINE | {"model": str(folder)}
     want = harness.run(tmp_path, engine | plain, [{"requests": requests}])
     assert all(len(set(r["ids"][0])) > 10 for r in want["batches"][0])
@@ -72,9 +72,7 @@ def test_text_is_the_same(tmp_path, name):
     equal(tmp_path, name, {}, {})
 
 
-def test_a_window_can_be_switched_off_where_we_advise_it(tmp_path):
-    """Up to the window, full attention is what the model has."""
-    equal(
-        tmp_path, "mistral_short_window", {"max_model_len": 64},
-        {"disable_sliding_window": True, "max_model_len": 64},
-    )  # fmt: skip
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_text_is_the_same_beyond_windows(tmp_path, name):
+    """Shorter than the window, about to reach it, and beyond it."""
+    equal(tmp_path, name, {}, {}, lengths=(5, 50, 150))

@@ -10,6 +10,7 @@ from vllm_specplus import capabilities
 from vllm_specplus.capabilities import Found, Need, gaps
 from vllm_specplus.config import parse
 from vllm_specplus.engine import names, needs
+from vllm_specplus.target import Target
 
 
 def engine_args(**changes):
@@ -60,12 +61,11 @@ def test_ordinary_launches_are_served():
         ({"args": engine_args(prefill_context_parallel_size=2)}, "context parallelism"),
         ({"args": engine_args(enable_dbo=True)}, "remove --enable-dbo"),
         ({"args": engine_args(async_scheduling=True)}, "remove --async-scheduling"),
-        ({"args": engine_args(kv_cache_dtype="fp8_e5m2")}, "kv_cache_dtype='fp8_e5m2'"),
+        ({"args": engine_args(kv_cache_dtype="fp8_inc")}, "kv_cache_dtype='fp8_inc'"),
         ({"args": engine_args(kv_cache_dtype="turboquant_k8v4")}, "a quantized KV cache"),
         ({"args": engine_args(kv_transfer_config={})}, "(--kv-transfer-config): remove it"),
         ({"args": engine_args(kv_offloading_size=1.0)}, "(--kv-offloading-size): remove it"),
         ({"args": engine_args(kv_sharing_fast_prefill=True)}, "remove --kv-sharing-fast-prefill"),
-        ({"args": engine_args(enable_lora=True)}, "remove --enable-lora and serve a model that"),
         ({"args": engine_args(enable_prompt_embeds=True)}, "remove --enable-prompt-embeds"),
         ({"args": engine_args(enable_elastic_ep=True)}, "remove --enable-elastic-ep"),
         ({"args": engine_args(video_pruning_rate=0.5)}, "remove --video-pruning-rate"),
@@ -74,15 +74,10 @@ def test_ordinary_launches_are_served():
         ({"model": model_config(is_attention_free=True)}, "recurrent layers"),
         ({"model": model_config(is_encoder_decoder=True)}, "encoder-decoder models"),
         ({"model": model_config(use_mla=True)}, "multi-head latent attention"),
-        ({"model": model_config(uses_alibi=True)}, "ALiBi"),
         ({"model": model_config(uses_xdrope_dim=4)}, "XD-RoPE"),
         ({"model": model_config(rswa_window=64)}, "reference sliding-window"),
         ({"model": model_config(runner_type="pooling")}, "models that generate nothing"),
-        ({"model": model_config({"attn_logit_softcapping": 50.0})}, "soft-capped"),
-        ({"model": model_config({"attention_chunk_size": 8192})}, "chunked attention"),
-        ({"model": model_config({"model_type": "gpt_oss"})}, "attention sinks"),
         ({"model": model_config({"engram_layer_ids": [1]})}, "n-grams"),
-        ({"model": model_config({"add_swa_attention_sink_bias": True})}, "attention sinks"),
         ({"model": model_config({"sparse_attention_config": {"on": 1}})}, "sparse attention"),
         ({"model": model_config({"layer_types": ["full_attention", "linear_attention"]})},
          "recurrent layers"),
@@ -98,35 +93,81 @@ def test_what_nobody_serves_is_one_sentence(case, words):
     assert "\n" not in sentence
 
 
-def test_a_checkpoint_that_asks_for_a_quantized_cache_is_refused_with_what_helps():
+#: What goes by positions, and scores beside those of keys.
+POSITIONAL = (
+    model_config(uses_alibi=True), model_config({"attn_logit_softcapping": 50.0}),
+    model_config({"model_type": "gpt_oss"}), model_config({"add_swa_attention_sink_bias": True}),
+    model_config({"model_type": "mistral", "sliding_window": 4096}),
+    model_config({"layer_types": ["sliding_attention", "full_attention"]}),
+    model_config({"attention_chunk_size": 8192}),
+)  # fmt: skip
+
+
+@pytest.fixture
+def two_backends(monkeypatch):
+    """As on a GPU: the preferred one serves less."""
+    able = frozenset({Need.KV_SHARING, Need.SLIDING_WINDOW, Need.ALIBI, Need.ATTENTION_SINKS,
+                      Need.LOGITS_SOFT_CAP, Need.CHUNKED_ATTENTION})  # fmt: skip
+    served = {"FLASH_ATTN": frozenset({Need.KV_SHARING}), "TRITON_ATTN": able}
+    monkeypatch.setattr(needs, "served_by_backends", lambda device: served)
+    monkeypatch.setattr(needs, "backends", lambda device: dict.fromkeys(served, ""))
+    monkeypatch.setitem(names.WORKERS, "cuda", "worker")
+
+
+def test_a_checkpoint_may_ask_for_a_cache_of_bytes(two_backends):
+    """Which our kernels on GPUs do not read yet."""
     quantized = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}, "quant_method": "x"}
     model = model_config(hf_config=SimpleNamespace(quantization_config=quantized))
-    assert "kv_cache_dtype='auto', which is 'fp8" in problems(model=model)
-    assert problems(engine_args(kv_cache_dtype="bfloat16"), model) is None
+    assert needs.has_fp8_cache(engine_args(), model)
+    assert "kv_cache_dtype='auto', which is 'fp8" in problems(model=model, device="cuda")
+    bfloat16 = engine_args(kv_cache_dtype="bfloat16")
+    assert problems(bfloat16, model, device="cuda") is None
+    assert not needs.has_fp8_cache(bfloat16, model)
 
 
-ADVICE = "disable-sliding-window"
+@pytest.mark.parametrize("model", POSITIONAL)
+def test_a_back_end_that_serves_the_model_is_chosen(two_backends, model):
+    assert problems(model=model, device="cuda") is None
+    assert needs.backend_for(engine_args(), model, "cuda") == "TRITON_ATTN"
+    for chosen, words in (("flash_attn", "remove --attention-backend, or choose TRITON_ATTN"),
+                          ("TRITON_ATTN", None)):  # fmt: skip
+        args = engine_args(attention_backend=chosen)
+        assert needs.backend_for(args, model, "cuda") is None
+        sentence = problems(args, model, device="cuda")
+        assert sentence is None if words is None else sentence.endswith(words)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "cohere2", "gemma3n_text", "olmo3"])
-def test_a_window_that_means_more_is_never_to_be_switched_off(family):
-    layers = {"model_type": family, "layer_types": ["sliding_attention", "full_attention"]}
-    for window in (64, None):  # None: what vLLM's --disable-sliding-window leaves behind
-        sentence = problems(model=model_config(layers | {"sliding_window": window}))
-        assert "sliding-window attention" in sentence
-        assert ADVICE not in sentence
+def test_any_back_end_will_do_for_an_ordinary_model(two_backends):
+    assert needs.backend_for(engine_args(), model_config(), "cuda") is None
+    assert needs.backend_for(engine_args(), model_config(use_mla=True), "cuda") is None
+    assert needs.backend_for(engine_args(), model_config(uses_alibi=True), "cpu") == "TRITON_ATTN"
 
 
-def test_a_window_of_all_layers_alike_can_be_switched_off():
-    sentence = problems(model=model_config({"model_type": "mistral", "sliding_window": 4096}))
-    assert f"add --{ADVICE}, which for this model only limits --max-model-len to 4096" in sentence
-    assert problems(model=model_config({"model_type": "mistral", "sliding_window": None})) is None
-    unknown = problems(model=model_config({"model_type": "new", "sliding_window": 4096}))
-    assert ADVICE not in unknown
+@pytest.mark.parametrize("model", POSITIONAL)
+def test_the_cpu_serves_what_goes_by_positions(model):
+    assert problems(model=model) is None
+    assert needs.backend_for(engine_args(), model, "cpu") is None
+
+
+def test_what_stays_of_a_text_behind_a_window():
+    model = {"max_model_len": 8192}
+    windows = {"model_type": "mistral", "sliding_window": 4096}
+    mixed = windows | {"layer_types": ["sliding_attention", "full_attention"]}
+    assert needs.kept_tokens(model_config(windows, **model)) == 4096
+    assert needs.kept_tokens(model_config(windows, max_model_len=4096)) is None
+    assert needs.kept_tokens(model_config(mixed, **model)) is None
+    full = windows | {"layer_types": ["full_attention"] * 2}
+    assert needs.kept_tokens(model_config(full, **model)) is None
+    assert needs.mixes_windows(model_config(mixed))
+    assert not needs.mixes_windows(model_config(windows))
+    target = Target(lambda: None, 9, "mistral", 4, 1, 8, keeps=4096)
+    for method in ("layer_skip", "early_exit"):
+        with pytest.raises(ValueError, match="set --max-model-len to that at most, or use"):
+            parse({"method": method}).check_target(target)
 
 
 def test_all_needs_are_told_each_once():
-    args = engine_args(async_scheduling=True, kv_cache_dtype="fp8", kv_transfer_config={},
+    args = engine_args(async_scheduling=True, kv_cache_dtype="fp8_inc", kv_transfer_config={},
                        kv_offloading_size=2.0)  # fmt: skip
     sentences = problems(args, model_config(use_mla=True)).split("; speculative method ")
     assert len(sentences) == 4

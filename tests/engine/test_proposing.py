@@ -28,6 +28,7 @@ def shown(*params: SamplingParams):
         request_ids=["a", "b"], texts=np.zeros((2, 64), np.int32), num_tokens=known,
         num_prompt=np.full(2, 8, np.int32), params=lambda name: params["ab".index(name)],
         sampling=lambda seeds: None, versions=lambda: np.zeros(2, np.int64),
+        adapter=lambda name: "",
     )  # fmt: skip
     drafter = SimpleNamespace(counters=Counters(), forget=lambda name: None)
     context = Proposing(drafter, batch, 8, 64)._context(step, np.ones(2, bool))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import math
 import re
 
 import numpy as np
@@ -11,12 +13,13 @@ import torch
 
 from vllm_specplus.kernels import native
 from vllm_specplus.kernels.reference import (
+    gather_kv,
     move_slots_reference,
     packed_tree_attention_reference,
     page_offsets,
     top_k_reference,
 )
-from vllm_specplus.tree import ancestor_mask
+from vllm_specplus.tree import ancestor_mask, row_depths
 
 PAGES = 24
 AMX = pytest.param(
@@ -99,11 +102,13 @@ def test_page_offsets(layout, block, head):
     assert torch.cat((k.flatten(), v.flatten())).unique().numel() == 2 * block * head
 
 
-def batch_for(kv, layout, query_heads, scale=1.0):
+def batch_for(kv, layout, query_heads, scale=1.0, dtype=None, fp8=None):
     _, kv_heads, block, twice = kv.shape
+    code = native.DTYPES[dtype or kv.dtype]
     return native.TreeBatch(
         num_query_heads=query_heads, num_kv_heads=kv_heads, head_size=twice // 2,
-        block_size=block, layout=native.LAYOUTS[layout], dtype=native.DTYPES[kv.dtype],
+        block_size=block, layout=native.LAYOUTS[layout], dtype=code,
+        cache_dtype=native.FP8[fp8][0] if fp8 else code, value_scale=1.0,
         scale=scale, page_stride=kv.stride(0), head_stride=kv.stride(1),
     )  # fmt: skip
 
@@ -173,9 +178,105 @@ def test_sizes_the_kernel_cannot_serve_have_a_reason():
     assert re.search(amx, reason("amx", torch.float32, 32, 64))
 
 
+#: What a layer may do beside plain attention, alone and together.
+FEATURES = {
+    "window": {"window": 5}, "long window": {"window": 290}, "window of one": {"window": 1},
+    "chunk": {"chunk": 35}, "chunk of one": {"chunk": 1},
+    "soft cap": {"soft_cap": 1.5}, "ALiBi": {"slopes": True}, "sinks": {"sinks": True},
+    "Gemma 2": {"window": 40, "soft_cap": 2.0}, "gpt-oss": {"window": 17, "sinks": True},
+    "FP8": {"fp8": "fp8_e4m3"}, "FP8 of two bits": {"fp8": "fp8_e5m2", "value_scale": 0.5},
+    "all": {"window": 33, "chunk": 30, "soft_cap": 2.0, "slopes": True, "sinks": True},
+    "all, FP8": {"window": 33, "chunk": 30, "soft_cap": 2.0, "slopes": True, "sinks": True,
+                 "fp8": "fp8", "value_scale": 1.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+def test_tree_attention_with_features(layout, dtype, features):
+    if layout == "amx" and "fp8" in features:
+        pytest.skip("a cache of bytes in the AMX layout is refused")
+    attention_equals_reference(layout, dtype, 6, 2, 64, 32, features=features)
+    attention_equals_reference(layout, dtype, 6, 2, 64, 32, (0, 33, 300), (0, 30, 170), features)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_every_byte_is_the_number_that_torch_reads(name):
+    """As values of a single token, by registers and behind them."""
+    size = 248  # 7 numbers are beyond the last whole register
+    for begin in (0, 8):
+        codes = torch.arange(begin, begin + size, dtype=torch.uint8)
+        expected = codes.view(native.FP8[name][1]).float()
+        codes[~expected.isfinite()], expected[~expected.isfinite()] = 0, 0.0
+        kv = torch.zeros(1, 1, 32, 2 * size, dtype=torch.uint8)
+        kv.view(-1)[32 * size : 33 * size] = codes
+        batch = batch_for(kv, "vec", 1, dtype=torch.float32, fp8=name)
+        batch.num_requests, batch.max_blocks, batch.query_stride = 1, 1, size
+        batch.output_stride = size
+        numbers = [torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [0], [0], [-1])]
+        rows = torch.zeros(1, dtype=torch.int64)
+        batch.rows = rows.data_ptr()
+        batch.row_start, batch.context, batch.block_table, batch.parents = (
+            each.data_ptr() for each in numbers
+        )
+        query, output = torch.zeros(1, 1, size), torch.full((1, 1, size), 7.0)
+        native.library().specplus_tree_attention(
+            ctypes.byref(batch), query.data_ptr(), kv.data_ptr(), output.data_ptr()
+        )
+        assert torch.equal(output[0, 0], expected)
+
+
+@pytest.mark.parametrize("name", ["window", "chunk", "soft_cap", "slopes", "sinks"])
+def test_every_feature_changes_something(name):
+    """Negative control of the comparison above."""
+    plain, with_it = (
+        attention_equals_reference("vec", torch.float32, 6, 2, 64, 32, features=features)
+        for features in ({}, {name: FEATURES["all"][name]})
+    )
+    assert (plain - with_it).abs().max() > 0.01
+
+
+def test_the_reference_does_what_a_loop_over_positions_does():
+    """In float64: window, soft cap, ALiBi and sink of every row, head and visible position."""
+    torch.manual_seed(3)
+    kv = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    query = torch.randn(5, 2, 16, dtype=torch.float64)
+    parents, depths = [-1, 0, 1, 0, 3], [0, 1, 2, 1, 2]
+    slopes, sinks = torch.tensor([0.5, 0.1]), torch.tensor([0.3, -1.0])
+    context, window, chunk, cap = 40, 39, 21, 1.5
+    output = torch.empty_like(query)
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    mask = ancestor_mask(np.array(parents, np.int32), starts.numpy(), 5)
+    packed_tree_attention_reference(
+        query, kv, output, rows=torch.arange(5), query_start_loc=starts,
+        context_lens=torch.tensor([context]), block_table=torch.tensor([[2, 0, 1]]),
+        ancestors=torch.from_numpy(mask), scale=0.25, layout="vec",
+        depths=torch.tensor(depths), window=window, chunk=chunk, soft_cap=cap, slopes=slopes,
+        sinks=sinks,
+    )  # fmt: skip
+    keys, values = gather_kv(kv, torch.tensor([2, 0, 1]), context + 5, "vec")
+    for row, head in itertools.product(range(5), range(2)):
+        own, seen = context + depths[row], {j: j for j in range(context)}
+        node = row
+        while node >= 0:
+            seen[context + depths[node]] = context + node
+            node = parents[node]
+        scores, places = [], []
+        for position, place in seen.items():
+            if own - position < window and own // chunk == position // chunk:
+                score = float(keys[0, place] @ query[row, head]) * 0.25
+                score = cap * math.tanh(score / cap) + float(slopes[head]) * (position - own)
+                scores.append(score)
+                places.append(place)
+        weights = torch.tensor([*scores, float(sinks[head])], dtype=torch.float64).softmax(0)[:-1]
+        expected = weights @ values[0, places]
+        assert torch.allclose(output[row, head], expected, atol=1e-5)
+
+
 def attention_equals_reference(
-    layout, dtype, query_heads, kv_heads, head, block, contexts=(0, 33, 300), first=None
-):
+    layout, dtype, query_heads, kv_heads, head, block, contexts=(0, 33, 300), first=None,
+    features=None,
+):  # fmt: skip
     rng = np.random.default_rng(query_heads)
     torch.manual_seed(query_heads)
     kv = torch.randn(PAGES, kv_heads, block, 2 * head).to(dtype)
@@ -195,13 +296,27 @@ def attention_equals_reference(
     }
     if first is not None:
         fields["first"] = torch.tensor(first, dtype=torch.int32)
+    features = dict(features or {})
+    fp8 = features.get("fp8")
+    if fp8 is not None:
+        features["fp8"] = native.FP8[fp8][1]
+        kv = kv.to(features["fp8"]).view(torch.uint8)
+    for name, values in (
+        ("slopes", 2.0 ** -torch.arange(1.0, query_heads + 1)),
+        ("sinks", torch.linspace(-1, 4, query_heads)),
+    ):
+        if name in features:
+            features[name] = values
+    depths = torch.from_numpy(row_depths(parents, starts))
+    fields |= features | {"depths": depths}
     expected = torch.full_like(query, 7)
     mask = torch.from_numpy(ancestor_mask(parents, starts, max(sizes)))
     scale = head**-0.5
     packed_tree_attention_reference(
         query, kv, expected, ancestors=mask, scale=scale, layout=layout, **fields
     )
-    batch = batch_for(kv, layout, query_heads, scale)
+    batch = batch_for(kv, layout, query_heads, scale, query.dtype, fp8)
+    batch.value_scale = features.get("value_scale", 1.0)
     assert native.unsupported(batch) is None
     batch.num_requests = len(sizes)
     batch.max_blocks = table.stride(0)
@@ -212,6 +327,13 @@ def attention_equals_reference(
     batch.block_table = table.data_ptr()
     batch.parents = parents.ctypes.data
     batch.first = None if first is None else fields["first"].data_ptr()
+    batch.window, batch.soft_cap = features.get("window", 0), features.get("soft_cap", 0.0)
+    batch.chunk = features.get("chunk", 0)
+    if features:
+        batch.depths = depths.data_ptr()
+    for name in ("slopes", "sinks"):
+        if name in features:
+            setattr(batch, name, features[name].data_ptr())
     output = torch.full_like(query, 7)
     native.library().specplus_tree_attention(
         ctypes.byref(batch), query.data_ptr(), kv.data_ptr(), output.data_ptr()
@@ -226,7 +348,10 @@ def attention_equals_reference(
     packed_tree_attention_reference(
         query, kv, wrong, ancestors=causal, scale=scale, layout=layout, **fields
     )
-    assert (wrong.float() - expected.float()).abs().max() > 3 * tolerance
+    # A row that sees itself alone is the same in both.
+    if 1 not in (features.get("window"), features.get("chunk")):
+        assert (wrong.float() - expected.float()).abs().max() > 3 * tolerance
+    return output.float()
 
 
 def _chains(sizes):
@@ -281,6 +406,9 @@ def test_vllms_cache_writer_uses_our_layouts():
 
     for block, head in [(32, 64), (128, 64), (32, 80), (128, 128)]:
         assert cache_layout("vec", torch.float32, block, head) == "vec"
+        if torch.cpu._is_avx512_supported() and head % 32 == 0:
+            for fp8 in ("fp8_e4m3", "fp8_e5m2"):
+                assert cache_layout("vec", torch.uint8, block, head, fp8) == "vec"
     if torch.cpu._is_amx_tile_supported():
         for block, head in [(32, 64), (128, 64), (128, 128)]:
             assert cache_layout("amx", torch.bfloat16, block, head) == "amx"

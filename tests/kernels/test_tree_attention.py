@@ -5,6 +5,7 @@ it), and are besides compiled, not run, for GPUs.
 """
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -44,7 +45,17 @@ def batch(request) -> Batch:
     return request.param
 
 
-def run(batch: Batch, part: str, num_splits: int = 1, first: torch.Tensor | None = None):
+#: What a layer may do beside plain attention, alone and together.
+FEATURES = {
+    "window": {"window": 5}, "window of one": {"window": 1}, "chunk": {"chunk": 18},
+    "chunk of one": {"chunk": 1}, "soft cap": {"soft_cap": 1.5},
+    "ALiBi": {"slopes": True}, "sinks": {"sinks": True},
+    "Gemma 2": {"window": 40, "soft_cap": 2.0}, "gpt-oss": {"window": 17, "sinks": True},
+    "all": {"window": 33, "chunk": 20, "soft_cap": 2.0, "slopes": True, "sinks": True},
+}  # fmt: skip
+
+
+def run(batch: Batch, part: str, num_splits: int = 1, first=None, **features):
     return tree_attention(
         *batch.arguments,
         part=part,
@@ -52,7 +63,25 @@ def run(batch: Batch, part: str, num_splits: int = 1, first: torch.Tensor | None
         max_context_len=max(batch.contexts),
         num_splits=num_splits,
         first=first,
+        **features,
     )
+
+
+def features_of(batch: Batch, features: dict) -> dict:
+    """The arguments that some of ``FEATURES`` are for a batch."""
+    heads = batch.num_kv_heads * batch.group
+    depths = []
+    for parents in batch.trees:
+        own = []
+        for parent in parents:
+            own.append(own[parent] + 1 if parent >= 0 else 0)
+        depths += own
+    values = {
+        "slopes": 2.0 ** -torch.arange(1.0, heads + 1, device=DEVICE),
+        "sinks": torch.linspace(-1, 4, heads, device=DEVICE),
+    }
+    arguments = {name: values.get(name, value) for name, value in features.items()}
+    return arguments | {"depths": torch.tensor(depths, dtype=torch.int32, device=DEVICE)}
 
 
 def assert_close(actual, expected, dtype):
@@ -132,6 +161,73 @@ def test_kernel_from_a_first_token_on(batch, num_splits):
         assert_close(run(batch, "all", num_splits, first), expected, batch.dtype)
 
 
+@pytest.mark.parametrize("name", FEATURES)
+def test_reference_with_features_is_what_a_loop_over_positions_does(name):
+    """In float64, row by row, head by head."""
+    batch = Batch([STAR, random_tree(9, 1)], [45, 3], group=2)
+    query, key_cache, value_cache, starts, _, block_table, _, scale = batch.arguments
+    features = features_of(batch, FEATURES[name])
+    output, lse = tree_attention_reference(*batch.arguments, **features)
+    for request, (parents, context) in enumerate(zip(batch.trees, batch.contexts, strict=True)):
+        begin = int(starts[request])
+        depth = features["depths"][begin : begin + len(parents)].tolist()
+        for row in range(len(parents)):
+            seen, node = {j: j for j in range(context)}, row
+            while node >= 0:
+                seen[context + depth[node]] = context + node
+                node = parents[node]
+            own = context + depth[row]
+            for head in range(query.shape[1]):
+                scores, values = [], []
+                for position, place in seen.items():
+                    if features.get("window") and own - position >= features["window"]:
+                        continue
+                    if features.get("chunk") and own // features["chunk"] != (
+                        position // features["chunk"]
+                    ):
+                        continue
+                    block = block_table[request, place // batch.block_size]
+                    slot = block, place % batch.block_size, head // batch.group
+                    score = float(key_cache[slot].double() @ query[begin + row, head].double())
+                    score *= scale
+                    if cap := features.get("soft_cap"):
+                        score = cap * math.tanh(score / cap)
+                    if "slopes" in features:
+                        score += float(features["slopes"][head]) * (position - own)
+                    scores.append(score)
+                    values.append(value_cache[slot].double())
+                if "sinks" in features:
+                    scores.append(float(features["sinks"][head]))
+                    values.append(torch.zeros_like(values[0]))
+                scores = torch.tensor(scores, dtype=torch.float64, device=DEVICE)
+                expected = scores.softmax(0) @ torch.stack(values)
+                torch.testing.assert_close(
+                    output[begin + row, head].double(), expected, atol=1e-5, rtol=1e-5
+                )
+                assert float(lse[head, begin + row]) == pytest.approx(
+                    float(scores.logsumexp(0)), abs=1e-5
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("name", FEATURES)
+def test_kernel_with_features(name, num_splits):
+    for batch in (BATCHES["contexts about a block"], BATCHES["several tiles of nodes"]):
+        features = features_of(batch, FEATURES[name])
+        expected = tree_attention_reference(*batch.arguments, **features)
+        assert_close(run(batch, "all", num_splits, **features), expected, batch.dtype)
+
+
+@pytest.mark.parametrize("name", ["window", "chunk", "soft_cap", "slopes", "sinks"])
+def test_every_feature_changes_something(name):
+    """Negative control of the comparison above."""
+    batch = Batch([STAR, random_tree(9, 1)], [45, 3])
+    plain = tree_attention_reference(*batch.arguments)
+    features = features_of(batch, {name: FEATURES["all"][name]})
+    assert (plain[0] - run(batch, "all", **features)[0]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("part", ["tree", "all"])
 def test_a_causal_mask_is_not_a_tree(part):
     """Negative control: the comparisons above notice a wrong mask."""
@@ -182,7 +278,8 @@ from vllm_specplus.kernels.tree_attention import (
 capability = int(sys.argv[1])
 
 def compile(kernel, pointers, constants, num_warps=4):
-    types = {name: "i32" for name in kernel.arg_names} | {"scale_log2": "fp32"}
+    types = {name: "i32" for name in kernel.arg_names}
+    types |= {"scale_log2": "fp32", "cap_log2": "fp32"}
     types |= {name: "*" + pointer for name, pointer in pointers.items()}
     types |= {name: "constexpr" for name in constants}
     signature = {name: types[name] for name in kernel.arg_names}
@@ -194,11 +291,13 @@ for dtype, size, group, head_size in (("bf16", 2, 4, 128), ("fp16", 2, 3, 80), (
     m, n, d, num_warps = _tile_shape(group, 64, head_size, size)
     pointers = dict.fromkeys(["output", "query", "key_cache", "value_cache"], dtype)
     pointers |= dict.fromkeys(["query_start_loc", "context_lens", "first", "block_table"], "i32")
-    pointers |= dict(lse="fp32", ancestors="i1")
+    pointers |= dict(lse="fp32", ancestors="i1", depths="i32", slopes="fp32", sinks=dtype)
     constants = dict(CONTEXT=True, FIRST=True, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=16)
     constants |= dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d)
-    kernel = compile(_tree_attention_kernel, pointers, constants, num_warps)
-    assert kernel.metadata.shared <= 99 * 1024, (dtype, kernel.metadata.shared)
+    for window, more in ((0, False), (128, True)):
+        constants |= dict(WINDOW=window, CHUNK=window, CAPPED=more, ALIBI=more, SINKS=more)
+        kernel = compile(_tree_attention_kernel, pointers, constants, num_warps)
+        assert kernel.metadata.shared <= 99 * 1024, (dtype, kernel.metadata.shared)
 
 pointers = dict(output="bf16", lse="fp32", split_output="fp32", split_lse="fp32")
 compile(_merge_splits_kernel, pointers, dict(HEAD_SIZE=80, BLOCK_S=32, BLOCK_D=128))

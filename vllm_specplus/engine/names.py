@@ -20,3 +20,5 @@ LATENTS_WORKERS = {
 }
 #: KV caches that hold keys and values as the model computes them.
 PLAIN_KV = ("auto", "bfloat16", "float16")
+#: KV caches of bytes, with one scale for all keys of a layer and one for all values.
+FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")

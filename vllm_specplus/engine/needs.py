@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,6 @@ SIZES = {
 READ = frozenset(
     {"attention_backend", "attention_config", "kv_cache_dtype", "scheduler_cls", "worker_cls"}
 )
-#: Model types whose layers all have the window of the config, and go by it in nothing else.
-UNIFORM_WINDOWS = ("mistral", "mixtral", "phi3")
 #: Words in ``layer_types`` -> what such a layer needs, None: nothing.
 LAYER_TYPES = {
     "sliding": Need.SLIDING_WINDOW,
@@ -102,6 +101,8 @@ def _of_arguments(args: Any) -> Iterator[Found]:
         value = getattr(args, name, None)
         if value not in (None, False, 0):
             yield Found(need, "--" + name.replace("_", "-"))
+    if getattr(args, "enable_lora", None):
+        yield Found(Need.ADAPTED_LAYERS, "--enable-lora")
     for name, need in SIZES.items():
         value = getattr(args, name, 1)
         if value is not None and value > 1:
@@ -114,19 +115,22 @@ def _of_arguments(args: Any) -> Iterator[Found]:
 
 
 def _of_attention_backend(args: Any, device_type: str) -> Iterator[Found]:
+    name, ours = _chosen_backend(args), backends(device_type)
+    if name is not None and name.upper() not in ours:
+        yield Found(
+            Need.ATTENTION_BACKEND,
+            name,
+            f"remove --attention-backend, or choose {' or '.join(ours)}",
+        )
+
+
+def _chosen_backend(args: Any) -> str | None:
+    """The attention back end that the user names."""
     chosen = getattr(args, "attention_backend", None) or getattr(
         getattr(args, "attention_config", None), "backend", None
     )
     name = getattr(chosen, "name", chosen)
-    if name is None or str(name).lower() == "auto":
-        return
-    ours = backends(device_type)
-    if str(name).upper() not in ours:
-        yield Found(
-            Need.ATTENTION_BACKEND,
-            str(name),
-            f"remove --attention-backend, or choose {' or '.join(ours)}",
-        )
+    return None if name is None or str(name).lower() == "auto" else str(name)
 
 
 def _of_kv_dtype(asked: str, model: Any) -> Iterator[Found]:
@@ -141,7 +145,7 @@ def _of_kv_dtype(asked: str, model: Any) -> Iterator[Found]:
         source = f"kv_cache_dtype={asked!r}"
         if asked == "auto":
             source += f", which is {dtype!r} for this checkpoint"
-        yield Found(Need.QUANTIZED_KV, source)
+        yield Found(Need.FP8_KV if dtype in names.FP8_KV else Need.QUANTIZED_KV, source)
 
 
 def of_model(model: Any) -> list[Found]:
@@ -194,7 +198,7 @@ def _of_config(config: Any) -> Iterator[Found]:
                     Need.UNKNOWN_ATTENTION)  # fmt: skip
         if need is not None and need is not Need.SLIDING_WINDOW:
             yield Found(need, f"layers of type {kind!r}")
-    yield from _windows(config, family, [kind for kind in kinds if "sliding" in kind])
+    yield from _windows(config, [kind for kind in kinds if "sliding" in kind])
     if getattr(config, "attention_chunk_size", None):
         yield Found(Need.CHUNKED_ATTENTION, f"attention_chunk_size={config.attention_chunk_size}")
     if getattr(config, "attn_logit_softcapping", None):
@@ -206,8 +210,11 @@ def _of_config(config: Any) -> Iterator[Found]:
     for key in ("engram_layer_ids", "ple_layer_ids", "emb_neighbor_num"):
         if getattr(config, key, None):
             yield Found(Need.NGRAM_EMBEDDINGS, key)
-    if getattr(config, "num_kv_shared_layers", None):
-        yield Found(Need.KV_SHARING, f"num_kv_shared_layers={config.num_kv_shared_layers}")
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        yield Found(Need.KV_SHARING, f"num_kv_shared_layers={shared}")
+        if any("sliding" in kind for kind in kinds):  # texts of Gemma 3n were not always equal
+            source = f"num_kv_shared_layers={shared} beside sliding windows"
+            yield Found(Need.UNKNOWN_ATTENTION, source)
 
 
 def _any(config: Any, *endings: str) -> bool:
@@ -215,29 +222,37 @@ def _any(config: Any, *endings: str) -> bool:
     return any(bool(value) for key, value in keys.items() if key.endswith(endings))
 
 
-def _windows(config: Any, family: str, kinds: list[str]) -> Iterator[Found]:
-    """The sliding windows of a model. Only where all layers have the same, and go by it in nothing
-    else, is full attention up to that length the same model."""
-    window = next(
-        (
-            value
-            for key in ("sliding_window", "sliding_windows", "sliding_window_size")
-            if (value := getattr(config, key, None))
-        ),
-        None,
-    )
+def _windows(config: Any, kinds: list[str]) -> Iterator[Found]:
+    """The sliding windows of a model."""
+    keys = ("sliding_window", "sliding_windows", "sliding_window_size")
+    window = next((value for key in keys if (value := getattr(config, key, None))), None)
     if kinds:
-        # The kinds stay when vLLM's --disable-sliding-window takes the window away: layers that
-        # lack rotary positions or have others would be another model.
         yield Found(Need.SLIDING_WINDOW, f"layers of type {kinds[0]!r}")
     elif window is not None:
-        remedy = None
-        if family in UNIFORM_WINDOWS and isinstance(window, int):
-            remedy = (
-                f"add --disable-sliding-window, which for this model only limits --max-model-len "
-                f"to {window}"
-            )
-        yield Found(Need.SLIDING_WINDOW, f"sliding_window={window}", remedy)
+        yield Found(Need.SLIDING_WINDOW, f"sliding_window={window}")
+
+
+def mixes_windows(model: Any) -> bool:
+    """Have some layers of vLLM's ``ModelConfig`` a sliding window or chunks, and others not?"""
+    config = getattr(model, "hf_text_config", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return len(kinds) > 1 and any("sliding" in kind or "chunked" in kind for kind in kinds)
+
+
+def kept_tokens(model: Any) -> int | None:
+    """The window that all layers of vLLM's ``ModelConfig`` have, if texts may exceed it."""
+    config = getattr(model, "hf_text_config", None)
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or window >= model.max_model_len:
+        return None
+    kinds = getattr(config, "layer_types", None) or ["sliding"]
+    return window if all("sliding" in kind for kind in kinds) else None
+
+
+def has_fp8_cache(args: Any, model: Any) -> bool:
+    """Are keys and values kept as bytes?"""
+    found = _of_kv_dtype(getattr(args, "kv_cache_dtype", "auto"), model)
+    return any(each.need is Need.FP8_KV for each in found)
 
 
 def of_image_launch(vllm_config: Any, device_type: str, workers: Mapping[str, str]) -> list[Found]:
@@ -269,17 +284,33 @@ def backends(device_type: str) -> dict[str, str]:
     return attention.BACKENDS.get(device_type, {})
 
 
-def served_by_attention(device_type: str) -> frozenset[Need]:
-    """Return what some back end of the device serves: all that configuration can tell."""
-    served: frozenset[Need] = frozenset()
-    for place in backends(device_type).values():
+def served_by_backends(device_type: str) -> dict[str, frozenset[Need]]:
+    """Return what each back end of the device serves, by vLLM's names, in the order in which they
+    are preferred."""
+    served = {}
+    for vllm_name, place in backends(device_type).items():
         module, _, name = place.rpartition(".")
         try:
-            backend = getattr(importlib.import_module(module), name)
+            served[vllm_name] = getattr(importlib.import_module(module), name).supports
         except ImportError:  # a build of vLLM without its kernels; the others may do
             continue
-        served |= backend.supports
     return served
+
+
+def served_by_attention(device_type: str) -> frozenset[Need]:
+    """Return what some back end of the device serves."""
+    return frozenset().union(*served_by_backends(device_type).values())
+
+
+def backend_for(args: Any, model: Any, device_type: str) -> str | None:
+    """Return the attention back end to ask vLLM for, where not every one of the device serves the
+    model and the user names none."""
+    needed = {each.need for each in of_model(model) if each.need.part == "attention"}
+    served = served_by_backends(device_type)
+    able = [name for name, needs in served.items() if needed <= needs]
+    if _chosen_backend(args) is not None or not able or len(able) == len(served):
+        return None
+    return able[0]
 
 
 def check_launch(config: Any, args: Any, model: Any, parallel: Any, device_type: str) -> None:
@@ -287,11 +318,19 @@ def check_launch(config: Any, args: Any, model: Any, parallel: Any, device_type:
 
     ``config`` is the validated config of a method.
     """
+    found, served = of_launch(args, model, parallel, device_type), served_by_attention(device_type)
+    chosen = served_by_backends(device_type).get((_chosen_backend(args) or "").upper())
+    if chosen is not None:
+        able = ", ".join(
+            name for name, needs in served_by_backends(device_type).items() if needs > chosen
+        )
+        remedy = f"remove --attention-backend, or choose {able}"
+        found = [
+            replace(each, remedy=remedy) if each.need in served - chosen else each for each in found
+        ]
+        served = chosen
     problems = capabilities.gaps(
-        of_launch(args, model, parallel, device_type),
-        f"speculative method {config.method!r}",
-        attention=served_by_attention(device_type),
-        method=config.serves(),
+        found, f"speculative method {config.method!r}", attention=served, method=config.serves()
     )
     if problems:
         raise ValueError("; ".join(problems))
@@ -351,7 +390,7 @@ def of_caches(kv_cache_config: Any) -> list[Found]:
     return found
 
 
-#: Kinds of cache by the name of vLLM's class, beside the one of full attention.
+#: Kinds of cache by the name of vLLM's class, beside the one of full attention; others are unknown.
 _SPECS = {
     "ChunkedLocalAttentionSpec": Need.CHUNKED_ATTENTION,
     "CrossAttentionSpec": Need.ENCODER_ATTENTION,
@@ -359,7 +398,6 @@ _SPECS = {
     "MLAAttentionSpec": Need.LATENT_ATTENTION,
     "MambaSpec": Need.RECURRENT_LAYERS,
     "RSWASpec": Need.REFERENCE_WINDOW,
-    "SinkFullAttentionSpec": Need.ATTENTION_SINKS,
     "SlidingWindowMLASpec": Need.LATENT_ATTENTION,
     "SlidingWindowSpec": Need.SLIDING_WINDOW,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -60,7 +59,8 @@ class Proposing:
             # The next turn of a session of streaming input, under the same id. Its prompt is what
             # was said, without what was cut away, and it may have another salt: a new request.
             self._drafter.forget(request_id)
-        options = RequestOptions.of(params, self._most_nodes)
+        adapter = self._batch.adapter(request_id)
+        options = RequestOptions.of(params, self._most_nodes, adapter)
         self._options[request_id] = params, options
         return options
 
@@ -128,10 +128,7 @@ class Proposing:
         states = torch.cat([each[index] for each in layers or [hidden]], -1)
         return TargetRows(states, positions, starts, self._batch.pages)
 
-    def show_prompt(
-        self, step: Step, hidden: torch.Tensor,
-        compute_logits: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:  # fmt: skip
+    def show_prompt(self, step: Step, hidden: torch.Tensor) -> None:
         """Let the proposer see what follows every prompt token read in this step; the verified
         rows, a request's last ones, are observed with the step. On every rank: the output layer
         is collective."""
@@ -139,7 +136,7 @@ class Proposing:
             return
         start = time.perf_counter()
         for request, begin, count, row in prompt_chunks(step, PROMPT_CHUNK):
-            logits = compute_logits(hidden[row : row + count])
+            logits = self._batch.logits(request, hidden[row : row + count])
             if get_tensor_model_parallel_rank() == 0:
                 look = partial(self._prompt_chunk, request, begin, logits)
                 self._drafter.observe_prompt(look)

@@ -30,9 +30,15 @@ class RequestOptions:
     """int32 [K] tokens that end it; with ``ignore_eos`` only those it names itself."""
 
     @classmethod
-    def of(cls, params: SamplingParams | None, most_nodes: int) -> RequestOptions:
+    def of(
+        cls, params: SamplingParams | None, most_nodes: int, adapter: str = ""
+    ) -> RequestOptions:
         """Of a request that was admitted: its parameters have been checked in the front end, so
-        that nothing here can fail. A request without any is not drafted."""
+        that nothing here can fail. A request without any is not drafted.
+
+        Texts of another ``adapter`` are those of another model: what is learnt from them is kept
+        apart, as by a cache salt.
+        """
         if params is None:
             return cls(0, False, "", None, None, np.nan, np.empty(0, np.int32))
         controls = parse(params.extra_args)
@@ -40,12 +46,17 @@ class RequestOptions:
         return cls(
             max_nodes=most_nodes if controls.limit is None else controls.limit,
             chain_only=params.structured_outputs is not None,
-            cache_salt=salt_of(params.extra_args, controls),
+            cache_salt=_salt(salt_of(params.extra_args, controls), adapter),
             seed=params.seed,
             relaxed_stops=_relaxed_stops(params, controls),
             tpot_target=np.nan if controls.tpot_ms is None else controls.tpot_ms / 1000,
             ends=np.array(sorted(ends or ()), np.int32),
         )
+
+
+def _salt(cache_salt: str, adapter: str) -> str:
+    # A salt that looks like one beside an adapter gets the name of none in front.
+    return f"{adapter}\0{cache_salt}" if adapter or "\0" in cache_salt else cache_salt
 
 
 def _relaxed_stops(params: SamplingParams, controls: RequestControls) -> frozenset[int] | None:

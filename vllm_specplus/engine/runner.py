@@ -140,7 +140,7 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def _after_forward(self, hidden: torch.Tensor) -> None:
         """What else the target computes for every verified row."""
-        self.model.compute_logits(hidden)
+        self.batch.logits(None, hidden)
 
     # -- inputs -----------------------------------------------------------------
 
@@ -268,7 +268,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states,
         sample_hidden_states, aux_hidden_states, *args, **kwargs,
     ):  # fmt: skip
-        self.proposing.show_prompt(self._step, hidden_states, self.model.compute_logits)
+        self.proposing.show_prompt(self._step, hidden_states)
         decoding = np.array([bool(tokens) for tokens in sampled_token_ids], bool)
         if get_tensor_model_parallel_rank() != 0:
             return [[] for _ in decoding]  # vLLM takes rank 0's drafts

@@ -113,6 +113,7 @@ class StepTrees:
             "query_start_loc": batch.query_start_loc,
             "context_lens": batch.context_lens,
             "shifts": batch.shifts,
+            "depths": batch.depths,
         }
         if device == "cpu":
             arrays["parents"] = batch.parents
@@ -173,6 +174,7 @@ def tree_metadata(
         context_lens=uploaded["context_lens"],
         block_table=common.block_table_tensor[uploaded["requests"]].contiguous(),
         parents=uploaded.get("parents"),
+        depths=uploaded["depths"],
         ancestors=uploaded.get("ancestors"),
         max_rows=trees.batch.max_rows,
         max_context_len=int(trees.batch.context_lens.max()),

@@ -46,6 +46,11 @@ class V1Batch:
         """What a request asked for."""
         return self._runner.requests[request_id].sampling_params
 
+    def adapter(self, request_id: str) -> str:
+        """The name of the LoRA adapter that a request asks for; "" if for none."""
+        adapter = self._runner.requests[request_id].lora_request
+        return "" if adapter is None else adapter.lora_name
+
     def prompt(self, request_id: str) -> list[int]:
         """Its prompt's ids."""
         return self._runner.requests[request_id].prompt_token_ids
@@ -123,6 +128,18 @@ class V1Batch:
             # Time, height and width advance alike in text, which is all that is drafted.
             positions = self._runner.mrope_positions.gpu
             positions.index_add_(1, rows, shifts.expand(len(positions), -1))
+
+    def logits(self, request: int | None, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of rows ``hidden`` [n, hidden] that are not the step's verified ones: of a
+        request of the batch, with its adapter, or None: of nobody. On every rank."""
+        runner = self._runner
+        if runner.lora_config:  # adapters go by rows, of which a step has told others
+            batch = runner.input_batch
+            number = 0 if request is None else int(batch.request_lora_mapping[request])
+            asked = batch.lora_id_to_lora_request
+            rows = (number,) * len(hidden)
+            runner._set_active_loras(rows, rows, {asked[number]} if number else set())
+        return runner.model.compute_logits(hidden)
 
     # -- sampling ---------------------------------------------------------------
 

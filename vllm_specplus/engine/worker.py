@@ -29,6 +29,21 @@ class TreeWorkerMixin:
         self.model_runner.profile_step_cost()
         return times
 
+    def reload_weights(self, *args, **kwargs) -> None:
+        super().reload_weights(*args, **kwargs)
+        self._forget_weights()
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        """What was learnt are texts of other weights, and some of these may have been copied."""
+        attention.forget_weights(attention.cached_layers(self.vllm_config))
+        drafter = getattr(self.model_runner, "drafter", None)
+        if isinstance(drafter, Drafter):
+            drafter.renew(drafter.controller.config)
+
     def control_speculation(self, change: dict[str, Any]) -> dict[str, Any]:
         """For ``collective_rpc``: changes how much is drafted from the next step on, by the keys of
         ``ControlChange``; none only asks. Returns what holds now, or what is wrong, one sentence

@@ -23,6 +23,12 @@ from vllm_specplus.kernels import compiler
 
 NATIVE = "-march=native"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Of a KV cache of bytes: vLLM's name -> the kernels' number and the type that the bytes are.
+FP8 = {
+    "fp8": (3, torch.float8_e4m3fn),
+    "fp8_e4m3": (3, torch.float8_e4m3fn),
+    "fp8_e5m2": (4, torch.float8_e5m2),
+}
 LAYOUTS = {"vec": 0, "amx": 1}
 
 
@@ -39,16 +45,33 @@ class TreeBatch(ctypes.Structure):
             "block_size",
             "layout",
             "dtype",
+            "cache_dtype",
             "max_blocks",
         ]
-    ] + [("scale", ctypes.c_float)]
+    ] + [
+        ("scale", ctypes.c_float),
+        ("value_scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("window", ctypes.c_int32),
+        ("chunk", ctypes.c_int32),
+    ]
     _fields_ += [
         (name, ctypes.c_int64)
         for name in ["page_stride", "head_stride", "query_stride", "output_stride"]
     ]
     _fields_ += [
         (name, ctypes.c_void_p)
-        for name in ["rows", "row_start", "context", "block_table", "parents", "first"]
+        for name in [
+            "rows",
+            "row_start",
+            "context",
+            "block_table",
+            "parents",
+            "first",
+            "depths",
+            "slopes",
+            "sinks",
+        ]
     ]
 
 

@@ -72,21 +72,36 @@ def packed_tree_attention_reference(
     ancestors: torch.Tensor,
     scale: float,
     layout: str,
+    depths: torch.Tensor | None = None,
     first: torch.Tensor | None = None,
+    window: int = 0,
+    chunk: int = 0,
+    soft_cap: float = 0.0,
+    slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    fp8: torch.dtype | None = None,
+    value_scale: float = 1.0,
 ) -> None:
     """Writes the attention of all tree rows into ``output``, in float32 arithmetic.
 
     Over vLLM's packed CPU pages; ``tree_attention.py`` has the one over CUDA pages.
 
-    ``query`` and ``output`` [batch rows, query heads, head_size]; ``kv_cache`` and
-    ``layout`` as in :func:`gather_kv`; the rest as in
-    ``engine.attention.base.TreeAttentionMetadata``.
+    ``query`` and ``output`` [batch rows, query heads, head_size]; ``kv_cache`` and ``layout`` as
+    in :func:`gather_kv`; ``window``: positions that a row sees, its own among them (0: all);
+    ``chunk``: it sees its own chunk of so many positions (0: all); ``soft_cap``: scores become
+    ``soft_cap * tanh(score / soft_cap)`` (0: they do not); ``slopes`` float32 [query heads] of
+    ALiBi; ``sinks`` float32 [query heads], a score beside all others; ``fp8``: what the bytes of a
+    cache of uint8 are; ``value_scale``: a factor of the cache's values, that of the keys being in
+    ``scale``; the rest as in ``engine.attention.base.TreeAttentionMetadata``. ``depths`` are needed
+    for windows, chunks and slopes only.
     """
     starts = query_start_loc.tolist()
     for r, context in enumerate(context_lens.tolist()):
         row = rows[starts[r] : starts[r + 1]]
         n = len(row)
         k, v = gather_kv(kv_cache, block_table[r], context + n, layout)
+        if fp8 is not None:
+            k, v = k.contiguous().view(fp8), v.contiguous().view(fp8)
         group = query.shape[1] // k.shape[0]
         q = query[row].transpose(0, 1).float()  # [query heads, n, D]
         k = k.float().repeat_interleave(group, 0)
@@ -95,8 +110,23 @@ def packed_tree_attention_reference(
         visible[:, context:] = ancestors[starts[r] : starts[r + 1], :n]
         if first is not None:
             visible[:, : int(first[r])] = False
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
-        output[row] = (scores.softmax(-1) @ v).transpose(0, 1).to(output.dtype)
+        scores = q @ k.transpose(1, 2) * scale
+        if soft_cap:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        if window or chunk or slopes is not None:
+            own = context + depths[starts[r] : starts[r + 1]]
+            distance = torch.cat((torch.arange(context), own))[None] - own[:, None]
+            if window:
+                visible &= distance > -window
+            if chunk:
+                visible &= distance >= -(own % chunk)[:, None]
+            if slopes is not None:
+                scores = scores + slopes[:, None, None] * distance
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, n, 1)), -1)
+        weights = scores.softmax(-1)[..., : context + n]
+        output[row] = (weights @ v * value_scale).transpose(0, 1).to(output.dtype)
 
 
 def move_slots_reference(

@@ -23,6 +23,18 @@ tree rows of all requests, ``N`` at least the largest number of rows of one requ
     Factor of the scores ``query @ key``.
 ``first`` int32 [R] or None
     First token of the context that is visible, at most ``context_len``; by default all are.
+``depths`` int32 [T] or None
+    Positions of the rows less those of their roots: for ``window``, ``chunk`` and ``slopes`` only.
+``window``
+    How many positions a row sees, its own among them; 0: all.
+``chunk``
+    A row sees its own chunk of so many positions; 0: all.
+``soft_cap``
+    Scores become ``soft_cap * tanh(score / soft_cap)``; 0: they do not.
+``slopes`` float32 [H] or None
+    Of ALiBi: a score falls by so much for every position between key and query.
+``sinks`` float [H] or None
+    A score beside all others, whose key has no value.
 
 They return the output [T, H, D] and the natural logarithm of the sum of the exponentiated scores
 (LSE), float32 [H, T], the shapes that FlashAttention and vLLM's ``merge_attn_states`` use.
@@ -53,6 +65,12 @@ def tree_attention_reference(
     scale: float,
     part: Part = "all",
     first: torch.Tensor | None = None,
+    depths: torch.Tensor | None = None,
+    window: int = 0,
+    chunk: int = 0,
+    soft_cap: float = 0.0,
+    slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of tree attention, computed in float32; see the module for the arguments.
 
@@ -83,10 +101,24 @@ def tree_attention_reference(
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
 
         scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        if window or chunk or slopes is not None:
+            own = context_len + depths[rows]
+            distance = torch.cat((positions[:context_len], own))[None] - own[:, None]
+            if window:
+                visible &= distance > -window
+            if chunk:
+                visible &= distance >= -(own % chunk)[:, None]
+            if slopes is not None:
+                scores = scores + slopes[:, None, None] * distance
         scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            beside = sinks.float()[:, None, None].expand(-1, num_rows, 1)
+            scores = torch.cat((scores, beside), -1)
         lse[:, rows] = torch.logsumexp(scores, dim=-1)
         # softmax of a row without keys is 0 / 0
-        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : len(positions)]
         output[rows] = torch.einsum("hqk,khd->qhd", weights, values)
     return output, lse
 
@@ -117,13 +149,34 @@ def _load_keys_and_values(
 
 
 @triton.jit
-def _attend(queries, keys, values, visible, scale_log2, acc, row_max, row_sum):
+def _attend(
+    queries,
+    keys,
+    values,
+    visible,
+    distance,
+    scale_log2,
+    cap_log2,
+    slope_log2,
+    acc,
+    row_max,
+    row_sum,
+    CAPPED: tl.constexpr,
+    ALIBI: tl.constexpr,
+):
     """One step of the online softmax, with scores in base 2 (``exp2`` is the GPU's instruction).
 
-    ``acc`` [BLOCK_M, BLOCK_D] and ``row_sum`` [BLOCK_M] are multiples of ``2 ** row_max``.
+    ``acc`` [BLOCK_M, BLOCK_D] and ``row_sum`` [BLOCK_M] are multiples of ``2 ** row_max``;
+    ``distance`` [BLOCK_M, BLOCK_N] of the keys from the rows, at most 0 where they are visible.
     """
     # IEEE: by default float32 operands are rounded to TF32. It changes nothing for 16-bit ones.
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_log2
+    if CAPPED:
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)), which infinities of exp leave right.
+        TWICE: tl.constexpr = 2 * 1.4426950408889634
+        scores = cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(TWICE * scores / cap_log2)))
+    if ALIBI:
+        scores += slope_log2[:, None] * distance
     scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # The maximum of a row that has seen no key is -inf, and -inf - -inf is NaN.
@@ -150,7 +203,11 @@ def _tree_attention_kernel(
     first,
     block_table,
     ancestors,
+    depths,
+    slopes,
+    sinks,
     scale_log2,
+    cap_log2,
     query_row_stride,
     query_head_stride,
     cache_block_stride,
@@ -162,6 +219,11 @@ def _tree_attention_kernel(
     total_rows,
     CONTEXT: tl.constexpr,
     FIRST: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -177,6 +239,7 @@ def _tree_attention_kernel(
     one attends to the tree as well; without, only the tree is attended to.
     """
     LN_2: tl.constexpr = 0.6931471805599453
+    LOG2_E: tl.constexpr = 1.4426950408889634
     ROWS: tl.constexpr = BLOCK_M // GROUP
     request = tl.program_id(0) // row_blocks
     first_row = (tl.program_id(0) % row_blocks) * ROWS
@@ -211,12 +274,33 @@ def _tree_attention_kernel(
     acc = tl.full([BLOCK_M, BLOCK_D], 0.0, dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
+    if SINKS:  # once, where the tree is
+        last = split == num_splits - 1
+        sink = tl.load(sinks + heads, mask=row_valid, other=0.0).to(tl.float32) * LOG2_E
+        row_max = tl.where(last, sink, row_max)
+        row_sum = tl.where(last, 1.0, row_sum)
+    slope_log2 = row_sum  # unused without ALiBi
+    if ALIBI:
+        slope_log2 = tl.load(slopes + heads, mask=row_valid, other=0.0) * LOG2_E
+    own = context_len + row_in_request  # unused without depths
+    if WINDOW > 0 or CHUNK > 0 or ALIBI:
+        own = context_len + tl.load(depths + rows, mask=row_valid, other=0)
+    # The first position that every row sees, and that the root sees, which is before all others'.
+    earliest = own * 0
+    begin = tl.load(first + request) if FIRST else 0
+    if WINDOW > 0:
+        earliest = tl.maximum(earliest, own - WINDOW + 1)
+        begin = tl.maximum(begin, context_len - WINDOW + 1)
+    if CHUNK > 0:
+        earliest = tl.maximum(earliest, own // CHUNK * CHUNK)
+        begin = tl.maximum(begin, context_len // CHUNK * CHUNK)
 
     if CONTEXT:
-        begin = tl.load(first + request) if FIRST else 0
-        span = tl.cdiv(tl.cdiv(context_len, BLOCK_N), num_splits) * BLOCK_N
-        end = tl.minimum((split + 1) * span, context_len)
-        for tile in range(split * span, end, BLOCK_N):
+        seen = tl.cdiv(context_len, BLOCK_N) - begin // BLOCK_N
+        span = tl.cdiv(seen, num_splits) * BLOCK_N
+        tiles = begin // BLOCK_N * BLOCK_N + split * span
+        end = tl.minimum(tiles + span, context_len)
+        for tile in range(tiles, end, BLOCK_N):
             positions = tile + tl.arange(0, BLOCK_N)
             valid = (positions >= begin) & (positions < end)
             keys, values = _load_keys_and_values(
@@ -232,7 +316,19 @@ def _tree_attention_kernel(
                 BLOCK_SIZE,
             )
             acc, row_max, row_sum = _attend(
-                queries, keys, values, valid[None, :], scale_log2, acc, row_max, row_sum
+                queries,
+                keys,
+                values,
+                valid[None, :] & (positions[None, :] >= earliest[:, None]),
+                positions[None, :] - own[:, None],
+                scale_log2,
+                cap_log2,
+                slope_log2,
+                acc,
+                row_max,
+                row_sum,
+                CAPPED,
+                ALIBI,
             )
 
     tree_end = tl.where(split == num_splits - 1, num_rows, 0)
@@ -256,8 +352,23 @@ def _tree_attention_kernel(
             mask=row_valid[:, None] & valid[None, :],
             other=0,
         )
+        places = context_len + nodes
+        if WINDOW > 0 or CHUNK > 0 or ALIBI:
+            places = context_len + tl.load(depths + start + nodes, mask=valid, other=0)
         acc, row_max, row_sum = _attend(
-            queries, keys, values, visible != 0, scale_log2, acc, row_max, row_sum
+            queries,
+            keys,
+            values,
+            (visible != 0) & (places[None, :] >= earliest[:, None]),
+            places[None, :] - own[:, None],
+            scale_log2,
+            cap_log2,
+            slope_log2,
+            acc,
+            row_max,
+            row_sum,
+            CAPPED,
+            ALIBI,
         )
 
     # A split without keys has output 0 and LSE -inf.
@@ -334,10 +445,17 @@ def tree_attention(
     max_context_len: int = 0,
     num_splits: int | None = None,
     first: torch.Tensor | None = None,
+    depths: torch.Tensor | None = None,
+    window: int = 0,
+    chunk: int = 0,
+    soft_cap: float = 0.0,
+    slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tree attention by Triton; see the module for the arguments and the result.
 
     ``part="tree"`` leaves the context (and ``first``) to another kernel, ``part="all"`` needs none.
+    Sinks are scores of the part that is computed: of two that are joined, give them to one.
     The output has the data type of ``query``, the LSE is float32.
 
     Nothing is read back from the device: ``max_rows`` (rows of the largest request) and
@@ -360,7 +478,8 @@ def tree_attention(
         num_splits = 1
     elif num_splits is None:
         programs = num_requests * row_blocks * num_kv_heads
-        num_splits = _default_num_splits(programs, max_context_len, query.device)
+        seen = min(max_context_len, window or max_context_len, chunk or max_context_len)
+        num_splits = _default_num_splits(programs, seen, query.device)
 
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(num_heads, total_rows, dtype=torch.float32, device=query.device)
@@ -380,7 +499,11 @@ def tree_attention(
         context_lens if first is None else first,
         block_table,
         ancestors,
+        context_lens if depths is None else depths,
+        lse if slopes is None else slopes,
+        lse if sinks is None else sinks,
         scale * math.log2(math.e),
+        soft_cap * math.log2(math.e),
         query.stride(0),
         query.stride(1),
         key_cache.stride(0),
@@ -392,6 +515,11 @@ def tree_attention(
         total_rows,
         CONTEXT=part == "all",
         FIRST=first is not None,
+        WINDOW=window,
+        CHUNK=chunk,
+        CAPPED=soft_cap > 0,
+        ALIBI=slopes is not None,
+        SINKS=sinks is not None,
         GROUP=group,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,

@@ -33,7 +33,7 @@ from vllm_specplus.tree import DraftBatch
 class EagleTreeConfig(ShapedDraftConfig):
     """``{"method": "eagle_tree", "model": "...", ...}``."""
 
-    supports: ClassVar[frozenset[Need]] = TEXT - {Need.MROPE}
+    supports: ClassVar[frozenset[Need]] = TEXT - {Need.ADAPTED_LAYERS, Need.MROPE}
     fuses: ClassVar[bool] = False
 
     method: Literal["eagle_tree"] = "eagle_tree"
@@ -46,6 +46,7 @@ class EagleTreeConfig(ShapedDraftConfig):
         return self
 
     def check_target(self, target: Target) -> None:
+        target.check_keeps_texts(self.method)
         head = eagle_checkpoint.read_config(self.model)
         eagle_checkpoint.check_target(head, self.model, target)
 

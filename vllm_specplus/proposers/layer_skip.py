@@ -41,13 +41,20 @@ REPLAY_EVERY = 8
 class SelfSpeculationConfig(ShapedDraftConfig):
     """Keys of the methods that draft with the target's own layers."""
 
-    supports: ClassVar[frozenset[Need]] = TEXT - {Need.MROPE}
+    supports: ClassVar[frozenset[Need]] = TEXT - {Need.ADAPTED_LAYERS, Need.MROPE}
     lowest: ClassVar[int] = 0
     """Of the numbers that :meth:`named_layers` may hold."""
     kv_memory_mb: Megabytes = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
     def check_target(self, target: Target) -> None:
+        target.check_keeps_texts(self.method)
+        if target.fp8_cache:
+            raise ValueError(
+                f"method {self.method!r} reads the target's keys and values as they were computed: "
+                f"set --kv-cache-dtype to bfloat16, or use another method, such as "
+                f"'token_recycling'"
+            )
         if target.family not in FAMILIES:
             raise ValueError(
                 f"method {self.method!r} knows the layers of {', '.join(FAMILIES)}, "

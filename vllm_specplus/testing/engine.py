@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 #: Seconds that an engine may take.
 TIMEOUT = 600
@@ -99,10 +100,17 @@ def requests_of(batch: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
     return batch["requests"]
 
 
-def generate(llm, requests: list[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Answer the requests, as plain data."""
+def generate(
+    llm, requests: list[tuple[Any, dict[str, Any]]], adapters: list[str | None] | None = None
+) -> list[dict[str, Any]]:
+    """Answer the requests, as plain data. ``adapters``: folder of each one's LoRA adapter."""
     prompts = [prompt_of(prompt) for prompt, _ in requests]
-    outputs = llm.generate(prompts, [sampling_params(s) for _, s in requests], use_tqdm=False)
+    outputs = llm.generate(
+        prompts,
+        [sampling_params(s) for _, s in requests],
+        use_tqdm=False,
+        lora_request=adapters and lora_requests(adapters),
+    )
     return [
         {
             "prompt": list(o.prompt_token_ids),
@@ -115,6 +123,17 @@ def generate(llm, requests: list[tuple[Any, dict[str, Any]]]) -> list[dict[str, 
             ],
         }
         for o in outputs
+    ]
+
+
+def lora_requests(folders: list[str | None]) -> list[Any]:
+    """vLLM's ``LoRARequest`` of each folder, None for none."""
+    from vllm.lora.request import LoRARequest
+
+    # vLLM knows an adapter by its number, from batch to batch.
+    return [
+        None if folder is None else LoRARequest(Path(folder).name, crc32(folder.encode()), folder)
+        for folder in folders
     ]
 
 

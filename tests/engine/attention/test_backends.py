@@ -82,7 +82,7 @@ DERIVED = {
         module=__name__,
         routing_policy=MMPrefixAttentionRouting,
     ),
-    "chunked": lambda: create_chunked_local_attention_backend(TreeTritonBackend, 64),
+    "chunked": lambda: create_chunked_local_attention_backend(TreeFlashAttentionBackend, 64),
     "encoder": lambda: create_encoder_only_attention_backend(TreeCPUBackend),
     "static sink": lambda: create_static_sink_attention_backend(TreeFlashAttentionBackend, 16),
     "fast prefill": lambda: create_fast_prefill_custom_backend("FastPrefill", TreeTritonBackend),
@@ -141,6 +141,22 @@ def metadata_of(backend: type[AttentionBackend]):
         ):
             return object.__new__(value)
     return SimpleNamespace()
+
+
+@pytest.mark.parametrize("backend", [TreeCPUBackend, TreeTritonBackend])
+def test_chunks_of_a_back_end_that_serves_them_are_ours(backend):
+    chunked = create_chunked_local_attention_backend(backend, 64)
+    assert base.is_tree_backend(chunked)
+    made = layer(chunked)
+    assert attention.ours(made)
+    assert attention.supports(made) == backend.supports
+    assert base.chunk_of(made) == 0
+    made.attention_chunk_size = 64
+    assert base.chunk_of(made) == 64
+    # Chunks of something else that vLLM derives are not.
+    assert not base.is_tree_backend(
+        create_chunked_local_attention_backend(DERIVED["fast prefill"](), 64)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends import cpu_attn
 
+from vllm_specplus.engine import attention
 from vllm_specplus.engine.attention import base, page_cache
 from vllm_specplus.engine.attention.cpu import PictureCPUBackend, TreeCPUBackend
 from vllm_specplus.kernels import native
@@ -34,6 +35,10 @@ def implementation(backend=TreeCPUBackend, heads: int = 4, head_size: int = 64, 
     return backend.get_impl_cls()(4, head_size, 0.125, heads, **arguments)
 
 
+#: By what attends to trees, and not by a branch that sees pictures alone.
+SERVED = ("sliding-window", "ALiBi", "soft-capped", "sinks", "FP8 KV cache")
+
+
 @pytest.mark.parametrize("backend", [TreeCPUBackend, PictureCPUBackend])
 @pytest.mark.parametrize(
     ("feature", "name"),
@@ -42,7 +47,7 @@ def implementation(backend=TreeCPUBackend, heads: int = 4, head_size: int = 64, 
         ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
         ({"logits_soft_cap": 30.0}, "soft-capped"),
         ({"sinks": torch.zeros(4)}, "sinks"),
-        ({"kv_cache_dtype": "fp8"}, "quantized KV cache"),
+        ({"kv_cache_dtype": "fp8"}, "FP8 KV cache"),
         ({"kv_cache_dtype": "a_dtype_of_tomorrow"}, "quantized KV cache"),
         ({"attn_type": "encoder_only"}, "encoder"),
         ({"attn_type": "encoder_decoder"}, "cross attention"),
@@ -50,8 +55,19 @@ def implementation(backend=TreeCPUBackend, heads: int = 4, head_size: int = 64, 
 )
 def test_refuses_what_the_tree_path_ignores(backend, feature, name):
     implementation(backend)
+    if backend is TreeCPUBackend and name in SERVED:
+        implementation(backend, **feature)
+        return
     with pytest.raises(NotImplementedError, match=name):
         implementation(backend, **feature)
+
+
+def test_sinks_are_taken_anew_when_weights_are_others():
+    """They are copied where the kernel reads another type than they have."""
+    impl = implementation(sinks=torch.zeros(4, dtype=torch.bfloat16))
+    impl.layout, impl._batch = "vec", native.TreeBatch()
+    attention.forget_weights({"a": Layer(impl=impl)})
+    assert impl.layout is impl._batch is None
 
 
 def test_refuses_a_reference_window(vllm_config):

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from tests.kernels.tree_batch import CHAIN, DEVICE, STAR, Batch, random_tree
+from vllm_specplus.capabilities import Need
 from vllm_specplus.engine.attention import page_cache, warm_up
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.engine.attention.cuda import kv_views
@@ -161,19 +162,28 @@ def test_without_trees_the_stock_forward_runs(backend, attn_metadata, batch, sto
     assert call.attn_metadata is attn_metadata
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, PictureTritonBackend])
 @pytest.mark.parametrize(
     ("feature", "name"),
     [
         ({"sliding_window": 8}, "sliding-window"),
         ({"alibi_slopes": [0.5] * 8}, "ALiBi"),
         ({"logits_soft_cap": 30.0}, "soft-capped"),
+        ({"kv_cache_dtype": "fp8"}, "FP8"),
         ({"attn_type": "encoder_only"}, "encoder"),
     ],
 )
 def test_refuses_what_the_tree_path_ignores(backend, feature, name, batch):
+    if backend is TreeTritonBackend and name not in ("FP8", "encoder"):
+        implementation(backend, batch, **feature)
+        return
     with pytest.raises(NotImplementedError, match=name):
         implementation(backend, batch, **feature)
+
+
+def test_refuses_square_roots_of_distances(batch):
+    with pytest.raises(NotImplementedError, match="square roots"):
+        implementation(TreeTritonBackend, batch, alibi_slopes=[0.5] * 8, use_alibi_sqrt=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -224,13 +234,17 @@ class Launches:
 
 
 def layers_of(backend, count: int, dtype=torch.float32) -> dict[str, SimpleNamespace]:
-    """Layers of 4 query heads and, by turns, 1, 2 and 4 KV heads."""
+    """Layers of 4 query heads and, by turns, 1, 2 and 4 KV heads; some that the back end serves
+    have a window, a soft cap and sinks."""
     made = {}
     for i in range(count):
         impl = object.__new__(backend.get_impl_cls())
         impl.num_heads, impl.head_size, impl.scale, impl.num_kv_heads = 4, 16, 0.25, 2 ** (i % 3)
         impl.num_queries_per_kv = impl.num_heads // impl.num_kv_heads
         impl.vllm_flash_attn_version, impl.batch_invariant_enabled = 3, False
+        more = i % 6 >= 3 and Need.SLIDING_WINDOW in backend.supports
+        impl.sliding_window, impl.logits_soft_cap = (7, 0) if more else (-1, -1), 2.0 * more
+        impl.alibi_slopes, impl.sinks = None, torch.zeros(4, device=DEVICE) if more else None
         made[str(i)] = SimpleNamespace(
             get_attn_backend=lambda: backend,
             impl=impl,
@@ -312,7 +326,7 @@ def test_warm_up_compiles_what_trees_of_any_size_run(backend, monkeypatch):
 
     for kernel in kernels:
         kernel.variants.clear()
-    for layer in list(layers.values())[:3]:
+    for layer in layers.values():
         for rows, context in ((1, 3), (5, 600), (8, 0), (20, 1100)):
             keys, _ = kv_views(layer.kv_cache)
             tree = layer.impl._chain(rows, context, keys)

@@ -24,6 +24,7 @@ __all__ = [
     "BACKENDS",
     "attach",
     "cached_layers",
+    "forget_weights",
     "ours",
     "page_cache",
     "refusal",
@@ -104,6 +105,13 @@ def page_cache(layers: Mapping[str, Any]) -> PageCache:
     return kinds.pop()(list(layers.values()))
 
 
+def forget_weights(layers: Mapping[str, Any]) -> None:
+    """Let the layers take anew what they have copied of their weights, which are others now."""
+    for layer in layers.values():
+        if ours(layer):
+            layer.impl.forget_weights()
+
+
 def warm_up(layers: Mapping[str, Any], pages: PageCache, dtype: torch.dtype, rows: int) -> None:
     """Compile or load what the first requests would wait for, after load.
 
@@ -114,7 +122,8 @@ def warm_up(layers: Mapping[str, Any], pages: PageCache, dtype: torch.dtype, row
     seen = set()
     for layer in layers.values():
         cache = layer.kv_cache
-        key = (type(layer.impl), layer.impl.num_heads, cache.shape[1:], cache.stride())
+        key = (type(layer.impl), layer.impl.num_heads, cache.shape[1:], cache.stride(),
+               layer.impl.features(layer))  # fmt: skip
         if key not in seen:
             seen.add(key)
             layer.impl.warm_up(layer, dtype, rows)

@@ -24,7 +24,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_specplus.capabilities import Found, Need, sentence
-from vllm_specplus.engine.names import PLAIN_KV
+from vllm_specplus.engine.names import FP8_KV, PLAIN_KV
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
@@ -39,8 +39,9 @@ _Backend = TypeVar("_Backend", bound=type)
 def tree_backend(backend: _Backend) -> _Backend:
     """Declare an attention back end that verifies draft trees; a class decorator.
 
-    Only the decorated class itself counts, not what vLLM derives from it at run time (chunked or
-    static-sink attention, fast prefill): those have builders or layers that know no trees.
+    Only the decorated class itself counts, not what vLLM derives from it at run time (static-sink
+    attention, fast prefill; chunked attention where it ``supports`` that): those have builders or
+    layers that know no trees.
     """
     for name in ("vllm_name", "supports", "sees_prompt", "page_cache"):
         if not hasattr(backend, name):
@@ -50,8 +51,17 @@ def tree_backend(backend: _Backend) -> _Backend:
 
 
 def is_tree_backend(backend: type) -> bool:
-    """Was exactly this class declared by :func:`tree_backend`?"""
+    """Was exactly this class declared by :func:`tree_backend`, or one that serves chunked attention
+    and that vLLM has derived this one from for it?"""
+    if backend.__name__.startswith("ChunkedLocalAttention_"):
+        declared = backend.__bases__[0]
+        return declared in _BACKENDS and Need.CHUNKED_ATTENTION in declared.supports
     return backend in _BACKENDS
+
+
+def chunk_of(layer: Any) -> int:
+    """Return how many positions a chunk of an attention layer has; 0: there are none."""
+    return getattr(layer, "attention_chunk_size", None) or 0
 
 
 def ours(layer: Any) -> bool:
@@ -102,6 +112,8 @@ class TreeAttentionMetadata:
     chains), or None when every request has a tree."""
     other: Any | None
     """Stock metadata of the other requests, in the order of ``other_rows``."""
+    depths: torch.Tensor | None = None
+    """int32 [T] on the device: positions less those of the roots, for what goes by positions."""
     first: torch.Tensor | None = None
     """int32 [R] on the device: the first visible token of the cache, None: all are."""
 
@@ -184,8 +196,12 @@ def common_block_size(caches: Collection[torch.Tensor]) -> int:
 class Argument:
     """A constructor argument of attention that means a need, if its value is more than nothing."""
 
-    need: Need
+    need: Need | Callable[[Any], Need]
     used: Callable[[Any], bool]
+
+    def of(self, value: Any) -> Need:
+        """Return what the value means, which is used."""
+        return self.need if isinstance(self.need, Need) else self.need(value)
 
 
 def _given(value: Any) -> bool:
@@ -201,11 +217,14 @@ ARGUMENTS = {
     "alibi_slopes": Argument(Need.ALIBI, _given),
     "attn_type": Argument(Need.ENCODER_ATTENTION, lambda kind: kind != AttentionType.DECODER),
     "chunk_lookback": Argument(Need.CHUNKED_ATTENTION, lambda chunks: chunks >= 0),
-    "kv_cache_dtype": Argument(Need.QUANTIZED_KV, lambda name: name not in PLAIN_KV),
+    "kv_cache_dtype": Argument(
+        lambda name: Need.FP8_KV if name in FP8_KV else Need.QUANTIZED_KV,
+        lambda name: name not in PLAIN_KV,
+    ),
     "logits_soft_cap": Argument(Need.LOGITS_SOFT_CAP, bool),
     "sinks": Argument(Need.ATTENTION_SINKS, _given),
     "sliding_window": Argument(Need.SLIDING_WINDOW, _given),
-    "use_alibi_sqrt": Argument(Need.ALIBI, bool),
+    "use_alibi_sqrt": Argument(Need.ALIBI_SQRT, bool),
 }
 
 
@@ -223,7 +242,7 @@ def check_arguments(
         known = ARGUMENTS.get(name)
         if known is not None:
             if known.used(value):
-                _require(known.need, supports, name)
+                _require(known.of(value), supports, name)
         elif name not in HONOURED and not _equal(value, signature.parameters[name].default):
             shown = value if isinstance(value, (bool, int, float, str)) else type(value)
             raise NotImplementedError(
@@ -301,6 +320,13 @@ class TreeAttention:
     ) -> None:
         """Write the attention of the tree's rows into ``output``."""
         raise NotImplementedError
+
+    def features(self, layer: Any) -> tuple:
+        """Return what selects other variants of compiled kernels, besides sizes."""
+        return ()
+
+    def forget_weights(self) -> None:
+        """Take anew what was copied of the layer's weights; nothing, if nothing is."""
 
     def warm_up(self, layer: Any, dtype: torch.dtype, max_rows: int) -> None:
         """Compile or load what ``forward`` runs on trees of up to ``max_rows`` rows, whose queries

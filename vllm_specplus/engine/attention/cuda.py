@@ -88,11 +88,12 @@ class CudaTreeAttention(TreeAttention):
 
     def _tree_forward(self, layer, query, kv_cache, tree: TreeAttentionMetadata, output) -> None:
         tree_query = query.index_select(0, tree.rows)
-        tree_output = self._attend_to_tree(tree_query, *kv_views(kv_cache), tree)
+        tree_output = self._attend_to_tree(layer, tree_query, *kv_views(kv_cache), tree)
         output.index_copy_(0, tree.rows, tree_output)
 
     def _attend_to_tree(
         self,
+        layer: Any,
         query: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
@@ -114,7 +115,7 @@ class CudaTreeAttention(TreeAttention):
             query = torch.zeros(
                 rows, self.num_heads, self.head_size, dtype=dtype, device=layer.kv_cache.device
             )
-            self._attend_to_tree(query, *views, self._chain(rows, context, views[0]))
+            self._attend_to_tree(layer, query, *views, self._chain(rows, context, views[0]))
 
     def _warm_up_sizes(
         self, kv_cache: torch.Tensor, dtype: torch.dtype, max_rows: int
@@ -140,6 +141,7 @@ class CudaTreeAttention(TreeAttention):
             max_context_len=context,
             other_rows=None,
             other=None,
+            depths=put([*range(rows)]),
         )
 
 

@@ -69,6 +69,7 @@ class TreeFlashAttentionImpl(CudaTreeAttention, FlashAttentionImpl):
 
     def _attend_to_tree(
         self,
+        layer: Any,
         query: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
@@ -13,6 +15,7 @@ from vllm_specplus.capabilities import Need
 from vllm_specplus.engine.attention.base import (
     PictureAttention,
     TreeAttentionMetadata,
+    chunk_of,
     tree_backend,
 )
 from vllm_specplus.engine.attention.cuda import CudaPageCache, CudaTreeAttention, NoFullGraphs
@@ -27,7 +30,18 @@ class TreeTritonBackend(TritonAttentionBackend):
     """``TRITON_ATTN`` with draft trees."""
 
     vllm_name = "TRITON_ATTN"
-    supports = frozenset((Need.KV_SHARING, Need.PREFIX_LM, Need.VARIABLE_HEADS))
+    supports = frozenset(
+        (
+            Need.ALIBI,
+            Need.ATTENTION_SINKS,
+            Need.CHUNKED_ATTENTION,
+            Need.KV_SHARING,
+            Need.LOGITS_SOFT_CAP,
+            Need.PREFIX_LM,
+            Need.SLIDING_WINDOW,
+            Need.VARIABLE_HEADS,
+        )
+    )
     sees_prompt = True
     page_cache = CudaPageCache
 
@@ -58,6 +72,7 @@ class TreeTritonImpl(CudaTreeAttention, TritonAttentionImpl):
 
     def _attend_to_tree(
         self,
+        layer: Any,
         query: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
@@ -76,8 +91,21 @@ class TreeTritonImpl(CudaTreeAttention, TritonAttentionImpl):
             max_rows=tree.max_rows,
             max_context_len=tree.max_context_len,
             first=tree.first,
+            depths=tree.depths,
+            window=self.sliding_window[0] + 1,
+            chunk=chunk_of(layer),
+            soft_cap=self.logits_soft_cap,
+            slopes=self.alibi_slopes,
+            sinks=self.sinks,
         )
         return output
+
+    def features(self, layer: Any) -> tuple:
+        """Return the window, the chunk, and which of soft cap, slopes and sinks there are."""
+        return (
+            self.sliding_window[0], chunk_of(layer), self.logits_soft_cap > 0,
+            self.alibi_slopes is not None, self.sinks is not None,
+        )  # fmt: skip
 
     def _warm_up_sizes(self, kv_cache, dtype, max_rows) -> list[tuple[int, int]]:
         rows = variants(self.num_queries_per_kv, self.head_size, dtype.itemsize, max_rows)
@@ -89,6 +117,8 @@ class TreeTritonImpl(CudaTreeAttention, TritonAttentionImpl):
 class PictureTritonBackend(TreeTritonBackend):
     """``TRITON_ATTN`` of a branch that does not see the prompt."""
 
+    # Its rows have no positions of their own.
+    supports = frozenset((Need.KV_SHARING, Need.PREFIX_LM, Need.VARIABLE_HEADS))
     sees_prompt = False
 
     @staticmethod
@@ -99,6 +129,8 @@ class PictureTritonBackend(TreeTritonBackend):
 
 class PictureTritonImpl(PictureAttention, TreeTritonImpl):
     """Triton attention of a branch that does not see the prompt."""
+
+    supports = PictureTritonBackend.supports
 
     def _chain(self, rows: int, context: int, keys: torch.Tensor) -> TreeAttentionMetadata:
         tree = super()._chain(rows, context, keys)

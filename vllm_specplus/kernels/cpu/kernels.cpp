@@ -49,6 +49,25 @@ typedef __fp16 fp16;  // _Float16 is in C++ since GCC 13 there
 typedef _Float16 fp16;
 #endif
 
+// 8-bit numbers with MAN bits of mantissa, of a KV cache: e4m3 and e5m2. What a cache holds is
+// saturated, never infinite; NaN is read as a number, as there is none with -ffinite-math-only.
+template <int MAN>
+struct fp8 {
+  static constexpr int BIAS = MAN == 3 ? 7 : 15;
+  uint8_t bits;
+  operator float() const {
+    const uint32_t size = uint32_t(bits & 0x7f) << (23 - MAN);
+    // A float of the same mantissa; below the least exponent, 1 is in front that does not belong.
+    const bool small = size < (1u << 23);
+    const uint32_t u = small ? size | uint32_t(128 - BIAS) << 23 : size + (uint32_t(127 - BIAS) << 23);
+    float f = __builtin_bit_cast(float, u);
+    if (small) f -= __builtin_bit_cast(float, uint32_t(128 - BIAS) << 23);
+    return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, f) | uint32_t(bits & 0x80) << 24);
+  }
+};
+typedef fp8<3> e4m3;
+typedef fp8<2> e5m2;
+
 enum Layout { VEC = 0, AMX = 1 };
 
 inline int64_t k_offset(int layout, int B, int D, int token, int dim) {
@@ -87,8 +106,13 @@ struct TreeBatch {
   int32_t block_size;
   int32_t layout;            // Layout
   int32_t dtype;             // 0 float32, 1 bfloat16, 2 float16
+  int32_t cache_dtype;       // the same of the cache, or 3 float8 e4m3, 4 float8 e5m2
   int32_t max_blocks;        // columns of block_table
   float scale;
+  float value_scale;         // of what the cache's values make
+  float soft_cap;            // scores become soft_cap * tanh(score / soft_cap); 0: they do not
+  int32_t window;            // a row sees so many positions, its own among them; 0: all
+  int32_t chunk;             // a row sees its own chunk of so many positions; 0: all
   int64_t page_stride;       // elements between pages of the cache
   int64_t head_stride;       // elements between KV heads of a page
   int64_t query_stride;      // elements between rows of query
@@ -99,6 +123,10 @@ struct TreeBatch {
   const int32_t* block_table;
   const int32_t* parents;    // [T] within the request, -1 for the root
   const int32_t* first;      // [num_requests] first visible cached token; null: all are
+  const int32_t* depths;     // [T] of each tree row, its position less that of its root; null
+                             // where nothing goes by positions
+  const float* slopes;       // [num_query_heads] ALiBi, times the distance; null: none
+  const float* sinks;        // [num_query_heads] a score beside all others; null: none
 };
 
 namespace {
@@ -118,18 +146,38 @@ struct Scratch {
   std::vector<float> wide;      // the same
 };
 
-// Hide the tokens from `begin` to `first`, the request's rows that are not ancestors of `row`, and
-// the padding; scores then are 0 probability. `scores` starts at token 0 of the context.
-inline void mask_tree(const int32_t* parents, int row, int begin, int first, int context,
-                      int num_rows, int padded, float* scores) {
+// Hide the positions from `begin` to `first`, the request's rows that are not ancestors of `row`,
+// and the padding; scores then are 0 probability. `scores` starts at token 0 of the context. Where
+// `depths` are null, `first` is in the context.
+inline void mask_tree(const int32_t* parents, const int32_t* depths, int row, int begin, int first,
+                      int context, int num_rows, int padded, float* scores) {
   constexpr float HIDDEN = -1e30f;
-  for (int j = begin; j < first; ++j) scores[j] = HIDDEN;
+  for (int j = begin; j < std::min(first, context); ++j) scores[j] = HIDDEN;
   int next = num_rows;  // rows above `next` are already decided
-  for (int r = row; r >= 0; r = parents[r]) {
+  for (int r = row; r >= 0 && (!depths || context + depths[r] >= first); r = parents[r]) {
     for (int j = r + 1; j < next; ++j) scores[context + j] = HIDDEN;
     next = r;
   }
+  for (int j = 0; j < next; ++j) scores[context + j] = HIDDEN;
   for (int j = context + num_rows; j < padded; ++j) scores[j] = HIDDEN;
+}
+
+// In place: scores -> cap * tanh(score / cap), by tanh(|x|) = (1 - e) / (1 + e), e = exp(-2 |x|).
+__attribute__((noinline)) void cap_all(float* s, int n, float cap) {
+  const float inverse = 1.f / cap;
+  for (int i = 0; i < n; ++i) {
+    const float x = s[i] * inverse, e = exp_neg(-2.f * std::fabs(x));
+    s[i] = std::copysign(cap * (1.f - e) / (1.f + e), x);
+  }
+}
+
+// ALiBi: the distance of every visible position from the row's own, times the head's slope.
+inline void add_distances(const int32_t* depths, int row, int begin, int context, int num_rows,
+                          float slope, float* scores) {
+  const int own = context + depths[row];
+  for (int j = begin; j < context; ++j) scores[j] += slope * float(j - own);
+  for (int j = 0; j < num_rows; ++j)
+    scores[context + j] += slope * float(depths[j] - depths[row]);
 }
 
 // Out of line: inlined below, GCC 12 no longer vectorises it (5 times slower).
@@ -137,11 +185,11 @@ __attribute__((noinline)) void exp_all(float* s, int n, float shift) {
   for (int i = 0; i < n; ++i) s[i] = exp_neg(s[i] - shift);
 }
 
-// In place: scores -> exp(scores - max). Returns the sum.
-inline float softmax_numerators(float* s, int n) {
-  float top = s[0];
-  for (int i = 1; i < n; ++i) top = std::max(top, s[i]);
-  float sum = 0.f;
+// In place: scores -> exp(scores - max). Returns the sum, that of a `sink` included.
+inline float softmax_numerators(float* s, int n, const float* sink) {
+  float top = sink ? *sink : s[0];
+  for (int i = 0; i < n; ++i) top = std::max(top, s[i]);
+  float sum = sink ? std::exp(*sink - top) : 0.f;
   exp_all(s, n, top);
   for (int i = 0; i < n; ++i) sum += s[i];
   return sum;
@@ -178,15 +226,31 @@ inline Floats widen(const fp16* x) {
   return out;
 }
 
-// QK^T and PV for the "vec" layout: float arithmetic on any storage type. Each key and value is
-// widened once for several queries; a product takes one multiply-add.
-template <typename T>
+template <int MAN>
+inline Floats widen(const fp8<MAN>* x) {
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+  constexpr uint32_t BASE = uint32_t(128 - fp8<MAN>::BIAS) << 23;
+  Bytes bytes;
+  std::memcpy(&bytes, x, sizeof bytes);
+  const Words words = __builtin_convertvector(bytes, Words);
+  const Words size = (words & 0x7f) << (23 - MAN);
+  const Floats normal = reinterpret_cast<Floats>(size + (uint32_t(127 - fp8<MAN>::BIAS) << 23));
+  const Floats small = reinterpret_cast<Floats>(size | BASE) - __builtin_bit_cast(float, BASE);
+  const Floats both = size < (1u << 23) ? small : normal;
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(both) | (words & 0x80) << 24);
+}
+
+// QK^T and PV for the "vec" layout: float arithmetic on any storage type, `T` of the queries and
+// `C` of the cache. Each key and value is widened once for several queries; a product takes one
+// multiply-add.
+template <typename T, typename C>
 struct VecProducts {
   static constexpr int TOKENS = 16;  // tokens per inner step; pages are multiples of it
 
   // Scores of M queries and TOKENS tokens, whose keys are `k` [D][B].
   template <int M>
-  static void score(const T* k, int B, int D, float scale, const float* query, float* out,
+  static void score(const C* k, int B, int D, float scale, const float* query, float* out,
                     int padded) {
     constexpr int N = TOKENS / LANES;
     Floats sums[M][N] = {};
@@ -203,13 +267,13 @@ struct VecProducts {
       }
   }
 
-  static void scores(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+  static void scores(const TreeBatch& b, const C* cache, const int32_t* pages, int kv_head,
                      const T* query, int n_queries, int begin, int tokens, int padded,
                      Scratch& s) {
     const int B = b.block_size, D = b.head_size;
     for (int i = 0; i < n_queries * D; ++i) s.wide[i] = float(query[i]);
     for (int t0 = begin; t0 < padded; t0 += TOKENS) {
-      const T* k = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride + t0 % B;
+      const C* k = cache + pages[t0 / B] * b.page_stride + kv_head * b.head_stride + t0 % B;
       int m = 0;
       const auto many = [&](auto count) {
         constexpr int M = decltype(count)::value;
@@ -224,36 +288,36 @@ struct VecProducts {
     }
   }
 
-  // Sums over the tokens of what M queries and C vectors of the head's values make.
-  template <int M, int C>
-  static void value(const TreeBatch& b, const T* cache, const int32_t* pages, int64_t offset,
+  // Sums over the tokens of what M queries and N vectors of the head's values make.
+  template <int M, int N>
+  static void value(const TreeBatch& b, const C* cache, const int32_t* pages, int64_t offset,
                     const float* probs, int begin, int tokens, int padded, float* out) {
     const int B = b.block_size, D = b.head_size;
-    Floats sums[M][C] = {};
+    Floats sums[M][N] = {};
     for (int t0 = begin; t0 < tokens; t0 += TOKENS) {
-      const T* v = cache + pages[t0 / B] * b.page_stride + offset + int64_t(t0 % B) * D;
+      const C* v = cache + pages[t0 / B] * b.page_stride + offset + int64_t(t0 % B) * D;
       const int end = std::min(t0 + TOKENS, tokens);
       for (int t = t0; t < end; ++t, v += D) {
-        Floats values[C];
-        for (int c = 0; c < C; ++c) values[c] = widen(v + c * LANES);
+        Floats values[N];
+        for (int c = 0; c < N; ++c) values[c] = widen(v + c * LANES);
         for (int m = 0; m < M; ++m)
-          for (int c = 0; c < C; ++c) sums[m][c] += probs[int64_t(m) * padded + t] * values[c];
+          for (int c = 0; c < N; ++c) sums[m][c] += probs[int64_t(m) * padded + t] * values[c];
       }
     }
     for (int m = 0; m < M; ++m) std::memcpy(out + m * D, sums[m], sizeof sums[m]);
   }
 
-  template <int C>
-  static void columns(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+  template <int N>
+  static void columns(const TreeBatch& b, const C* cache, const int32_t* pages, int kv_head,
                       int n_queries, int begin, int tokens, int padded, Scratch& s, int& d0) {
-    for (; d0 + C * LANES <= b.head_size; d0 += C * LANES) {
+    for (; d0 + N * LANES <= b.head_size; d0 += N * LANES) {
       const int64_t offset =
           kv_head * b.head_stride + int64_t(b.block_size) * b.head_size + d0;
       int m = 0;
       const auto many = [&](auto count) {
         constexpr int M = decltype(count)::value;
         for (; m + M <= n_queries; m += M)
-          value<M, C>(b, cache, pages, offset, s.scores.data() + int64_t(m) * padded, begin,
+          value<M, N>(b, cache, pages, offset, s.scores.data() + int64_t(m) * padded, begin,
                       tokens, padded, s.out.data() + m * b.head_size + d0);
       };
       many(std::integral_constant<int, VALUED>());
@@ -262,7 +326,7 @@ struct VecProducts {
     }
   }
 
-  static void values(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+  static void values(const TreeBatch& b, const C* cache, const int32_t* pages, int kv_head,
                      int n_queries, int begin, int tokens, int padded, Scratch& s) {
     int d0 = 0;
     columns<4>(b, cache, pages, kv_head, n_queries, begin, tokens, padded, s, d0);
@@ -271,13 +335,13 @@ struct VecProducts {
   }
 
   // Columns from `d0` on, fewer than a register holds.
-  static void rest(const TreeBatch& b, const T* cache, const int32_t* pages, int kv_head,
+  static void rest(const TreeBatch& b, const C* cache, const int32_t* pages, int kv_head,
                    int n_queries, int begin, int tokens, int padded, Scratch& s, int d0) {
     const int B = b.block_size, D = b.head_size;
     for (int m = 0; m < n_queries && d0 < D; ++m) {
       std::fill_n(s.out.data() + m * D + d0, D - d0, 0.f);
       for (int t = begin; t < tokens; ++t) {
-        const T* v = cache + pages[t / B] * b.page_stride + kv_head * b.head_stride +
+        const C* v = cache + pages[t / B] * b.page_stride + kv_head * b.head_stride +
                      int64_t(B) * D + int64_t(t % B) * D;
         const float p = s.scores[int64_t(m) * padded + t];
         for (int d = d0; d < D; ++d) s.out[m * D + d] += p * float(v[d]);
@@ -353,8 +417,8 @@ struct AmxProducts {
 };
 #endif
 
-template <typename T, typename Products>
-void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache, T* output,
+template <typename T, typename C, typename Products>
+void attend(const TreeBatch& b, const Task& task, const T* query, const C* cache, T* output,
             Scratch& s) {
   const int D = b.head_size, group = b.num_query_heads / b.num_kv_heads;
   const int row0 = b.row_start[task.request];
@@ -362,10 +426,21 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache
   const int context = b.context[task.request], tokens = context + num_rows;
   const int first = b.first ? b.first[task.request] : 0;
   const int padded = (tokens + Products::TOKENS - 1) / Products::TOKENS * Products::TOKENS;
-  const int begin = first / Products::TOKENS * Products::TOKENS;  // nothing before is looked at
   const int n_queries = std::min(QUERIES, num_rows * group - task.first);
   const int32_t* pages = b.block_table + int64_t(task.request) * b.max_blocks;
   const int32_t* parents = b.parents + row0;
+  const int32_t* depths = b.depths ? b.depths + row0 : nullptr;
+  // What each row sees begins there; nothing before the earliest is looked at.
+  const auto seen_from = [&](int row) {
+    int from = first;
+    if (b.window) from = std::max(from, context + depths[row] - b.window + 1);
+    if (b.chunk) from = std::max(from, (context + depths[row]) / b.chunk * b.chunk);
+    return from;
+  };
+  int earliest = context;
+  for (int row = task.first / group; row <= (task.first + n_queries - 1) / group; ++row)
+    earliest = std::min(earliest, seen_from(row));
+  const int begin = earliest / Products::TOKENS * Products::TOKENS;
 
   s.scores.resize(size_t(QUERIES) * padded);
   s.probs.resize(size_t(QUERIES) * padded);
@@ -384,20 +459,25 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const T* cache
   float sums[QUERIES];
   for (int m = 0; m < n_queries; ++m) {
     float* line = s.scores.data() + int64_t(m) * padded;
-    mask_tree(parents, (task.first + m) / group, begin, first, context, num_rows, padded, line);
-    sums[m] = softmax_numerators(line + begin, padded - begin);
+    const int row = (task.first + m) / group;
+    const int head = task.kv_head * group + (task.first + m) % group;
+    if (b.soft_cap > 0.f) cap_all(line + begin, tokens - begin, b.soft_cap);
+    if (b.slopes)
+      add_distances(depths, row, begin, context, num_rows, b.slopes[head], line);
+    mask_tree(parents, depths, row, begin, seen_from(row), context, num_rows, padded, line);
+    sums[m] = softmax_numerators(line + begin, padded - begin, b.sinks ? b.sinks + head : nullptr);
   }
   Products::values(b, cache, pages, task.kv_head, n_queries, begin, tokens, padded, s);
   for (int m = 0; m < n_queries; ++m) {
     const int row = (task.first + m) / group, head = (task.first + m) % group;
     T* out = output + b.rows[row0 + row] * b.output_stride +
              (task.kv_head * group + head) * int64_t(D);
-    const float inv = 1.f / sums[m];
+    const float inv = b.value_scale / sums[m];
     for (int d = 0; d < D; ++d) out[d] = T(s.out[m * D + d] * inv);
   }
 }
 
-template <typename T, typename Products>
+template <typename T, typename C, typename Products>
 void attend_all(const TreeBatch& b, const void* query, const void* cache, void* output) {
   const int group = b.num_query_heads / b.num_kv_heads;
   std::vector<Task> tasks;
@@ -414,12 +494,19 @@ void attend_all(const TreeBatch& b, const void* query, const void* cache, void* 
 #endif
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); ++i)
-      attend<T, Products>(b, tasks[i], static_cast<const T*>(query),
-                          static_cast<const T*>(cache), static_cast<T*>(output), scratch);
+      attend<T, C, Products>(b, tasks[i], static_cast<const T*>(query),
+                             static_cast<const C*>(cache), static_cast<T*>(output), scratch);
 #if defined(__AMX_BF16__)
     if (b.layout == AMX) _tile_release();
 #endif
   }
+}
+
+template <typename T>
+void attend_vec(const TreeBatch& b, const void* query, const void* cache, void* output) {
+  if (b.cache_dtype == 3) return attend_all<T, e4m3, VecProducts<T, e4m3>>(b, query, cache, output);
+  if (b.cache_dtype == 4) return attend_all<T, e5m2, VecProducts<T, e5m2>>(b, query, cache, output);
+  attend_all<T, T, VecProducts<T, T>>(b, query, cache, output);
 }
 
 // Largest of `count` numbers, and whether any is NaN. As integers, of which more lanes fit where
@@ -510,7 +597,7 @@ extern "C" {
 int specplus_tree_attention_unsupported(const TreeBatch* b) {
   if (b->layout == VEC) return b->block_size % 16 ? 1 : 0;
 #if defined(__AMX_BF16__)
-  if (b->dtype != 1 || b->head_size % 32 || b->block_size % 32) return 2;
+  if (b->dtype != 1 || b->cache_dtype != 1 || b->head_size % 32 || b->block_size % 32) return 2;
   return AmxProducts::permit() ? 0 : 3;
 #else
   return 4;
@@ -521,18 +608,20 @@ int specplus_tree_attention_unsupported(const TreeBatch* b) {
 void specplus_tree_attention(const TreeBatch* b, const void* query, const void* cache,
                              void* output) {
 #if defined(__AMX_BF16__)
-  if (b->layout == AMX) return attend_all<bf16, AmxProducts>(*b, query, cache, output);
+  if (b->layout == AMX) return attend_all<bf16, bf16, AmxProducts>(*b, query, cache, output);
 #endif
-  if (b->dtype == 0) return attend_all<float, VecProducts<float>>(*b, query, cache, output);
-  if (b->dtype == 1) return attend_all<bf16, VecProducts<bf16>>(*b, query, cache, output);
-  attend_all<fp16, VecProducts<fp16>>(*b, query, cache, output);
+  if (b->dtype == 0) return attend_vec<float>(*b, query, cache, output);
+  if (b->dtype == 1) return attend_vec<bf16>(*b, query, cache, output);
+  attend_vec<fp16>(*b, query, cache, output);
 }
 
 // Copy KV slots src[i] -> dst[i], in order, in every layer.
 void specplus_move_slots(const TreeBatch* b, void* const* caches, int num_layers,
                          const int64_t* src, const int64_t* dst, int n) {
-  if (b->dtype == 0)
+  if (b->cache_dtype == 0)
     move_all<float>(*b, caches, num_layers, src, dst, n);
+  else if (b->cache_dtype >= 3)
+    move_all<uint8_t>(*b, caches, num_layers, src, dst, n);
   else
     move_all<uint16_t>(*b, caches, num_layers, src, dst, n);
 }

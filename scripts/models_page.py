@@ -1,0 +1,104 @@
+"""Writes docs/models.md: which families of models are served, by which methods, and why not.
+
+``python scripts/models_page.py``: half a minute. From the capability contract, of a folder of
+every family with a config.json of its architecture in small sizes. ``tests/engine/test_models.py``
+compares the texts of some, of every kind of attention.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.contract import folders  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+#: Of methods that need the same: those that look drafts up or have a model of their own, those
+#: with a head, those that draft with the target's layers.
+METHODS = ("token_recycling", "eagle_tree", "layer_skip")
+#: A stand-in of the tests, which vLLM does not know, and what needs libraries of vision models.
+UNKNOWN = {"mrope", "qwen2_vl"}
+HEAD = """# Which models are served
+
+<!--fig none in this section: scripts/models_page.py writes this page-->
+What a family of models needs beside plain attention, and which methods serve it, on a CPU and on a
+GPU with vLLM's back end TRITON_ATTN (which is chosen where FLASH_ATTN does not serve the model; no
+GPU has run it yet). Methods that look drafts up, and those with a draft model of their own, serve
+the same families as `token_recycling`; a head of `eagle_tree` has to be trained for the target.
+`scripts/models_page.py` writes this page from the capability contract
+([`capabilities.py`](../vllm_specplus/capabilities.py)). Of families of every kind of attention the
+texts are compared with those of plain decoding, in float32, with prompts below, about and beyond
+windows (`tests/engine/test_models.py`).
+
+`vllm-specplus doctor --model DIR` says the same of your model.
+
+| family | architecture | needs | `token_recycling` | `eagle_tree` | `layer_skip` |
+|---|---|---|---|---|---|
+"""
+REFUSALS = """
+Where layers with a sliding window and others alternate, all of them keep whole texts in the KV
+cache (`--disable-hybrid-kv-cache-manager`, set at start), so that accepted drafts move alike in all
+layers; attention itself does not look behind a window.
+
+## Why not
+
+"""
+
+
+def families(root: Path) -> Iterator[tuple[str, str, list[str], dict[str, str | None]]]:
+    """Each family's name and architecture, what it needs, and the refusal of each method, None
+    where it is served; folders are written below ``root``."""
+    from vllm_specplus import capabilities, registry
+    from vllm_specplus.capabilities import Need
+    from vllm_specplus.drafting.model import FAMILIES
+    from vllm_specplus.engine import needs
+
+    attention = needs.served_by_attention("cpu")
+    for name in sorted(folders.MODELS.keys() - UNKNOWN):
+        architecture, family, *_ = folders.MODELS[name]
+        found = needs.of_folder(folders.make(root, name))
+        needed = list(dict.fromkeys(each.need for each in found))
+        answers: dict[str, str | None] = {}
+        for method in METHODS:
+            gaps = capabilities.gaps(
+                found, "it", attention=attention, method=registry.config_class(method).supports
+            )
+            if not gaps and method != "token_recycling" and family not in FAMILIES:
+                gaps = [f"it knows the layers of {', '.join(FAMILIES)} only"]
+            # What their configs refuse once they see the target, which is not built here.
+            if not gaps and method != "token_recycling" and Need.SLIDING_WINDOW in needed:
+                gaps = ["it reads whole texts in the KV cache, which keeps a window of them"]
+            if not gaps and method == "layer_skip" and Need.FP8_KV in needed:
+                gaps = ["it reads the target's keys and values as they were computed"]
+            answers[method] = gaps[0] if gaps else None
+        yield name, architecture, [need.what.split(",")[0] for need in needed], answers
+
+
+def page() -> str:
+    """The page as Markdown."""
+    text, reasons = HEAD, {}
+    with tempfile.TemporaryDirectory() as root:
+        for name, architecture, needed, answers in families(Path(root)):
+            cells = []
+            for method in METHODS:
+                reason = answers[method]
+                if reason is None:
+                    cells.append("yes")
+                else:
+                    number = reasons.setdefault(reason, len(reasons) + 1)
+                    cells.append(f"[{number}](#why-not)")
+            row = " | ".join([name, f"`{architecture}`", "; ".join(needed) or "nothing", *cells])
+            text += f"| {row} |\n"
+    text += REFUSALS
+    for reason, number in reasons.items():
+        text += f"{number}. {reason}\n"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
