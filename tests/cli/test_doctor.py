@@ -451,11 +451,11 @@ def test_what_only_some_methods_serve(monkeypatch, model):
 
 
 def test_what_no_method_serves_has_a_remedy(monkeypatch, model):
-    found = [Found(Need.SLIDING_WINDOW, "sliding_window=64", "switch it off")]
+    found = [Found(Need.SPARSE_ATTENTION, "index_topk=64", "switch it off")]
     works, section = needs_report(monkeypatch, model, found)
     assert not works
-    assert section["SLIDING_WINDOW"]["status"] == "error"
-    assert section["SLIDING_WINDOW"]["remedy"] == "switch it off"
+    assert section["SPARSE_ATTENTION"]["status"] == "error"
+    assert section["SPARSE_ATTENTION"]["remedy"] == "switch it off"
     assert section["methods"]["value"] == "none"
 
 
