@@ -297,11 +297,27 @@ def copies(into: Counter) -> Iterator[None]:
 
     def fetches(stock):
         def fetch(tensor, *args, **kwargs):
-            into["copies"] += 1
-            into["bytes"] += tensor.nbytes
+            if not inside:
+                into["copies"] += 1
+                into["bytes"] += tensor.nbytes
             return stock(tensor, *args, **kwargs)
 
         return fetch
+
+    def packs_back(stock):
+        def to_host(*tensors):
+            nonlocal inside
+            # From a GPU they travel as one, which takes a launch to lay them side by side.
+            into["copies"] += 1
+            into["launches"] += 1
+            into["bytes"] += sum(each.nbytes for each in tensors)
+            inside = True
+            try:
+                return stock(*tensors)
+            finally:
+                inside = False
+
+        return to_host
 
     with contextlib.ExitStack() as stack:
         for name in ("from_numpy", "tensor", "as_tensor"):
@@ -309,8 +325,11 @@ def copies(into: Counter) -> Iterator[None]:
         for name in ("cpu", "item", "tolist"):
             stack.enter_context(replaced(torch.Tensor, name, fetches))
         for name, module in list(sys.modules.items()):
-            if name.startswith("vllm_specplus.engine") and hasattr(module, "upload"):
-                stack.enter_context(replaced(module, "upload", packs))
+            if not name.startswith("vllm_specplus.engine"):
+                continue
+            for function, make in (("upload", packs), ("to_host", packs_back)):
+                if hasattr(module, function):
+                    stack.enter_context(replaced(module, function, make))
         yield
 
 

@@ -83,11 +83,15 @@ def test_a_slice_of_the_table_holds(tmp_path):
         ("qwen3", "--reasoning-parser qwen3 --tensor-parallel-size 2", None),
         ("qwen3", "--kv-offloading-size 1", "a KV connector"),
         ("qwen3", "--kv-cache-dtype turboquant_k8v4", "a quantized KV cache"),
-        ("gemma2", "--disable-sliding-window", "soft-capped attention logits"),
-        ("bloom", "", "ALiBi"),
-        ("gpt_oss", "--reasoning-parser openai_gptoss", "attention sinks"),
-        ("mistral_window", "", "add --disable-sliding-window"),
+        ("qwen3", "--kv-cache-dtype fp8", None),
+        ("qwen3", "--enable-lora --max-num-seqs 16 --max-num-batched-tokens 4096", None),
+        ("gemma2", "--disable-sliding-window", None),
+        ("bloom", "", None),
+        ("gpt_oss", "--reasoning-parser openai_gptoss", None),
+        ("mistral_window", "", None),
         ("mistral_window", "--disable-sliding-window", None),
+        ("deepseek_v3", "", "multi-head latent attention"),
+        ("qwen3_next", "", "recurrent layers"),
     ]
     plain = launches.outcomes([(model, line, None) for model, line, _ in cases], tmp_path)
     assert plain == [None] * len(cases)

@@ -64,8 +64,8 @@ class Ledger:
         self, request_ids: Sequence[str], num_tokens: np.ndarray, num_prompt: np.ndarray | None
     ) -> None:
         """The running step, and those before it that were not looked at, have brought the requests
-        to ``num_tokens`` int [R] tokens, of which
-        ``num_prompt`` int [R] are their prompts' (None: all texts are past them)."""
+        to ``num_tokens`` int [R] tokens, of which ``num_prompt`` int [R] are their prompts' (None:
+        all texts are past them)."""
         begun = num_tokens > num_prompt if num_prompt is not None else num_tokens > 0
         slots = np.array([self._slots.take(name) for name in request_ids], np.int32)
         known = self._slots.arrays[0]

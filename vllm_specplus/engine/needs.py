@@ -141,11 +141,19 @@ def _of_kv_dtype(asked: str, model: Any) -> Iterator[Found]:
     scheme = getattr(getattr(model, "hf_config", None), "quantization_config", None)
     if dtype == "auto" and isinstance(scheme, dict) and scheme.get("kv_cache_scheme"):
         dtype = "fp8"  # vLLM finds that out when it makes the layers
-    if dtype not in names.PLAIN_KV:
+    need = of_kv_cache(dtype)
+    if need is not None:
         source = f"kv_cache_dtype={asked!r}"
         if asked == "auto":
             source += f", which is {dtype!r} for this checkpoint"
-        yield Found(Need.FP8_KV if dtype in names.FP8_KV else Need.QUANTIZED_KV, source)
+        yield Found(need, source)
+
+
+def of_kv_cache(dtype: str) -> Need | None:
+    """Return what a KV cache of vLLM's name ``dtype`` needs; None: nothing."""
+    if dtype in names.PLAIN_KV:
+        return None
+    return Need.FP8_KV if dtype in names.FP8_KV else Need.QUANTIZED_KV
 
 
 def of_model(model: Any) -> list[Found]:
@@ -318,22 +326,28 @@ def check_launch(config: Any, args: Any, model: Any, parallel: Any, device_type:
 
     ``config`` is the validated config of a method.
     """
-    found, served = of_launch(args, model, parallel, device_type), served_by_attention(device_type)
-    chosen = served_by_backends(device_type).get((_chosen_backend(args) or "").upper())
-    if chosen is not None:
-        able = ", ".join(
-            name for name, needs in served_by_backends(device_type).items() if needs > chosen
-        )
-        remedy = f"remove --attention-backend, or choose {able}"
-        found = [
-            replace(each, remedy=remedy) if each.need in served - chosen else each for each in found
-        ]
-        served = chosen
+    found = of_launch(args, model, parallel, device_type)
+    served = served_by_backends(device_type)
+    chosen = (_chosen_backend(args) or "").upper()
+    if chosen in served:
+        found = [_served_elsewhere(each, chosen, served) for each in found]
+        served = {chosen: served[chosen]}
     problems = capabilities.gaps(
-        found, f"speculative method {config.method!r}", attention=served, method=config.serves()
+        found,
+        f"speculative method {config.method!r}",
+        attention=frozenset().union(*served.values()),
+        method=config.serves(),
     )
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _served_elsewhere(found: Found, chosen: str, served: Mapping[str, frozenset[Need]]) -> Found:
+    """The same, with a remedy if the ``chosen`` back end does not serve it and others do."""
+    able = [name for name, needs in served.items() if found.need in needs]
+    if not able or chosen in able:
+        return found
+    return replace(found, remedy=f"remove --attention-backend, or choose {' or '.join(able)}")
 
 
 def check_image_launch(

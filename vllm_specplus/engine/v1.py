@@ -188,16 +188,13 @@ class V1Batch:
             | batch.presence_penalties_reqs
             | batch.repetition_penalties_reqs
         )
-        penalised = np.zeros(batch.num_reqs, bool)
-        if asking:
-            penalised[:] = [name in asking for name in self.request_ids]
         return Texts(
             request_ids=self.request_ids,
             token_ids=self.texts,
             num_tokens=self.num_tokens,
             num_prompt=self.num_prompt,
             versions=self._versions_before,
-            penalised=penalised,
+            penalised=np.array([name in asking for name in self.request_ids], bool),
         )
 
     # -- memory -----------------------------------------------------------------

@@ -122,10 +122,11 @@ def to_host(
     top: torch.Tensor, tokens: torch.Tensor, largest: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Copies ``top`` int32 [L, k], ``tokens`` int32 [L] and ``largest`` float32 [L] to the host, in
-    one go if all are at one place: every copy waits for the device."""
-    if top.device.type == "cpu" or top.device != tokens.device:
+    one go: every copy waits for the device."""
+    tokens = tokens.to(top.device)
+    if top.device.type == "cpu":
         # Tokens may be a column of ``top``, and are not what the caller makes of them.
-        return top.cpu().numpy(), tokens.cpu().numpy().copy(), largest.cpu().numpy()
+        return top.numpy(), tokens.numpy().copy(), largest.numpy()
     rows = torch.cat((top.T, tokens[None], largest.view(torch.int32)[None])).cpu().numpy()
     return np.ascontiguousarray(rows[:-2].T), rows[-2], rows[-1].view(np.float32)
 

@@ -21,6 +21,42 @@ def top_k_reference(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
     return ids[:, :k].to(torch.int32).contiguous(), values[:, :k].contiguous()
 
 
+def masked_scores(
+    scores: torch.Tensor,
+    visible: torch.Tensor,
+    own: torch.Tensor | None,
+    window: int,
+    chunk: int,
+    soft_cap: float,
+    slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Makes of the ``scores`` [H, n, S] of n rows what the softmax is of: [H, n, S], or
+    [H, n, S + 1] with ``sinks``.
+
+    S keys, the last n of which are the rows' own; ``visible`` bool [n, S] as far as the tree says;
+    ``own`` int [n] positions of the rows, needed for ``window``, ``chunk`` and ``slopes``. These
+    and the others as in ``tree_attention.py``. What is not seen is -inf.
+    """
+    if soft_cap:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    if own is not None and (window or chunk or slopes is not None):
+        context = scores.shape[-1] - len(own)
+        positions = torch.cat((torch.arange(context, device=own.device), own))
+        distance = positions[None] - own[:, None]
+        if window:
+            visible = visible & (distance > -window)
+        if chunk:
+            visible = visible & (distance >= -(own % chunk)[:, None])
+        if slopes is not None:
+            scores = scores + slopes[:, None, None] * distance
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        beside = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat((scores, beside), -1)
+    return scores
+
+
 @functools.lru_cache
 def page_offsets(layout: str, block_size: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where vLLM's CPU cache keeps K and V of one page and KV head.
@@ -110,21 +146,10 @@ def packed_tree_attention_reference(
         visible[:, context:] = ancestors[starts[r] : starts[r + 1], :n]
         if first is not None:
             visible[:, : int(first[r])] = False
-        scores = q @ k.transpose(1, 2) * scale
-        if soft_cap:
-            scores = soft_cap * (scores / soft_cap).tanh()
-        if window or chunk or slopes is not None:
-            own = context + depths[starts[r] : starts[r + 1]]
-            distance = torch.cat((torch.arange(context), own))[None] - own[:, None]
-            if window:
-                visible &= distance > -window
-            if chunk:
-                visible &= distance >= -(own % chunk)[:, None]
-            if slopes is not None:
-                scores = scores + slopes[:, None, None] * distance
-        scores = scores.masked_fill(~visible, float("-inf"))
-        if sinks is not None:
-            scores = torch.cat((scores, sinks[:, None, None].expand(-1, n, 1)), -1)
+        own = None if depths is None else context + depths[starts[r] : starts[r + 1]]
+        scores = masked_scores(
+            q @ k.transpose(1, 2) * scale, visible, own, window, chunk, soft_cap, slopes, sinks
+        )
         weights = scores.softmax(-1)[..., : context + n]
         output[row] = (weights @ v * value_scale).transpose(0, 1).to(output.dtype)
 

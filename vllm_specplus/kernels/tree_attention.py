@@ -50,6 +50,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_specplus.kernels.reference import masked_scores
+
 #: The keys that are attended to: the cached context, the tree rows, or both.
 Part = Literal["context", "tree", "all"]
 
@@ -101,21 +103,8 @@ def tree_attention_reference(
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
 
         scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
-        if soft_cap:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        if window or chunk or slopes is not None:
-            own = context_len + depths[rows]
-            distance = torch.cat((positions[:context_len], own))[None] - own[:, None]
-            if window:
-                visible &= distance > -window
-            if chunk:
-                visible &= distance >= -(own % chunk)[:, None]
-            if slopes is not None:
-                scores = scores + slopes[:, None, None] * distance
-        scores = scores.masked_fill(~visible, -torch.inf)
-        if sinks is not None:
-            beside = sinks.float()[:, None, None].expand(-1, num_rows, 1)
-            scores = torch.cat((scores, beside), -1)
+        own = None if depths is None else context_len + depths[rows]
+        scores = masked_scores(scores, visible, own, window, chunk, soft_cap, slopes, sinks)
         lse[:, rows] = torch.logsumexp(scores, dim=-1)
         # softmax of a row without keys is 0 / 0
         weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : len(positions)]
@@ -285,7 +274,7 @@ def _tree_attention_kernel(
     own = context_len + row_in_request  # unused without depths
     if WINDOW > 0 or CHUNK > 0 or ALIBI:
         own = context_len + tl.load(depths + rows, mask=row_valid, other=0)
-    # The first position that every row sees, and that the root sees, which is before all others'.
+    # The first position that each row sees, and that the root sees, which is before all others'.
     earliest = own * 0
     begin = tl.load(first + request) if FIRST else 0
     if WINDOW > 0:
@@ -315,11 +304,14 @@ def _tree_attention_kernel(
                 cache_token_stride,
                 BLOCK_SIZE,
             )
+            visible = valid[None, :]
+            if WINDOW > 0 or CHUNK > 0:
+                visible = visible & (positions[None, :] >= earliest[:, None])
             acc, row_max, row_sum = _attend(
                 queries,
                 keys,
                 values,
-                valid[None, :] & (positions[None, :] >= earliest[:, None]),
+                visible,
                 positions[None, :] - own[:, None],
                 scale_log2,
                 cap_log2,
@@ -347,19 +339,22 @@ def _tree_attention_kernel(
             cache_token_stride,
             BLOCK_SIZE,
         )
-        visible = tl.load(
+        related = tl.load(
             ancestors + rows[:, None] * ancestors_stride + nodes[None, :],
             mask=row_valid[:, None] & valid[None, :],
             other=0,
         )
+        visible = related != 0
         places = context_len + nodes
         if WINDOW > 0 or CHUNK > 0 or ALIBI:
             places = context_len + tl.load(depths + start + nodes, mask=valid, other=0)
+        if WINDOW > 0 or CHUNK > 0:
+            visible = visible & (places[None, :] >= earliest[:, None])
         acc, row_max, row_sum = _attend(
             queries,
             keys,
             values,
-            (visible != 0) & (places[None, :] >= earliest[:, None]),
+            visible,
             places[None, :] - own[:, None],
             scale_log2,
             cap_log2,

@@ -181,9 +181,16 @@ def test_refuses_what_the_tree_path_ignores(backend, feature, name, batch):
         implementation(backend, batch, **feature)
 
 
-def test_refuses_square_roots_of_distances(batch):
-    with pytest.raises(NotImplementedError, match="square roots"):
-        implementation(TreeTritonBackend, batch, alibi_slopes=[0.5] * 8, use_alibi_sqrt=True)
+@pytest.mark.parametrize(
+    ("feature", "name"),
+    [
+        ({"alibi_slopes": [0.5] * 8, "use_alibi_sqrt": True}, "square roots"),
+        ({"chunk_lookback": 1}, "does not know .chunk_lookback"),
+    ],
+)
+def test_refuses_variants_of_what_it_serves(batch, feature, name):
+    with pytest.raises(NotImplementedError, match=name):
+        implementation(TreeTritonBackend, batch, **feature)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

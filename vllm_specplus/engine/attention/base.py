@@ -24,7 +24,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_specplus.capabilities import Found, Need, sentence
-from vllm_specplus.engine.names import FP8_KV, PLAIN_KV
+from vllm_specplus.engine.needs import of_kv_cache
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
@@ -192,39 +192,29 @@ def common_block_size(caches: Collection[torch.Tensor]) -> int:
 # What an implementation is constructed with.
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """A constructor argument of attention that means a need, if its value is more than nothing."""
-
-    need: Need | Callable[[Any], Need]
-    used: Callable[[Any], bool]
-
-    def of(self, value: Any) -> Need:
-        """Return what the value means, which is used."""
-        return self.need if isinstance(self.need, Need) else self.need(value)
-
-
 def _given(value: Any) -> bool:
     return value is not None
+
+
+def _means(need: Need, used: Callable[[Any], bool] = _given) -> Callable[[Any], Need | None]:
+    return lambda value: need if used(value) else None
 
 
 #: Arguments that every tree path honours: sizes, and the cache that ``forward`` is given anyway.
 HONOURED = frozenset(
     ("num_heads", "head_size", "scale", "num_kv_heads", "kv_sharing_target_layer_name")
 )
-#: The others of vLLM's back ends that we stand in for.
-ARGUMENTS = {
-    "alibi_slopes": Argument(Need.ALIBI, _given),
-    "attn_type": Argument(Need.ENCODER_ATTENTION, lambda kind: kind != AttentionType.DECODER),
-    "chunk_lookback": Argument(Need.CHUNKED_ATTENTION, lambda chunks: chunks >= 0),
-    "kv_cache_dtype": Argument(
-        lambda name: Need.FP8_KV if name in FP8_KV else Need.QUANTIZED_KV,
-        lambda name: name not in PLAIN_KV,
-    ),
-    "logits_soft_cap": Argument(Need.LOGITS_SOFT_CAP, bool),
-    "sinks": Argument(Need.ATTENTION_SINKS, _given),
-    "sliding_window": Argument(Need.SLIDING_WINDOW, _given),
-    "use_alibi_sqrt": Argument(Need.ALIBI_SQRT, bool),
+#: The others of vLLM's back ends that we stand in for: what a value means, None if nothing.
+ARGUMENTS: dict[str, Callable[[Any], Need | None]] = {
+    "alibi_slopes": _means(Need.ALIBI),
+    "attn_type": _means(Need.ENCODER_ATTENTION, lambda kind: kind != AttentionType.DECODER),
+    # Other chunks than those of CHUNKED_ATTENTION: rows look back into so many before their own.
+    "chunk_lookback": _means(Need.UNKNOWN_ATTENTION, lambda chunks: chunks >= 0),
+    "kv_cache_dtype": of_kv_cache,
+    "logits_soft_cap": _means(Need.LOGITS_SOFT_CAP, bool),
+    "sinks": _means(Need.ATTENTION_SINKS),
+    "sliding_window": _means(Need.SLIDING_WINDOW),
+    "use_alibi_sqrt": _means(Need.ALIBI_SQRT, bool),
 }
 
 
@@ -239,10 +229,10 @@ def check_arguments(
     """
     signature = inspect.signature(stock_init)
     for name, value in signature.bind(*args, **kwargs).arguments.items():
-        known = ARGUMENTS.get(name)
-        if known is not None:
-            if known.used(value):
-                _require(known.of(value), supports, name)
+        if name in ARGUMENTS:
+            need = ARGUMENTS[name](value)
+            if need is not None:
+                _require(need, supports, name)
         elif name not in HONOURED and not _equal(value, signature.parameters[name].default):
             shown = value if isinstance(value, (bool, int, float, str)) else type(value)
             raise NotImplementedError(
