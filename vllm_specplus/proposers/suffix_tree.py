@@ -65,7 +65,7 @@ class _Request:
     response: int
     """Sequence number of its response in the shared tree."""
     known: int = 0
-    """Tokens of its text that are in its own tree."""
+    """Tokens of its text that are in its own tree, which is read when drafts are asked for."""
     said: int = 0
     """Tokens of its text that the shared tree has seen, those of the prompt left out."""
     stored: int = 0
@@ -155,7 +155,8 @@ class SuffixTree(Proposer):
                 self._requests[name] = request
                 self._next_number += 1
             text = step.token_ids[r]
-            self._read(request, text[:known])
+            if step.max_nodes[r] > 0:
+                self._read(request, text[:known])
             if known > request.said:
                 fresh = text[max(request.said, prompt) : known]
                 if step.ends is not None:  # what is behind the end was never said
