@@ -58,10 +58,10 @@ def families(root: Path) -> Iterator[tuple[str, str, list[str], dict[str, str | 
     from vllm_specplus.drafting.model import FAMILIES
     from vllm_specplus.engine import needs
 
-    attention = needs.served_by_attention("cpu")
     for name in sorted(folders.MODELS.keys() - UNKNOWN):
         architecture, family, *_ = folders.MODELS[name]
         found = needs.of_folder(folders.make(root, name))
+        attention = needs.served_by_attention("cpu", found)
         needed = list(dict.fromkeys(each.need for each in found))
         answers: dict[str, str | None] = {}
         for method in METHODS:

@@ -198,6 +198,8 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
     if backend is not None:
         logger.info("attention back end %s, which verifies trees of this model", backend)
         args.attention_backend = backend
+    if needs.misrotates(model_config, current_platform.device_type):
+        args.compilation_config.custom_ops.append("-rotary_embedding")
     config.check_kind(target)
     config.check_acceptance(target)
     config.check_target(target)

@@ -19,9 +19,10 @@ EMBEDDING_SCALE = {"gemma2": 0.03, "gemma3n": 0.003}
 SEEDS = {"bloom": 31, "falcon_alibi": 28, "olmo": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MLA = {
-    "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+    "kv_lora_rank": 512, "q_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
     "v_head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
     "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 64, "head_dim": None,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     "num_key_value_heads": 16,
 }  # fmt: skip
 VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "embed_dim": 32}

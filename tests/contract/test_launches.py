@@ -90,7 +90,8 @@ def test_a_slice_of_the_table_holds(tmp_path):
         ("gpt_oss", "--reasoning-parser openai_gptoss", None),
         ("mistral_window", "", None),
         ("mistral_window", "--disable-sliding-window", None),
-        ("deepseek_v3", "", "multi-head latent attention"),
+        ("deepseek_v3", "", None),
+        ("deepseek_v3", "--kv-cache-dtype fp8", "an FP8 KV cache"),
         ("qwen3_next", "", "recurrent layers"),
     ]
     plain = launches.outcomes([(model, line, None) for model, line, _ in cases], tmp_path)

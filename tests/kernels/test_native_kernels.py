@@ -107,7 +107,7 @@ def batch_for(kv, layout, query_heads, scale=1.0, dtype=None, fp8=None):
     code = native.DTYPES[dtype or kv.dtype]
     return native.TreeBatch(
         num_query_heads=query_heads, num_kv_heads=kv_heads, head_size=twice // 2,
-        block_size=block, layout=native.LAYOUTS[layout], dtype=code,
+        value_size=twice // 2, block_size=block, layout=native.LAYOUTS[layout], dtype=code,
         cache_dtype=native.FP8[fp8][0] if fp8 else code, value_scale=1.0,
         scale=scale, page_stride=kv.stride(0), head_stride=kv.stride(1),
     )  # fmt: skip

@@ -362,7 +362,7 @@ def contract(model: Path) -> Iterator[Finding]:
     section = "What this model needs"
     try:
         found = needs.of_folder(model)
-        attention = needs.served_by_attention(current_platform.device_type)
+        attention = needs.served_by_attention(current_platform.device_type, found)
     except Exception as error:  # vLLM's own words for a config that it cannot read
         reason = (str(error).splitlines() or [""])[0]
         remedy = "serve it with vLLM alone first; the engine checks once more when it starts"

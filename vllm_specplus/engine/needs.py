@@ -305,20 +305,42 @@ def served_by_backends(device_type: str) -> dict[str, frozenset[Need]]:
     return served
 
 
-def served_by_attention(device_type: str) -> frozenset[Need]:
-    """Return what some back end of the device serves."""
-    return frozenset().union(*served_by_backends(device_type).values())
+def served_by_attention(device_type: str, found: Iterable[Found]) -> frozenset[Need]:
+    """Return what some back end of the device serves of a model that needs what was ``found``."""
+    served = _eligible(served_by_backends(device_type), {each.need for each in found})
+    return frozenset().union(*served.values())
+
+
+def _eligible(
+    served: dict[str, frozenset[Need]], needed: Iterable[Need]
+) -> dict[str, frozenset[Need]]:
+    """Those back ends that have to do with a model: of latents where it ``needed`` that, else the
+    others."""
+    latent = Need.LATENT_ATTENTION in needed
+    return {
+        name: needs for name, needs in served.items() if (Need.LATENT_ATTENTION in needs) == latent
+    }
 
 
 def backend_for(args: Any, model: Any, device_type: str) -> str | None:
     """Return the attention back end to ask vLLM for, where not every one of the device serves the
     model and the user names none."""
     needed = {each.need for each in of_model(model) if each.need.part == "attention"}
-    served = served_by_backends(device_type)
+    served = _eligible(served_by_backends(device_type), needed)
     able = [name for name, needs in served.items() if needed <= needs]
-    if _chosen_backend(args) is not None or not able or len(able) == len(served):
+    if _chosen_backend(args) is not None or not able:
         return None
-    return able[0]
+    # Of latents vLLM prefers others, which verify no trees.
+    return None if len(able) == len(served) and Need.LATENT_ATTENTION not in needed else able[0]
+
+
+def misrotates(model: Any, device_type: str) -> bool:
+    """Is the model one whose heads vLLM's own rotary kernel for CPUs spoils (0.32)?
+
+    It takes heads for consecutive, and those of multi-head latent attention have other elements
+    between them. vLLM's rotation in torch, which compiled engines use anyway, does not.
+    """
+    return device_type == "cpu" and bool(getattr(model, "use_mla", False))
 
 
 def check_launch(config: Any, args: Any, model: Any, parallel: Any, device_type: str) -> None:
@@ -327,7 +349,7 @@ def check_launch(config: Any, args: Any, model: Any, parallel: Any, device_type:
     ``config`` is the validated config of a method.
     """
     found = of_launch(args, model, parallel, device_type)
-    served = served_by_backends(device_type)
+    served = _eligible(served_by_backends(device_type), {each.need for each in found})
     chosen = (_chosen_backend(args) or "").upper()
     if chosen in served:
         found = [_served_elsewhere(each, chosen, served) for each in found]
@@ -412,7 +434,7 @@ _SPECS = {
     "MLAAttentionSpec": Need.LATENT_ATTENTION,
     "MambaSpec": Need.RECURRENT_LAYERS,
     "RSWASpec": Need.REFERENCE_WINDOW,
-    "SlidingWindowMLASpec": Need.LATENT_ATTENTION,
+    "SlidingWindowMLASpec": Need.SLIDING_WINDOW,
     "SlidingWindowSpec": Need.SLIDING_WINDOW,
 }
 

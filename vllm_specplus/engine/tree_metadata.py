@@ -166,7 +166,7 @@ def tree_metadata(
 ) -> TreeAttentionMetadata:
     """What our attention needs for a step's trees, with stock metadata of the others."""
     uploaded, other = trees.uploaded, None
-    if trees.others is not None:
+    if trees.others is not None and group.backend.divides_metadata:
         other = group.build_metadata(subset(common, trees.others, uploaded), 0)
     return TreeAttentionMetadata(
         rows=uploaded["rows"],

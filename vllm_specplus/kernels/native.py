@@ -29,7 +29,8 @@ FP8 = {
     "fp8_e4m3": (3, torch.float8_e4m3fn),
     "fp8_e5m2": (4, torch.float8_e5m2),
 }
-LAYOUTS = {"vec": 0, "amx": 1}
+#: Of keys and values, and of the latents of multi-head latent attention.
+LAYOUTS, LATENT = {"vec": 0, "amx": 1}, 2
 
 
 class TreeBatch(ctypes.Structure):
@@ -42,6 +43,7 @@ class TreeBatch(ctypes.Structure):
             "num_query_heads",
             "num_kv_heads",
             "head_size",
+            "value_size",
             "block_size",
             "layout",
             "dtype",
@@ -163,6 +165,7 @@ UNSUPPORTED = {
     2: "the AMX layout needs bfloat16 and head and block sizes that are multiples of 32",
     3: "the operating system refuses the AMX tile registers",
     4: "this build has no AMX",
+    5: "the sizes of latents are not multiples of 16",
 }
 
 

@@ -154,6 +154,38 @@ def packed_tree_attention_reference(
         output[row] = (weights @ v * value_scale).transpose(0, 1).to(output.dtype)
 
 
+def latent_tree_attention_reference(
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    rows: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+) -> None:
+    """Writes the multi-head latent attention of all tree rows into ``output``, in float32.
+
+    ``query`` [batch rows, heads, D] with the projections of the keys absorbed; ``latents``
+    [pages, block_size, D], one row per token for all heads: keys are the rows, values their first V
+    elements; ``output`` [batch rows, heads, V]; the rest as in
+    :func:`packed_tree_attention_reference`.
+    """
+    starts, block_size = query_start_loc.tolist(), latents.shape[1]
+    for r, context in enumerate(context_lens.tolist()):
+        row = rows[starts[r] : starts[r + 1]]
+        n = len(row)
+        pages = block_table[r, : -(-(context + n) // block_size)].long()
+        keys = latents[pages].flatten(0, 1)[: context + n].float()
+        visible = torch.ones(n, context + n, dtype=torch.bool)
+        visible[:, context:] = ancestors[starts[r] : starts[r + 1], :n]
+        scores = query[row].transpose(0, 1).float() @ keys.T * scale
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        output[row] = (weights @ keys[:, : output.shape[-1]]).transpose(0, 1).to(output.dtype)
+
+
 def move_slots_reference(
     kv_cache: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, layout: str
 ) -> None:

@@ -538,6 +538,41 @@ def tree_attention(
     return output, lse
 
 
+def latent_group(num_heads: int) -> int:
+    """Return how many query heads of multi-head latent attention one program attends for."""
+    return next(group for group in (16, 8, 4, 2, 1) if num_heads % group == 0)
+
+
+def latent_tree_attention(
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+    value_size: int,
+    *,
+    max_rows: int,
+    max_context_len: int = 0,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """Multi-head latent attention of trees: [T, H, value_size], in the data type of ``query``.
+
+    ``query`` [T, H, D] with the projections of the keys absorbed; ``latents``
+    [num_blocks, block_size, D], of which keys are all elements and values the first ``value_size``,
+    for all heads; the rest as in :func:`tree_attention`. The same kernel computes it: groups of
+    heads take the same rows for theirs, and what it makes of the other elements is left out.
+    """
+    groups = query.shape[1] // latent_group(query.shape[1])
+    rows = latents[:, :, None].expand(-1, -1, groups, -1)
+    output, _ = tree_attention(
+        query, rows, rows, query_start_loc, context_lens, block_table, ancestors, scale,
+        part="all", max_rows=max_rows, max_context_len=max_context_len, num_splits=num_splits,
+    )  # fmt: skip
+    return output[..., :value_size]
+
+
 def _tile_shape(
     group: int, max_rows: int, head_size: int, element_size: int
 ) -> tuple[int, int, int, int]:

@@ -23,7 +23,6 @@ from pydantic import Field, model_validator
 
 from vllm_specplus.capabilities import TEXT, Need
 from vllm_specplus.config import Megabytes
-from vllm_specplus.drafting.model import FAMILIES
 from vllm_specplus.drafting.self_speculation import SelfDraftExecutor, Skips, SkipSearch
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.proposers.draft_tree import DraftTree
@@ -54,11 +53,6 @@ class SelfSpeculationConfig(ShapedDraftConfig):
                 f"method {self.method!r} reads the target's keys and values as they were computed: "
                 f"set --kv-cache-dtype to bfloat16, or use another method, such as "
                 f"'token_recycling'"
-            )
-        if target.family not in FAMILIES:
-            raise ValueError(
-                f"method {self.method!r} knows the layers of {', '.join(FAMILIES)}, "
-                f"and the target is of type {target.family!r}"
             )
         if target.tensor_parallel_size > 1:
             raise ValueError(

@@ -35,10 +35,14 @@ __all__ = [
 
 #: By device type and vLLM's name of the back end: our class, imported only when it is used.
 BACKENDS = {
-    "cpu": {"CPU_ATTN": "vllm_specplus.engine.attention.cpu.TreeCPUBackend"},
+    "cpu": {
+        "CPU_ATTN": "vllm_specplus.engine.attention.cpu.TreeCPUBackend",
+        "CPU_MLA": "vllm_specplus.engine.attention.cpu_latent.TreeCPULatentBackend",
+    },
     "cuda": {
         "FLASH_ATTN": "vllm_specplus.engine.attention.flash.TreeFlashAttentionBackend",
         "TRITON_ATTN": "vllm_specplus.engine.attention.triton.TreeTritonBackend",
+        "TRITON_MLA": "vllm_specplus.engine.attention.triton_latent.TreeTritonLatentBackend",
     },
 }
 
@@ -84,17 +88,17 @@ def _has_cache(layer: Any) -> bool:
 def page_cache(layers: Mapping[str, Any]) -> PageCache:
     """Return the KV caches of all layers, in their order; ``layers`` as of :func:`cached_layers`.
 
-    Raises ValueError if the back end of one is not ours, if it has values of another size than
-    keys, or if back ends that lay out their pages differently are mixed.
+    Raises ValueError if the back end of one is not ours, if its cache has another shape than that
+    back end expects, or if back ends that lay out their pages differently are mixed.
     """
     for name, layer in layers.items():
         if (sentence := refusal(name, layer)) is not None:
             raise ValueError(sentence)
-        if layer.kv_cache.shape[3] != 2 * layer.impl.head_size:
+        if not layer.get_attn_backend().page_cache.fits(layer):
             raise ValueError(
-                f"vllm-specplus needs keys and values of one size side by side, not a KV cache of "
-                f"shape {tuple(layer.kv_cache.shape)} for head size {layer.impl.head_size}, as "
-                f"layer {name!r} has"
+                f"vllm-specplus needs keys and values of one size side by side, or one latent for "
+                f"both, not a KV cache of shape {tuple(layer.kv_cache.shape)} for head size "
+                f"{layer.impl.head_size}, as layer {name!r} has"
             )
     kinds = {layer.get_attn_backend().page_cache for layer in layers.values()}
     if len(kinds) != 1:

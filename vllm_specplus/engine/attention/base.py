@@ -43,7 +43,7 @@ def tree_backend(backend: _Backend) -> _Backend:
     attention, fast prefill; chunked attention where it ``supports`` that): those have builders or
     layers that know no trees.
     """
-    for name in ("vllm_name", "supports", "sees_prompt", "page_cache"):
+    for name in ("vllm_name", "supports", "sees_prompt", "divides_metadata", "page_cache"):
         if not hasattr(backend, name):
             raise TypeError(f"{backend.__qualname__} verifies draft trees and must state {name!r}")
     _BACKENDS.add(backend)
@@ -153,6 +153,13 @@ class PageCache(ABC):
 
     block_size: int
 
+    @staticmethod
+    def fits(layer: Any) -> bool:
+        """Does a layer's cache have the expected shape: keys and values of one size side by
+        side?"""
+        shape = layer.kv_cache.shape
+        return len(shape) == 4 and shape[3] == 2 * layer.impl.head_size
+
     @abstractmethod
     def move(self, src: np.ndarray, dst: np.ndarray) -> None:
         """Copy slots ``src`` to ``dst``, int64 [n] on the host, once in every distinct cache.
@@ -202,14 +209,17 @@ def _means(need: Need, used: Callable[[Any], bool] = _given) -> Callable[[Any], 
 
 #: Arguments that every tree path honours: sizes, and the cache that ``forward`` is given anyway.
 HONOURED = frozenset(
-    ("num_heads", "head_size", "scale", "num_kv_heads", "kv_sharing_target_layer_name")
-)
+    ("num_heads", "head_size", "scale", "num_kv_heads", "kv_sharing_target_layer_name",
+     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim",
+     "v_head_dim", "kv_b_proj")
+)  # fmt: skip
 #: The others of vLLM's back ends that we stand in for: what a value means, None if nothing.
 ARGUMENTS: dict[str, Callable[[Any], Need | None]] = {
     "alibi_slopes": _means(Need.ALIBI),
     "attn_type": _means(Need.ENCODER_ATTENTION, lambda kind: kind != AttentionType.DECODER),
     # Other chunks than those of CHUNKED_ATTENTION: rows look back into so many before their own.
     "chunk_lookback": _means(Need.UNKNOWN_ATTENTION, lambda chunks: chunks >= 0),
+    "indexer": _means(Need.SPARSE_ATTENTION),
     "kv_cache_dtype": of_kv_cache,
     "logits_soft_cap": _means(Need.LOGITS_SOFT_CAP, bool),
     "sinks": _means(Need.ATTENTION_SINKS),
@@ -227,18 +237,29 @@ def check_arguments(
     ``kwargs`` go to. An argument that neither :data:`HONOURED` nor :data:`ARGUMENTS` knows may
     only have its default value.
     """
-    signature = inspect.signature(stock_init)
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
+    parameters = inspect.signature(stock_init).parameters
+    for name, value in _bound(stock_init, args, kwargs).items():
+        default = parameters[name].default if name in parameters else None
         if name in ARGUMENTS:
             need = ARGUMENTS[name](value)
             if need is not None:
                 _require(need, supports, name)
-        elif name not in HONOURED and not _equal(value, signature.parameters[name].default):
+        elif name not in HONOURED and not _equal(value, default):
             shown = value if isinstance(value, (bool, int, float, str)) else type(value)
             raise NotImplementedError(
                 f"vllm-specplus does not know the attention argument {name}={shown!r} of this "
                 f"model, which its draft trees might ignore: serve the model without vllm-specplus"
             )
+
+
+def _bound(function: Callable[..., None], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call by name, those that it takes as ``**kwargs`` too."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 def _equal(value: Any, default: Any) -> bool:

@@ -109,6 +109,7 @@ class PagesOf:
         return native.TreeBatch(
             num_kv_heads=self.heads,
             head_size=self.head_size,
+            value_size=self.head_size,
             block_size=self.block_size,
             layout=native.LAYOUTS[self.layout],
             dtype=code,
@@ -191,6 +192,7 @@ class TreeCPUBackend(CPUAttentionBackend):
         )
     )
     sees_prompt = True
+    divides_metadata = True
     page_cache = CpuPageCache
 
     @staticmethod

@@ -115,7 +115,8 @@ class CudaTreeAttention(TreeAttention):
             query = torch.zeros(
                 rows, self.num_heads, self.head_size, dtype=dtype, device=layer.kv_cache.device
             )
-            self._attend_to_tree(layer, query, *views, self._chain(rows, context, views[0]))
+            tree = self._chain(rows, context, views[0])
+            self._attend_to_tree(layer, query, *views, tree)
 
     def _warm_up_sizes(
         self, kv_cache: torch.Tensor, dtype: torch.dtype, max_rows: int
@@ -124,25 +125,31 @@ class CudaTreeAttention(TreeAttention):
         raise NotImplementedError
 
     def _chain(self, rows: int, context: int, keys: torch.Tensor) -> TreeAttentionMetadata:
-        """One request with a chain of ``rows`` behind ``context`` tokens, all in page 0."""
+        return chain_metadata(rows, context, keys.shape[1], keys.device)
 
-        def put(values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=keys.device)
 
-        pages = -(-(context + rows) // keys.shape[1])
-        return TreeAttentionMetadata(
-            rows=put([*range(rows)], torch.int64),
-            query_start_loc=put([0, rows]),
-            context_lens=put([context]),
-            block_table=torch.zeros(1, pages, dtype=torch.int32, device=keys.device),
-            parents=None,
-            ancestors=torch.ones(rows, rows, dtype=torch.bool, device=keys.device).tril(),
-            max_rows=rows,
-            max_context_len=context,
-            other_rows=None,
-            other=None,
-            depths=put([*range(rows)]),
-        )
+def chain_metadata(
+    rows: int, context: int, block_size: int, device: torch.device
+) -> TreeAttentionMetadata:
+    """Describe one request with a chain of ``rows`` behind ``context`` tokens, all in page 0."""
+
+    def put(values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    pages = -(-(context + rows) // block_size)
+    return TreeAttentionMetadata(
+        rows=put([*range(rows)], torch.int64),
+        query_start_loc=put([0, rows]),
+        context_lens=put([context]),
+        block_table=torch.zeros(1, pages, dtype=torch.int32, device=device),
+        parents=None,
+        ancestors=torch.ones(rows, rows, dtype=torch.bool, device=device).tril(),
+        max_rows=rows,
+        max_context_len=context,
+        other_rows=None,
+        other=None,
+        depths=put([*range(rows)]),
+    )
 
 
 class NoFullGraphs:

@@ -29,6 +29,7 @@ class TreeFlashAttentionBackend(FlashAttentionBackend):
     vllm_name = "FLASH_ATTN"
     supports = frozenset((Need.KV_SHARING, Need.PREFIX_LM, Need.VARIABLE_HEADS))
     sees_prompt = True
+    divides_metadata = True
     page_cache = CudaPageCache
 
     @staticmethod

@@ -43,6 +43,7 @@ class TreeTritonBackend(TritonAttentionBackend):
         )
     )
     sees_prompt = True
+    divides_metadata = True
     page_cache = CudaPageCache
 
     @staticmethod

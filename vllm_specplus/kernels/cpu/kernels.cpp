@@ -11,6 +11,8 @@
 //   "amx": bf16 in the operand order of the AMX dot product,
 //          K [B/16][D/2][16 tokens][2 dims], V [D/16][B/2][16 dims][2 tokens]
 // native.py checks these formulas against vLLM's own cache writer at load.
+// Of multi-head latent attention a page is "latent": [B][D], one row per token for all query heads;
+// keys are the rows, values their first `value_size` elements.
 
 #include <algorithm>
 #include <cfloat>
@@ -68,7 +70,7 @@ struct fp8 {
 typedef fp8<3> e4m3;
 typedef fp8<2> e5m2;
 
-enum Layout { VEC = 0, AMX = 1 };
+enum Layout { VEC = 0, AMX = 1, LATENT = 2 };
 
 inline int64_t k_offset(int layout, int B, int D, int token, int dim) {
   if (layout == VEC) return int64_t(dim) * B + token;
@@ -102,7 +104,8 @@ struct TreeBatch {
   int32_t num_requests;
   int32_t num_query_heads;
   int32_t num_kv_heads;
-  int32_t head_size;
+  int32_t head_size;         // of queries and keys
+  int32_t value_size;        // of values and outputs
   int32_t block_size;
   int32_t layout;            // Layout
   int32_t dtype;             // 0 float32, 1 bfloat16, 2 float16
@@ -141,7 +144,7 @@ struct Task {
 struct Scratch {
   std::vector<float> scores;    // [QUERIES][padded tokens]
   std::vector<uint16_t> probs;  // AMX: [QUERIES][padded tokens] bf16
-  std::vector<float> out;       // [QUERIES][head_size]
+  std::vector<float> out;       // [QUERIES][value_size]
   std::vector<char> query;      // [QUERIES][head_size]
   std::vector<float> wide;      // the same
 };
@@ -350,6 +353,83 @@ struct VecProducts {
   }
 };
 
+// QK^T and PV for the "latent" layout, whose rows are as wide as some vector registers.
+template <typename T>
+struct LatentProducts {
+  static constexpr int TOKENS = 16;  // pages are multiples of it
+
+  // Scores of M queries and one token.
+  template <int M>
+  static void score(const T* k, int D, float scale, const float* query, float* out, int padded) {
+    Floats sums[M] = {};
+    for (int d = 0; d < D; d += LANES) {
+      const Floats key = widen(k + d);
+      for (int m = 0; m < M; ++m) sums[m] += widen(query + m * D + d) * key;
+    }
+    for (int m = 0; m < M; ++m) {
+      float sum = 0.f;
+      for (int i = 0; i < LANES; ++i) sum += sums[m][i];
+      out[int64_t(m) * padded] = sum * scale;
+    }
+  }
+
+  static void scores(const TreeBatch& b, const T* cache, const int32_t* pages, int,
+                     const T* query, int n_queries, int begin, int tokens, int padded,
+                     Scratch& s) {
+    const int B = b.block_size, D = b.head_size;
+    for (int i = 0; i < n_queries * D; ++i) s.wide[i] = float(query[i]);
+    for (int t = begin; t < tokens; ++t) {
+      const T* k = cache + pages[t / B] * b.page_stride + int64_t(t % B) * D;
+      int m = 0;
+      const auto many = [&](auto count) {
+        constexpr int M = decltype(count)::value;
+        for (; m + M <= n_queries; m += M)
+          score<M>(k, D, b.scale, s.wide.data() + m * D, s.scores.data() + int64_t(m) * padded + t,
+                   padded);
+      };
+      many(std::integral_constant<int, SCORED>());
+      many(std::integral_constant<int, 1>());
+    }
+  }
+
+  // Sums over the tokens of what M queries and N vectors of the values, from `d0`, make.
+  template <int M, int N>
+  static void value(const TreeBatch& b, const T* cache, const int32_t* pages, int d0,
+                    const float* probs, int begin, int tokens, int padded, float* out) {
+    const int B = b.block_size;
+    Floats sums[M][N] = {};
+    for (int t = begin; t < tokens; ++t) {
+      const T* v = cache + pages[t / B] * b.page_stride + int64_t(t % B) * b.head_size + d0;
+      Floats values[N];
+      for (int c = 0; c < N; ++c) values[c] = widen(v + c * LANES);
+      for (int m = 0; m < M; ++m)
+        for (int c = 0; c < N; ++c) sums[m][c] += probs[int64_t(m) * padded + t] * values[c];
+    }
+    for (int m = 0; m < M; ++m) std::memcpy(out + m * b.value_size + d0, sums[m], sizeof sums[m]);
+  }
+
+  static void values(const TreeBatch& b, const T* cache, const int32_t* pages, int, int n_queries,
+                     int begin, int tokens, int padded, Scratch& s) {
+    int d0 = 0;
+    const auto columns = [&](auto count) {
+      constexpr int N = decltype(count)::value;
+      for (; d0 + N * LANES <= b.value_size; d0 += N * LANES) {
+        int m = 0;
+        const auto many = [&](auto queries) {
+          constexpr int M = decltype(queries)::value;
+          for (; m + M <= n_queries; m += M)
+            value<M, N>(b, cache, pages, d0, s.scores.data() + int64_t(m) * padded, begin, tokens,
+                        padded, s.out.data() + m * b.value_size);
+        };
+        many(std::integral_constant<int, VALUED>());
+        many(std::integral_constant<int, 1>());
+      }
+    };
+    columns(std::integral_constant<int, 4>());
+    columns(std::integral_constant<int, 1>());
+  }
+};
+
 #if defined(__AMX_BF16__)
 // QK^T and PV for the "amx" layout: 16 queries x 16 columns x 32 deep per
 // instruction; K and V tiles are used as they lie in the cache. Like vLLM's own
@@ -420,7 +500,7 @@ struct AmxProducts {
 template <typename T, typename C, typename Products>
 void attend(const TreeBatch& b, const Task& task, const T* query, const C* cache, T* output,
             Scratch& s) {
-  const int D = b.head_size, group = b.num_query_heads / b.num_kv_heads;
+  const int D = b.head_size, V = b.value_size, group = b.num_query_heads / b.num_kv_heads;
   const int row0 = b.row_start[task.request];
   const int num_rows = b.row_start[task.request + 1] - row0;
   const int context = b.context[task.request], tokens = context + num_rows;
@@ -444,7 +524,7 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const C* cache
 
   s.scores.resize(size_t(QUERIES) * padded);
   s.probs.resize(size_t(QUERIES) * padded);
-  s.out.resize(size_t(QUERIES) * D);
+  s.out.resize(size_t(QUERIES) * V);
   s.query.assign(size_t(QUERIES) * D * sizeof(T), 0);
   s.wide.resize(size_t(QUERIES) * D);
   T* q = reinterpret_cast<T*>(s.query.data());
@@ -471,9 +551,9 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const C* cache
   for (int m = 0; m < n_queries; ++m) {
     const int row = (task.first + m) / group, head = (task.first + m) % group;
     T* out = output + b.rows[row0 + row] * b.output_stride +
-             (task.kv_head * group + head) * int64_t(D);
+             (task.kv_head * group + head) * int64_t(V);
     const float inv = b.value_scale / sums[m];
-    for (int d = 0; d < D; ++d) out[d] = T(s.out[m * D + d] * inv);
+    for (int d = 0; d < V; ++d) out[d] = T(s.out[m * V + d] * inv);
   }
 }
 
@@ -504,6 +584,7 @@ void attend_all(const TreeBatch& b, const void* query, const void* cache, void* 
 
 template <typename T>
 void attend_vec(const TreeBatch& b, const void* query, const void* cache, void* output) {
+  if (b.layout == LATENT) return attend_all<T, T, LatentProducts<T>>(b, query, cache, output);
   if (b.cache_dtype == 3) return attend_all<T, e4m3, VecProducts<T, e4m3>>(b, query, cache, output);
   if (b.cache_dtype == 4) return attend_all<T, e5m2, VecProducts<T, e5m2>>(b, query, cache, output);
   attend_all<T, T, VecProducts<T, T>>(b, query, cache, output);
@@ -596,6 +677,8 @@ extern "C" {
 // 0 when this build serves (layout, dtype, sizes), else the number of the reason (native.py).
 int specplus_tree_attention_unsupported(const TreeBatch* b) {
   if (b->layout == VEC) return b->block_size % 16 ? 1 : 0;
+  if (b->layout == LATENT)
+    return b->block_size % 16 ? 1 : b->head_size % 16 || b->value_size % 16 ? 5 : 0;
 #if defined(__AMX_BF16__)
   if (b->dtype != 1 || b->cache_dtype != 1 || b->head_size % 32 || b->block_size % 32) return 2;
   return AmxProducts::permit() ? 0 : 3;
