@@ -227,6 +227,19 @@ class Found:
     """What to do instead of the need's own remedy, where the launch tells."""
 
 
+#: vLLM's names of KV caches that hold keys and values as the model computes them, and of those of
+#: bytes, with one scale for all keys of a layer and one for all values.
+PLAIN_KV = ("auto", "bfloat16", "float16")
+FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")
+
+
+def of_kv_cache(dtype: str) -> Need | None:
+    """Return what a KV cache of vLLM's name ``dtype`` needs; None: nothing."""
+    if dtype in PLAIN_KV:
+        return None
+    return Need.FP8_KV if dtype in FP8_KV else Need.QUANTIZED_KV
+
+
 def gaps(
     found: Iterable[Found],
     subject: str,

@@ -24,12 +24,13 @@ FREED = ("gemma3", "mistral_short_window", "starcoder2")
 PROMPTS = (1, 30, 62, 64, 130, 250)
 #: Served, in the order of their names in vLLM. Windows are of 64 tokens.
 FAMILIES = (
-    "apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe",
-    "exaone4", "falcon", "falcon_alibi", "flex_olmo", "gemma", "gemma2", "gemma3", "gemma4", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj",
-    "granite", "granitemoe", "granitemoeshared", "hunyuan", "llama3", "llama4",
-    "ministral3", "mistral", "mistral_short_window", "mixtral", "mrope", "nemotron",
-    "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi4", "qwen2", "qwen2_moe",
-    "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
+    "apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "exaone4",
+    "falcon", "falcon_alibi", "flex_olmo", "gemma", "gemma2", "gemma3", "gemma4", "glm", "glm4",
+    "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe",
+    "granitemoeshared", "hunyuan", "llama3", "llama4", "ministral3", "mistral",
+    "mistral_short_window", "mixtral", "mrope", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+    "opt", "phi", "phi4", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+    "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
 #: Compared with drafts of real methods too, not only the worst ones: of every kind of attention.
 THOROUGHLY = ("bloom", "cohere2", "gemma2", "gpt_oss", "llama4", "mistral_short_window", "mixtral")

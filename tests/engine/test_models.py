@@ -22,8 +22,8 @@ def test_what_the_config_does_not_tell_is_refused_after_load(tmp_path):
     """The checks of the launch are off, as if nothing were known of the model's config."""
     words = "GDN_ATTN.* verifies no draft trees"
     engine = ENGINE | {
-        "model": str(folders.make(tmp_path, "qwen3_next")), "load_format": "dummy", "dtype": "bfloat16",
-        "speculative_config": {"method": "token_recycling"},
+        "model": str(folders.make(tmp_path, "qwen3_next")), "load_format": "dummy",
+        "dtype": "bfloat16", "speculative_config": {"method": "token_recycling"},
     }  # fmt: skip
     request = [[3, 4, 5, 6, 7, 8] * 8, {"temperature": 0, "max_tokens": 32, "detokenize": False}]
     with pytest.raises(RuntimeError, match=f"({words}).*vllm-specplus|vllm-specplus.*({words})"):

@@ -73,7 +73,7 @@ def test_ordinary_launches_are_served():
         ({"model": model_config(is_hybrid=True)}, "recurrent layers"),
         ({"model": model_config(is_attention_free=True)}, "recurrent layers"),
         ({"model": model_config(is_encoder_decoder=True)}, "encoder-decoder models"),
-        ({"model": model_config(use_mla=True)}, "multi-head latent attention"),
+        ({"model": model_config({"attn_logit_softcapping": 9.0}, use_mla=True)}, "soft-capped"),
         ({"model": model_config(uses_xdrope_dim=4)}, "XD-RoPE"),
         ({"model": model_config(rswa_window=64)}, "reference sliding-window"),
         ({"model": model_config(runner_type="pooling")}, "models that generate nothing"),
@@ -149,6 +149,20 @@ def test_the_cpu_serves_what_goes_by_positions(model):
     assert needs.backend_for(engine_args(), model, "cpu") is None
 
 
+@pytest.mark.parametrize(("device", "name"), [("cpu", "CPU_MLA"), ("cuda", "TRITON_MLA")])
+def test_latents_have_a_back_end_of_their_own(device, name):
+    """Which has to be named: vLLM would choose another; and which serves no options."""
+    model = model_config(use_mla=True)
+    assert problems(model=model, device=device) is None
+    assert needs.backend_for(engine_args(), model, device) == name
+    assert needs.backend_for(engine_args(attention_backend=name), model, device) is None
+    fp8 = engine_args(kv_cache_dtype="fp8")
+    assert "an FP8 KV cache" in problems(fp8, model, device=device)
+    (need,) = {found.need for found in needs.of_model(model)}
+    assert needs.served_by_attention(device, needs.of_model(model)) == {need}
+    assert need not in needs.served_by_attention(device, [])
+
+
 def test_what_stays_of_a_text_behind_a_window():
     model = {"max_model_len": 8192}
     windows = {"model_type": "mistral", "sliding_window": 4096}
@@ -169,7 +183,7 @@ def test_what_stays_of_a_text_behind_a_window():
 def test_all_needs_are_told_each_once():
     args = engine_args(async_scheduling=True, kv_cache_dtype="fp8_inc", kv_transfer_config={},
                        kv_offloading_size=2.0)  # fmt: skip
-    sentences = problems(args, model_config(use_mla=True)).split("; speculative method ")
+    sentences = problems(args, model_config(is_hybrid=True)).split("; speculative method ")
     assert len(sentences) == 4
 
 

@@ -148,7 +148,8 @@ def test_a_step_is_uploaded_at_once_for_all_groups(device):
         seq_lens=torch.tensor([3, 14, 21]), seq_lens_cpu_upper_bound=torch.tensor([3, 14, 21]),
         slot_mapping=torch.arange(8), positions=torch.arange(8),
     )  # fmt: skip
-    group = SimpleNamespace(build_metadata=lambda common, _: common)
+    backend = SimpleNamespace(divides_metadata=True)
+    group = SimpleNamespace(build_metadata=lambda common, _: common, backend=backend)
     for _ in range(2):
         found = tree_metadata.tree_metadata(trees, common, group)
         assert found.rows.tolist() == [3, 4, 5, 6]

@@ -18,7 +18,3 @@ LATENTS_WORKERS = {
     "cpu": "vllm_specplus.engine.worker.LatentsCPUWorker",
     "cuda": "vllm_specplus.engine.worker.LatentsGPUWorker",
 }
-#: KV caches that hold keys and values as the model computes them.
-PLAIN_KV = ("auto", "bfloat16", "float16")
-#: KV caches of bytes, with one scale for all keys of a layer and one for all values.
-FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")

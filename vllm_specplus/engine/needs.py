@@ -141,19 +141,12 @@ def _of_kv_dtype(asked: str, model: Any) -> Iterator[Found]:
     scheme = getattr(getattr(model, "hf_config", None), "quantization_config", None)
     if dtype == "auto" and isinstance(scheme, dict) and scheme.get("kv_cache_scheme"):
         dtype = "fp8"  # vLLM finds that out when it makes the layers
-    need = of_kv_cache(dtype)
+    need = capabilities.of_kv_cache(dtype)
     if need is not None:
         source = f"kv_cache_dtype={asked!r}"
         if asked == "auto":
             source += f", which is {dtype!r} for this checkpoint"
         yield Found(need, source)
-
-
-def of_kv_cache(dtype: str) -> Need | None:
-    """Return what a KV cache of vLLM's name ``dtype`` needs; None: nothing."""
-    if dtype in names.PLAIN_KV:
-        return None
-    return Need.FP8_KV if dtype in names.FP8_KV else Need.QUANTIZED_KV
 
 
 def of_model(model: Any) -> list[Found]:

@@ -23,8 +23,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_specplus.capabilities import Found, Need, sentence
-from vllm_specplus.engine.needs import of_kv_cache
+from vllm_specplus.capabilities import Found, Need, of_kv_cache, sentence
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
