@@ -97,6 +97,11 @@ MODELS |= {
         "apertus": ("ApertusForCausalLM", "apertus", {}),
         "arcee": ("ArceeForCausalLM", "arcee", {}),
         "cohere": ("CohereForCausalLM", "cohere", {}),
+        "deepseek_v2": (
+            "DeepseekV2ForCausalLM", "deepseek_v2",
+            MLA | {"q_lora_rank": None, "topk_method": "greedy", "scoring_func": "softmax",
+                   "first_k_dense_replace": 1},
+        ),
         "ernie4_5": ("Ernie4_5ForCausalLM", "ernie4_5", {}),
         "ernie4_5_moe": (
             "Ernie4_5_MoeForCausalLM", "ernie4_5_moe",
@@ -154,6 +159,12 @@ MODELS |= {
         "vaultgemma": ("VaultGemmaForCausalLM", "vaultgemma", {"sliding_window": 64}),
     }.items()
 }  # fmt: skip
+#: Whose layers self-speculation can leave out (``engine/target_layers.py``); others are refused.
+LAYERS_APART = (
+    "apertus", "ernie4_5", "ernie4_5_moe", "gemma", "glm4", "glm4_moe", "granite", "granitemoe",
+    "llama3", "ministral3", "mistral", "mixtral", "nemotron", "olmoe", "phi4", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe",
+)  # fmt: skip
 FP8_KV = {
     "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {},
     "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False,

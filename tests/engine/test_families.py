@@ -24,18 +24,17 @@ FREED = ("gemma3", "mistral_short_window", "starcoder2")
 PROMPTS = (1, 30, 62, 64, 130, 250)
 #: Served, in the order of their names in vLLM. Windows are of 64 tokens.
 FAMILIES = (
-    "apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "exaone4",
-    "falcon", "falcon_alibi", "flex_olmo", "gemma", "gemma2", "gemma3", "gemma4", "glm", "glm4",
-    "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe",
-    "granitemoeshared", "hunyuan", "llama3", "llama4", "ministral3", "mistral",
-    "mistral_short_window", "mixtral", "mrope", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
-    "opt", "phi", "phi4", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
-    "stablelm", "starcoder2", "vaultgemma",
+    "apertus", "arcee", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "falcon", "falcon_alibi", "flex_olmo", "gemma", "gemma2", "gemma3",
+    "gemma4", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj",
+    "granite", "granitemoe", "granitemoeshared", "hunyuan", "llama3", "llama4", "ministral3",
+    "mistral", "mistral_short_window", "mixtral", "mrope", "nemotron", "olmo", "olmo2", "olmo3",
+    "olmoe", "opt", "phi", "phi4", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
-#: Compared with drafts of real methods too, not only the worst ones: of every kind of attention.
-THOROUGHLY = ("bloom", "cohere2", "gemma2", "gpt_oss", "llama4", "mistral_short_window", "mixtral")
-#: Whose layers self-speculation knows.
-SKIPPED = ("llama3", "mistral", "qwen2", "qwen3")
+#: Of multi-head latent attention: vLLM reads whole prompts then, on a CPU, and misrotates them.
+LATENT = {"long_prefill_token_threshold": 0, "compilation_config": {"custom_ops": ["none"]}}
+LATENTS = ("deepseek_v2", "deepseek_v3")
 
 
 def draft(tmp_path) -> dict:
@@ -47,8 +46,8 @@ def draft(tmp_path) -> dict:
 @pytest.mark.engine
 @pytest.mark.full(
     "vllm_specplus/engine/attention/*.py", "vllm_specplus/engine/batch.py",
-    "vllm_specplus/engine/tree_metadata.py", "vllm_specplus/kernels/**/*.*",
-    "vllm_specplus/tree.py", "tests/contract/folders.py",
+    "vllm_specplus/engine/tree_metadata.py", "vllm_specplus/engine/target_layers.py",
+    "vllm_specplus/kernels/**/*.*", "vllm_specplus/tree.py", "tests/contract/folders.py",
 )  # fmt: skip
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(tmp_path, name):
@@ -57,26 +56,33 @@ def test_family(tmp_path, name):
     params = {"temperature": 0, "max_tokens": 60, "ignore_eos": True, "detokenize": False}
     requests = [[rng.integers(3, 250, n).tolist(), params] for n in PROMPTS]
     batches = [{"requests": requests}] * 2  # the second with its prefixes cached
-    engine = ENGINE | {"model": str(folder)}
+    engine = ENGINE | {"model": str(folder)} | (LATENT if name in LATENTS else {})
     want = harness.run(tmp_path, engine, batches)
     texts = harness.ids(want)
     assert harness.ids(want, 1) == texts
     assert np.median([len(set(text[0])) for text in texts]) > 5  # repetition would hide errors
     reference = tmp_path / "reference.json"
     reference.write_text(json.dumps([[r["prompt"], r["ids"][0]] for r in want["batches"][0]]))
-    specs = [{"method": "hidden_truth", "reference": str(reference), "num_speculative_tokens": 8}]
-    if name in THOROUGHLY + SKIPPED:
-        specs.append({"method": "token_recycling", "num_speculative_tokens": 12})
-        specs.append(draft(tmp_path) | {"num_speculative_tokens": 9})
-    if name in SKIPPED:
-        specs.append({"method": "layer_skip", "num_speculative_tokens": 6})
+    specs = [
+        {"method": "hidden_truth", "reference": str(reference), "num_speculative_tokens": 8},
+        {"method": "token_recycling", "num_speculative_tokens": 12},
+        draft(tmp_path) | {"num_speculative_tokens": 9},
+        {"method": "layer_skip", "num_speculative_tokens": 6},
+    ]
     for spec in specs:
         spec["control"] = {"policy": "fixed"}
-        got = harness.run(tmp_path, engine | PAGES | {"speculative_config": spec}, batches)
+        changed = engine | PAGES | {"speculative_config": spec}
+        if name in LATENTS:  # of 16 tokens
+            changed["num_gpu_blocks_override"] *= 2
+        if spec["method"] == "layer_skip" and name not in folders.LAYERS_APART:
+            with pytest.raises(RuntimeError, match=r"'layer_skip'|cannot draft with the layers"):
+                harness.run(tmp_path, changed, batches)
+            continue
+        got = harness.run(tmp_path, changed, batches)
         assert [harness.ids(got), harness.ids(got, 1)] == [texts, texts], spec["method"]
         counters = got["counters"]
         assert counters["nodes_drafted"] > 100, spec["method"]
         assert counters["draft_failures"] == 0, spec["method"]
         if spec["method"] != "draft_tree":  # of random weights, whose texts the draft cannot know
-            assert counters["nodes_accepted"] > 10, spec["method"]
+            assert counters["nodes_accepted"] > 0, spec["method"]
         assert got["preemptions"] > 0 or name in FREED, spec["method"]

@@ -3,9 +3,11 @@
 The modules are vLLM's, with the target's weights, quantised or not. Only their attention is
 another one: it reads and writes the draft's cache.
 
-A layer is taken for ``h = x + A(norm(x))``, ``h + M(norm(h))``, whose parts are found by the names
-that vLLM gives them. Whether it is one does not go by the model's family: every layer of the loaded
-target is run as vLLM runs it and from its parts, and one that differs ends the start.
+A layer is taken for ``h = x + A(x)``, ``h + M(h)``, attention and MLP each with a norm before,
+behind or on both sides. Which of its modules are what goes neither by names nor by the model's
+family: the one that holds vLLM's attention is A's, the other with parts is M's, those without are
+norms, and every place of theirs is tried. What is right is what computes the same as vLLM's own
+layer; a target with a layer for which nothing does is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +28,11 @@ from vllm.model_executor.layers.attention import Attention
 
 from vllm_specplus.drafting.cache import PagedCache
 
-#: What vLLM's models call the norm before attention, attention, the norm before the MLP, the MLP.
-NORM = ("input_layernorm", "ln_1", "attention_norm")
-ATTENTION = ("self_attn", "attn", "attention")
-MLP_NORM = ("post_attention_layernorm", "ln_2", "ffn_norm")
-MLP = ("mlp", "feed_forward", "block_sparse_moe")
 #: Rows that a layer is tried with, and the largest relative difference of the median row: roundings
 #: are smaller, another structure is further off.
 TRIED, TOLERANCE = 8, 0.05
+#: Norms are before attention, behind it, before the MLP or behind that.
+PLACES = 4
 
 
 class UnknownLayers(ValueError):
@@ -41,10 +42,13 @@ class UnknownLayers(ValueError):
 class _DraftAttention(nn.Module):
     """Stands where vLLM's ``Attention`` stood: same call, the draft's cache."""
 
-    def __init__(self, layer: int, num_heads: int, kv_heads: int, head_dim: int, scale: float):
+    def __init__(self, layer: int, stock: Attention):
         super().__init__()
-        self._layer, self._scale = layer, scale
-        self._heads, self._kv_heads, self._head_dim = num_heads, kv_heads, head_dim
+        self._layer, self._scale = layer, stock.impl.scale
+        self.heads, self.kv_heads, self.head_dim = (
+            stock.num_heads, stock.num_kv_heads, stock.head_size
+        )  # fmt: skip
+        self.window = stock.sliding_window
         self.cache: PagedCache | None = None
         self.mask: torch.Tensor | None = None
 
@@ -53,17 +57,17 @@ class _DraftAttention(nn.Module):
         requests, _, width, _ = self.mask.shape
 
         def by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
-            return rows.view(requests, width, heads, self._head_dim).transpose(1, 2)
+            return rows.view(requests, width, heads, self.head_dim).transpose(1, 2)
 
         keys, values = self.cache.update(
-            by_head(key, self._kv_heads), by_head(value, self._kv_heads), self._layer
+            by_head(key, self.kv_heads), by_head(value, self.kv_heads), self._layer
         )
         on_gpu = query.device.type == "cuda"
         if on_gpu:  # with a mask and fewer KV heads, only the slow reference kernel would run
-            group = self._heads // self._kv_heads
+            group = self.heads // self.kv_heads
             keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         out = scaled_dot_product_attention(
-            by_head(query, self._heads), keys, values,
+            by_head(query, self.heads), keys, values,
             attn_mask=self.mask, scale=self._scale, enable_gqa=not on_gpu,
         )  # fmt: skip
         return out.transpose(1, 2).reshape(requests * width, -1)
@@ -84,53 +88,80 @@ class _Echo(nn.Module):
 
 
 class _Block:
-    """The parts of one layer of the target; ``experts``: the MLP is divided among some."""
+    """The parts of one layer of the target."""
 
     def __init__(self, number: int, layer: nn.Module):
         self.layer = layer
-        self.norm, self.attention, self.mlp_norm, self.mlp = (
-            _part(layer, names) for names in (NORM, ATTENTION, MLP_NORM, MLP)
-        )
+        self.attention, self.mlp, self.norms = _parts(layer)
         self._name, stock = _own_attention(self.attention)
         # A twin of the module: the same projections and norms, another attention.
-        self.twin = copy.copy(self.attention)
-        self.twin._modules = dict(self.attention._modules)
-        self.drafts = _DraftAttention(
-            number, stock.num_heads, stock.num_kv_heads, stock.head_size, stock.impl.scale
-        )
-        self.twin._modules[self._name] = self.drafts
-        self.kv_heads, self.head_dim = stock.num_kv_heads, stock.head_size
-        # By the package: the class has another name in every vLLM.
-        self.experts = any(".fused_moe." in type(each).__module__ for each in self.mlp.modules())
+        self._twin = copy.copy(self.attention)
+        self._twin._modules = dict(self.attention._modules)
+        self.drafts = _DraftAttention(number, stock)
+        self._twin._modules[self._name] = self.drafts
+        self._asks = inspect.signature(self.attention.forward).parameters
         self._echo = _Echo(stock)
+        # By the package: the class has another name in every vLLM.
+        self._experts = any(".fused_moe." in type(each).__module__ for each in self.mlp.modules())
+        self.placed: Sequence[nn.Module | None] = [None] * PLACES
+        """[PLACES] the norm at each place."""
 
     def attend(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """A(norm(x)) of ``rows`` [n, hidden] at ``positions`` int64 [n]."""
-        return self.twin(positions=positions, hidden_states=self.norm(rows))
+        """A(x) of ``rows`` x [n, hidden] at ``positions`` int64 [n]."""
+        before, behind, *_ = self.placed
+        normed = rows if before is None else before(rows)
+        where = {"positions": positions} if "positions" in self._asks else {}
+        out = self._twin(hidden_states=normed, **where)
+        return out if behind is None else behind(out)
 
-    def check(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
-        """Raise UnknownLayers unless the layer is its parts, by what it makes of ``rows``."""
+    def feed(self, rows: torch.Tensor, context: Callable[[], Any]) -> torch.Tensor:
+        """M(x) of ``rows`` x [n, hidden]; layers of experts run in vLLM's forward ``context``."""
+        *_, before, behind = self.placed
+        normed = rows if before is None else before(rows)
+        with context() if self._experts else contextlib.nullcontext():
+            out = self.mlp(normed)
+        return out if behind is None else behind(out)
+
+    def place(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        """Find the places of the norms by what the layer makes of ``rows``; raise UnknownLayers if
+        there are none."""
+        wanted = self._by_the_layer(rows, positions)
+        with _replaced(self._twin, self._name, self._echo):
+            for order in itertools.permutations(self.norms):
+                for at in itertools.combinations(range(PLACES), len(order)):
+                    norms = dict(zip(at, order, strict=True))
+                    self.placed = [norms.get(place) for place in range(PLACES)]
+                    if self._agrees(rows, positions, wanted):
+                        return
+        raise UnknownLayers("they are not attention and MLP, each behind a norm and added")
+
+    def _by_the_layer(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What vLLM's layer computes, with an attention that mixes no rows."""
+        asks = inspect.signature(self.layer.forward).parameters
+        given = {"positions": positions, "hidden_states": rows.clone(), "residual": None}
         with _replaced(self.attention, self._name, self._echo):
-            asks = inspect.signature(self.layer.forward).parameters
-            rest = {"residual": None} if "residual" in asks else {}
             try:
-                out = self.layer(positions=positions, hidden_states=rows.clone(), **rest)
+                out = self.layer(**{name: each for name, each in given.items() if name in asks})
+                return out if isinstance(out, torch.Tensor) else sum(out)
             except TypeError as error:
-                raise UnknownLayers(f"vLLM's layer is called otherwise ({error})") from None
-            wanted = out if isinstance(out, torch.Tensor) else sum(out)
-        with _replaced(self.twin, self._name, self._echo):
-            found = rows + self.attend(rows, positions)
-            found = found + self.mlp(self.mlp_norm(found))
+                raise UnknownLayers(f"vLLM calls its layers otherwise ({error})") from None
+
+    def _agrees(self, rows: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> bool:
+        found = rows + self.attend(rows, positions)
+        found = found + self.feed(found, contextlib.nullcontext)
         difference = (found - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
-        if not difference.median() < TOLERANCE:
-            raise UnknownLayers("they are not attention and MLP, each behind a norm and added")
+        return bool(difference.median() < TOLERANCE)
 
 
-def _part(layer: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    found = [layer._modules[name] for name in names if layer._modules.get(name) is not None]
-    if len(found) != 1:
-        raise UnknownLayers(f"{type(layer).__name__} has no {' or '.join(names)}")
-    return found[0]
+def _parts(layer: nn.Module) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
+    """The attention, the MLP and the norms of a layer."""
+    children = list(layer.children())
+    attending = [each for each in children if any(isinstance(m, Attention) for m in each.modules())]
+    feeding = [each for each in children if each not in attending and list(each.children())]
+    norms = [each for each in children if not list(each.children())]
+    if len(attending) != 1 or len(feeding) != 1 or len(norms) > PLACES:
+        raise UnknownLayers(f"{type(layer).__name__} is not an attention, an MLP and norms")
+    return attending[0], feeding[0], norms
 
 
 def _own_attention(module: nn.Module) -> tuple[str, Attention]:
@@ -139,23 +170,13 @@ def _own_attention(module: nn.Module) -> tuple[str, Attention]:
     if len(found) != 1:
         raise UnknownLayers(f"{type(module).__name__} has no attention of its own")
     ((name, attention),) = found
-    if extra := _beyond_plain(attention):
-        raise UnknownLayers(f"their attention has {extra}")
+    for extra in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name", "logits_soft_cap"):
+        value = getattr(attention.impl, extra, None)
+        if value is not None and not (isinstance(value, (int, float)) and value == 0):
+            raise UnknownLayers(f"their attention has {extra}")
+    if getattr(attention, "attention_chunk_size", None):
+        raise UnknownLayers("their attention has chunks")
     return name, attention
-
-
-def _beyond_plain(attention: Attention) -> str | None:
-    """What an attention has beside queries, keys and values: the draft's has nothing else."""
-    implementation = attention.impl
-    for name in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
-        if getattr(implementation, name, None) is not None:
-            return name
-    if getattr(implementation, "logits_soft_cap", 0):
-        return "logits_soft_cap"
-    window = getattr(implementation, "sliding_window", None)
-    if window not in (None, -1, (-1, -1)) or getattr(attention, "attention_chunk_size", None):
-        return "a window"
-    return None
 
 
 @contextlib.contextmanager
@@ -201,7 +222,8 @@ class TargetLayers:
             ) from None
         self.num_layers = len(self._blocks)
         self.attention_layers = list(range(self.num_layers))
-        self.kv_heads, self.head_dim = self._blocks[0].kv_heads, self._blocks[0].head_dim
+        first = self._blocks[0].drafts
+        self.kv_heads, self.head_dim = first.kv_heads, first.head_dim
         self.max_positions = config.max_model_len
         self.vocab_size = config.get_vocab_size()
 
@@ -215,20 +237,25 @@ class TargetLayers:
         rows = torch.randn(TRIED, size, generator=draws).to(self.device, self.dtype)
         positions = torch.arange(TRIED, device=self.device)
         for block in self._blocks:
-            block.check(rows, positions)
-        if len({(block.kv_heads, block.head_dim) for block in self._blocks}) > 1:
+            block.place(rows, positions)
+        if len({(each.drafts.kv_heads, each.drafts.head_dim) for each in self._blocks}) > 1:
             raise UnknownLayers("their KV heads differ")
         caught, tokens = _Caught(), positions.to(torch.int32)
         layers = nn.ModuleList([caught] * len(self._blocks))
         with _replaced(self._inner, "layers", layers):
             # Of the class: what vLLM has compiled would run the layers.
             type(self._inner).forward(self._inner, tokens, positions, None, None)
-        if not torch.equal(caught.hidden, self._inner.embed_input_ids(tokens)):
+        embedded = self._inner.embed_input_ids(tokens).float()
+        self._factor = float((caught.hidden.float() * embedded).sum() / embedded.square().sum())
+        difference = caught.hidden.float() - self._factor * embedded
+        if not difference.norm() < TOLERANCE * caught.hidden.float().norm():
             raise UnknownLayers("more than their embeddings goes into them")
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[R, n] -> [R, n, hidden]."""
-        return self._inner.embed_input_ids(tokens.flatten()).view(*tokens.shape, -1)
+        rows = self._inner.embed_input_ids(tokens.flatten())
+        # Some multiply what they embed, all by the same.
+        return (rows if self._factor == 1 else rows * self._factor).view(*tokens.shape, -1)
 
     def rotary(self, positions: torch.Tensor) -> torch.Tensor:
         """vLLM's attention takes the positions, int64 [R * n]."""
@@ -240,14 +267,16 @@ class TargetLayers:
     ) -> torch.Tensor:  # fmt: skip
         """As ``DraftModel.attention``."""
         block = self._blocks[layer]
-        block.drafts.cache, block.drafts.mask = cache, mask
+        drafts = block.drafts
+        if drafts.window:  # nodes are as near as their places, which come behind the text's
+            seen = torch.arange(mask.shape[-1], device=mask.device)
+            mask = mask & (seen > rotary.view(mask.shape[0], 1, -1, 1) - drafts.window)
+        drafts.cache, drafts.mask = cache, mask
         return block.attend(hidden.flatten(0, 1), rotary).view_as(hidden)
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """As ``DraftModel.mlp``."""
-        block = self._blocks[layer]
-        with self._context() if block.experts else contextlib.nullcontext():
-            return block.mlp(block.mlp_norm(hidden.flatten(0, 1))).view_as(hidden)
+        return self._blocks[layer].feed(hidden.flatten(0, 1), self._context).view_as(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> float32 [..., vocab_size]."""
