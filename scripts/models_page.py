@@ -30,12 +30,18 @@ GPU with vLLM's back end TRITON_ATTN (which is chosen where FLASH_ATTN does not 
 GPU has run it yet). Methods that look drafts up, and those with a draft model of their own, serve
 the same families as `token_recycling`; a head of `eagle_tree` has to be trained for the target.
 `scripts/models_page.py` writes this page from the capability contract
-([`capabilities.py`](../vllm_specplus/capabilities.py)). Every family but qwen3_fp8kv is run on a CPU by
-`make full`: small random models in float32 whose texts have to be those of plain decoding under
-`token_recycling`, `draft_tree` and, where the table says yes, `layer_skip`, with prompts below, about
-and beyond windows, read in chunks, with prefixes cached and requests preempted; where it says no,
-the engine has to refuse to start (`tests/engine/test_families.py`, `tests/full.json`). CI runs some
+([`capabilities.py`](../vllm_specplus/capabilities.py)). The served families are run by `make full`,
+as small random models in float32 on a CPU (but for qwen3_fp8kv and kimi_k2, which are others with
+another configuration): texts have to be those of plain decoding under `token_recycling`,
+`draft_tree` and, where the table says yes, `layer_skip`, with prompts below, about and beyond
+windows, read in chunks, with prefixes cached and requests preempted; where it says no, the engine
+has to refuse to start (`tests/engine/test_families.py`, stamped in `tests/full.json`). CI runs some
 (`tests/engine/test_models.py`).
+
+Multi-head latent attention has a back end of its own, CPU_MLA or TRITON_MLA, which is chosen. On a
+CPU vLLM reads whole prompts for it, and its rotary kernel takes the heads from wrong places (0.32:
+answers of `--enforce-eager` depend on what else is in the batch); engines of ours rotate in torch,
+as compiled ones do.
 
 `vllm-specplus doctor --model DIR` says the same of your model.
 

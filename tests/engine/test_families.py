@@ -11,6 +11,15 @@ import pytest
 from tests.contract import folders
 from tests.engine import harness
 
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.full(
+        "vllm_specplus/engine/attention/*.py", "vllm_specplus/engine/batch.py",
+        "vllm_specplus/engine/tree_metadata.py", "vllm_specplus/engine/target_layers.py",
+        "vllm_specplus/kernels/**/*.*", "vllm_specplus/tree.py", "tests/contract/folders.py",
+    ),
+]  # fmt: skip
+
 ENGINE = {
     "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8,
     "skip_tokenizer_init": True, "block_size": 32, "long_prefill_token_threshold": 48,
@@ -35,6 +44,10 @@ FAMILIES = (
 #: Of multi-head latent attention: vLLM reads whole prompts then, on a CPU, and misrotates them.
 LATENT = {"long_prefill_token_threshold": 0, "compilation_config": {"custom_ops": ["none"]}}
 LATENTS = ("deepseek_v2", "deepseek_v3")
+#: Of every kind of attention and of experts: what goes by heads is divided among ranks.
+ON_TWO_RANKS = (
+    "bloom", "deepseek_v3", "gemma2", "gpt_oss", "llama4", "mistral_short_window", "qwen3_moe",
+)  # fmt: skip
 
 
 def draft(tmp_path) -> dict:
@@ -43,12 +56,6 @@ def draft(tmp_path) -> dict:
     return {"method": "draft_tree", "model": str(folder), "shape": "topk", "width": 3}
 
 
-@pytest.mark.engine
-@pytest.mark.full(
-    "vllm_specplus/engine/attention/*.py", "vllm_specplus/engine/batch.py",
-    "vllm_specplus/engine/tree_metadata.py", "vllm_specplus/engine/target_layers.py",
-    "vllm_specplus/kernels/**/*.*", "vllm_specplus/tree.py", "tests/contract/folders.py",
-)  # fmt: skip
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(tmp_path, name):
     folder = folders.make(tmp_path, name, weights=True)
@@ -86,3 +93,22 @@ def test_family(tmp_path, name):
         if spec["method"] != "draft_tree":  # of random weights, whose texts the draft cannot know
             assert counters["nodes_accepted"] > 0, spec["method"]
         assert got["preemptions"] > 0 or name in FREED, spec["method"]
+
+
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
+def test_family_on_two_ranks(tmp_path, name):
+    folder = folders.make(tmp_path, name, weights=True)
+    rng = np.random.default_rng(5)
+    params = {"temperature": 0, "max_tokens": 60, "ignore_eos": True, "detokenize": False}
+    batches = [{"requests": [[rng.integers(3, 250, n).tolist(), params] for n in PROMPTS]}]
+    engine = ENGINE | {"model": str(folder)} | (LATENT if name in LATENTS else {})
+    engine |= {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    spec = {
+        "method": "token_recycling", "num_speculative_tokens": 12, "control": {"policy": "fixed"}
+    }  # fmt: skip
+    want = harness.run(tmp_path, engine, batches, env=env)
+    got = harness.run(tmp_path, engine | {"speculative_config": spec}, batches, env=env)
+    assert harness.ids(got) == harness.ids(want)
+    assert got["counters"]["nodes_accepted"] > 0
+    assert got["counters"]["draft_failures"] == 0
