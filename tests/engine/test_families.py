@@ -98,7 +98,8 @@ def test_family(tmp_path, name):
 @pytest.mark.parametrize("name", ON_TWO_RANKS)
 def test_family_on_two_ranks(tmp_path, name):
     folder = folders.make(tmp_path, name, weights=True)
-    rng = np.random.default_rng(5)
+    # By another seed the two best tokens are once within 0.0001 nats, which is within rounding.
+    rng = np.random.default_rng(6)
     params = {"temperature": 0, "max_tokens": 60, "ignore_eos": True, "detokenize": False}
     batches = [{"requests": [[rng.integers(3, 250, n).tolist(), params] for n in PROMPTS]}]
     engine = ENGINE | {"model": str(folder)} | (LATENT if name in LATENTS else {})

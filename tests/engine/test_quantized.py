@@ -1,4 +1,4 @@
-"""Quantised targets: the same text with trees, and drafts of the target's own quantised layers."""
+"""Quantised targets: the same text with trees but for ties, and drafts of their own quantised layers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from tests.engine import harness
 pytestmark = pytest.mark.engine
 
 GROUP = 32
+#: Nats.
+TIE = 0.05
 
 
 def scheme(bits: int) -> dict:
@@ -61,12 +63,26 @@ def quantize(folder: Path, bits: int) -> None:
     config.write_text(json.dumps(content))
 
 
+def equal_but_for_ties(found: dict, wanted: dict) -> bool:
+    """Is the text the same, at least up to where the two best tokens are within ``TIE``?
+
+    What 16 bits or rounded activations hold depends on the rows beside, with drafts or without.
+    """
+    found, words, steps = found["ids"][0], wanted["ids"][0], wanted["logprobs"][0]
+    for one, other, step in zip(found, words, steps, strict=True):
+        if one != other:
+            best, second = sorted(step.values(), reverse=True)[:2]
+            return str(one) in step and best - second < TIE
+    return True
+
+
 @pytest.mark.parametrize(("name", "bits"), [("qwen3", 8), ("qwen3", 4), ("gemma3", 8)])
 def test_text_is_the_same(tmp_path, name, bits):
     folder = folders.make(tmp_path, name, weights=True)
     quantize(folder, bits)
     rng = np.random.default_rng(5)
-    params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False,
+              "logprobs": 2}  # fmt: skip
     requests = [[rng.integers(3, 250, n).tolist(), params] for n in (5, 50, 150)]
     engine = {
         "model": str(folder), "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512,
@@ -81,6 +97,7 @@ def test_text_is_the_same(tmp_path, name, bits):
     for spec in specs:
         spec["control"] = {"policy": "fixed"}
         got = harness.run(tmp_path, engine | {"speculative_config": spec}, [{"requests": requests}])
-        assert harness.ids(got) == harness.ids(want), spec["method"]
+        for found, wanted in zip(got["batches"][0], want["batches"][0], strict=True):
+            assert equal_but_for_ties(found, wanted), spec["method"]
         assert got["counters"]["nodes_accepted"] > 20, spec["method"]
         assert got["counters"]["draft_failures"] == 0, spec["method"]
