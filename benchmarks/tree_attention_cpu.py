@@ -75,7 +75,7 @@ class Case:
         layout = cache_layout(self.isa, self.dtype, BLOCK, size)
         batch = native.TreeBatch(
             num_requests=self.requests, num_query_heads=self.heads, num_kv_heads=self.kv_heads,
-            head_size=size, block_size=BLOCK, layout=native.LAYOUTS[layout],
+            head_size=size, value_size=size, block_size=BLOCK, layout=native.LAYOUTS[layout],
             dtype=native.DTYPES[self.dtype], cache_dtype=native.DTYPES[self.dtype],
             value_scale=1.0, max_blocks=self.table.stride(0), scale=size**-0.5,
             page_stride=self.cache.stride(0), head_stride=self.cache.stride(1),

@@ -1,4 +1,4 @@
-"""Quantised targets: the same text with trees but for ties, and drafts of their own quantised layers."""
+"""Quantised targets: the same text with trees but for ties, and drafts of quantised layers."""
 
 from __future__ import annotations
 

@@ -188,14 +188,25 @@ __attribute__((noinline)) void exp_all(float* s, int n, float shift) {
   for (int i = 0; i < n; ++i) s[i] = exp_neg(s[i] - shift);
 }
 
-// In place: scores -> exp(scores - max). Returns the sum, that of a `sink` included.
-inline float softmax_numerators(float* s, int n, const float* sink) {
-  float top = sink ? *sink : s[0];
-  for (int i = 0; i < n; ++i) top = std::max(top, s[i]);
-  float sum = sink ? std::exp(*sink - top) : 0.f;
-  exp_all(s, n, top);
+__attribute__((noinline)) float greatest(const float* s, int n) {
+  float top = s[0];
+  for (int i = 1; i < n; ++i) top = std::max(top, s[i]);
+  return top;
+}
+
+__attribute__((noinline)) float sum_all(const float* s, int n) {
+  float sum = 0.f;
   for (int i = 0; i < n; ++i) sum += s[i];
   return sum;
+}
+
+// In place: scores -> exp(scores - max). Returns the sum, that of a `sink` included.
+inline float softmax_numerators(float* s, int n, const float* sink) {
+  float top = greatest(s, n);
+  if (sink) top = std::max(top, *sink);
+  exp_all(s, n, top);
+  const float beside = sink ? std::exp(*sink - top) : 0.f;
+  return beside + sum_all(s, n);
 }
 
 // What fits a vector register, and how many queries share what was loaded and widened: their sums
