@@ -78,17 +78,17 @@ def families(root: Path) -> Iterator[tuple[str, str, list[str], dict[str, str | 
             )
             if not gaps and method == "eagle_tree" and family not in FAMILIES:
                 gaps = [f"heads are known for targets of type {', '.join(FAMILIES)} only"]
+            # What their configs refuse once they see the target, which is not built here.
+            if not gaps and method != "token_recycling" and Need.SLIDING_WINDOW in needed:
+                gaps = ["it reads whole texts in the KV cache, which keeps a window of them"]
+            if not gaps and method == "layer_skip" and Need.FP8_KV in needed:
+                gaps = ["it reads the target's keys and values as they were computed"]
             # Found when the target is loaded; ``make full`` runs every family.
             if not gaps and method == "layer_skip" and name not in folders.LAYERS_APART:
                 gaps = [
                     "its layers are not an attention and an MLP, each behind a norm and added, or "
                     "the attention is not plain"
                 ]
-            # What their configs refuse once they see the target, which is not built here.
-            if not gaps and method != "token_recycling" and Need.SLIDING_WINDOW in needed:
-                gaps = ["it reads whole texts in the KV cache, which keeps a window of them"]
-            if not gaps and method == "layer_skip" and Need.FP8_KV in needed:
-                gaps = ["it reads the target's keys and values as they were computed"]
             answers[method] = gaps[0] if gaps else None
         yield name, architecture, [need.what.split(",")[0] for need in needed], answers
 
