@@ -99,3 +99,26 @@ def test_engines_of_ours_rotate_latents_right(tmp_path):
         for name, out in outcomes.items()
     }
     assert same == {"stock": False, "ours": True}
+
+
+def test_experts_and_sandwiched_layers_draft(tmp_path):
+    """Layers that self-speculation takes apart though it was never told of their families."""
+    params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    requests = [[[*range(3, 30)], params]]
+    for name in ("qwen3_moe", "glm4"):
+        engine = ENGINE | {"model": str(folders.make(tmp_path, name, weights=True))}
+        spec = {"method": "layer_skip", "num_speculative_tokens": 6, "skip_mlp": [1],
+                "control": {"policy": "fixed"}}  # fmt: skip
+        want = harness.run(tmp_path, engine, [{"requests": requests}])
+        got = harness.run(tmp_path, engine | {"speculative_config": spec}, [{"requests": requests}])
+        assert harness.ids(got) == harness.ids(want)
+        assert got["counters"]["nodes_accepted"] > 0
+        assert got["counters"]["draft_failures"] == 0
+
+
+def test_layers_of_another_structure_are_refused(tmp_path):
+    """Attention and MLP of Cohere both read what comes in."""
+    engine = ENGINE | {"model": str(folders.make(tmp_path, "cohere")), "load_format": "dummy",
+                       "speculative_config": {"method": "layer_skip"}}  # fmt: skip
+    with pytest.raises(RuntimeError, match="cannot draft with the layers of CohereForCausalLM"):
+        harness.run(tmp_path, engine, [{"requests": []}])
