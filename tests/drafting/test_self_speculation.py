@@ -233,7 +233,6 @@ def test_mistakes_in_the_config(keys, words):
 @pytest.mark.parametrize(
     ("keys", "fields", "words"),
     [
-        ({"method": "layer_skip"}, {"family": "gpt2"}, "the target is of type 'gpt2'"),
         ({"method": "layer_skip"}, {"tensor_parallel_size": 2}, "tensor_parallel_size to 1"),
         ({"method": "layer_skip"}, {"num_layers": 2}, "the target has 2"),
         (
@@ -248,8 +247,8 @@ def test_mistakes_in_the_config(keys, words):
         ),
         (
             {"method": "rasd", "sources": ["token_recycling", "early_exit"]},
-            {"family": "phi"},
-            "the target is of type 'phi'",
+            {"tensor_parallel_size": 2},
+            "method 'early_exit' drafts with the target's layers on one rank",
         ),
     ],
 )
