@@ -26,7 +26,8 @@ class Loop:
         """Both sources draft a chain if asked: these tokens beyond the next one are right."""
         step = bare_step(SOURCES, TEXT, 8)
         step.num_tokens[:] = self.known
-        asked = self.payoff.begin(step, STEP_S)
+        self.payoff.learn(step, STEP_S)
+        asked = self.payoff.ask()
         self.asked_dear.append(bool(asked[1]))
         chains = [cheap if asked[0] else [], dear if asked[1] else []]
         longest = max(chains, key=len)
@@ -108,7 +109,7 @@ def test_a_pause_is_no_step(gap):
     share = loop.payoff._takes()[1]
     step = bare_step(SOURCES, TEXT, 8)
     step.num_tokens[:] = loop.known
-    loop.payoff.begin(step, gap)
+    loop.payoff.learn(step, gap)
     assert loop.payoff._takes()[1] == pytest.approx(share, rel=0.1)
 
 
@@ -120,5 +121,5 @@ def test_who_is_gone_teaches_nothing():
     loop.payoff.forget("request 0")
     step = bare_step(SOURCES, TEXT, 8)
     step.num_tokens[:] = loop.known
-    loop.payoff.begin(step, STEP_S)
+    loop.payoff.learn(step, STEP_S)
     assert loop.payoff._brought.tolist() == brought.tolist()

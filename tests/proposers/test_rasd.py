@@ -93,6 +93,21 @@ def test_drafters_come_first_and_get_the_ranks_they_asked_for(rasd):
     assert rasd.members[0].matrix[5].tolist() == [7, 8, 9, 10]
 
 
+def test_a_step_without_drafts_is_learnt_from(rasd):
+    """By all sources; nothing of it is weighed, and what was drafted before is."""
+    rasd.propose(context(rasd, TEXT[:4], nodes=60))
+    judged = []
+    rasd._payoff._learn = lambda trees, step, interval: judged.append(trees.tokens)
+    silent = rasd.propose(context(rasd, [*TEXT, 21, 22, 23], nodes=0))
+    assert not len(silent.tokens)
+    assert silent.counts.tolist() == [0]
+    assert len(judged) == 1
+    assert rasd._payoff._drafted is None
+    assert rasd.members[0].matrix[22].tolist() == [23, 24, 25, 26]
+    paths = paths_of(rasd.propose(context(rasd, [*TEXT, 21, 22, 23, 21], nodes=60)))
+    assert (22, 23) in paths
+
+
 def test_a_failing_source_costs_only_its_own_drafts(rasd, reported):
     store = rasd.members[2]
     os.truncate(store.datastore.path / "order.bin", 5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vllm_specplus.proposer import Services
-from vllm_specplus.proposers.suffix_tree import MOST_READ, SuffixTree, SuffixTreeConfig
+from vllm_specplus.proposers.suffix_tree import MOST_READ, TAIL, SuffixTree, SuffixTreeConfig
 from vllm_specplus.step import bare_step
 
 A, B, C, D = 1, 2, 3, 4
@@ -180,3 +180,25 @@ def test_a_prompt_is_read_to_its_end():
         drafted = draft(tree, {"r": text}, prompt=9_999)["r"]
     assert tuple(text[9003:9005]) in drafted
     assert tree._requests["r"].known == len(text)
+
+
+def test_responses_that_nobody_drafts_for_are_stored_too():
+    """In parts while they are said, and to their end when they are over."""
+    tree, text = proposer(), [9, *range(10, 60)]
+    for n in range(2, len(text) + 1):
+        draft(tree, {"r": text[:n]}, prompt=1, nodes=0)
+    assert tree.stored_tokens == 50 // TAIL * TAIL < 50
+    tree.forget("r")
+    assert tree.stored_tokens == 50
+    assert (59,) in draft(tree, {"s": [1, 57, 58]}, prompt=1)["s"]
+
+
+def test_another_turn_of_a_session_stores_no_prompt():
+    tree = proposer()
+    first = [9, A, B, C]
+    draft(tree, {"r": first}, prompt=1, nodes=0)
+    second = [*first, 50, 51, D, 7]  # 50 and 51 were asked
+    draft(tree, {"r": second}, prompt=6)
+    assert tree.stored_tokens == 5
+    tree.forget("r")
+    assert not draft(tree, {"s": [1, 2, 50]}, prompt=1)["s"]

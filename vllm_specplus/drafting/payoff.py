@@ -92,15 +92,12 @@ class Payoff:
         # The trees of the last step; the sources of its nodes are those that are credited.
         self._drafted: DraftedTrees | None = None
 
-    def begin(self, step: StepContext, interval: float) -> np.ndarray:
-        """Learn what became of the last trees; bool [M]: who is to be asked now.
-
-        ``interval``: seconds since the last step began.
-        """
+    def learn(self, step: StepContext, interval: float) -> None:
+        """What became of the last trees, if there were any; ``interval``: seconds since the last
+        step began."""
         trees, self._drafted = self._drafted, None
         if trees is not None and self._learn(trees, step, interval):
             self._judge()
-        return self._ask()
 
     def drafted(
         self, step: StepContext, times: np.ndarray, drafts: DraftBatch, finders: np.ndarray
@@ -161,7 +158,8 @@ class Payoff:
                 self._rest[m] = min(2 * self._rest[m], RESTS[1])
             self.resting[m] = not pays[m]
 
-    def _ask(self) -> np.ndarray:
+    def ask(self) -> np.ndarray:
+        """Bool [M]: who is to be asked now."""
         self._idle[self.resting] += 1
         for m in np.flatnonzero(self.resting & (self._idle >= self._rest)).tolist():
             self._idle[m], self._trial[m] = 0, TRIAL

@@ -150,10 +150,14 @@ class Rasd(Proposer):
         self._begun = 0.0  # the last step
 
     def propose(self, step: StepContext) -> DraftBatch:
-        asked = np.ones(len(self.members), bool)
+        begun, self._begun = self._begun, time.perf_counter()
         if self._payoff is not None:
-            begun, self._begun = self._begun, time.perf_counter()
-            asked = self._payoff.begin(step, self._begun - begun)
+            self._payoff.learn(step, self._begun - begun)
+        if not step.max_nodes.any():  # they only learn, and there is nothing to choose
+            for number in range(len(self.members)):
+                self._ask(number, step, True)
+            return _nothing(len(step.num_tokens))
+        asked = np.ones(len(self.members), bool) if self._payoff is None else self._payoff.ask()
         drafts, times = [], [time.perf_counter()]
         for number in range(len(self.members)):
             drafts.append(self._ask(number, step, bool(asked[number])))
@@ -215,7 +219,7 @@ class Rasd(Proposer):
         fused = self._fusion.fuse(nothing, step)
         compiled = Payoff(len(nothing))
         compiled.drafted(step, np.zeros(len(nothing)), fused, self._fusion.finders)
-        compiled.begin(step, 1.0)
+        compiled.learn(step, 1.0)
 
     def forget(self, request_id: str) -> None:
         if self._payoff is not None:

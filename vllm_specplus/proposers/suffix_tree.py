@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -38,6 +38,8 @@ FACTOR, OFFSET, LEAST_PROBABILITY = 2.0, 2.0, 0.05
 #: Tokens of a request's text that its own tree takes in a step, and the share of the memory that
 #: all such trees may have.
 MOST_READ, OWN_SHARE = 4096, 0.5
+#: Tokens that a shared tree is told of at once, where nobody is waiting for them.
+TAIL = 16
 #: Bytes that a token takes in a tree, until it is measured.
 FIRST_GUESS = 300.0
 #: Memory is estimated anew when the stored tokens that came are this share of those stored.
@@ -64,12 +66,18 @@ class _Request:
     """Suffix tree of its prompt and output."""
     response: int
     """Sequence number of its response in the shared tree."""
+    ends: np.ndarray | None = None
+    """Ids behind which nothing is said."""
     known: int = 0
     """Tokens of its text that are in its own tree, which is read when drafts are asked for."""
     said: int = 0
     """Tokens of its text that the shared tree has seen, those of the prompt left out."""
     stored: int = 0
     """Tokens of its response that are in the shared tree."""
+    tail: np.ndarray = field(default_factory=lambda: np.empty(TAIL, np.int32))
+    """int32 [TAIL] what it has said since, for the shared tree."""
+    waiting: int = 0
+    """Tokens of ``tail``."""
 
 
 @njit(cache=True)
@@ -143,33 +151,57 @@ class SuffixTree(Proposer):
     # -- learning -----------------------------------------------------------------
 
     def _extend(self, step: StepContext) -> None:
-        """Insert what has become text; a tree is only ever fed with accepted tokens."""
-        for r, name in enumerate(step.request_ids):
-            known, prompt = int(step.num_tokens[r]), int(step.num_prompt_tokens[r])
+        """Take in what has become text; a tree is only ever fed with accepted tokens.
+
+        Of a request that is not to be drafted for, the shared tree gets it :data:`TAIL` tokens at a
+        time: token by token that would take most of what a step costs here.
+        """
+        counts = zip(step.num_tokens.tolist(), step.num_prompt_tokens.tolist(), strict=True)
+        for r, (name, (known, prompt)) in enumerate(zip(step.request_ids, counts, strict=True)):
             if known <= prompt:
                 continue  # its prompt is still being read
             request = self._requests.get(name)
             if request is None:
-                salt = step.cache_salts[r] if step.cache_salts else ""
-                request = _Request(salt, self._new_tree(), self._next_number)
-                self._requests[name] = request
-                self._next_number += 1
+                request = self._begin(step, r, prompt)
             text = step.token_ids[r]
+            if request.said < prompt:  # another turn of a session
+                self._tell(request)
+                request.said = prompt
+            while request.said < known:
+                count = min(known - request.said, TAIL - request.waiting)
+                end = request.waiting + count
+                request.tail[request.waiting : end] = text[request.said : request.said + count]
+                request.waiting, request.said = end, request.said + count
+                if end == TAIL:
+                    self._tell(request)
             if step.max_nodes[r] > 0:
                 self._read(request, text[:known])
-            if known > request.said:
-                fresh = text[max(request.said, prompt) : known]
-                if step.ends is not None:  # what is behind the end was never said
-                    ended = np.flatnonzero(np.isin(fresh, step.ends[r]))[:1].tolist()
-                    fresh = fresh[: ended[0] + 1] if ended else fresh
-                shared = self._shared_of(request.salt)
-                shared.tree.extend_ndarray(request.response, fresh)
-                shared.tokens += len(fresh)
-                request.stored += len(fresh)
-                self._stored += len(fresh)
-                self._came += len(fresh)
-                request.said = known
+                self._tell(request)
         self._evict()
+
+    def _begin(self, step: StepContext, r: int, prompt: int) -> _Request:
+        """A request that is seen for the first time, whose prompt has ``prompt`` tokens."""
+        salt = step.cache_salts[r] if step.cache_salts else ""
+        ends = None if step.ends is None else step.ends[r]
+        request = _Request(salt, self._new_tree(), self._next_number, ends, said=prompt)
+        self._requests[step.request_ids[r]] = request
+        self._next_number += 1
+        return request
+
+    def _tell(self, request: _Request) -> None:
+        """Let the shared tree of the request's salt grow by what it has said since."""
+        fresh, request.waiting = request.tail[: request.waiting], 0
+        if request.ends is not None:  # what is behind the end was never said
+            ended = np.flatnonzero(np.isin(fresh, request.ends))[:1].tolist()
+            fresh = fresh[: ended[0] + 1] if ended else fresh
+        if not len(fresh):
+            return
+        shared = self._shared_of(request.salt)
+        shared.tree.extend_ndarray(request.response, fresh)
+        shared.tokens += len(fresh)
+        request.stored += len(fresh)
+        self._stored += len(fresh)
+        self._came += len(fresh)
 
     def _read(self, request: _Request, text: np.ndarray) -> None:
         """Let the request's own tree grow by what is new in ``text`` int32 [n]."""
@@ -194,6 +226,7 @@ class SuffixTree(Proposer):
         if request is None:
             return
         self._own -= request.known
+        self._tell(request)
         if request.stored:
             self._finished[request.response] = (request.salt, request.stored)
         self._evict()
