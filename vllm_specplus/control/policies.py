@@ -31,11 +31,13 @@ from vllm_specplus.control.settings import (
     ThresholdControl,
 )
 from vllm_specplus.control.switch import Switch
+from vllm_specplus.control.watch import MOST, SHARE
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import StepContext
 
-#: A method is cheap while drafting takes less than this share of an undrafted step.
-CHEAP_DRAFT = 0.02
+#: A method is cheap while drafting takes less than this share of an undrafted step: so little that
+#: steps may be passed over (``watch.py``) until looking takes no more time than it may.
+CHEAP_DRAFT = SHARE * (1 + MOST)
 #: A request grows at most GROWTH[0] nodes plus GROWTH[1] times the most any request
 #: got in the last step: more would be grown only to be cut.
 GROWTH = (6, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numba import njit
@@ -224,6 +225,9 @@ class Fusion:
         ``drafts``, back to back: branches go whose first node is not (None: all are). The result
         lives until the next call.
         """
+        only = self._only(drafts, step) if possible is None else None
+        if only is not None:
+            return only
         capacity = int(step.max_nodes.sum())
         if self._out.shape[1] < capacity:
             self._out = np.empty((5, capacity), np.int32)
@@ -247,6 +251,18 @@ class Fusion:
             draft_probs=draft_probs,
             drawn_from=None if draft_probs is None else drawn_from,
         )
+
+
+    def _only(self, drafts: Sequence[DraftBatch], step: StepContext) -> DraftBatch | None:
+        """The drafts of the only member that has some, if they may stay as they are."""
+        having = [m for m, draft in enumerate(drafts) if len(draft.tokens)]
+        if len(having) != 1 or drafts[0].draft_probs is not None or step.chain_only.any():
+            return None
+        draft = drafts[having[0]]
+        if (draft.counts > step.max_nodes).any():
+            return None
+        self.finders = np.full(len(draft.tokens), 1 << having[0], np.int32)
+        return replace(draft, sources=draft.sources + np.int32(self.offsets[having[0]]))
 
 
 def _drawn_from(drafts: DraftBatch) -> np.ndarray:

@@ -66,7 +66,7 @@ class _Request:
     """Suffix tree of its prompt and output."""
     response: int
     """Sequence number of its response in the shared tree."""
-    ends: np.ndarray | None = None
+    ends: frozenset[int] = frozenset()
     """Ids behind which nothing is said."""
     known: int = 0
     """Tokens of its text that are in its own tree, which is read when drafts are asked for."""
@@ -182,7 +182,7 @@ class SuffixTree(Proposer):
     def _begin(self, step: StepContext, r: int, prompt: int) -> _Request:
         """A request that is seen for the first time, whose prompt has ``prompt`` tokens."""
         salt = step.cache_salts[r] if step.cache_salts else ""
-        ends = None if step.ends is None else step.ends[r]
+        ends = frozenset() if step.ends is None else frozenset(step.ends[r].tolist())
         request = _Request(salt, self._new_tree(), self._next_number, ends, said=prompt)
         self._requests[step.request_ids[r]] = request
         self._next_number += 1
@@ -191,9 +191,9 @@ class SuffixTree(Proposer):
     def _tell(self, request: _Request) -> None:
         """Let the shared tree of the request's salt grow by what it has said since."""
         fresh, request.waiting = request.tail[: request.waiting], 0
-        if request.ends is not None:  # what is behind the end was never said
-            ended = np.flatnonzero(np.isin(fresh, request.ends))[:1].tolist()
-            fresh = fresh[: ended[0] + 1] if ended else fresh
+        # What is behind the end was never said.
+        ended = (i for i, token in enumerate(fresh.tolist(), 1) if token in request.ends)
+        fresh = fresh[: next(ended, len(fresh))]
         if not len(fresh):
             return
         shared = self._shared_of(request.salt)
