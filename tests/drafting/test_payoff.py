@@ -27,7 +27,7 @@ class Loop:
         step = bare_step(SOURCES, TEXT, 8)
         step.num_tokens[:] = self.known
         self.payoff.learn(step, STEP_S)
-        asked = self.payoff.ask()
+        asked, _ = self.payoff.ask()
         self.asked_dear.append(bool(asked[1]))
         chains = [cheap if asked[0] else [], dear if asked[1] else []]
         longest = max(chains, key=len)

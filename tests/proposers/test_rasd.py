@@ -17,6 +17,7 @@ from tests.drafting.test_drafting import save_draft
 from vllm_specplus import config
 from vllm_specplus.drafting.trees import Fusion
 from vllm_specplus.proposer import Proposer, Services
+from vllm_specplus.drafting.payoff import EVERY
 from vllm_specplus.proposers.rasd import TOP, Rasd, probable
 from vllm_specplus.samplers import lossless
 from vllm_specplus.step import (
@@ -95,7 +96,8 @@ def test_drafters_come_first_and_get_the_ranks_they_asked_for(rasd):
 
 def test_a_step_without_drafts_is_learnt_from(rasd):
     """By all sources; nothing of it is weighed, and what was drafted before is."""
-    rasd.propose(context(rasd, TEXT[:4], nodes=60))
+    for _ in range(EVERY):
+        rasd.propose(context(rasd, TEXT[:4], nodes=60))
     judged = []
     rasd._payoff._learn = lambda trees, step, interval: judged.append(trees.tokens)
     silent = rasd.propose(context(rasd, [*TEXT, 21, 22, 23], nodes=0))

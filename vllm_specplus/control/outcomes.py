@@ -99,8 +99,12 @@ class Calibration:
         ``gained`` int [R]."""
         rows = self._sums.rows_of(cache_salts, len(expected))
         (sums,) = self._sums.arrays
+        gained = gained * (expected > 0)
+        if not rows.any():  # without salts: one row for all
+            sums[0] = self.MEMORY * sums[0] + (expected.sum(), gained.sum())
+            return
         sums[np.unique(rows)] *= self.MEMORY
-        np.add.at(sums, rows, np.stack((expected, gained * (expected > 0)), axis=1))
+        np.add.at(sums, rows, np.stack((expected, gained), axis=1))
 
     def factors(self, requests: int, cache_salts: Sequence[str] | None = None) -> np.ndarray:
         """Accepted over expected tokens, at most 1, for requests of ``cache_salts`` [R]: float64

@@ -20,7 +20,7 @@ from vllm_specplus.control.budget import (
     most_productive,
     within_limits,
 )
-from vllm_specplus.control.cost import Prices
+from vllm_specplus.control.cost import Prices, StepShape
 from vllm_specplus.control.ledger import Ledger
 from vllm_specplus.control.levels import Levels
 from vllm_specplus.control.objectives import Limits, make_objective
@@ -41,6 +41,8 @@ CHEAP_DRAFT = SHARE * (1 + MOST)
 #: A request grows at most GROWTH[0] nodes plus GROWTH[1] times the most any request
 #: got in the last step: more would be grown only to be cut.
 GROWTH = (6, 2)
+#: As ``tree`` of ``StepCost.predict``: a row for either.
+AS_CHAIN_OR_TREE = np.array([[False], [True]])
 #: Of nobody.
 NO_LIMITS = Limits(np.empty(0), np.empty(0))
 
@@ -181,8 +183,9 @@ class Goodput(Policy):
         if self._prices.step is None:
             return True
         requests = len(step.request_ids)
-        plain = float(self._prices.step.predict(requests, requests, _context(step)))
-        return self._prices.drafting.of_requests(requests) < CHEAP_DRAFT * plain
+        plain = StepShape(requests, requests, int(step.num_tokens.sum()))
+        share = CHEAP_DRAFT * self._prices.step.predict_step(plain)
+        return self._prices.drafting.of_requests(requests) < share
 
     def depths(self, step: StepContext, levels: Levels, survival: np.ndarray) -> np.ndarray:
         """All levels of all requests compete, by tokens per row; the deepest one chosen decides
@@ -214,9 +217,7 @@ class Goodput(Policy):
         if cost is None:
             return ranked[:drawn]
         rows = requests + np.arange(len(ranked) + 1)
-        seconds = np.stack(
-            [cost.predict(rows, requests, _context(step), tree=tree) for tree in (False, True)]
-        )
+        seconds = cost.predict(rows, requests, _context(step), tree=AS_CHAIN_OR_TREE)
         limits = self._objective.limits(step, float(seconds[0, 0]), self._prices.prompt)
         best = partial(_best, limits or NO_LIMITS, candidates, seconds)
         orders = [ranked]

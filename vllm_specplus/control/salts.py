@@ -56,6 +56,8 @@ class SaltTables:
         """Which rows are those of the requests of ``cache_salts`` [R], int32 [R]. Makes room for
         new ones, so ``arrays`` are others afterwards."""
         rows, fresh = self._rows.of(cache_salts, requests)
+        if not rows.any():
+            return rows
         for i, (array, value) in enumerate(zip(self.arrays, self._initial, strict=True)):
             missing = int(rows.max(initial=0)) + 1 - len(array)
             if missing > 0:

@@ -8,7 +8,8 @@ the steps in which it is asked:
     brings  its tokens / all tokens       a step's output would be so much smaller
     takes   its seconds / all seconds     a step would be so much shorter
 
-A source that takes more than it brings rests. It goes on learning, which takes time too and is not
+Of the steps with drafts only every few are measured, which tells as much and takes less. A source
+that takes more than it brings rests. It goes on learning, which takes time too and is not
 saved, so it is taken off; and it is asked again for a few steps now and then: traffic changes.
 """
 
@@ -22,7 +23,9 @@ from vllm_specplus.control.outcomes import DraftedTrees
 from vllm_specplus.step import StepContext
 from vllm_specplus.tree import DraftBatch
 
-#: What a step still counts one step later.
+#: One in so many steps with drafts is measured, but while some source rests.
+EVERY = 4
+#: What a measured step still counts one later.
 MEMORY = 0.98
 #: Tokens seen before anything is judged.
 LEAST_TOKENS = 64.0
@@ -86,7 +89,8 @@ class Payoff:
         self._idle = np.zeros(sources, np.int64)  # steps since it was last asked
         self._rest = np.full(sources, RESTS[0])
         self._trial = np.zeros(sources, np.int64)  # steps left of it
-        self._asked = np.ones(sources, bool)
+        self._asked = self._all = np.ones(sources, bool)
+        self._steps = 0
         self._times = np.zeros(sources)  # of the last step
         self._average = 0.0  # seconds of a step
         # The trees of the last step; the sources of its nodes are those that are credited.
@@ -158,8 +162,12 @@ class Payoff:
                 self._rest[m] = min(2 * self._rest[m], RESTS[1])
             self.resting[m] = not pays[m]
 
-    def ask(self) -> np.ndarray:
-        """Bool [M]: who is to be asked now."""
+    def ask(self) -> tuple[np.ndarray, bool]:
+        """Bool [M]: who is to be asked now; and is the step to be measured?"""
+        self._steps += 1
+        if not (self.resting.any() or self._trial.any()):
+            self._asked = self._all
+            return self._asked, self._steps % EVERY == 0
         self._idle[self.resting] += 1
         for m in np.flatnonzero(self.resting & (self._idle >= self._rest)).tolist():
             self._idle[m], self._trial[m] = 0, TRIAL
@@ -168,4 +176,4 @@ class Payoff:
                 sums[m] = 0.0
         self._asked = ~self.resting | (self._trial > 0)
         self._trial[self._trial > 0] -= 1
-        return self._asked
+        return self._asked, True

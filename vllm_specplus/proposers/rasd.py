@@ -157,13 +157,15 @@ class Rasd(Proposer):
             for number in range(len(self.members)):
                 self._ask(number, step, True)
             return _nothing(len(step.num_tokens))
-        asked = np.ones(len(self.members), bool) if self._payoff is None else self._payoff.ask()
+        asked, measured = np.ones(len(self.members), bool), False
+        if self._payoff is not None:
+            asked, measured = self._payoff.ask()
         drafts, times = [], [time.perf_counter()]
         for number in range(len(self.members)):
             drafts.append(self._ask(number, step, bool(asked[number])))
             times.append(time.perf_counter())
         fused = self._fusion.fuse(drafts, step, self._possible(drafts))
-        if self._payoff is not None:
+        if measured:
             self._payoff.drafted(step, np.diff(times), fused, self._fusion.finders)
         return fused
 
