@@ -26,8 +26,8 @@ CPU, CONNECT = torch.device("cpu"), timedelta(seconds=120)
 
 def shard(model: DraftModel, rank: int, size: int) -> None:
     """Keep one rank's heads and MLP columns."""
-    for block in model.layers:
-        attention, mlp = block.self_attn, block.mlp
+    for layer in model.layers:
+        attention, mlp = layer.attention, layer.mlp
         by_row = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
         for linear in by_row:
             part = linear.weight.chunk(size, 0)[rank].clone()

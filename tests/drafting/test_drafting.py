@@ -29,15 +29,30 @@ from vllm_specplus.drafting.shapes import (
 )
 
 VOCAB = 96
-FAMILIES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
+#: Sizes of their own, beside those that all have.
+FAMILIES: dict[str, dict] = {family: {} for family in draft_model.FAMILIES} | {
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "helium": {"head_dim": 16},
     "mistral": {"sliding_window": None},
+    "mixtral": EXPERTS,
+    "olmoe": EXPERTS,
+    "glm4": {"head_dim": 16, "pad_token_id": 0},
+    "phi3": {"pad_token_id": 0},
+    "smollm3": {"pad_token_id": 0},
+    "qwen2_moe": EXPERTS,
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": EXPERTS | {"head_dim": 16},
+    "seed_oss": {"head_dim": 16},
 }
 
 
-def save_draft(path, family="llama", layers=2, vocab=VOCAB, context=256) -> str:
+def save_draft(path, family="llama", layers=2, vocab=VOCAB, context=256, **keys) -> str:
     """A random draft of ``family`` in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -45,7 +60,7 @@ def save_draft(path, family="llama", layers=2, vocab=VOCAB, context=256) -> str:
     config = AutoConfig.for_model(
         family, vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
-        max_position_embeddings=context, tie_word_embeddings=False, **FAMILIES[family],
+        max_position_embeddings=context, tie_word_embeddings=False, **FAMILIES[family] | keys,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(path)
     return str(path)
@@ -66,7 +81,10 @@ def executor(
 def logits_of(folder: str, text) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # Its "sdpa" leaves out what caps the logits.
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.inference_mode():
         return reference(torch.tensor([list(map(int, text))])).logits[0, -1]
 
@@ -108,6 +126,37 @@ def test_logits_are_transformers_own(tmp_path, family, record):
             np.append(text, rng.integers(0, VOCAB, rng.integers(1, 4))).astype(np.int32)
             for text in texts
         ]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "qwen2"])
+def test_windows_are_the_models(tmp_path, family):
+    """Of some layers or of all, for texts below, about and beyond a window of 24 tokens."""
+    keys = {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1}
+    folder = save_draft(tmp_path, family, layers=3, **keys)
+    run = executor(folder)
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (3, 23, 24, 25, 90)]
+    names = [f"r{i}" for i in range(len(texts))]
+    assert all(run.room(name, len(text)) for name, text in zip(names, texts, strict=True))
+    logits = run.begin(names, texts)
+    for row, text in zip(logits, texts, strict=True):
+        torch.testing.assert_close(row, logits_of(folder, text), atol=2e-5, rtol=1e-4)
+    chain = [torch.from_numpy(rng.integers(0, VOCAB, (len(texts), 1))) for _ in range(2)]
+    for depth, tokens in enumerate(chain):
+        parents = torch.full((len(texts), 1), depth - 1)
+        logits = run.grow(torch.arange(len(texts)), tokens, parents)
+    for r, text in enumerate(texts):
+        expected = logits_of(folder, [*text, *(int(tokens[r, 0]) for tokens in chain)])
+        torch.testing.assert_close(logits[r, 0], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_layers_of_another_kind_are_refused(tmp_path, monkeypatch):
+    """Attention and MLP of the same input, as in Cohere's."""
+    monkeypatch.setattr(draft_model, "FAMILIES", ("cohere",))
+    monkeypatch.setitem(FAMILIES, "cohere", {"pad_token_id": 0})
+    folder = save_draft(tmp_path, "cohere")
+    with pytest.raises(ValueError, match=r"cannot be run layer by layer: CohereDecoderLayer|they"):
+        draft_model.DraftModel(folder, torch.device("cpu"), torch.float32)
 
 
 def test_a_text_that_changed_is_read_again(draft):
@@ -404,8 +453,7 @@ def test_drafts_that_cannot_run_are_named(tmp_path, draft):
 
     save_draft(tmp_path)
     for fields, says in [
-        ({"model_type": "gpt2"}, "of type 'gpt2' \\(supported: llama, mistral"),
-        ({"sliding_window": 8, "use_sliding_window": True}, "sliding-window"),
+        ({"model_type": "gpt2"}, "of type 'gpt2' \\(supported: arcee, "),
         ({"quantization_config": {}, "x": 1}, "no .safetensors"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
     ]:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specplus.drafting.model import FAMILIES, DraftModelError
+from vllm_specplus.drafting.model import DraftModelError
 from vllm_specplus.files import is_file, read_json, tensor_shapes
 from vllm_specplus.strict import quoted
 
 if TYPE_CHECKING:
     from vllm_specplus.target import Target
 
+#: ``model_type`` of the layers that a head may be made of, and of the targets that it is run for.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 #: Keys of ``config.json`` that describe the layer, as transformers' ``LlamaConfig`` has them.
 _LAYER_KEYS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",

@@ -2,12 +2,13 @@
 
 The modules are transformers' own, so a draft computes what its authors trained. Only the
 loop over them is ours: a layer ``x -> x + A(x) -> x + M(x)`` is offered as its two parts,
-attention ``A`` and MLP ``M``, because layers may be skipped, left early, or have their
-attention on another device (EasySpec, arXiv 2502.02493).
+attention ``A`` and MLP ``M`` with their norms (``layer_parts.py``), because layers may be skipped,
+left early, or have their attention on another device (EasySpec, arXiv 2502.02493).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,11 +18,17 @@ from vllm_specplus.strict import quoted
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from vllm_specplus.drafting.cache import PagedCache
 
-#: ``model_type`` of the families whose layers are plain ``x + A(x)``, ``x + M(x)``.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+#: ``model_type`` of the families that are tested. What a layer is made of is found by what it
+#: computes: another family of such layers needs a word here and a line in its test.
+FAMILIES = (
+    "arcee", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "helium", "llama", "mistral",
+    "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -48,8 +55,6 @@ def read_config(folder: str) -> dict[str, Any]:
         raise DraftModelError(
             f"{name} is of type {quoted(family)} (supported: {', '.join(FAMILIES)})"
         )
-    if config.get("sliding_window") and config.get("use_sliding_window", family == "mistral"):
-        raise DraftModelError(f"{name} uses sliding-window attention, unsupported")
     if config.get("quantization_config"):
         raise DraftModelError(f"{name} is quantized: use its unquantized original")
     weights = sorted(path.glob("*.safetensors"))
@@ -121,77 +126,222 @@ class LayeredModel(Protocol):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
+class _Layer:
+    """The parts of one layer; those that another device holds are None."""
+
+    def __init__(self, block: nn.Module, window: int | None):
+        from vllm_specplus.drafting.layer_parts import PLACES, parts
+
+        # transformers names what attends so in every family.
+        attention, mlp, self.norms = parts(block, lambda each: "Attention" in type(each).__name__)
+        self.attention: nn.Module | None = attention
+        self.mlp: nn.Module | None = mlp
+        self.window = window
+        self.placed: list[nn.Module | None] = [None] * PLACES
+
+    def attend(self, hidden: torch.Tensor, **given: Any) -> torch.Tensor:
+        """A(x) of ``hidden`` [R, n, hidden]; what is ``given`` else goes to the attention."""
+        before, behind, *_ = self.placed
+        normed = hidden if before is None else before(hidden)
+        out = self.attention(hidden_states=normed, **given)[0]
+        return out if behind is None else behind(out)
+
+    def feed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """M(x) of ``hidden`` [R, n, hidden]."""
+        *_, before, behind = self.placed
+        out = self.mlp(hidden if before is None else before(hidden))
+        return out if behind is None else behind(out)
+
+    def place(self, block: nn.Module, rows: torch.Tensor, given: dict[str, Any]) -> None:
+        """Find the places of the norms by what ``block`` makes of ``rows`` [1, n, hidden]."""
+        from vllm_specplus.drafting.layer_parts import Norms, close, find_places
+
+        wanted = block(rows, **given)
+
+        def agrees(placed: Norms) -> bool:
+            self.placed = list(placed)
+            found = rows + self.attend(rows, **given)
+            return close(found + self.feed(found), wanted)
+
+        find_places(self.norms, agrees)
+
+    def keep(self, attention: bool, mlp: bool) -> None:
+        """Let go of the parts that another device holds."""
+        self.norms = []
+        if not attention:
+            self.attention, self.placed[:2] = None, [None, None]
+        if not mlp:
+            self.mlp, self.placed[2:] = None, [None, None]
+
+
 class DraftModel:
     """Weights on one device, layer by layer. All calls run without gradients."""
 
     def __init__(
         self, folder: str, device: torch.device, dtype: torch.dtype, head_tokens: int | None = None
     ):
-        """``head_tokens``: predict the first so many ids only."""
+        """``head_tokens``: predict the first so many ids only. DraftModelError if the layers are
+        not of the kind that can be divided."""
+        import torch
         from transformers import AutoModelForCausalLM
+
+        from vllm_specplus.drafting.layer_parts import UnknownLayers
 
         read_config(folder)
         # Safetensors only: nothing in a model folder is executed.
-        self._model = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, attn_implementation="sdpa",
         ).eval().requires_grad_(False).to(device)  # fmt: skip
-        self.config = self._model.config
-        self.layers = self._model.model.layers
+        self.config = config = model.config
+        self._soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
+        if self._soft_capped:  # which torch's own attention does not know
+            model.set_attn_implementation("eager")
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._embed, self._norm = model.model.embed_tokens, model.model.norm
+        self._head = model.lm_head.weight[:head_tokens]
+        self._rotary, self._kinds = model.model.rotary_emb, _rotary_kinds(model.model)
+        self.device, self.dtype = device, dtype
+        blocks = model.model.layers
+        self.layers = [_Layer(block, _window(config, i)) for i, block in enumerate(blocks)]
         self.num_layers = len(self.layers)
         self.attention_layers = list(range(self.num_layers))
         """Layers whose attention is here."""
-        self.device, self.dtype = device, dtype
-        heads = self.config.num_attention_heads
-        self.head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        self.kv_heads = self.config.num_key_value_heads
-        self.max_positions = self.config.max_position_embeddings
-        self._like = self._model.model.norm.weight
-        self._head = self._model.lm_head.weight[:head_tokens]
+        self.head_dim = self.layers[0].attention.head_dim
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.max_positions = config.max_position_embeddings
         self.vocab_size = len(self._head)
+        try:
+            with torch.inference_mode():
+                self._check(model)
+        except UnknownLayers as error:
+            raise DraftModelError(
+                f"draft model {quoted(folder)} cannot be run layer by layer: {error}"
+            ) from None
+
+    def _check(self, model: nn.Module) -> None:
+        """Take the layers apart; raise UnknownLayers unless all together are the ``model``."""
+        import torch
+
+        from vllm_specplus.drafting.layer_parts import TRIED, UnknownLayers, close
+
+        tokens = torch.arange(TRIED, device=self.device)[None] % self.vocab_size
+        known = model(tokens, output_hidden_states=True, use_cache=False)
+        rows = known.hidden_states[0]
+        embedded = self._embed(tokens)
+        # Some multiply what they embed, all by the same.
+        factor = float((rows.float() * embedded).sum() / embedded.float().square().sum())
+        self._factor = 1.0 if abs(factor - 1) < 1e-3 else factor
+        places = torch.arange(TRIED, device=self.device)
+        rotary = self.rotary(places[None])
+        causal = self._mask(places <= places[:, None])[None, None]
+        hidden = self.embed(tokens)
+        for number, block in enumerate(model.model.layers):
+            given = {"position_embeddings": self._of_kind(number, rotary), "attention_mask": causal}
+            self.layers[number].place(block, hidden, given)
+            hidden = hidden + self.layers[number].attend(hidden, **given)
+            hidden = hidden + self.layers[number].feed(hidden)
+        if not close(self.logits(hidden)[0], known.logits[0, :, : self.vocab_size]):
+            raise UnknownLayers("more than its layers goes into its logits")
 
     def keep_attention(self, layers: Iterable[int], mlps: bool) -> None:
         """Hold the attention of ``layers`` only, and the MLPs (with embedding and output
         layer) or none of them: the rest is another device's."""
         self.attention_layers = sorted(layers)
-        for number, block in enumerate(self.layers):
-            if number not in self.attention_layers:
-                block.self_attn = block.input_layernorm = None
-            if not mlps:
-                block.mlp = block.post_attention_layernorm = None
+        for number, layer in enumerate(self.layers):
+            layer.keep(number in self.attention_layers, mlps)
         if not mlps:
-            self._model.lm_head = self._model.model.embed_tokens = self._head = None
+            self._head = self._embed = None
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[R, n] -> [R, n, hidden]."""
-        return self._model.model.embed_tokens(tokens)
+        rows = self._embed(tokens)
+        return rows if self._factor == 1 else rows * self._factor
 
-    def rotary(self, positions: torch.Tensor) -> tuple:
-        """cos and sin [R, n, head_dim] at ``positions`` int64 [R, n]."""
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin at ``positions`` int64 [R, n]: [R, n, head_dim], or [R, n, kinds, head_dim]
+        where layers differ."""
+        import torch
+
         # Only the dtype and device of the first argument matter.
-        return self._model.model.rotary_emb(self._like, position_ids=positions)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        if not self._kinds:
+            return self._rotary(like, position_ids=positions)
+        each = [self._rotary(like, position_ids=positions, layer_type=k) for k in self._kinds]
+        cos, sin = (torch.stack(parts, 2) for parts in zip(*each, strict=True))
+        return cos, sin
+
+    def _of_kind(
+        self, layer: int, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._kinds:
+            return rotary
+        kind = self._kinds.index(self.config.layer_types[layer])
+        return rotary[0][:, :, kind], rotary[1][:, :, kind]
 
     def attention(
         self, layer: int, hidden: torch.Tensor, rotary: tuple, mask: torch.Tensor, cache: PagedCache
     ) -> torch.Tensor:
-        """A(x): norm, projections, attention over the cache, output projection.
+        """A(x): norms, projections, attention over the cache, output projection.
 
         ``hidden`` [R, n, hidden]; ``mask`` bool [R, 1, n, slots]. Writes the rows' keys and
         values to ``cache`` where its current pass says.
         """
-        block = self.layers[layer]
-        return block.self_attn(
-            hidden_states=block.input_layernorm(hidden),
-            position_embeddings=rotary,
-            attention_mask=mask,
+        window = self.layers[layer].window
+        if window is not None:
+            mask = within(mask, window)
+        return self.layers[layer].attend(
+            hidden,
+            position_embeddings=self._of_kind(layer, rotary),
+            attention_mask=self._mask(mask),
             past_key_values=cache,
-        )[0]
+        )
+
+    def _mask(self, seen: torch.Tensor) -> torch.Tensor:
+        """bool as transformers' attention takes it, which is added to logits where those are
+        capped."""
+        if not self._soft_capped:
+            return seen
+        import torch
+
+        lowest = torch.finfo(self.dtype).min
+        return seen.new_zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, lowest)
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """M(x): norm and MLP."""
-        block = self.layers[layer]
-        return block.mlp(block.post_attention_layernorm(hidden))
+        """M(x): norms and MLP."""
+        return self.layers[layer].feed(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> float32 [..., vocab_size]."""
-        return (self._model.model.norm(hidden) @ self._head.T).float()
+        logits = (self._norm(hidden) @ self._head.T).float()
+        return logits if self._cap is None else (logits / self._cap).tanh() * self._cap
+
+
+def _rotary_kinds(model: nn.Module) -> list[str]:
+    """The kinds of layers that have rotary positions of their own; [] if all have the same."""
+    asks = inspect.signature(model.rotary_emb.forward).parameters
+    return sorted(set(model.config.layer_types)) if "layer_type" in asks else []
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """How many positions a layer of transformers' ``config`` sees; None: all."""
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def within(mask: torch.Tensor, window: int) -> torch.Tensor:
+    """Narrow ``mask`` bool [R, 1, n, slots] to the ``window`` slots up to the last one that each
+    row sees, which is its own.
+
+    Nodes count for as many positions as there are of them before it, which on other branches than
+    its own are none: of a text longer than the window some oldest tokens are not seen.
+    """
+    import torch
+
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    last = torch.where(mask, places, 0).amax(-1, keepdim=True)
+    return mask & (places > last - window)

@@ -252,7 +252,6 @@ class Fusion:
             drawn_from=None if draft_probs is None else drawn_from,
         )
 
-
     def _only(self, drafts: Sequence[DraftBatch], step: StepContext) -> DraftBatch | None:
         """The drafts of the only member that has some, if they may stay as they are."""
         having = [m for m, draft in enumerate(drafts) if len(draft.tokens)]

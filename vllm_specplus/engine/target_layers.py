@@ -3,11 +3,8 @@
 The modules are vLLM's, with the target's weights, quantised or not. Only their attention is
 another one: it reads and writes the draft's cache.
 
-A layer is taken for ``h = x + A(x)``, ``h + M(h)``, attention and MLP each with a norm before,
-behind or on both sides. Which of its modules are what goes neither by names nor by the model's
-family: the one that holds vLLM's attention is A's, the other with parts is M's, those without are
-norms, and every place of theirs is tried. What is right is what computes the same as vLLM's own
-layer; a target with a layer for which nothing does is refused.
+They are taken apart as ``drafting/layer_parts.py`` does it: the module that holds vLLM's attention
+is A's, and what is compared is vLLM's own layer. A target with a layer of another kind is refused.
 """
 
 from __future__ import annotations
@@ -15,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,16 +23,16 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_specplus.drafting.cache import PagedCache
-
-#: Rows that a layer is tried with, and the largest relative difference of the median row: roundings
-#: are smaller, another structure is further off.
-TRIED, TOLERANCE = 8, 0.05
-#: Norms are before attention, behind it, before the MLP or behind that.
-PLACES = 4
-
-
-class UnknownLayers(ValueError):
-    """The target's layers are not of the kind that can be left out."""
+from vllm_specplus.drafting.layer_parts import (
+    PLACES,
+    TOLERANCE,
+    TRIED,
+    Norms,
+    UnknownLayers,
+    close,
+    find_places,
+    parts,
+)
 
 
 class _DraftAttention(nn.Module):
@@ -92,7 +88,7 @@ class _Block:
 
     def __init__(self, number: int, layer: nn.Module):
         self.layer = layer
-        self.attention, self.mlp, self.norms = _parts(layer)
+        self.attention, self.mlp, self.norms = parts(layer, _attends)
         self._name, stock = _own_attention(self.attention)
         # A twin of the module: the same projections and norms, another attention.
         self._twin = copy.copy(self.attention)
@@ -103,8 +99,7 @@ class _Block:
         self._echo = _Echo(stock)
         # By the package: the class has another name in every vLLM.
         self._experts = any(".fused_moe." in type(each).__module__ for each in self.mlp.modules())
-        self.placed: Sequence[nn.Module | None] = [None] * PLACES
-        """[PLACES] the norm at each place."""
+        self.placed: Norms = [None] * PLACES
 
     def attend(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """A(x) of ``rows`` x [n, hidden] at ``positions`` int64 [n]."""
@@ -127,13 +122,7 @@ class _Block:
         there are none."""
         wanted = self._by_the_layer(rows, positions)
         with _replaced(self._twin, self._name, self._echo):
-            for order in itertools.permutations(self.norms):
-                for at in itertools.combinations(range(PLACES), len(order)):
-                    norms = dict(zip(at, order, strict=True))
-                    self.placed = [norms.get(place) for place in range(PLACES)]
-                    if self._agrees(rows, positions, wanted):
-                        return
-        raise UnknownLayers("they are not attention and MLP, each behind a norm and added")
+            find_places(self.norms, lambda placed: self._agrees(placed, rows, positions, wanted))
 
     def _by_the_layer(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What vLLM's layer computes, with an attention that mixes no rows."""
@@ -146,22 +135,17 @@ class _Block:
             except TypeError as error:
                 raise UnknownLayers(f"vLLM calls its layers otherwise ({error})") from None
 
-    def _agrees(self, rows: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor) -> bool:
+    def _agrees(
+        self, placed: Norms, rows: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
+    ) -> bool:
+        """With norms so ``placed``, which stay there."""
+        self.placed = placed
         found = rows + self.attend(rows, positions)
-        found = found + self.feed(found, contextlib.nullcontext)
-        difference = (found - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
-        return bool(difference.median() < TOLERANCE)
+        return close(found + self.feed(found, contextlib.nullcontext), wanted)
 
 
-def _parts(layer: nn.Module) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
-    """The attention, the MLP and the norms of a layer."""
-    children = list(layer.children())
-    attending = [each for each in children if any(isinstance(m, Attention) for m in each.modules())]
-    feeding = [each for each in children if each not in attending and list(each.children())]
-    norms = [each for each in children if not list(each.children())]
-    if len(attending) != 1 or len(feeding) != 1 or len(norms) > PLACES:
-        raise UnknownLayers(f"{type(layer).__name__} is not an attention, an MLP and norms")
-    return attending[0], feeding[0], norms
+def _attends(module: nn.Module) -> bool:
+    return any(isinstance(each, Attention) for each in module.modules())
 
 
 def _own_attention(module: nn.Module) -> tuple[str, Attention]:
