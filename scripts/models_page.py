@@ -49,9 +49,11 @@ as compiled ones do.
 |---|---|---|---|---|---|
 """
 REFUSALS = """
-Where layers with a sliding window and others alternate, all of them keep whole texts in the KV
-cache (`--disable-hybrid-kv-cache-manager`, set at start), so that accepted drafts move alike in all
-layers; attention itself does not look behind a window.
+Where layers with a sliding window and others alternate, vLLM keeps them in groups with pages of
+their own and frees what is behind a window; accepted drafts move within each group. Methods that
+read the target's cache or number their own pages like the target's (self-speculation, EAGLE heads)
+keep whole texts in all layers instead (`--disable-hybrid-kv-cache-manager`, set at start for
+them); attention itself does not look behind a window.
 
 ## Why not
 

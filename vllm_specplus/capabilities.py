@@ -99,7 +99,12 @@ class Need(Enum):
         "fast prefill by shared KV caches",
         "remove --kv-sharing-fast-prefill",
     )
-    KV_GROUPS = ("engine", "several groups of KV caches", _PLAIN)
+    KV_GROUPS = (
+        "method",
+        "KV caches in several groups, each with pages of its own",
+        "set --disable-hybrid-kv-cache-manager, or use a method that does not address the target's "
+        "pages, such as 'token_recycling'",
+    )
     KV_SHARING = ("attention", "KV caches that layers share", _PLAIN)
     LATENT_ATTENTION = ("attention", "multi-head latent attention", _PLAIN)
     LOGITS_SOFT_CAP = ("attention", "soft-capped attention logits", _PLAIN)
@@ -204,7 +209,7 @@ ENGINE: frozenset[Need] = frozenset(
     }
 )
 #: What a method serves that says nothing of it: it drafts tokens from tokens.
-TEXT: frozenset[Need] = frozenset({Need.ADAPTED_LAYERS, Need.MROPE})
+TEXT: frozenset[Need] = frozenset({Need.ADAPTED_LAYERS, Need.KV_GROUPS, Need.MROPE})
 #: What models of latents and of captions are served with, by workers of ours (with a method or
 #: without), and texts with pictures in them, which have their places from the worker.
 LATENTS: frozenset[Need] = frozenset({Need.DATA_PARALLEL, Need.NO_METHOD, Need.QUANTIZED_WEIGHTS})

@@ -14,6 +14,7 @@ import logging
 from typing import Any
 
 from vllm_specplus import compat, speculative_config
+from vllm_specplus.capabilities import Need
 from vllm_specplus.config import MethodConfig, parse
 from vllm_specplus.control import requests
 from vllm_specplus.engine import needs
@@ -191,8 +192,9 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         keeps=needs.kept_tokens(model_config),
         fp8_cache=needs.has_fp8_cache(args, model_config),
     )
-    if needs.mixes_windows(model_config) and args.disable_hybrid_kv_cache_manager is None:
-        # Layers with a window keep what is behind it, so that all layers share one block table.
+    chosen = args.disable_hybrid_kv_cache_manager is not None
+    if not chosen and needs.mixes_windows(model_config) and Need.KV_GROUPS not in config.serves():
+        # Layers with a window keep what is behind it, so that all layers have the same pages.
         args.disable_hybrid_kv_cache_manager = True
     backend = needs.backend_for(args, model_config, current_platform.device_type)
     if backend is not None:

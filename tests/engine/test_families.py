@@ -25,8 +25,13 @@ ENGINE = {
     "skip_tokenizer_init": True, "block_size": 32, "long_prefill_token_threshold": 48,
     "enable_prefix_caching": True, "disable_log_stats": False,
 }  # fmt: skip
-#: Of our engines: the texts together have 28 pages.
-PAGES = {"num_gpu_blocks_override": 19}
+#: Of our engines: the texts together have 28 pages of every group of layers. Those with a window
+#: and those without have pages of their own, Gemma 4's of other sizes.
+PAGES = 19
+GROUPS = {
+    "cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma4": 1.6, "gpt_oss": 2, "llama4": 3, "olmo3": 4,
+    "vaultgemma": 2,
+}  # fmt: skip
 #: Windows in all layers, behind which pages are freed.
 FREED = ("gemma3", "mistral_short_window", "starcoder2")
 #: Tokens of the prompts: below, about and beyond the window of 64 and the chunk of 48.
@@ -78,9 +83,8 @@ def test_family(tmp_path, name):
     ]
     for spec in specs:
         spec["control"] = {"policy": "fixed"}
-        changed = engine | PAGES | {"speculative_config": spec}
-        if name in LATENTS:  # of 16 tokens
-            changed["num_gpu_blocks_override"] *= 2
+        pages = int(PAGES * GROUPS.get(name, 1)) * (2 if name in LATENTS else 1)  # of 16 tokens
+        changed = engine | {"num_gpu_blocks_override": pages, "speculative_config": spec}
         if spec["method"] == "layer_skip" and name not in folders.LAYERS_APART:
             with pytest.raises(RuntimeError, match=r"'layer_skip'|cannot draft with the layers"):
                 harness.run(tmp_path, changed, batches)

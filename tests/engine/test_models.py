@@ -71,8 +71,14 @@ def test_text_is_the_same(tmp_path, name):
 
 @pytest.mark.parametrize("name", BY_POSITION)
 def test_text_is_the_same_beyond_windows(tmp_path, name):
-    """Shorter than the window, about to reach it, and beyond it."""
+    """Shorter than the window, about to reach it, and beyond it; of mixed layers every kind has
+    pages of its own."""
     equal(tmp_path, name, {}, {}, lengths=(5, 50, 150))
+
+
+def test_text_is_the_same_with_one_table_for_all_layers(tmp_path):
+    """As methods have it that read the target's cache."""
+    equal(tmp_path, "gemma2", {}, {"disable_hybrid_kv_cache_manager": True}, lengths=(5, 50, 150))
 
 
 def test_text_is_the_same_with_latents(tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_specplus import capabilities
-from vllm_specplus.capabilities import Found, Need, gaps
+from vllm_specplus.capabilities import TEXT, Found, Need, gaps
 from vllm_specplus.config import parse
 from vllm_specplus.engine import names, needs
 from vllm_specplus.target import Target
@@ -302,7 +302,6 @@ def caches(*groups):
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ([specs(), specs()], "several groups of KV caches (2 of them)"),
         ([specs("SlidingWindowSpec")], "SlidingWindowSpec of layer 'model.layers.0.attn'"),
         ([specs("MambaSpec")], "recurrent layers"),
         ([specs("NewSpec")], "a kind of attention that it does not know (NewSpec of layer"),
@@ -315,10 +314,26 @@ def caches(*groups):
     ],
 )
 def test_caches_that_nobody_serves_are_refused_after_load(groups, words):
-    needs.check_loaded(None, {}, caches(specs()))
+    needs.check_loaded({}, caches(specs()), TEXT)
     with pytest.raises(ValueError, match="vllm-specplus does not work with ") as error:
-        needs.check_loaded(None, {}, caches(*groups))
+        needs.check_loaded({}, caches(*groups), TEXT)
     assert words in str(error.value)
+
+
+def test_groups_of_caches_are_the_methods_affair():
+    """Who reads the target's pages needs the same ones in all layers."""
+    groups = caches(specs(), specs())
+    needs.check_loaded({}, groups, parse({"method": "token_recycling"}).serves())
+    layers = parse({"method": "layer_skip"})
+    with pytest.raises(ValueError, match=r"several groups, each with pages of its own \(2 of them"):
+        needs.check_loaded({}, groups, layers.serves())
+    model = model_config(
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    )
+    asked = engine_args(disable_hybrid_kv_cache_manager=False)
+    assert problems(asked, model) is None
+    assert "set --disable-hybrid-kv-cache-manager" in problems(asked, model, method=layers)
+    assert problems(engine_args(), model, method=layers) is None
 
 
 def test_layers_of_different_head_counts_need_a_back_end_that_serves_them():
@@ -327,8 +342,8 @@ def test_layers_of_different_head_counts_need_a_back_end_that_serves_them():
     heads = {"a": specs(num_kv_heads=1), "b": specs(num_kv_heads=2)}
     spec = specs("UniformTypeKVCacheSpecs", kv_cache_specs=heads)
     with pytest.raises(ValueError, match="different numbers of KV heads"):
-        needs.check_loaded(None, {}, caches(spec))
+        needs.check_loaded({}, caches(spec), TEXT)
     layer = SimpleNamespace(
         impl=TreeCPUImpl.__new__(TreeCPUImpl), get_attn_backend=lambda: TreeCPUBackend
     )
-    needs.check_loaded(None, {"a": layer}, caches(spec))
+    needs.check_loaded({"a": layer}, caches(spec), TEXT)

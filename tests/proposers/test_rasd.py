@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from tests.datastores import build_datastore
 from tests.drafting.test_drafting import save_draft
 from vllm_specplus import config
+from vllm_specplus.drafting.payoff import EVERY
 from vllm_specplus.drafting.trees import Fusion
 from vllm_specplus.proposer import Proposer, Services
-from vllm_specplus.drafting.payoff import EVERY
 from vllm_specplus.proposers.rasd import TOP, Rasd, probable
 from vllm_specplus.samplers import lossless
 from vllm_specplus.step import (

@@ -73,6 +73,8 @@ def of_launch(args: Any, model: Any, parallel: Any, device_type: str) -> list[Fo
     found += _of_attention_backend(args, device_type)
     found += _of_kv_dtype(getattr(args, "kv_cache_dtype", "auto"), model)
     found += of_model(model)
+    if getattr(args, "disable_hybrid_kv_cache_manager", None) is False and mixes_windows(model):
+        found.append(Found(Need.KV_GROUPS, "--no-disable-hybrid-kv-cache-manager"))
     return _once(found)
 
 
@@ -380,11 +382,11 @@ def check_image_launch(
         raise ValueError("; ".join(problems))
 
 
-def check_loaded(vllm_config: Any, layers: Mapping[str, Any], kv_cache_config: Any) -> None:
+def check_loaded(layers: Mapping[str, Any], kv_cache_config: Any, method: frozenset[Need]) -> None:
     """Raise ValueError with one sentence per need of the loaded model that nobody serves.
 
     ``layers`` are those with a KV cache, by name; their implementations have refused arguments
-    that they do not know when they were made.
+    that they do not know when they were made. ``method`` is what the method serves.
     """
     from vllm_specplus.engine import attention
 
@@ -398,6 +400,7 @@ def check_loaded(vllm_config: Any, layers: Mapping[str, Any], kv_cache_config: A
         of_caches(kv_cache_config),
         "vllm-specplus",
         attention=frozenset.intersection(*served) if served else frozenset(),
+        method=method,
     )
     if problems:
         raise ValueError("; ".join(problems))

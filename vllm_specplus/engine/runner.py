@@ -18,6 +18,7 @@ subclasses the runner's steps.
 from __future__ import annotations
 
 import time
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,8 @@ class TreeRunnerMixin(ImageRowsMixin):
     """The kind of step with drafts that is being profiled."""
     _layers: dict[str, Any]
     """The target's attention layers by name."""
-    _cache: PageCache
+    _caches: list[PageCache]
+    """One per group of layers that have the same pages."""
     verifier: Verifier
 
     def __init__(self, *args, **kwargs):
@@ -97,9 +99,9 @@ class TreeRunnerMixin(ImageRowsMixin):
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._layers = attention.cached_layers(self.vllm_config)
-        needs.check_loaded(self.vllm_config, self._layers, kv_cache_config)
-        check_groups(self.attn_groups[0])
-        self._cache = attention.page_cache(self._layers)
+        needs.check_loaded(self._layers, kv_cache_config, self.drafter.config.serves())
+        check_groups(chain.from_iterable(self.attn_groups))
+        self._caches = attention.page_caches(self._layers, self.kv_cache_config.kv_cache_groups)
         if self.drafter.proposer.reads_hidden:
             (group,) = kv_cache_config.kv_cache_groups
             pages = kv_cache_config.num_blocks * group.kv_cache_spec.block_size
@@ -111,7 +113,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         costs; after the model is warm."""
         if self.device.type == "cuda":
             dtype, rows = self.model_config.dtype, self.uniform_decode_query_len
-            attention.warm_up(self._layers, self._cache, dtype, rows)
+            attention.warm_up(self._layers, self._caches, dtype, rows)
             self.verifier.warm_up(self.model_config.get_vocab_size())
         control = self.drafter.config.control
         if control.policy == "goodput":
@@ -194,7 +196,7 @@ class TreeRunnerMixin(ImageRowsMixin):
             step_trees, _ = StepTrees.send(step, self.batch.upload, self.device.type)
         if step is None or (self._pictures is None and step_trees is None):
             return metadata, common
-        for group in self.attn_groups[0]:
+        for group, own in self.batch.groups(common, kwargs["slot_mappings"]):
             # One tree object serves every layer of the group.
             if not getattr(group.backend, "sees_prompt", True):
                 trees = self._pictures.attention(
@@ -202,7 +204,7 @@ class TreeRunnerMixin(ImageRowsMixin):
                     self.device.type,
                 )  # fmt: skip
             elif step_trees is not None:
-                trees = tree_metadata(step_trees, common, group)
+                trees = tree_metadata(step_trees, own, group)
             else:
                 continue
             attention.attach(metadata, group, self._layers, trees)
@@ -242,8 +244,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         if len(request):
             # Only trees move, and a tree's root is the first row of its request.
             root = step.num_computed[request].astype(np.int64)
-            slots = self.batch.slots
-            self._cache.move(slots(request, root + source), slots(request, root + destination))
+            self.batch.move(self._caches, request, root + source, root + destination)
             self.drafter.counters.add("kv_slots_moved", len(request))
         self.drafter.counters.add("compact_seconds", time.perf_counter() - start)
 
@@ -279,7 +280,7 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def _read_kv(self, requests: np.ndarray, positions: np.ndarray):
         """See ``step.ReadKV``."""
-        return self._cache.read(self.batch.slots(requests, positions))
+        return self._caches[0].read(self.batch.slots(requests, positions))
 
     def _latents(self) -> LatentStep | None:
         """Where the pictures are, of a model whose tokens are latents."""

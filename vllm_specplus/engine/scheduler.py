@@ -26,6 +26,8 @@ class GuardedScheduler(Scheduler):
     def __init__(self, vllm_config, *args, **kwargs):
         super().__init__(vllm_config, *args, **kwargs)
         self._counts = StepCounts()
+        groups = self.kv_cache_config.kv_cache_groups
+        self._block_sizes = [each.kv_cache_spec.block_size for each in groups]
         self._broken: dict[str, int] = {}
         # vLLM fills a request's first decode up with drafts of -1, for graphs of one number of
         # rows per request; trees have no such graphs, and every one would be verified. A number
@@ -99,21 +101,21 @@ class GuardedScheduler(Scheduler):
         for request in self.running:
             plain = request.num_tokens - request.num_computed_tokens
             budget -= min(plain, self.max_num_scheduled_tokens)
-            free -= max(cdiv(request.num_tokens, self.block_size) - self._blocks(request), 0)
+            free -= self._missing(request)
         # What the coming steps may need before a drafted block comes into use: a block
         # for every running request, and the prompts that may be admitted meanwhile.
-        free -= len(self.running)
+        free -= len(self.running) * len(self._block_sizes)
         if self.waiting:
-            free -= cdiv(self.max_num_scheduled_tokens, self.block_size) + len(self.waiting)
+            free -= self._bound(self.max_num_scheduled_tokens, len(self.waiting))
         free, budget = max(free, 0), max(budget, 0)
         for request in drafted:
             count = len(request.spec_token_ids)
-            # Slots of its own last block are free of charge.
-            owned = max(self._blocks(request), cdiv(request.num_tokens, self.block_size))
-            room = owned * self.block_size - request.num_tokens
-            fits = min(count, budget, room + free * self.block_size)
-            blocks = max(cdiv(fits - room, self.block_size), 0)
-            free -= blocks
+            fits = min(count, budget)
+            # Slots of its own last blocks are free of charge.
+            plain = self._missing(request)
+            while fits and self._missing(request, fits) - plain > free:
+                fits -= 1
+            free -= self._missing(request, fits) - plain
             budget -= fits
             if fits < count:
                 # A prefix of the list keeps its tree; see tree.DraftTokens.
@@ -124,9 +126,19 @@ class GuardedScheduler(Scheduler):
         """Can everything be served, by an upper bound that looks at no block table?"""
         rows = sum(r.num_tokens_with_spec - r.num_computed_tokens for r in self.running)
         waiting = budget if self.waiting else 0
-        blocks = (rows + waiting) // self.block_size + 3 * len(self.running) + len(self.waiting)
+        blocks = self._bound(rows + waiting, 3 * len(self.running) + len(self.waiting))
         return rows <= budget and blocks < free
 
-    def _blocks(self, request) -> int:
-        """Cache blocks the request holds."""
-        return len(self.kv_cache_manager.get_block_ids(request.request_id)[0])
+    def _bound(self, tokens: int, requests: int) -> int:
+        """Most cache blocks, of all groups, that ``tokens`` of so many ``requests`` may begin."""
+        return sum(cdiv(tokens, size) + requests for size in self._block_sizes)
+
+    def _missing(self, request, drafts: int = 0) -> int:
+        """Cache blocks, of all groups, that the request's known tokens and so many ``drafts`` need
+        beside those that it holds. What a window has left behind counts as held."""
+        tokens = request.num_tokens + drafts
+        held = self.kv_cache_manager.get_block_ids(request.request_id)
+        return sum(
+            max(cdiv(tokens, size) - len(blocks), 0)
+            for size, blocks in zip(self._block_sizes, held, strict=True)
+        )

@@ -6,6 +6,8 @@ another generation needs a file like this one, and overrides like those of ``run
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +24,12 @@ from vllm_specplus.step import Rows, Sampling
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.utils import AttentionGroup
+
+    from vllm_specplus.engine.attention.base import PageCache
 
 
 class V1Batch:
@@ -201,7 +207,8 @@ class V1Batch:
 
     @property
     def pages(self) -> np.ndarray:
-        """int32 [R, P] pages of the KV cache that hold each text."""
+        """int32 [R, P] pages of the KV cache that hold each text, where all layers have the
+        same."""
         return self._runner.input_batch.block_table[0].block_table.np
 
     @property
@@ -209,9 +216,38 @@ class V1Batch:
         """Slots of a page."""
         return self._runner.input_batch.block_table[0].block_size
 
-    def slots(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Cache slot int64 [n] of each (``request``, ``position`` in its text) int64 [n]."""
-        return cache_slots(self.pages, self.page_size, request, position)
+    def slots(self, request: np.ndarray, position: np.ndarray, group: int = 0) -> np.ndarray:
+        """Cache slot int64 [n] of each (``request``, ``position`` in its text) int64 [n], in the
+        caches of a ``group`` of layers."""
+        table = self._runner.input_batch.block_table[group]
+        return cache_slots(table.block_table.np, table.block_size, request, position)
+
+    def move(
+        self, caches: Sequence[PageCache], request: np.ndarray, source: np.ndarray,
+        destination: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Copy what the ``caches`` of all groups hold at the positions ``source`` of each
+        ``request`` to ``destination``, int64 [n] each; see ``PageCache.move``."""
+        for group, cache in enumerate(caches):
+            cache.move(self.slots(request, source, group), self.slots(request, destination, group))
+
+    def groups(
+        self, common: CommonAttentionMetadata, slot_mappings: Mapping[int, torch.Tensor] | None
+    ) -> Iterator[tuple[AttentionGroup, CommonAttentionMetadata]]:
+        """Every group of layers with a builder of its own, and a step's metadata of its pages.
+
+        ``common`` is that of the first group of KV caches; vLLM hands over the ``slot_mappings``
+        of all, int64 [num_tokens] or longer, by its number.
+        """
+        tables = self._runner.input_batch.block_table
+        for number, groups in enumerate(self._runner.attn_groups):
+            own = common
+            if number:
+                own = copy(common)
+                own.block_table_tensor = tables[number].get_device_tensor(common.num_reqs)
+                own.slot_mapping = slot_mappings[number][: common.num_actual_tokens]
+            for group in groups:
+                yield group, own
 
     def upload(self, arrays: Arrays) -> dict[str, torch.Tensor]:
         """Copies of ``arrays`` where the model is, by one transfer on the current stream."""

@@ -33,7 +33,11 @@ from vllm_specplus.tree import DraftBatch
 class EagleTreeConfig(ShapedDraftConfig):
     """``{"method": "eagle_tree", "model": "...", ...}``."""
 
-    supports: ClassVar[frozenset[Need]] = TEXT - {Need.ADAPTED_LAYERS, Need.MROPE}
+    supports: ClassVar[frozenset[Need]] = TEXT - {
+        Need.ADAPTED_LAYERS,
+        Need.KV_GROUPS,
+        Need.MROPE,
+    }
     fuses: ClassVar[bool] = False
 
     method: Literal["eagle_tree"] = "eagle_tree"

@@ -40,7 +40,11 @@ REPLAY_EVERY = 8
 class SelfSpeculationConfig(ShapedDraftConfig):
     """Keys of the methods that draft with the target's own layers."""
 
-    supports: ClassVar[frozenset[Need]] = TEXT - {Need.ADAPTED_LAYERS, Need.MROPE}
+    supports: ClassVar[frozenset[Need]] = TEXT - {
+        Need.ADAPTED_LAYERS,
+        Need.KV_GROUPS,
+        Need.MROPE,
+    }
     lowest: ClassVar[int] = 0
     """Of the numbers that :meth:`named_layers` may hold."""
     kv_memory_mb: Megabytes = 512

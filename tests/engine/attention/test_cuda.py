@@ -326,7 +326,7 @@ def test_warm_up_compiles_what_trees_of_any_size_run(backend, monkeypatch):
     monkeypatch.setattr(tree_kernels, "_merge_splits_kernel", kernels[1])
     layers = layers_of(backend, 6, torch.bfloat16)
     before = [layer.kv_cache.clone() for layer in layers.values()]
-    warm_up(layers, page_cache(layers), torch.bfloat16, rows=20)
+    warm_up(layers, [page_cache(layers)], torch.bfloat16, rows=20)
     for layer, old in zip(layers.values(), before, strict=True):
         assert torch.equal(layer.kv_cache, old)
     warm = [set(kernel.variants) for kernel in kernels]

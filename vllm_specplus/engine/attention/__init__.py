@@ -5,7 +5,7 @@ What another back end has to bring is in ``docs/adding_an_attention_backend.md``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from vllm_specplus.engine.attention.base import PageCache, attach, ours
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
     from vllm_specplus.capabilities import Need
 
@@ -26,7 +27,7 @@ __all__ = [
     "cached_layers",
     "forget_weights",
     "ours",
-    "page_cache",
+    "page_caches",
     "refusal",
     "register",
     "supports",
@@ -85,8 +86,18 @@ def _has_cache(layer: Any) -> bool:
     return cache.numel() > 0 if isinstance(cache, torch.Tensor) else bool(cache)
 
 
+def page_caches(layers: Mapping[str, Any], groups: Sequence[KVCacheGroupSpec]) -> list[PageCache]:
+    """Return the KV caches of each of vLLM's ``groups`` of layers, in the layers' order; ``layers``
+    are as of :func:`cached_layers`."""
+    caches = []
+    for group in groups:
+        members = set(group.layer_names)
+        caches.append(page_cache({name: each for name, each in layers.items() if name in members}))
+    return caches
+
+
 def page_cache(layers: Mapping[str, Any]) -> PageCache:
-    """Return the KV caches of all layers, in their order; ``layers`` as of :func:`cached_layers`.
+    """Return the KV caches of layers that have the same pages, in their order.
 
     Raises ValueError if the back end of one is not ours, if its cache has another shape than that
     back end expects, or if back ends that lay out their pages differently are mixed.
@@ -116,13 +127,16 @@ def forget_weights(layers: Mapping[str, Any]) -> None:
             layer.impl.forget_weights()
 
 
-def warm_up(layers: Mapping[str, Any], pages: PageCache, dtype: torch.dtype, rows: int) -> None:
+def warm_up(
+    layers: Mapping[str, Any], caches: Sequence[PageCache], dtype: torch.dtype, rows: int
+) -> None:
     """Compile or load what the first requests would wait for, after load.
 
-    ``layers`` and ``pages`` as in :func:`page_cache`; ``dtype`` is the model's and ``rows`` the
+    ``layers`` and ``caches`` as in :func:`page_caches`; ``dtype`` is the model's and ``rows`` the
     most rows of a tree. Layers that run the same kernels are warmed up once.
     """
-    pages.warm_up()
+    for cache in caches:
+        cache.warm_up()
     seen = set()
     for layer in layers.values():
         cache = layer.kv_cache
