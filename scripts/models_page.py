@@ -65,7 +65,7 @@ def families(root: Path) -> Iterator[tuple[str, str, list[str], dict[str, str | 
     where it is served; folders are written below ``root``."""
     from vllm_specplus import capabilities, registry
     from vllm_specplus.capabilities import Need
-    from vllm_specplus.drafting.model import FAMILIES
+    from vllm_specplus.drafting.eagle_checkpoint import FAMILIES
     from vllm_specplus.engine import needs
 
     for name in sorted(folders.MODELS.keys() - UNKNOWN):
