@@ -62,7 +62,7 @@ def sabotage(kind: str) -> None:
 
         StepCost.observe = lambda self, shape, seconds: self.predict_step(shape)
         StepCost.predict = lambda self, rows, requests, context, prompt_rows=0, tree=False: (
-            0.01 + 0.0003 * np.asarray(rows)
+            0.01 + 0.0003 * (np.asarray(rows) + 0 * np.asarray(tree))  # of the shape of both
         )
 
         def drafting_took(self, max_nodes, seconds):
