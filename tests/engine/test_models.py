@@ -130,14 +130,14 @@ def test_drafts_are_of_the_targets_family(tmp_path, name):
     params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
     requests = [[rng.integers(3, 250, n).tolist(), params] for n in (5, 150)]
     engine = ENGINE | {"model": str(folder)}
-    spec = {"method": "draft_tree", "model": str(folder), "shape": "topk", "width": 2,
-            "num_speculative_tokens": 8, "control": {"policy": "fixed"}}  # fmt: skip
+    # Of trees the nodes count for positions of a window, which in one of 64 tokens tells.
+    spec = {"method": "draft_tree", "model": str(folder), "shape": "chain",
+            "num_speculative_tokens": 4, "control": {"policy": "fixed"}}  # fmt: skip
     want = harness.run(tmp_path, engine, [{"requests": requests}])
     got = harness.run(tmp_path, engine | {"speculative_config": spec}, [{"requests": requests}])
     assert harness.ids(got) == harness.ids(want)
     assert got["counters"]["draft_failures"] == 0
-    # Of four levels, two nodes each, one node of each level.
-    assert got["counters"]["nodes_accepted"] > 0.45 * got["counters"]["nodes_drafted"]
+    assert got["counters"]["nodes_accepted"] > 0.9 * got["counters"]["nodes_drafted"]
 
 
 def test_layers_of_another_structure_are_refused(tmp_path):
