@@ -202,3 +202,17 @@ def test_another_turn_of_a_session_stores_no_prompt():
     assert tree.stored_tokens == 5
     tree.forget("r")
     assert not draft(tree, {"s": [1, 2, 50]}, prompt=1)["s"]
+
+
+def test_nothing_behind_an_end_is_stored_where_a_part_ends_with_it():
+    """An accepted draft goes on behind the end, which is the last token of what is stored at once;
+    the session's next turn is stored again."""
+    tree, end = proposer(), 99
+    text = [9, *range(10, 9 + TAIL), end, 70, 71]
+    draft(tree, {"r": text}, prompt=1, nodes=0, ends=[end])
+    assert tree.stored_tokens == TAIL
+    draft(tree, {"r": [*text, 50, A, B, C]}, prompt=len(text) + 1, ends=[end])
+    assert tree.stored_tokens == TAIL + 3
+    tree.forget("r")
+    assert tree.stored_tokens == TAIL + 3
+    assert not draft(tree, {"s": [1, 2, 70]}, prompt=1, ends=[end])["s"]

@@ -71,13 +71,15 @@ class _Request:
     known: int = 0
     """Tokens of its text that are in its own tree, which is read when drafts are asked for."""
     said: int = 0
-    """Tokens of its text that the shared tree has seen, those of the prompt left out."""
+    """Tokens of its text that are in ``tail`` or have been, those of the prompt counted."""
     stored: int = 0
     """Tokens of its response that are in the shared tree."""
     tail: np.ndarray = field(default_factory=lambda: np.empty(TAIL, np.int32))
     """int32 [TAIL] what it has said since, for the shared tree."""
     waiting: int = 0
     """Tokens of ``tail``."""
+    over: bool = False
+    """Is what comes behind its turn's end? That was never said."""
 
 
 @njit(cache=True)
@@ -166,7 +168,7 @@ class SuffixTree(Proposer):
             text = step.token_ids[r]
             if request.said < prompt:  # another turn of a session
                 self._tell(request)
-                request.said = prompt
+                request.said, request.over = prompt, False
             while request.said < known:
                 count = min(known - request.said, TAIL - request.waiting)
                 end = request.waiting + count
@@ -189,13 +191,14 @@ class SuffixTree(Proposer):
         return request
 
     def _tell(self, request: _Request) -> None:
-        """Let the shared tree of the request's salt grow by what it has said since."""
+        """Let the shared tree of the request's salt grow by what it has said since, up to its
+        end."""
         fresh, request.waiting = request.tail[: request.waiting], 0
-        # What is behind the end was never said.
-        ended = (i for i, token in enumerate(fresh.tolist(), 1) if token in request.ends)
-        fresh = fresh[: next(ended, len(fresh))]
-        if not len(fresh):
+        if request.over or not len(fresh):
             return
+        ended = (i for i, token in enumerate(fresh.tolist(), 1) if token in request.ends)
+        if (end := next(ended, None)) is not None:
+            fresh, request.over = fresh[:end], True
         shared = self._shared_of(request.salt)
         shared.tree.extend_ndarray(request.response, fresh)
         shared.tokens += len(fresh)
