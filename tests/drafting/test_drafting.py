@@ -128,11 +128,12 @@ def test_logits_are_transformers_own(tmp_path, family, record):
         ]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", draft_model.FAMILIES)
 def test_windows_are_the_models(tmp_path, family):
-    """Of some layers or of all, for texts below, about and beyond a window of 24 tokens."""
+    """Of some layers, of all, or of none whatever the config says, for texts below, about and
+    beyond a window of 24 tokens."""
     keys = {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1}
-    folder = save_draft(tmp_path, family, layers=3, **keys)
+    folder = save_draft(tmp_path, family, layers=4, **keys)
     run = executor(folder)
     rng = np.random.default_rng(1)
     texts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (3, 23, 24, 25, 90)]
@@ -140,14 +141,14 @@ def test_windows_are_the_models(tmp_path, family):
     assert all(run.room(name, len(text)) for name, text in zip(names, texts, strict=True))
     logits = run.begin(names, texts)
     for row, text in zip(logits, texts, strict=True):
-        torch.testing.assert_close(row, logits_of(folder, text), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(row, logits_of(folder, text), atol=1e-4, rtol=1e-4)
     chain = [torch.from_numpy(rng.integers(0, VOCAB, (len(texts), 1))) for _ in range(2)]
     for depth, tokens in enumerate(chain):
         parents = torch.full((len(texts), 1), depth - 1)
         logits = run.grow(torch.arange(len(texts)), tokens, parents)
     for r, text in enumerate(texts):
         expected = logits_of(folder, [*text, *(int(tokens[r, 0]) for tokens in chain)])
-        torch.testing.assert_close(logits[r, 0], expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[r, 0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_layers_of_another_kind_are_refused(tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ every place of theirs is tried. What is right is what computes the same as the l
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -19,38 +21,67 @@ PLACES = 4
 #: Rows that a layer is tried with, and the largest relative difference of most of them: roundings
 #: are smaller, another structure is further off.
 TRIED, TOLERANCE = 8, 0.05
-#: [PLACES] the norm at each place.
-Norms = Sequence[nn.Module | None]
 
 
 class UnknownLayers(ValueError):
     """The layers are not of the kind that can be left out or divided."""
 
 
-def parts(
-    layer: nn.Module, attends: Callable[[nn.Module], bool]
-) -> tuple[nn.Module, nn.Module, list[nn.Module]]:
-    """Return the attention, the MLP and the norms of a layer; ``attends`` knows attentions."""
-    children = list(layer.children())
-    attending = [each for each in children if attends(each)]
-    feeding = [each for each in children if each not in attending and list(each.children())]
-    bare = [each for each in children if each not in attending and each not in feeding]
-    norms = [each for each in bare if not isinstance(each, nn.Dropout | nn.Identity)]
-    if len(attending) != 1 or len(feeding) != 1 or len(norms) > PLACES:
-        raise UnknownLayers(f"{type(layer).__name__} is not an attention, an MLP and norms")
-    return attending[0], feeding[0], norms
+#: What an attention takes beside the rows.
+Given = TypeVar("Given")
 
 
-def find_places(norms: Sequence[nn.Module], agrees: Callable[[Norms], bool]) -> Norms:
-    """Return the places of ``norms`` with which the parts agree with their layer; raise
-    UnknownLayers if there are none."""
-    for order in itertools.permutations(norms):
-        for at in itertools.combinations(range(PLACES), len(order)):
-            chosen = dict(zip(at, order, strict=True))
-            placed = [chosen.get(place) for place in range(PLACES)]
-            if agrees(placed):
-                return placed
-    raise UnknownLayers("they are not attention and MLP, each behind a norm and added")
+class LayerParts(ABC, Generic[Given]):
+    """The attention, the MLP and the norms of one decoder layer.
+
+    A subclass says how the attention is called.
+    """
+
+    def __init__(self, layer: nn.Module, attends: Callable[[nn.Module], bool]):
+        """``attends`` knows attentions. Raises UnknownLayers if the modules are others."""
+        children = list(layer.children())
+        attending = [each for each in children if attends(each)]
+        feeding = [each for each in children if each not in attending and list(each.children())]
+        bare = [each for each in children if each not in attending and each not in feeding]
+        self.norms = [each for each in bare if not isinstance(each, nn.Dropout | nn.Identity)]
+        if len(attending) != 1 or len(feeding) != 1 or len(self.norms) > PLACES:
+            raise UnknownLayers(f"{type(layer).__name__} is not an attention, an MLP and norms")
+        self.attention: nn.Module | None = attending[0]
+        self.mlp: nn.Module | None = feeding[0]
+        self.placed: list[nn.Module | None] = [None] * PLACES
+        """The norm at each place."""
+
+    @abstractmethod
+    def mix(self, normed: torch.Tensor, given: Given) -> torch.Tensor:
+        """Return the attention of ``normed`` rows [..., hidden]."""
+
+    def transform(self, normed: torch.Tensor) -> torch.Tensor:
+        """Return the MLP of ``normed`` rows [..., hidden]."""
+        return self.mlp(normed)
+
+    def attend(self, rows: torch.Tensor, given: Given) -> torch.Tensor:
+        """Return A(x) of ``rows`` x [..., hidden]."""
+        before, behind, *_ = self.placed
+        out = self.mix(rows if before is None else before(rows), given)
+        return out if behind is None else behind(out)
+
+    def feed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return M(x) of ``rows`` x [..., hidden]."""
+        *_, before, behind = self.placed
+        out = self.transform(rows if before is None else before(rows))
+        return out if behind is None else behind(out)
+
+    def place(self, rows: torch.Tensor, wanted: torch.Tensor, given: Given) -> None:
+        """Put the norms where the parts make of ``rows`` what is ``wanted``, which is what the
+        layer makes of them, both [..., hidden]; raise UnknownLayers if there is no such place."""
+        for order in itertools.permutations(self.norms):
+            for at in itertools.combinations(range(PLACES), len(order)):
+                chosen = dict(zip(at, order, strict=True))
+                self.placed = [chosen.get(place) for place in range(PLACES)]
+                between = rows + self.attend(rows, given)
+                if close(between + self.feed(between), wanted):
+                    return
+        raise UnknownLayers("they are not attention and MLP, each behind a norm and added")
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:

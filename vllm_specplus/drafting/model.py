@@ -29,6 +29,11 @@ FAMILIES = (
     "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
+#: Those of them whose masks have no windows in transformers, whatever their config says: one
+#: converted from another family's may hold a ``sliding_window``.
+WITHOUT_WINDOWS = (
+    "arcee", "gemma", "glm4", "helium", "llama", "olmo", "olmo2", "olmoe", "seed_oss",
+)  # fmt: skip
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -126,54 +131,6 @@ class LayeredModel(Protocol):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
-class _Layer:
-    """The parts of one layer; those that another device holds are None."""
-
-    def __init__(self, block: nn.Module, window: int | None):
-        from vllm_specplus.drafting.layer_parts import PLACES, parts
-
-        # transformers names what attends so in every family.
-        attention, mlp, self.norms = parts(block, lambda each: "Attention" in type(each).__name__)
-        self.attention: nn.Module | None = attention
-        self.mlp: nn.Module | None = mlp
-        self.window = window
-        self.placed: list[nn.Module | None] = [None] * PLACES
-
-    def attend(self, hidden: torch.Tensor, **given: Any) -> torch.Tensor:
-        """A(x) of ``hidden`` [R, n, hidden]; what is ``given`` else goes to the attention."""
-        before, behind, *_ = self.placed
-        normed = hidden if before is None else before(hidden)
-        out = self.attention(hidden_states=normed, **given)[0]
-        return out if behind is None else behind(out)
-
-    def feed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """M(x) of ``hidden`` [R, n, hidden]."""
-        *_, before, behind = self.placed
-        out = self.mlp(hidden if before is None else before(hidden))
-        return out if behind is None else behind(out)
-
-    def place(self, block: nn.Module, rows: torch.Tensor, given: dict[str, Any]) -> None:
-        """Find the places of the norms by what ``block`` makes of ``rows`` [1, n, hidden]."""
-        from vllm_specplus.drafting.layer_parts import Norms, close, find_places
-
-        wanted = block(rows, **given)
-
-        def agrees(placed: Norms) -> bool:
-            self.placed = list(placed)
-            found = rows + self.attend(rows, **given)
-            return close(found + self.feed(found), wanted)
-
-        find_places(self.norms, agrees)
-
-    def keep(self, attention: bool, mlp: bool) -> None:
-        """Let go of the parts that another device holds."""
-        self.norms = []
-        if not attention:
-            self.attention, self.placed[:2] = None, [None, None]
-        if not mlp:
-            self.mlp, self.placed[2:] = None, [None, None]
-
-
 class DraftModel:
     """Weights on one device, layer by layer. All calls run without gradients."""
 
@@ -186,6 +143,7 @@ class DraftModel:
         from transformers import AutoModelForCausalLM
 
         from vllm_specplus.drafting.layer_parts import UnknownLayers
+        from vllm_specplus.drafting.transformers_layer import TransformersLayer
 
         read_config(folder)
         # Safetensors only: nothing in a model folder is executed.
@@ -203,7 +161,9 @@ class DraftModel:
         self._rotary, self._kinds = model.model.rotary_emb, _rotary_kinds(model.model)
         self.device, self.dtype = device, dtype
         blocks = model.model.layers
-        self.layers = [_Layer(block, _window(config, i)) for i, block in enumerate(blocks)]
+        self.layers = [
+            TransformersLayer(block, _window(config, i)) for i, block in enumerate(blocks)
+        ]
         self.num_layers = len(self.layers)
         self.attention_layers = list(range(self.num_layers))
         """Layers whose attention is here."""
@@ -237,10 +197,11 @@ class DraftModel:
         causal = self._mask(places <= places[:, None])[None, None]
         hidden = self.embed(tokens)
         for number, block in enumerate(model.model.layers):
+            layer = self.layers[number]
             given = {"position_embeddings": self._of_kind(number, rotary), "attention_mask": causal}
-            self.layers[number].place(block, hidden, given)
-            hidden = hidden + self.layers[number].attend(hidden, **given)
-            hidden = hidden + self.layers[number].feed(hidden)
+            layer.place(hidden, block(hidden, **given), given)
+            hidden = hidden + layer.attend(hidden, given)
+            hidden = hidden + layer.feed(hidden)
         if not close(self.logits(hidden)[0], known.logits[0, :, : self.vocab_size]):
             raise UnknownLayers("more than its layers goes into its logits")
 
@@ -290,12 +251,12 @@ class DraftModel:
         window = self.layers[layer].window
         if window is not None:
             mask = within(mask, window)
-        return self.layers[layer].attend(
-            hidden,
-            position_embeddings=self._of_kind(layer, rotary),
-            attention_mask=self._mask(mask),
-            past_key_values=cache,
-        )
+        given = {
+            "position_embeddings": self._of_kind(layer, rotary),
+            "attention_mask": self._mask(mask),
+            "past_key_values": cache,
+        }
+        return self.layers[layer].attend(hidden, given)
 
     def _mask(self, seen: torch.Tensor) -> torch.Tensor:
         """bool as transformers' attention takes it, which is added to logits where those are
@@ -325,7 +286,7 @@ def _rotary_kinds(model: nn.Module) -> list[str]:
 
 def _window(config: Any, layer: int) -> int | None:
     """How many positions a layer of transformers' ``config`` sees; None: all."""
-    if not getattr(config, "use_sliding_window", True):
+    if config.model_type in WITHOUT_WINDOWS or not getattr(config, "use_sliding_window", True):
         return None
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer] != "sliding_attention":

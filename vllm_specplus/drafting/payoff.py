@@ -97,8 +97,8 @@ class Payoff:
         self._drafted: DraftedTrees | None = None
 
     def learn(self, step: StepContext, interval: float) -> None:
-        """What became of the last trees, if there were any; ``interval``: seconds since the last
-        step began."""
+        """Credit the sources with what became of the last trees, if there were any; ``interval``:
+        seconds since the last step began."""
         trees, self._drafted = self._drafted, None
         if trees is not None and self._learn(trees, step, interval):
             self._judge()
@@ -106,8 +106,8 @@ class Payoff:
     def drafted(
         self, step: StepContext, times: np.ndarray, drafts: DraftBatch, finders: np.ndarray
     ) -> None:
-        """The sources took ``times`` float64 [M] seconds; their fused trees, and a bit for each
-        source that found the node, int32 [N]."""
+        """Remember the fused trees ``drafts``; the sources took ``times`` float64 [M] seconds, and
+        ``finders`` int32 [N] has a bit for each source that found the node."""
         self._times[:] = times
         starts = np.zeros(len(drafts.counts) + 1, np.int32)
         np.cumsum(drafts.counts, out=starts[1:])

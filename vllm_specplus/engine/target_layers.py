@@ -21,18 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models import supports_multimodal
 
 from vllm_specplus.drafting.cache import PagedCache
-from vllm_specplus.drafting.layer_parts import (
-    PLACES,
-    TOLERANCE,
-    TRIED,
-    Norms,
-    UnknownLayers,
-    close,
-    find_places,
-    parts,
-)
+from vllm_specplus.drafting.layer_parts import TOLERANCE, TRIED, LayerParts, UnknownLayers, close
 
 
 class _DraftAttention(nn.Module):
@@ -83,12 +75,13 @@ class _Echo(nn.Module):
         return query + by_head.repeat_interleave(self._group, -2).flatten(-2)
 
 
-class _Block:
-    """The parts of one layer of the target."""
+class _Block(LayerParts[torch.Tensor]):
+    """The parts of one layer of the target; its attention is given positions, int64 [n]."""
 
-    def __init__(self, number: int, layer: nn.Module):
+    def __init__(self, number: int, layer: nn.Module, context: Callable[[], Any]):
+        """``context``: of vLLM's forward passes, which layers of experts ask for."""
+        super().__init__(layer, _attends)
         self.layer = layer
-        self.attention, self.mlp, self.norms = parts(layer, _attends)
         self._name, stock = _own_attention(self.attention)
         # A twin of the module: the same projections and norms, another attention.
         self._twin = copy.copy(self.attention)
@@ -98,31 +91,25 @@ class _Block:
         self._asks = inspect.signature(self.attention.forward).parameters
         self._echo = _Echo(stock)
         # By the package: the class has another name in every vLLM.
-        self._experts = any(".fused_moe." in type(each).__module__ for each in self.mlp.modules())
-        self.placed: Norms = [None] * PLACES
+        experts = any(".fused_moe." in type(each).__module__ for each in self.mlp.modules())
+        self._context = context if experts else contextlib.nullcontext
 
-    def attend(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """A(x) of ``rows`` x [n, hidden] at ``positions`` int64 [n]."""
-        before, behind, *_ = self.placed
-        normed = rows if before is None else before(rows)
-        where = {"positions": positions} if "positions" in self._asks else {}
-        out = self._twin(hidden_states=normed, **where)
-        return out if behind is None else behind(out)
+    def mix(self, normed: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Return the attention of ``normed`` [n, hidden]."""
+        where = {"positions": given} if "positions" in self._asks else {}
+        return self._twin(hidden_states=normed, **where)
 
-    def feed(self, rows: torch.Tensor, context: Callable[[], Any]) -> torch.Tensor:
-        """M(x) of ``rows`` x [n, hidden]; layers of experts run in vLLM's forward ``context``."""
-        *_, before, behind = self.placed
-        normed = rows if before is None else before(rows)
-        with context() if self._experts else contextlib.nullcontext():
-            out = self.mlp(normed)
-        return out if behind is None else behind(out)
+    def transform(self, normed: torch.Tensor) -> torch.Tensor:
+        """Return the MLP of ``normed`` [n, hidden]."""
+        with self._context():
+            return self.mlp(normed)
 
-    def place(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
-        """Find the places of the norms by what the layer makes of ``rows``; raise UnknownLayers if
-        there are none."""
+    def find_places(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        """Place the norms by what vLLM's layer makes of ``rows``; raise UnknownLayers if they have
+        no places."""
         wanted = self._by_the_layer(rows, positions)
         with _replaced(self._twin, self._name, self._echo):
-            find_places(self.norms, lambda placed: self._agrees(placed, rows, positions, wanted))
+            self.place(rows, wanted, positions)
 
     def _by_the_layer(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What vLLM's layer computes, with an attention that mixes no rows."""
@@ -134,14 +121,6 @@ class _Block:
                 return out if isinstance(out, torch.Tensor) else sum(out)
             except TypeError as error:
                 raise UnknownLayers(f"vLLM calls its layers otherwise ({error})") from None
-
-    def _agrees(
-        self, placed: Norms, rows: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
-    ) -> bool:
-        """With norms so ``placed``, which stay there."""
-        self.placed = placed
-        found = rows + self.attend(rows, positions)
-        return close(found + self.feed(found, contextlib.nullcontext), wanted)
 
 
 def _attends(module: nn.Module) -> bool:
@@ -192,16 +171,20 @@ class TargetLayers:
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig):
         config = vllm_config.model_config
-        self._model, self._config = model, vllm_config
+        family = type(model).__name__
+        self._config = vllm_config
         try:
-            self._inner = model.model
-            self._blocks = [_Block(i, layer) for i, layer in enumerate(self._inner.layers)]
+            if supports_multimodal(model):  # drafts go on from text
+                model = model.get_language_model()
+            self._inner, self._logits = model.model, model.compute_logits
+            layers = enumerate(self._inner.layers)
+            self._blocks = [_Block(i, layer, self._context) for i, layer in layers]
             self.device, self.dtype = next(model.parameters()).device, config.dtype
             with torch.inference_mode(), self._context():
                 self._check(config.get_hidden_size())
-        except (AttributeError, UnknownLayers) as error:
+        except (AttributeError, NotImplementedError, UnknownLayers) as error:
             raise UnknownLayers(
-                f"vllm-specplus cannot draft with the layers of {type(model).__name__}: {error}; "
+                f"vllm-specplus cannot draft with the layers of {family}: {error}; "
                 f"use a method that does not, such as 'token_recycling'"
             ) from None
         self.num_layers = len(self._blocks)
@@ -221,19 +204,23 @@ class TargetLayers:
         rows = torch.randn(TRIED, size, generator=draws).to(self.device, self.dtype)
         positions = torch.arange(TRIED, device=self.device)
         for block in self._blocks:
-            block.place(rows, positions)
+            block.find_places(rows, positions)
         if len({(each.drafts.kv_heads, each.drafts.head_dim) for each in self._blocks}) > 1:
             raise UnknownLayers("their KV heads differ")
         caught, tokens = _Caught(), positions.to(torch.int32)
         layers = nn.ModuleList([caught] * len(self._blocks))
         with _replaced(self._inner, "layers", layers):
             # Of the class: what vLLM has compiled would run the layers.
-            type(self._inner).forward(self._inner, tokens, positions, None, None)
+            out = type(self._inner).forward(self._inner, tokens, positions, None, None)
         embedded = self._inner.embed_input_ids(tokens).float()
         self._factor = float((caught.hidden.float() * embedded).sum() / embedded.square().sum())
         difference = caught.hidden.float() - self._factor * embedded
         if not difference.norm() < TOLERANCE * caught.hidden.float().norm():
             raise UnknownLayers("more than their embeddings goes into them")
+        # Of some models the last norm belongs to the output layer.
+        self._norm = self._inner.norm if close(out, self._inner.norm(caught.hidden)) else None
+        if self._norm is None and not close(out, caught.hidden):
+            raise UnknownLayers("more than a norm is behind them")
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[R, n] -> [R, n, hidden]."""
@@ -260,13 +247,15 @@ class TargetLayers:
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """As ``DraftModel.mlp``."""
-        return self._blocks[layer].feed(hidden.flatten(0, 1), self._context).view_as(hidden)
+        return self._blocks[layer].feed(hidden.flatten(0, 1)).view_as(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> float32 [..., vocab_size]."""
-        return self.output(self._inner.norm(hidden.flatten(0, -2))).view(*hidden.shape[:-1], -1)
+        rows = hidden.flatten(0, -2)
+        normed = rows if self._norm is None else self._norm(rows)
+        return self.output(normed).view(*hidden.shape[:-1], -1)
 
     def output(self, normed: torch.Tensor) -> torch.Tensor:
         """The output layer alone: [..., hidden] -> float32 [..., vocab_size]."""
         rows = normed.flatten(0, -2)
-        return self._model.compute_logits(rows).float().view(*normed.shape[:-1], -1)
+        return self._logits(rows).float().view(*normed.shape[:-1], -1)

@@ -7,6 +7,7 @@ built.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -96,6 +97,23 @@ def gather_kv(
     return out[0], out[1]
 
 
+def _by_request(
+    rows: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    ancestors: torch.Tensor,
+) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
+    """Yields each request's number, which of the tree rows are its n, where these are among the
+    batch's rows, int64 [n], and what they see of its context and of each other, bool [n, S]."""
+    starts = query_start_loc.tolist()
+    for r, context in enumerate(context_lens.tolist()):
+        own = slice(starts[r], starts[r + 1])
+        n = own.stop - own.start
+        visible = torch.ones(n, context + n, dtype=torch.bool)
+        visible[:, context:] = ancestors[own, :n]
+        yield r, own, rows[own], visible
+
+
 def packed_tree_attention_reference(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -131,26 +149,22 @@ def packed_tree_attention_reference(
     ``scale``; the rest as in ``engine.attention.base.TreeAttentionMetadata``. ``depths`` are needed
     for windows, chunks and slopes only.
     """
-    starts = query_start_loc.tolist()
-    for r, context in enumerate(context_lens.tolist()):
-        row = rows[starts[r] : starts[r + 1]]
-        n = len(row)
-        k, v = gather_kv(kv_cache, block_table[r], context + n, layout)
+    for r, own, row, visible in _by_request(rows, query_start_loc, context_lens, ancestors):
+        n, total = visible.shape
+        k, v = gather_kv(kv_cache, block_table[r], total, layout)
         if fp8 is not None:
             k, v = k.contiguous().view(fp8), v.contiguous().view(fp8)
         group = query.shape[1] // k.shape[0]
         q = query[row].transpose(0, 1).float()  # [query heads, n, D]
         k = k.float().repeat_interleave(group, 0)
         v = v.float().repeat_interleave(group, 0)
-        visible = torch.ones(n, context + n, dtype=torch.bool)
-        visible[:, context:] = ancestors[starts[r] : starts[r + 1], :n]
         if first is not None:
             visible[:, : int(first[r])] = False
-        own = None if depths is None else context + depths[starts[r] : starts[r + 1]]
+        at = None if depths is None else total - n + depths[own]
         scores = masked_scores(
-            q @ k.transpose(1, 2) * scale, visible, own, window, chunk, soft_cap, slopes, sinks
+            q @ k.transpose(1, 2) * scale, visible, at, window, chunk, soft_cap, slopes, sinks
         )
-        weights = scores.softmax(-1)[..., : context + n]
+        weights = scores.softmax(-1)[..., :total]
         output[row] = (weights @ v * value_scale).transpose(0, 1).to(output.dtype)
 
 
@@ -173,14 +187,10 @@ def latent_tree_attention_reference(
     elements; ``output`` [batch rows, heads, V]; the rest as in
     :func:`packed_tree_attention_reference`.
     """
-    starts, block_size = query_start_loc.tolist(), latents.shape[1]
-    for r, context in enumerate(context_lens.tolist()):
-        row = rows[starts[r] : starts[r + 1]]
-        n = len(row)
-        pages = block_table[r, : -(-(context + n) // block_size)].long()
-        keys = latents[pages].flatten(0, 1)[: context + n].float()
-        visible = torch.ones(n, context + n, dtype=torch.bool)
-        visible[:, context:] = ancestors[starts[r] : starts[r + 1], :n]
+    for r, _, row, visible in _by_request(rows, query_start_loc, context_lens, ancestors):
+        total = visible.shape[1]
+        pages = block_table[r, : -(-total // latents.shape[1])].long()
+        keys = latents[pages].flatten(0, 1)[:total].float()
         scores = query[row].transpose(0, 1).float() @ keys.T * scale
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         output[row] = (weights @ keys[:, : output.shape[-1]]).transpose(0, 1).to(output.dtype)

@@ -286,10 +286,11 @@ def check_launch(supports: frozenset[Need], context_parallel: int) -> None:
         _require(Need.REFERENCE_WINDOW, supports)
 
 
-class TreeAttention:
-    """Mixin before a stock implementation: attends to the tree rows of a batch apart.
+class TreePath:
+    """Mixin before a stock implementation: how the tree rows of a batch are attended to.
 
-    A subclass states what it ``supports`` and implements :meth:`_tree_forward`.
+    One subclass calls :meth:`_tree_forward` in place of the stock attention; a further one
+    implements it and states what it ``supports``.
     """
 
     supports: ClassVar[frozenset[Need]]
@@ -298,6 +299,34 @@ class TreeAttention:
         check_arguments(super().__init__, self.supports, args, kwargs)
         super().__init__(*args, **kwargs)
         check_launch(self.supports, self.dcp_world_size)
+
+    def _tree_forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tree: TreeAttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Write the attention of the tree's rows into ``output`` [n, H, D], of latents
+        [n, H, kv_lora_rank]."""
+        raise NotImplementedError
+
+    def features(self, layer: Any) -> tuple:
+        """Return what selects other variants of compiled kernels, besides sizes."""
+        return ()
+
+    def forget_weights(self) -> None:
+        """Take anew what was copied of the layer's weights; nothing, if nothing is."""
+
+    def warm_up(self, layer: Any, dtype: torch.dtype, max_rows: int) -> None:
+        """Compile or load what attends to trees of up to ``max_rows`` rows, whose queries have
+        ``dtype``."""
+        raise NotImplementedError
+
+
+class TreeAttention(TreePath):
+    """Of keys and values by head: attends to the tree rows of a batch apart."""
 
     def forward(
         self, layer, query, key, value, kv_cache, attn_metadata, output,
@@ -319,29 +348,6 @@ class TreeAttention:
             output.index_copy_(0, tree.other_rows, other_output.view(-1, *output.shape[1:]))
         self._tree_forward(layer, query, kv_cache, tree, output)
         return output
-
-    def _tree_forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        tree: TreeAttentionMetadata,
-        output: torch.Tensor,
-    ) -> None:
-        """Write the attention of the tree's rows into ``output``."""
-        raise NotImplementedError
-
-    def features(self, layer: Any) -> tuple:
-        """Return what selects other variants of compiled kernels, besides sizes."""
-        return ()
-
-    def forget_weights(self) -> None:
-        """Take anew what was copied of the layer's weights; nothing, if nothing is."""
-
-    def warm_up(self, layer: Any, dtype: torch.dtype, max_rows: int) -> None:
-        """Compile or load what ``forward`` runs on trees of up to ``max_rows`` rows, whose queries
-        have ``dtype``."""
-        raise NotImplementedError
 
 
 class PictureAttention:

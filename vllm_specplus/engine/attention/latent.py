@@ -12,18 +12,13 @@ as a request of its own that ends with it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from vllm.model_executor.layers.attention.mla_attention import QueryLenSupport
 
 from vllm_specplus.capabilities import Need
-from vllm_specplus.engine.attention.base import (
-    TreeAttentionMetadata,
-    check_arguments,
-    check_launch,
-    tree_metadata,
-)
+from vllm_specplus.engine.attention.base import TreePath, tree_metadata
 
 #: What is served with latents: no option of theirs is.
 SUPPORTS = frozenset((Need.LATENT_ATTENTION,))
@@ -59,18 +54,10 @@ class RowsAsRequests:
         )  # fmt: skip
 
 
-class LatentTreeAttention:
-    """Mixin before a stock implementation: attends to the tree rows of a batch apart.
-
-    A subclass implements :meth:`_tree_forward`.
-    """
+class LatentTreeAttention(TreePath):
+    """Of latents: attends to the tree rows of a batch apart."""
 
     supports = SUPPORTS
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_arguments(super().__init__, self.supports, args, kwargs)
-        super().__init__(*args, **kwargs)
-        check_launch(self.supports, self.dcp_world_size)
 
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
         """Attend as in the stock implementation: ``q`` [n, H, D], or its two parts, of n rows that
@@ -96,25 +83,3 @@ class LatentTreeAttention:
             output[others], _ = super().forward_mqa(q[others], kv_c_and_k_pe_cache, alone, layer)
         self._tree_forward(layer, q, kv_c_and_k_pe_cache, tree, output)
         return output, None
-
-    def _tree_forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        tree: TreeAttentionMetadata,
-        output: torch.Tensor,
-    ) -> None:
-        """Write the attention of the tree's rows into ``output`` [n, H, kv_lora_rank]."""
-        raise NotImplementedError
-
-    def features(self, layer: Any) -> tuple:
-        """Return what selects other variants of compiled kernels, besides sizes: nothing."""
-        return ()
-
-    def forget_weights(self) -> None:
-        """Take anew what was copied of the layer's weights: nothing is."""
-
-    def warm_up(self, layer: Any, dtype: torch.dtype, max_rows: int) -> None:
-        """Compile or load what ``forward_mqa`` runs on trees of up to ``max_rows`` rows."""
-        raise NotImplementedError
