@@ -101,15 +101,15 @@ def answered(ledger: Ledger, name: str, seconds: list[float], prompts: list[floa
 
 
 def usual(ledger: Ledger, tokens: int) -> float:
-    """Of a request with ``tokens`` tokens behind its first."""
+    """Seconds, of a request with ``tokens`` tokens behind its first, one alone taking 1."""
     ledger.produced(["new"], i32(6), i32(5))
     ledger.took(1.0, 1.0, 0.0)
     if tokens:
         ledger.produced(["new"], i32(6 + tokens), i32(5))
         ledger.took(1.0, 1.0, 0.0)
-    found = float(ledger.accounts(["new"]).usual[0])
+    account = ledger.accounts(["new"])
     ledger.forget("new")
-    return found
+    return float(account.usual[0] * (account.alone[0] + 1.0))
 
 
 def test_what_is_usual_is_told_from_requests_of_the_same_age():
@@ -144,3 +144,21 @@ def test_less_is_usual_where_the_slow_ones_have_become_slower():
         reading = 3.0 if i % 2 else 0.0
         answered(ledger, f"t{i}", [1.0 + reading] * 2, [reading] * 2)
     assert ledger._quantile == HIGHEST
+
+
+def test_what_is_usual_does_not_hang_on_the_load():
+    """Steps become four times as short: what took twice as long as alone still does."""
+    ledger = Ledger()
+    for i in range(FEWEST):
+        answered(ledger, f"r{i}", [8.0, 8.0], [4.0, 4.0], plain=4.0)
+    assert usual(ledger, 1) == pytest.approx(2 * 2.0)
+
+
+def test_who_comes_first_is_not_usual():
+    """As many prompts as in a burst, before anybody has ended."""
+    ledger = Ledger()
+    names = [f"r{i}" for i in range(2 * FEWEST)]
+    for known in (6, 7):
+        ledger.produced(names, np.full(len(names), known, np.int32), None)
+        ledger.took(9.0, 1.0, 8.0)
+    assert not ledger.accounts(names).usual.any()

@@ -3,6 +3,9 @@
 Drafts make a step longer for everybody in it, and only those whose drafts come true get more
 tokens for it: a request whose drafts fail pays for its neighbours' rows. How much it has paid is
 what it took so far less what plain decoding would have taken for as many tokens.
+
+Requests of different times are compared by how much longer they took than decoding alone, without
+the prompts that others have read: load changes, and seconds with it.
 """
 
 from __future__ import annotations
@@ -18,13 +21,13 @@ from vllm_specplus.control.slots import RequestSlots
 GAIN_NEWEST = 0.05
 #: Requests of one age that it is told from what is usual, at least and at most; ages are powers of
 #: two in tokens.
-FEWEST, MOST = 16, 256
+FEWEST, MOST = 16, 64
 AGES = 16
 #: What is usual is a quantile, at first the median. It follows from the latest requests, after
-#: every so many of which their tails are compared: the seconds per token that they took and would
-#: have taken undrafted, at this quantile. A step down where they took longer, else up.
+#: every so many of which their tails are compared: what they took and would have taken undrafted,
+#: at this quantile. A step down where they took longer, else up.
 LOWEST, FIRST, HIGHEST = 0.0, 0.5, 0.8
-LATEST, COMPARED_EVERY, TAIL = 256, 8, 0.95
+LATEST, COMPARED_EVERY, TAIL = 128, 8, 0.95
 DOWN, UP = 0.1, 0.025
 
 
@@ -38,9 +41,11 @@ class Accounts:
     """float64 [R] seconds they took."""
     plain: np.ndarray
     """float64 [R] seconds plain decoding would have taken for them, as predicted."""
+    alone: np.ndarray
+    """float64 [R] the same if nobody had read a prompt."""
     usual: np.ndarray
-    """float64 [R] seconds that plain decoding takes a request for as many tokens and one more, if
-    it is as slow as may be; 0 as long as that is not known."""
+    """float64 [R] how many times as long as alone plain decoding takes a request for as many
+    tokens and one more, if it is as slow as may be; 0 as long as that is not known."""
 
 
 class Ledger:
@@ -48,14 +53,15 @@ class Ledger:
     start of the next one."""
 
     def __init__(self) -> None:
-        # Tokens known at the last step, tokens behind the first one, seconds spent, plain seconds.
-        self._slots = RequestSlots((), (), (), ())
+        # Tokens known at the last step, tokens behind the first one, seconds spent, plain seconds,
+        # those without prompts.
+        self._slots = RequestSlots((), (), (), (), ())
         # Who gained how many tokens since the last booking; None: the step was not looked at.
         self._step: tuple[list[str], np.ndarray] | None = None
         self._unbooked = np.zeros(4)  # seconds, plain, prompts, steps
         self._gain = 1.0  # tokens per request and step
         self._ages = [_Age() for _ in range(AGES)]
-        # Of the latest requests, seconds per token: as they took, and undrafted.
+        # Of the latest requests, how many times as long as alone: as they took, and undrafted.
         self._ended = np.zeros((2, LATEST))
         self._count = 0
         self._quantile = FIRST
@@ -93,39 +99,41 @@ class Ledger:
         slots = self._slots.find(names)
         here = slots >= 0
         slots, gained = slots[here], gained[here]
-        _, tokens, spent, undrafted = self._slots.arrays
+        _, tokens, spent, undrafted, alone = self._slots.arrays
         before = _age(tokens[slots])
         tokens[slots] += gained
         spent[slots] += seconds
         undrafted[slots] += gained * (plain + prompts / self._gain) / steps
+        alone[slots] += gained * plain / steps
         after = _age(tokens[slots])
         for i in np.flatnonzero(after > before).tolist():
-            self._ages[after[i]].add(undrafted[slots[i]] / tokens[slots[i]], self._quantile)
+            self._ages[after[i]].add(undrafted[slots[i]] / alone[slots[i]], self._quantile)
 
     def accounts(self, request_ids: Sequence[str]) -> Accounts:
         """The requests' accounts up to the last step booked; zeros of those it does not know."""
         slots = self._slots.find(request_ids)
         known = slots >= 0
-        tokens, spent, plain = (
+        tokens, spent, plain, alone = (
             np.where(known, array[slots], 0.0) for array in self._slots.arrays[1:]
         )
-        per_token = np.array([age.usual for age in self._ages])
-        # Where too few have come to an age, what is known of a younger one has to do.
-        known_ages = np.maximum.accumulate(np.where(per_token > 0, np.arange(AGES), 0))
-        return Accounts(
-            tokens, spent, plain, per_token[known_ages[_age(tokens + 1)]] * (tokens + 1)
-        )
+        usual = np.zeros(len(tokens))
+        if self._count >= FEWEST:  # before any have ended, those that have come first are not usual
+            of_ages = np.array([age.usual for age in self._ages])
+            # Where too few have come to an age, what is known of a younger one has to do.
+            known_ages = np.maximum.accumulate(np.where(of_ages > 0, np.arange(AGES), 0))
+            usual = of_ages[known_ages[_age(tokens + 1)]]
+        return Accounts(tokens, spent, plain, alone, usual)
 
     def forget(self, request_id: str) -> None:
         """The request is gone, and its account with it."""
         account = self.accounts([request_id])
         if account.tokens[0]:
-            self._compare(np.array([account.spent[0], account.plain[0]]) / account.tokens[0])
+            self._compare(np.array([account.spent[0], account.plain[0]]) / account.alone[0])
         self._slots.forget(request_id)
 
-    def _compare(self, seconds_per_token: np.ndarray) -> None:
+    def _compare(self, took_and_undrafted: np.ndarray) -> None:
         """Are the slow requests slower than they would be undrafted? Then less is admitted."""
-        self._ended[:, self._count % LATEST] = seconds_per_token
+        self._ended[:, self._count % LATEST] = took_and_undrafted
         self._count += 1
         if self._count >= FEWEST and self._count % COMPARED_EVERY == 0:
             latest = self._ended[:, : min(self._count, LATEST)]
@@ -136,19 +144,20 @@ class Ledger:
 
 
 class _Age:
-    """What the latest requests would have taken per token, undrafted, when they came to one age."""
+    """How many times as long as alone the latest requests would have taken, undrafted, when they
+    came to one age."""
 
     def __init__(self) -> None:
         self.usual = 0.0
-        """Seconds per token, at some quantile; 0 while too few have come to that age."""
-        self._seconds = np.empty(MOST)
+        """At some quantile; 0 while too few have come to that age."""
+        self._times = np.empty(MOST)
         self._count = 0
 
-    def add(self, seconds_per_token: float, quantile: float) -> None:
-        self._seconds[self._count % MOST] = seconds_per_token
+    def add(self, times: float, quantile: float) -> None:
+        self._times[self._count % MOST] = times
         self._count += 1
         if self._count >= FEWEST and self._count % COMPARED_EVERY == 0:
-            self.usual = float(np.quantile(self._seconds[: min(self._count, MOST)], quantile))
+            self.usual = float(np.quantile(self._times[: min(self._count, MOST)], quantile))
 
 
 def _age(tokens: np.ndarray) -> np.ndarray:

@@ -68,7 +68,8 @@ class Latency(Throughput):
     def limits(self, step: StepContext, plain: float, prompt: float) -> Limits | None:
         accounts = self._ledger.accounts(step.request_ids)
         # With the token that the step brings, whatever else it brings.
-        admitted = np.maximum(accounts.plain + plain, accounts.usual)
+        usual = accounts.usual * (accounts.alone + plain)
+        admitted = np.maximum(accounts.plain + plain, usual)
         left = (1.0 + self.MARGIN) * admitted - accounts.spent
         return Limits(np.maximum(left, plain), np.full(len(left), plain))
 
