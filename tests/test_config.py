@@ -93,9 +93,9 @@ def test_mistakes_are_one_sentence(keys, words):
         ({"method": "rasd", "sources": []}, "'sources' is []: list should have at least 1 item"),
         (
             {"method": "rasd", "sources": ["ngram"]},
-            "holds 'ngram' (allowed: draft_tree, early_exit",
+            "holds 'ngram' (allowed: draft_tree, eagle_tree",
         ),
-        ({"method": "rasd", "sources": ["rasd"]}, "holds 'rasd' (allowed: draft_tree, early_exit"),
+        ({"method": "rasd", "sources": ["rasd"]}, "holds 'rasd' (allowed: draft_tree, eagle_tree"),
         ({"method": "rasd", "sources": [{"top_k": 3}]}, "'sources' holds {'top_k': 3}"),
         ({"method": "rasd", "sources": ["rest"]}, "for 'rest': 'datastore' is missing"),
         ({"method": "rasd", "sources": ["suffix_tree"] * 2}, "names 'suffix_tree' twice"),

@@ -90,6 +90,28 @@ def test_greedy_text_is_the_same(tmp_path, tiny_engine, mixed_requests, single, 
         assert counters["nodes_accepted"] > 2 * counters["request_steps"]
 
 
+@pytest.mark.parametrize("control", [FIXED, GOODPUT], ids=["fixed", "goodput"])
+def test_a_head_is_a_source_of_rasd(
+    tmp_path, tiny_engine, mixed_requests, single, plain_single, control
+):
+    """Beside what is looked up."""
+    target, head = single
+    sources = ["token_recycling", "suffix_tree", {"method": "eagle_tree", "model": head}]
+    speculative = {
+        "method": "rasd", "sources": sources, "num_speculative_tokens": 16, "control": control
+    }  # fmt: skip
+    result = harness.run(
+        tmp_path, tiny_engine | {"model": target, "speculative_config": speculative},
+        [{"requests": mixed_requests}] * 2, "fixed_prices",
+    )  # fmt: skip
+    assert harness.ids(result) == harness.ids(plain_single)
+    assert harness.ids(result, 1) == harness.ids(plain_single, 1)
+    counters = result["counters"]
+    assert counters["draft_failures"] == 0
+    # The head is nearly always right, the others know little of the text.
+    assert counters["nodes_accepted"] > counters["request_steps"] * (2 if control is FIXED else 0.5)
+
+
 @pytest.mark.parametrize("generation", [1, 3])
 def test_greedy_text_is_the_same_with_a_head_that_is_wrong(
     tmp_path, tiny_engine, mixed_requests, plain, tiny_model, generation

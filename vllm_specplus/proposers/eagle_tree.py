@@ -38,7 +38,6 @@ class EagleTreeConfig(ShapedDraftConfig):
         Need.KV_GROUPS,
         Need.MROPE,
     }
-    fuses: ClassVar[bool] = False
 
     method: Literal["eagle_tree"] = "eagle_tree"
     model: str

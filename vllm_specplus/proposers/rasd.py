@@ -141,6 +141,15 @@ class Rasd(Proposer):
         self.members = sorted(members, key=lambda m: (m.config.retrieves, m.rule is None))
         self.top_k = max(member.top_k for member in self.members)
         self.reads_prompt = any(member.reads_prompt for member in self.members)
+        reading = [member for member in self.members if member.reads_hidden]
+        self.reads_hidden = bool(reading)
+        for member in reading:
+            self.hidden_layers = member.hidden_layers
+            if member.hidden_layers != reading[0].hidden_layers:
+                raise ValueError(
+                    f"'sources': {reading[0].config.method!r} and {member.config.method!r} read "
+                    f"hidden states of different layers: leave one of them out"
+                )
         for member in self.members:
             member.tells_next = member.config.knows_next and config.prune > 0
         self._fusion = Fusion([member.sources for member in self.members])
@@ -234,6 +243,13 @@ class Rasd(Proposer):
 
     def held_bytes(self) -> int:
         return sum(member.held_bytes() for member in self.members)
+
+    def slot_bytes(self) -> int:
+        return sum(member.slot_bytes() for member in self.members)
+
+    def share_pages(self, pages: int, page: int, max_requests: int) -> None:
+        for member in self.members:
+            member.share_pages(pages, page, max_requests)
 
     def close(self) -> None:
         for member in self.members:
