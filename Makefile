@@ -26,7 +26,10 @@ check: lint types
 test: setup
 	$(PYTEST) $(IN_PARALLEL) $(PYTEST_ARGS)
 
+# Beside a CPU build of torch, torchvision breaks what imports it: it stays apart, for some tests.
 full: setup
+	@test -d build/torchvision || $(BIN)/python -m pip install --quiet --no-deps \
+		--target build/torchvision torchvision==0.28.0
 	$(PYTEST) $(IN_PARALLEL) --full $(PYTEST_ARGS)
 
 engine-test: setup

@@ -6,6 +6,7 @@ every family with a config.json of its architecture in small sizes.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,13 @@ CPU vLLM reads whole prompts for it, and its rotary kernel takes the heads from 
 answers of `--enforce-eager` depend on what else is in the batch); engines of ours rotate in torch,
 as compiled ones do.
 
+Models that see pictures are run with pictures of several sizes (`tests/engine/test_pictures.py`):
+LLaVA, Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Self-speculation serves those whose rotary positions have
+one axis; pruning video frames (`--video-pruning-rate`) is refused. mimo and minicpm are run with
+the config of a family like theirs, as transformers has none of their own. A CPU build of vLLM runs
+neither values of another size than the keys (MiMo-V2) nor square roots of ALiBi distances (Step-1);
+engines of ours refuse both.
+
 `vllm-specplus doctor --model DIR` says the same of your model.
 
 | family | architecture | needs | `token_recycling` | `eagle_tree` | `layer_skip` |
@@ -78,10 +86,12 @@ def families(root: Path) -> Iterator[tuple[str, str, list[str], dict[str, str | 
             gaps = capabilities.gaps(
                 found, "it", attention=attention, method=registry.config_class(method).supports
             )
-            if not gaps and method == "eagle_tree" and family not in FAMILIES:
+            known = family in FAMILIES and name not in folders.STAND_INS
+            if not gaps and method == "eagle_tree" and not known:
                 gaps = [f"heads are known for targets of type {', '.join(FAMILIES)} only"]
             # What their configs refuse once they see the target, which is not built here.
-            if not gaps and method != "token_recycling" and Need.SLIDING_WINDOW in needed:
+            windows = Need.SLIDING_WINDOW in needed and not mixes_windows(root / name)
+            if not gaps and method != "token_recycling" and windows:
                 gaps = ["it reads whole texts in the KV cache, which keeps a window of them"]
             if not gaps and method == "layer_skip" and Need.FP8_KV in needed:
                 gaps = ["it reads the target's keys and values as they were computed"]
@@ -93,6 +103,12 @@ def families(root: Path) -> Iterator[tuple[str, str, list[str], dict[str, str | 
                 ]
             answers[method] = gaps[0] if gaps else None
         yield name, architecture, [need.what.split(",")[0] for need in needed], answers
+
+
+def mixes_windows(folder: Path) -> bool:
+    """Have some layers windows and others not?"""
+    config = json.loads((folder / "config.json").read_text())
+    return len(set(config.get("layer_types") or ())) > 1
 
 
 def page() -> str:

@@ -25,6 +25,9 @@ MLA = {
     "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     "num_key_value_heads": 16,
 }  # fmt: skip
+EXPERTS_BESIDE_ONE = {
+    "moe_num_experts": 4, "moe_top_k": 2, "moe_intermediate_size": 64, "share_expert_dim": 64,
+}  # fmt: skip
 VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "embed_dim": 32}
 
 #: name -> (architecture, model_type, what is different from TEXT, vision config).
@@ -141,6 +144,16 @@ MODELS |= {
             LOCAL_EXPERTS | {"shared_intermediate_size": 64},
         ),
         "hunyuan": ("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", {}),
+        "mimo": ("MiMoForCausalLM", "qwen2", {}),
+        "minicpm": (
+            "MiniCPMForCausalLM", "llama",
+            {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+        ),
+        "minicpm3": (
+            "MiniCPM3ForCausalLM", "minicpm3",
+            {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
+             "qk_rope_head_dim": 32, "num_key_value_heads": 16, "head_dim": None},
+        ),
         "ministral3": ("Ministral3ForCausalLM", "ministral3", {}),
         "nemotron": ("NemotronForCausalLM", "nemotron", {}),
         "olmo": ("OlmoForCausalLM", "olmo", {}),
@@ -156,14 +169,34 @@ MODELS |= {
         "smollm3": ("SmolLM3ForCausalLM", "smollm3", {"pad_token_id": 0}),
         "stablelm": ("StableLmForCausalLM", "stablelm", {"head_dim": None}),
         "starcoder2": ("Starcoder2ForCausalLM", "starcoder2", {"sliding_window": 64}),
+        "step3_text": (
+            "Step3TextForCausalLM", "step3_text",
+            EXPERTS_BESIDE_ONE | {
+                "num_attention_groups": 1, "num_key_value_heads": 1, "share_q_dim": 128,
+                "max_position_embedding": 65536, "moe_layers_enum": "1,2,3",
+            },
+        ),
+        "step3p5": (
+            "Step3p5ForCausalLM", "step3p5",
+            EXPERTS_BESIDE_ONE | {
+                "num_attention_groups": 8, "sliding_window": 64, "layer_types": FOUR_LAYERS,
+                "use_head_wise_attn_gate": True, "rope_theta": 10000.0,
+                # Else vLLM takes transformers' table of rotary settings by layer for one of them.
+                "yarn_only_types": ["no_layer"],
+            },
+        ),
         "vaultgemma": ("VaultGemmaForCausalLM", "vaultgemma", {"sliding_window": 64}),
     }.items()
 }  # fmt: skip
+#: Those that transformers does not know: vLLM makes their weights (``drawn_weights.py``).
+DRAWN = ("mimo", "minicpm", "step3_text", "step3p5")
+#: Whose config is of a family like theirs, for want of their own.
+STAND_INS = ("mimo", "minicpm")
 #: Whose layers self-speculation can leave out (``engine/target_layers.py``); others are refused.
 LAYERS_APART = (
     "apertus", "ernie4_5", "ernie4_5_moe", "gemma", "glm4", "glm4_moe", "granite", "granitemoe",
-    "llama3", "ministral3", "mistral", "mixtral", "nemotron", "olmoe", "phi4", "qwen2", "qwen2_moe",
-    "qwen3", "qwen3_moe",
+    "llama3", "mimo", "ministral3", "mistral", "mixtral", "nemotron", "olmoe", "phi4", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "step3p5",
 )  # fmt: skip
 FP8_KV = {
     "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {},
@@ -181,24 +214,31 @@ MARKS = (
 def make(root: Path, name: str, weights: bool = False) -> Path:
     """Write the folder of one model, unless it is there, and return it.
 
-    ``weights``: random ones in float32, spread so that greedy text has many distinct tokens.
+    ``weights``: random ones in float32, spread so that greedy text has many distinct tokens; not
+    of those that are :data:`DRAWN`.
     """
     folder = root / name
     if (folder / "config.json").is_file():
         return folder
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     architecture, family, changes, vision = MODELS[name]
     text = {key: value for key, value in (TEXT | changes).items() if value is not None}
     if "sliding_window" in changes:
         text["sliding_window"] = changes["sliding_window"]
+    if family not in CONFIG_MAPPING:
+        folder.mkdir(parents=True)
+        keys = {"architectures": [architecture], "model_type": family, "dtype": "float32"} | text
+        (folder / "config.json").write_text(json.dumps(keys))
+        save_tokenizer(folder)
+        return folder
     if vision is not None:
         config = AutoConfig.for_model(family, text_config=text, vision_config=vision)
     else:
         config = AutoConfig.for_model(family, **text)
     config.architectures = [architecture]
     config.save_pretrained(folder)
-    if weights:
+    if weights and name not in DRAWN:
         import torch
         import transformers
 
@@ -209,18 +249,21 @@ def make(root: Path, name: str, weights: bool = False) -> Path:
         model = getattr(transformers, known)._from_config(config)
         if config.get_text_config().tie_word_embeddings:
             with torch.no_grad():
-                model.get_input_embeddings().weight.mul_(EMBEDDING_SCALE.get(name, 0.3))
+                embedding = model.get_input_embeddings().weight.mul_(EMBEDDING_SCALE.get(name, 0.3))
+                if name == "gemma3n":  # makes NaN of zeros, which the padding's row is at first
+                    embedding[0] = embedding[1]
         model.to(torch.float32).save_pretrained(folder)
         config.architectures = [architecture]
         config.save_pretrained(folder)
     if name.endswith("fp8kv"):
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": FP8_KV}))
-    _tokenizer(folder)
+    save_tokenizer(folder)
     return folder
 
 
-def _tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of words, with the marks of parsers and pictures."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

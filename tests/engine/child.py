@@ -131,7 +131,8 @@ def sabotage(kind: str) -> None:
 
 
 def load_plugin() -> None:
-    import tests.engine.drafters  # noqa: F401  registers the test methods
+    import tests.engine.drafters  # registers the test methods
+    import tests.engine.drawn_weights  # noqa: F401  and a way to load models
     from vllm_specplus.plugin import register
 
     register()

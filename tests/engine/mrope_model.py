@@ -1,6 +1,7 @@
 """A text model with rotary positions of three axes that differ, as pictures make them.
 
-The vision models that have them need libraries that a CPU build of vLLM comes without.
+The vision models that have them need libraries that a CPU build of vLLM comes without (see
+``test_pictures.py``).
 """
 
 import torch

@@ -17,6 +17,7 @@ pytestmark = [
         "vllm_specplus/engine/attention/*.py", "vllm_specplus/engine/batch.py",
         "vllm_specplus/engine/tree_metadata.py", "vllm_specplus/engine/target_layers.py",
         "vllm_specplus/kernels/**/*.*", "vllm_specplus/tree.py", "tests/contract/folders.py",
+        "tests/engine/drawn_weights.py",
     ),
 ]  # fmt: skip
 
@@ -29,8 +30,8 @@ ENGINE = {
 #: and those without have pages of their own, Gemma 4's of other sizes.
 PAGES = 19
 GROUPS = {
-    "cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma4": 1.6, "gpt_oss": 2, "llama4": 4, "olmo3": 4,
-    "vaultgemma": 2,
+    "cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3n": 2, "gemma4": 1.6, "gpt_oss": 2,
+    "llama4": 4, "olmo3": 4, "step3p5": 4, "vaultgemma": 2,
 }  # fmt: skip
 #: So many pages are freed behind windows and chunks that these texts find room in what vLLM wants
 #: for the longest one.
@@ -41,12 +42,14 @@ PROMPTS = (1, 30, 62, 64, 130, 250)
 FAMILIES = (
     "apertus", "arcee", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5",
     "ernie4_5_moe", "exaone4", "falcon", "falcon_alibi", "flex_olmo", "gemma", "gemma2", "gemma3",
-    "gemma4", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj",
-    "granite", "granitemoe", "granitemoeshared", "hunyuan", "llama3", "llama4", "ministral3",
-    "mistral", "mistral_short_window", "mixtral", "mrope", "nemotron", "olmo", "olmo2", "olmo3",
-    "olmoe", "opt", "phi", "phi4", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
-    "smollm3", "stablelm", "starcoder2", "vaultgemma",
+    "gemma3n", "gemma4", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss",
+    "gptj", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan", "llama3",
+    "llama4", "mimo", "minicpm", "minicpm3", "ministral3", "mistral", "mistral_short_window",
+    "mixtral", "mrope", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi4",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "step3_text", "step3p5", "vaultgemma",
 )  # fmt: skip
+REFUSED = r"speculative method 'layer_skip'|'layer_skip' reads|cannot draft with the layers"
 #: Of multi-head latent attention: vLLM reads whole prompts then, on a CPU, and misrotates them.
 LATENT = {"long_prefill_token_threshold": 0, "compilation_config": {"custom_ops": ["none"]}}
 LATENTS = ("deepseek_v2", "deepseek_v3")
@@ -70,6 +73,8 @@ def test_family(tmp_path, name):
     requests = [[rng.integers(3, 250, n).tolist(), params] for n in PROMPTS]
     batches = [{"requests": requests}] * 2  # the second with its prefixes cached
     engine = ENGINE | {"model": str(folder)} | (LATENT if name in LATENTS else {})
+    if name in folders.DRAWN:
+        engine["load_format"] = "drawn"
     want = harness.run(tmp_path, engine, batches)
     texts = harness.ids(want)
     assert harness.ids(want, 1) == texts
@@ -85,9 +90,11 @@ def test_family(tmp_path, name):
     for spec in specs:
         spec["control"] = {"policy": "fixed"}
         pages = int(PAGES * GROUPS.get(name, 1)) * (2 if name in LATENTS else 1)  # of 16 tokens
+        if spec["method"] == "layer_skip":  # one table for all layers
+            pages = PAGES
         changed = engine | {"num_gpu_blocks_override": pages, "speculative_config": spec}
         if spec["method"] == "layer_skip" and name not in folders.LAYERS_APART:
-            with pytest.raises(RuntimeError, match=r"'layer_skip'|cannot draft with the layers"):
+            with pytest.raises(RuntimeError, match=REFUSED):
                 harness.run(tmp_path, changed, batches)
             continue
         got = harness.run(tmp_path, changed, batches)

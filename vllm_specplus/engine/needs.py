@@ -157,7 +157,6 @@ def of_model(model: Any) -> list[Found]:
     for need, attribute in (
         (Need.RECURRENT_LAYERS, "is_hybrid"),
         (Need.RECURRENT_LAYERS, "is_attention_free"),
-        (Need.RECURRENT_LAYERS, "has_inner_state"),
         (Need.ENCODER_DECODER, "is_encoder_decoder"),
         (Need.LATENT_ATTENTION, "use_mla"),
         (Need.ALIBI, "uses_alibi"),
@@ -215,9 +214,6 @@ def _of_config(config: Any) -> Iterator[Found]:
             yield Found(Need.NGRAM_EMBEDDINGS, key)
     if shared := getattr(config, "num_kv_shared_layers", None):
         yield Found(Need.KV_SHARING, f"num_kv_shared_layers={shared}")
-        if any("sliding" in kind for kind in kinds):  # texts of Gemma 3n were not always equal
-            source = f"num_kv_shared_layers={shared} beside sliding windows"
-            yield Found(Need.UNKNOWN_ATTENTION, source)
 
 
 def _any(config: Any, *endings: str) -> bool:

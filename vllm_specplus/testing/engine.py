@@ -78,19 +78,30 @@ def sampling_params(fields: dict[str, Any]):
 
 def prompt_of(given):
     """Make a prompt of text, token ids, prompt embeddings as lists of floats, or the keys of a
-    ``TokensPrompt``."""
+    ``TokensPrompt`` or a ``TextPrompt``, whose picture is lists of bytes [height, width, 3]."""
     from vllm import TokensPrompt
     from vllm.inputs import EmbedsPrompt
 
     if isinstance(given, str):
         return given
     if isinstance(given, dict):
-        return TokensPrompt(**given)
+        return _with_picture(given)
     if given and isinstance(given[0], list):
         import torch
 
         return EmbedsPrompt(prompt_embeds=torch.tensor(given))
     return TokensPrompt(prompt_token_ids=given)
+
+
+def _with_picture(given: dict[str, Any]) -> dict[str, Any]:
+    media = given.get("multi_modal_data")
+    if media is None:
+        return given
+    import numpy as np
+    from PIL import Image
+
+    picture = Image.fromarray(np.array(media["image"], np.uint8))
+    return given | {"multi_modal_data": media | {"image": picture}}
 
 
 def requests_of(batch: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
