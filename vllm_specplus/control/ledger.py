@@ -21,13 +21,13 @@ from vllm_specplus.control.slots import RequestSlots
 GAIN_NEWEST = 0.05
 #: Requests of one age that it is told from what is usual, at least and at most; ages are powers of
 #: two in tokens.
-FEWEST, MOST = 16, 64
+FEWEST, MOST = 16, 128
 AGES = 16
 #: What is usual is a quantile, at first the median. It follows from the latest requests, after
 #: every so many of which their tails are compared: what they took and would have taken undrafted,
 #: at this quantile. A step down where they took longer, else up.
 LOWEST, FIRST, HIGHEST = 0.0, 0.5, 0.8
-LATEST, COMPARED_EVERY, TAIL = 128, 8, 0.95
+LATEST, COMPARED_EVERY, TAIL = 256, 8, 0.95
 DOWN, UP = 0.1, 0.025
 
 
