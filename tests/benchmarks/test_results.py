@@ -25,12 +25,17 @@ def with_requests() -> dict[str, dict]:
     return found
 
 
+def load(run: dict) -> float:
+    """Requests in flight, or per second."""
+    return run["concurrency"] or run["rate"]
+
+
 def contradictions(report: dict) -> list[str]:
     """Where its figures are not those of its requests."""
     wrong = []
-    none = {run["concurrency"]: run for run in report["runs"] if run["method"] == "none"}
+    none = {load(run): run for run in report["runs"] if run["method"] == "none"}
     for run in report["runs"]:
-        where = f"{run['method']} at {run['concurrency']}"
+        where = f"{run['method']} at {load(run)}"
         answers, rounds = run["answers"], run["rounds"]
         for name in ("ttft_ms", "tpot_ms", "latency_ms"):
             values = [answer[name] for answer in answers if answer[name] is not None]
@@ -45,7 +50,7 @@ def contradictions(report: dict) -> list[str]:
         speeds = [each["tokens"] / each["wall_s"] for each in rounds]
         if not np.isclose(run["tokens_per_s"], median(speeds)):
             wrong.append(f"{where}: tokens_per_s")
-        plain = [each["tokens"] / each["wall_s"] for each in none[run["concurrency"]]["rounds"]]
+        plain = [each["tokens"] / each["wall_s"] for each in none[load(run)]["rounds"]]
         ratios = [a / b for a, b in zip(speeds, plain, strict=True)]
         if run["method"] != "none" and not np.isclose(run["ratio_vs_none"], median(ratios)):
             wrong.append(f"{where}: ratio_vs_none")
@@ -61,8 +66,8 @@ def test_a_request_that_was_changed_is_noticed():
     report = copy.deepcopy(next(iter(with_requests().values())))
     run = report["runs"][-1]
     run["answers"][0]["tokens"] += 1
-    assert contradictions(report) == [f"{run['method']} at {run['concurrency']}: tokens of a round"]
+    assert contradictions(report) == [f"{run['method']} at {load(run)}: tokens of a round"]
     run["answers"][0]["tokens"] -= 1
     for answer in run["answers"]:
         answer["tpot_ms"] = answer["tpot_ms"] and 1.01 * answer["tpot_ms"]
-    assert contradictions(report) == [f"{run['method']} at {run['concurrency']}: tpot_ms"]
+    assert contradictions(report) == [f"{run['method']} at {load(run)}: tpot_ms"]
