@@ -12,7 +12,7 @@ Simulated time is all there is: nothing here depends on how fast the simulation 
 
     python benchmarks/simulator.py --traces benchmarks/data/traces_smollm2.npz \
         --steps benchmarks/data/step_times_cpu.json [--loads 1,2,4,...] \
-        [--requests 800] [--speculative-config JSON] [--json OUT] [--plot OUT]
+        [--requests 240] [--speculative-config JSON] [--json OUT] [--plot OUT]
 
 It prints, for every number of requests in flight, tokens/s of no speculation, of fixed
 budgets, and of the controller with each objective, where "throughput" stands against the best
@@ -27,6 +27,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,33 @@ class Trace:
     row_accepted: np.ndarray
     row_top_ids: np.ndarray
     """Rows the engine verified, rejected ones too: int32 [L], [L], bool [L], int32 [L, k]."""
+
+    @cached_property
+    def text_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that are its text, int64 [M], and of each how many output tokens are known once
+        it is verified, int64 [M]: by a step of the recorded engine several, one below the other."""
+        rows = np.flatnonzero(self.row_accepted)
+        at = self.row_at[rows]
+        return rows, at + 1 + np.arange(len(rows)) - np.searchsorted(at, at)
+
+    def rejected(self, known: int, tokens: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        """The rows int64 that the recorded engine rejected where ``known`` output tokens are known,
+        of those of ``tokens`` int [N] behind ``previous`` int [N]."""
+        step = self.row_at[np.searchsorted(self.row_at, known, side="right") - 1]
+        first, end = np.searchsorted(self.row_at, (step, step + 1))
+        pairs = _pairs(self.row_previous[first:end], self.row_tokens[first:end])
+        drafted = np.isin(pairs, _pairs(previous, tokens))
+        return first + np.flatnonzero(drafted & ~self.row_accepted[first:end])
+
+
+def vocab_size(traces: Sequence[Trace]) -> int:
+    """One more than the largest id in them."""
+    return 1 + max(int(ids.max()) for t in traces for ids in (t.prompt, t.output, t.row_top_ids))
+
+
+def _pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Pairs of ids as one number each, int64."""
+    return (first.astype(np.int64) << 32) + second
 
 
 def load_traces(path: Path) -> list[Trace]:
@@ -116,6 +144,9 @@ class StepTimes:
         return CostProfile(CostCurve(1 + self.nodes.astype(np.int64), self.seconds[0]))
 
 
+NOTHING = np.empty(0, np.int64)
+
+
 @dataclass
 class Running:
     """A request in the simulated batch."""
@@ -127,8 +158,10 @@ class Running:
     read: int = 0
     """Tokens of its prompt that are read."""
     produced: int = 0
-    fed: int = 0
-    """Recorded rows shown to the proposer."""
+    shown: int = 0
+    """Rows of its text shown to the proposer."""
+    rejected: np.ndarray = field(default_factory=lambda: NOTHING)
+    """Rows int64 that its last step rejected."""
     steps: int = 0
     """After its first token."""
     seconds: np.ndarray = field(default_factory=lambda: np.zeros(3))
@@ -307,15 +340,22 @@ class Simulator:
         for r, count in zip(decoding, self.drafts.counts.tolist(), strict=True):
             nodes = slice(start, start + count)
             start += count
-            prompt = len(r.trace.prompt)
+            tokens, parents = self.drafts.tokens[nodes], self.drafts.parents[nodes]
+            known = len(r.trace.prompt) + r.produced
             labels, depths = label_nodes(
-                self.drafts.tokens[nodes], self.drafts.parents[nodes], self.texts[r.row],
-                prompt + r.produced, prompt + len(r.trace.output),
+                tokens, parents, self.texts[r.row], known,
+                len(r.trace.prompt) + len(r.trace.output),
             )  # fmt: skip
+            root = self.texts[r.row, known - 1]
+            r.rejected = r.trace.rejected(
+                r.produced, tokens, np.where(parents < 0, root, tokens[parents])
+            )
             out.append(1 + int(depths[labels == 1].max(initial=0)))
         return out
 
     def _observe_prompt(self, r: Running) -> None:
+        if not self.proposer.reads_prompt:
+            return
         tokens = r.trace.prompt
         previous = np.concatenate(([-1], tokens[:-1])).astype(np.int32)
         kept = np.ones(len(tokens), bool)
@@ -341,17 +381,19 @@ class Simulator:
         return self.controller.choose(step, self.proposer.propose(step))
 
     def _observe(self, decoding: list[Running]) -> Observation:
-        """The rows the recorded engine verified up to where each request is now."""
+        """The rows that were verified since the last step: those of the texts, and of the rejected
+        ones, those that the request's last tree had, too."""
         parts = []
         for r in decoding:
-            end = int(np.searchsorted(r.trace.row_at, r.produced))
-            parts.append((r.trace, slice(r.fed, end)))
-            r.fed = max(end, r.fed)
+            rows, known = r.trace.text_rows
+            end = int(np.searchsorted(known, r.produced, side="right"))
+            parts.append((r.trace, np.concatenate((rows[r.shown : end], r.rejected))))
+            r.shown, r.rejected = end, NOTHING
         return Observation(
-            np.concatenate([t.row_tokens[s] for t, s in parts]),
-            np.concatenate([t.row_previous[s] for t, s in parts]),
-            np.concatenate([t.row_top_ids[s] for t, s in parts]),
-            np.concatenate([t.row_accepted[s] for t, s in parts]),
+            np.concatenate([t.row_tokens[rows] for t, rows in parts]),
+            np.concatenate([t.row_previous[rows] for t, rows in parts]),
+            np.concatenate([t.row_top_ids[rows] for t, rows in parts]),
+            np.concatenate([t.row_accepted[rows] for t, rows in parts]),
         )
 
 
@@ -394,9 +436,12 @@ def varied(
     traces: Sequence[Trace], count: int, seed: int, most_tokens: int | None = None
 ) -> list[Trace]:
     """So many requests whose answers, cut anywhere up to ``most_tokens``, do not end together: a
-    prompt is read in one step or another all the time, as of a server."""
+    prompt is read in one step or another all the time, as of a server. No text comes again before
+    all others have come: what is drafted would be known from the first time."""
     rng = np.random.default_rng(seed)
-    picked = [traces[i] for i in rng.integers(len(traces), size=count)]
+    rounds = -(-count // len(traces))
+    order = np.concatenate([rng.permutation(len(traces)) for _ in range(rounds)])[:count]
+    picked = [traces[i] for i in order]
     return [
         replace(trace, output=trace.output[: _cut(len(trace.output), most_tokens, rng)])
         for trace in picked
@@ -428,7 +473,7 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, required=True)
     parser.add_argument("--loads", default="1,2,4,8,16,32,64,128,256")
     parser.add_argument("--fixed", default="2,4,8,16")
-    parser.add_argument("--requests", type=int, default=800)
+    parser.add_argument("--requests", type=int, default=240)
     parser.add_argument("--most-tokens", type=int, help="Cut answers at 8 to so many tokens.")
     parser.add_argument("--speculative-config", type=json.loads)
     parser.add_argument("--json", type=Path)
@@ -442,7 +487,7 @@ def main() -> None:
     policies["latency"] = goodput(objective="latency")
     config = parse(args.speculative_config) if args.speculative_config else DEFAULT
     longest = max(len(t.prompt) + len(t.output) for t in traces)
-    vocab_size = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    vocab = vocab_size(traces)
     table = []
 
     def workload_of(load: int) -> list[Trace]:
@@ -451,7 +496,7 @@ def main() -> None:
     for load in loads:
         row = {"in_flight": load}
         for name, policy in policies.items():
-            simulator = Simulator(times, policy, vocab_size, load, longest + 1, config=config)
+            simulator = Simulator(times, policy, vocab, load, longest + 1, config=config)
             result = closed_loop(simulator, workload_of(load), load)
             median, p95, p99 = np.percentile(result.seconds_per_token, (50, 95, 99)) * 1000
             row[name] = {

@@ -76,7 +76,7 @@ def of_engine(args: argparse.Namespace, config: dict | None) -> dict:
 def of_simulator(args: argparse.Namespace, name: str) -> dict:
     traces, times = simulator.load_traces(args.traces), simulator.StepTimes.load(args.steps)
     longest = max(len(t.prompt) + len(t.output) for t in traces)
-    vocab = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    vocab = simulator.vocab_size(traces)
     policy = simulator.fixed(0) if name == "none" else simulator.goodput(objective="latency")
     found = {}
     for load in args.loads:

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from simulator import Simulator, StepTimes, closed_loop, fixed, load_traces
+from simulator import Simulator, StepTimes, closed_loop, fixed, load_traces, vocab_size
 
 from vllm_specplus.config import parse
 from vllm_specplus.control.acceptance import AcceptanceEstimator, label_nodes
@@ -57,10 +57,9 @@ def main() -> None:
     args = parser.parse_args()
     traces = load_traces(args.traces)
     longest = max(len(t.prompt) + len(t.output) for t in traces)
-    vocab_size = 1 + max(int(t.row_top_ids.max()) for t in traces)
     config = parse(args.speculative_config)
     simulator = Simulator(
-        StepTimes.load(args.steps), fixed(32), vocab_size, 1, longest + 1, config=config
+        StepTimes.load(args.steps), fixed(32), vocab_size(traces), 1, longest + 1, config=config
     )
     simulator.controller.acceptance = counts = Counting(simulator.proposer.sources)
     closed_loop(simulator, traces, 1)

@@ -21,12 +21,12 @@ VOCAB = 4000
 
 @pytest.fixture(scope="module")
 def traces():
-    return simulator.load_traces(DATA / "traces_smollm2.npz")
+    return simulator.load_traces(DATA / "traces_smollm2.npz")[:96]
 
 
 def run(traces, policy, in_flight, noise=0.05):
     longest = max(len(t.prompt) + len(t.output) for t in traces)
-    vocab = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    vocab = simulator.vocab_size(traces)
     world = simulator.Simulator(TIMES, policy, vocab, in_flight, longest + 1, noise)
     return simulator.closed_loop(world, simulator.workload(traces, in_flight), in_flight)
 
@@ -56,6 +56,39 @@ def test_the_engine_recorded_here_is_reproduced(traces):
     assert result.request_steps == pytest.approx(engine, rel=0.08)
 
 
+def test_nothing_is_shown_before_it_is_text(traces):
+    """Where the recorded engine has verified several tokens at once, and the simulated one has
+    not yet."""
+    assert any((np.bincount(t.row_at[t.row_accepted]) > 2).any() for t in traces[:4])
+    longest = max(len(t.prompt) + len(t.output) for t in traces)
+    vocab = simulator.vocab_size(traces)
+    world = simulator.Simulator(TIMES, simulator.fixed(1), vocab, 4, longest + 1)
+    for trace in traces[:4]:
+        world.admit(trace)
+    world.step()  # reads the prompts
+    while world.running:
+        for r in world.running:
+            rows = r.trace.text_rows[0][: r.shown]
+            text = np.append(r.trace.prompt[-1], r.trace.output[: r.produced - 1])
+            np.testing.assert_array_equal(r.trace.row_tokens[rows], text)
+        world.step()
+
+
+def test_rejected_rows_are_those_that_were_drafted_here_too():
+    trace = simulator.Trace(
+        prompt=np.array([7], np.int32), output=np.array([1, 2, 3], np.int32),
+        prompt_top_ids=np.zeros((1, 8), np.int32),
+        row_at=np.array([0, 1, 1, 1, 1], np.int32),
+        row_tokens=np.array([7, 1, 2, 5, 6], np.int32),
+        row_previous=np.array([0, 7, 1, 1, 5], np.int32),
+        row_accepted=np.array([True, True, True, False, False]),
+        row_top_ids=np.zeros((5, 8), np.int32),
+    )  # fmt: skip
+    assert trace.rejected(1, np.array([2, 5]), np.array([1, 1])).tolist() == [3]
+    assert trace.rejected(2, np.array([5, 6]), np.array([2, 5])).tolist() == [4]
+    assert trace.rejected(0, np.array([5]), np.array([1])).tolist() == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("in_flight", [1, 2, 4, 8, 16, 32, 64, 128, 256])
 def test_goodput_is_never_slower_than_any_fixed_budget(traces, in_flight):
@@ -70,9 +103,9 @@ def test_goodput_is_never_slower_than_any_fixed_budget(traces, in_flight):
 @pytest.mark.slow
 @pytest.mark.parametrize("in_flight", [4, 16, 64])
 def test_the_slowest_requests_do_not_pay_for_throughput(traces, in_flight):
-    """Of 1,200 requests, with the default objective; those of "throughput" do at 16 and 64."""
+    """Of 1,200 requests, with the default objective; those of "throughput" do at 64."""
     longest = max(len(t.prompt) + len(t.output) for t in traces)
-    vocab = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    vocab = simulator.vocab_size(traces)
     results = []
     for policy in (
         simulator.fixed(0),
@@ -84,13 +117,13 @@ def test_the_slowest_requests_do_not_pay_for_throughput(traces, in_flight):
         results.append(simulator.closed_loop(world, requests, in_flight))
     none, ours, fast = (np.percentile(r.seconds_per_token, 99) for r in results)
     assert ours < 1.05 * none
-    assert in_flight == 4 or fast > 1.05 * none
+    assert in_flight < 64 or fast > 1.05 * none
     assert results[1].tokens_per_second > 1.02 * results[0].tokens_per_second
 
 
 def test_open_loop_waits_for_arrivals(traces):
     longest = max(len(t.prompt) + len(t.output) for t in traces)
-    vocab = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    vocab = simulator.vocab_size(traces)
     world = simulator.Simulator(TIMES, simulator.goodput(), vocab, 8, longest + 1)
     result = simulator.open_loop(world, traces[:20], rate=0.2)
     gaps = np.random.default_rng(0).exponential(5.0, 20)
@@ -145,7 +178,7 @@ def test_a_change_of_traffic_is_followed_within_50_steps(in_flight):
 def test_prompts_are_read_in_parts_where_a_step_has_a_budget(traces):
     """The same texts; a step reads so many tokens at most, and no prompt is read twice."""
     longest = max(len(t.prompt) + len(t.output) for t in traces)
-    vocab = 1 + max(int(t.row_top_ids.max()) for t in traces)
+    vocab = simulator.vocab_size(traces)
     prompts = sum(len(t.prompt) for t in traces[:8])
     read = {}
     for budget in (None, 64):
