@@ -21,7 +21,7 @@ VOCAB = 4000
 
 @pytest.fixture(scope="module")
 def traces():
-    return simulator.load_traces(DATA / "traces_smollm2.npz")[:96]
+    return simulator.load_traces(DATA / "traces_smollm2.npz")
 
 
 def run(traces, policy, in_flight, noise=0.05):
@@ -103,22 +103,27 @@ def test_goodput_is_never_slower_than_any_fixed_budget(traces, in_flight):
 @pytest.mark.slow
 @pytest.mark.parametrize("in_flight", [4, 16, 64])
 def test_the_slowest_requests_do_not_pay_for_throughput(traces, in_flight):
-    """Of 1,200 requests, with the default objective; those of "throughput" do at 64."""
+    """Of 1,200 requests, with the default objective; those of "throughput" do at 16 and 64. By five
+    engines, since one that has answered a text often knows it."""
     longest = max(len(t.prompt) + len(t.output) for t in traces)
     vocab = simulator.vocab_size(traces)
-    results = []
+    p99, rates = [], []
     for policy in (
         simulator.fixed(0),
         simulator.goodput(),
         simulator.goodput(objective="throughput"),
     ):
-        world = simulator.Simulator(TIMES, policy, vocab, in_flight, longest + 1)
-        requests = simulator.varied(traces, 1200, seed=0)
-        results.append(simulator.closed_loop(world, requests, in_flight))
-    none, ours, fast = (np.percentile(r.seconds_per_token, 99) for r in results)
+        results = []
+        for seed in range(5):
+            world = simulator.Simulator(TIMES, policy, vocab, in_flight, longest + 1)
+            requests = simulator.varied(traces, 240, seed)
+            results.append(simulator.closed_loop(world, requests, in_flight))
+        p99.append(np.percentile(np.concatenate([r.seconds_per_token for r in results]), 99))
+        rates.append(sum(r.tokens for r in results) / sum(r.seconds for r in results))
+    none, ours, fast = p99
     assert ours < 1.05 * none
-    assert in_flight < 64 or fast > 1.05 * none
-    assert results[1].tokens_per_second > 1.02 * results[0].tokens_per_second
+    assert in_flight == 4 or fast > 1.05 * none
+    assert rates[1] > 1.02 * rates[0]
 
 
 def test_open_loop_waits_for_arrivals(traces):
