@@ -17,7 +17,6 @@ from tests.model_configs import LLAMA_2_7B, LLAMA_3_8B
 from tests.samplers.test_relaxed import make_rows
 from vllm_specplus.control import memory
 from vllm_specplus.control.memory import ModelDimensions
-from vllm_specplus.engine.proposing import PROMPT_CHUNK
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.token_recycling import TokenRecycling, TokenRecyclingConfig
 from vllm_specplus.samplers.sampled import Traversal
@@ -184,7 +183,6 @@ def test_token_recycling_state_is_what_it_allocates(top_k, pair_keys):
 
 
 def test_constants_of_other_modules():
-    assert memory.PROMPT_CHUNK == PROMPT_CHUNK
     assert TokenRecyclingConfig().top_k == 8  # the default of token_recycling_bytes
 
 

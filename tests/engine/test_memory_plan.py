@@ -89,6 +89,8 @@ def test_a_budget_bounds_the_rows_of_a_step():
     assert max_rows(config(), proposer(budget_gb=100)) == max_rows(config(), proposer())
     less = proposer(budget_gb=100 * row / 1e9)
     assert verification_bytes(config(), less) == 36 * VOCAB * 14 + CHUNK_BYTES
+    reads = proposer(budget_gb=100 * row / 1e9, reads_prompt=True)
+    assert verification_bytes(config(), reads) == (36 * 14 + 100 * 2) * VOCAB + CHUNK_BYTES
 
 
 def test_what_every_method_keeps_is_known():

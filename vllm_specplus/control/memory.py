@@ -45,7 +45,8 @@ ACTIVATION_FACTOR = 8
 4 to 8. An estimate; compiled and fused layers keep fewer."""
 
 PROMPT_CHUNK = 256
-"""Rows of a prompt shown to Token Recycling at once (``engine/proposing.py``)."""
+"""Rows of a prompt shown to Token Recycling at once, at most; fewer where a step may verify no more
+(``engine/proposing.py``)."""
 
 PLANNED_NODES, MOST_NODES = (0, 4, 8, 16, 32, 80), 80
 """Sizes of trees in a plan, and the largest that ``num_speculative_tokens`` can ask for."""

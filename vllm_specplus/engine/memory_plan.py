@@ -71,11 +71,12 @@ def verification_bytes(vllm_config: VllmConfig, proposer: Proposer) -> int:
     sampler's copies of them, penalties of those, and logits of prompts that are looked at."""
     requests = vllm_config.scheduler_config.max_num_seqs
     nodes = vllm_config.num_speculative_tokens
-    most = min(max_rows(vllm_config, proposer), requests * (1 + nodes))
+    allowed = max_rows(vllm_config, proposer)
+    most = min(allowed, requests * (1 + nodes))
     row = _row_bytes(vllm_config, _sampling(proposer))
     bytes_ = max(most - requests, 0) * row + CHUNK_BYTES
     if proposer.reads_prompt:
-        bytes_ += memory.PROMPT_CHUNK * _row_bytes(vllm_config, "greedy")
+        bytes_ += min(memory.PROMPT_CHUNK, allowed) * _row_bytes(vllm_config, "greedy")
     return bytes_
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
+from vllm_specplus.control.memory import PROMPT_CHUNK
 from vllm_specplus.engine.batch import (
     Step,
     accepted_rows,
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 
     from vllm_specplus.engine.drafter import Drafter
     from vllm_specplus.engine.v1 import V1Batch
-
-#: Prompt rows per call of the target's output layer while a proposer reads a
-#: prompt: bounds the logits to this times the vocabulary.
-PROMPT_CHUNK = 256
 
 
 class Proposing:
@@ -135,7 +132,9 @@ class Proposing:
         if not self._drafter.proposer.reads_prompt or not step.shape.prompt_rows:
             return
         start = time.perf_counter()
-        for request, begin, count, row in prompt_chunks(step, PROMPT_CHUNK):
+        # They have logits as the rows of drafts do, and a budget of memory holds for both.
+        most = min(PROMPT_CHUNK, self._drafter.controller.max_rows)
+        for request, begin, count, row in prompt_chunks(step, most):
             logits = self._batch.logits(request, hidden[row : row + count])
             if get_tensor_model_parallel_rank() == 0:
                 look = partial(self._prompt_chunk, request, begin, logits)
