@@ -5,10 +5,10 @@
 
 Every method's engine, one at a time, gets the same requests at the same times: first so many in
 flight as ``--steps`` says, each for ``--seconds``, then bursts at ``--rate`` per second on average
-(Gamma arrivals, shape 0.25). Of every token is written down when it came and how long after the
-token before it; several of one step share their time. p99 of these times over windows of 10 seconds
-is compared with that of no speculation in the same window; ``none`` is run before and after, so
-that its own spread is known.
+(Gamma arrivals, shape 0.25). Of every request is written down when it ended and its time per token
+behind the first one. p99 of these over the requests that end within windows of 10 seconds is
+compared with that of no speculation in the same window; ``none`` is run before and after, so that
+its own spread is known.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ from vllm_specplus.bench.protocol import EngineSetup
 
 WINDOW_S = 10.0
 SHAPE = 0.25
-FEWEST = 100
+#: Requests that a window is told from.
+FEWEST = 20
 
 
 class Driver:
-    """Feeds an engine and writes down (when, seconds) of every token but requests' first ones."""
+    """Feeds an engine and writes down (end, seconds per token) of every request."""
 
     def __init__(self, engine: Engine, names: list[str], max_tokens: int):
         self._engine, self._loop = engine, engine.llm.llm_engine
         self._names, self._max_tokens = deque(names), max_tokens
-        self._last: dict[str, float] = {}
+        self._made: dict[str, list] = {}
+        """When a request's first tokens came, and how many have come since."""
         self._start = time.perf_counter()
-        self.tokens: list[tuple[float, float]] = []
+        self.requests: list[tuple[float, float]] = []
         self.running = 0
 
     def now(self) -> float:
@@ -58,13 +60,13 @@ class Driver:
 
     def step(self) -> None:
         for output in self._loop.step():
-            now, count = self.now(), len(output.outputs[0].token_ids)
-            if count and output.request_id in self._last:
-                gap = (now - self._last[output.request_id]) / count
-                self.tokens += [(now, gap)] * count
-            self._last[output.request_id] = now
+            now, name = self.now(), output.request_id
+            made = self._made.setdefault(name, [now, -len(output.outputs[0].token_ids)])
+            made[1] += len(output.outputs[0].token_ids)
             if output.finished:  # the same question may come again
-                del self._last[output.request_id]
+                first, tokens = self._made.pop(name)
+                if tokens:
+                    self.requests.append((now, (now - first) / tokens))
                 self.running -= 1
 
     def steps(self, levels: list[int], seconds: float) -> None:
@@ -110,13 +112,13 @@ def measure(args: argparse.Namespace, config: dict | None) -> dict:
             driver.steps(levels, args.seconds)
         else:
             driver.bursts(np.cumsum(gaps))
-        found[kind] = driver.tokens
+        found[kind] = driver.requests
     return found
 
 
-def windows(tokens: list[tuple[float, float]]) -> dict[int, tuple[int, float]]:
-    """Tokens and p99 milliseconds of every window."""
-    times = np.array(tokens)
+def windows(requests: list[tuple[float, float]]) -> dict[int, tuple[int, float]]:
+    """Requests that ended and their p99 milliseconds per token, of every window."""
+    times = np.array(requests)
     number = (times[:, 0] // WINDOW_S).astype(int)
     return {
         int(n): (int((number == n).sum()), float(1e3 * np.percentile(times[number == n, 1], 99)))
@@ -127,16 +129,16 @@ def windows(tokens: list[tuple[float, float]]) -> dict[int, tuple[int, float]]:
 def compare(found: dict[str, dict]) -> Iterator[dict]:
     """Every window of all runs but the first, which is of none, beside its own."""
     seen = {
-        name: {kind: windows(tokens) for kind, tokens in runs.items()}
+        name: {kind: windows(requests) for kind, requests in runs.items()}
         for name, runs in found.items()
     }
     for kind, method in itertools.product(("steps", "bursts"), list(seen)[1:]):
-        for number, (tokens, p99) in seen[method][kind].items():
+        for number, (count, p99) in seen[method][kind].items():
             few, plain = seen["none"][kind].get(number, (0, 0.0))
-            if min(few, tokens) >= FEWEST:
+            if min(few, count) >= FEWEST:
                 yield {
                     "load": kind, "method": method, "from_s": number * WINDOW_S,
-                    "tokens": tokens, "none_tokens": few, "p99_ms": p99, "none_p99_ms": plain,
+                    "requests": count, "none_requests": few, "p99_ms": p99, "none_p99_ms": plain,
                     "ratio": p99 / plain,
                 }  # fmt: skip
 
