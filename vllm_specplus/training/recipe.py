@@ -71,9 +71,10 @@ class Recipe(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes up what :meth:`state` returned."""
 
-    def texts_for(self, epoch: int) -> list[Text] | None:
-        """Texts to learn from in this epoch, written for it (on-policy); None: the run's. Called
-        once an epoch, before its first step; the run keeps them."""
+    def texts_for(self, epoch: int, texts: Sequence[Text]) -> list[Text] | None:
+        """Texts to learn from in this epoch, written for it (on-policy) behind the prompts of the
+        run's ``texts``; None: those. Called once an epoch, before its first step; the run keeps
+        what it returns, and a resumed run does not ask again."""
 
     def measure(self, texts: list[Text]) -> Measured:
         """Acceptance on texts that were not learnt from, as served."""

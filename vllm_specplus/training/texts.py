@@ -66,6 +66,7 @@ def load_texts(path: Path) -> list[Text]:
             texts.append(from_row(json.loads(line)))
         except (KeyError, TypeError, ValueError):
             raise TrainingError(
-                f"{path}, line {number} is no text of a run: remove the file to have it written again"
+                f"{path}, line {number} is no text of a run: remove the file to have it written "
+                f"again"
             ) from None
     return texts
