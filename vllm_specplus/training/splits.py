@@ -1,0 +1,102 @@
+"""Questions that nothing learns from, so that figures measured on them mean something.
+
+``held_out.json`` lists them: by the ids of their data set, and by hashes of runs of words of their
+first turn, so that a copy with other ids, or a question inside a chat template or a longer text, is
+found too. No question's text is in the list. ``scripts/held_out.py`` writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_specplus.training.texts import Text, prompt_id
+
+LIST = Path(__file__).with_name("held_out.json")
+#: Words of a run: as many as the shortest question listed has.
+RUN = 8
+
+
+def words(text: str) -> list[str]:
+    """The words of a text without case, punctuation and compatibility forms."""
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+
+
+def hashed(run: Sequence[str]) -> str:
+    """16 hexadecimal digits of some words in their order."""
+    return hashlib.sha256(" ".join(run).encode()).hexdigest()[:16]
+
+
+def runs_of(text: str) -> set[str]:
+    """Hashes of all runs of :data:`RUN` words in a text."""
+    found = words(text)
+    return {hashed(found[i : i + RUN]) for i in range(len(found) - RUN + 1)}
+
+
+def fingerprint(text: str) -> list[str]:
+    """Hashes of two runs of a question, in its middle and at its end; of a shorter one, which only
+    the same question as a whole is taken for, of all its words."""
+    found = words(text)
+    if len(found) < RUN:
+        return [hashed(found)]
+    middle = (len(found) - RUN) // 2
+    return sorted({hashed(found[middle : middle + RUN]), hashed(found[-RUN:])})
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Questions that nothing learns from."""
+
+    ids: frozenset[str]
+    """Their ids, where a row has them as Spec-Bench does (``question_id`` beside ``turns``)."""
+    hashes: frozenset[str]
+    prompts: frozenset[str] = frozenset()
+    """Hashes of their tokens (:func:`texts.prompt_id`), where a run knows those."""
+
+    def holds(self, text: str) -> bool:
+        """Is one of them the text, or in it?"""
+        return hashed(words(text)) in self.hashes or not self.hashes.isdisjoint(runs_of(text))
+
+    def and_also(self, questions: Iterable[str], prompts: Iterable[str] = ()) -> HeldOut:
+        """These and others, by their texts, and their tokens' hashes."""
+        more = {each for question in questions for each in fingerprint(question)}
+        return HeldOut(self.ids, self.hashes | more, self.prompts | set(prompts))
+
+
+@functools.cache
+def committed() -> HeldOut:
+    """The list that comes with the package."""
+    rows = json.loads(LIST.read_text(encoding="utf-8"))["questions"]
+    hashes = {each for row in rows for each in row["runs"]}
+    return HeldOut(frozenset(row["id"] for row in rows), frozenset(hashes))
+
+
+@dataclass
+class Gate:
+    """What every text passes before anything is learnt from it."""
+
+    held_out: HeldOut
+    decode: Callable[[Sequence[int]], str] | None
+    """Tokens -> text; without a tokenizer only prompts of known tokens are recognised."""
+    dropped: int = field(default=0, init=False)
+    """Texts that did not pass so far."""
+
+    def admit(self, texts: Iterable[Text]) -> list[Text]:
+        """The texts that hold no question of the list."""
+        kept, before = [], 0
+        for before, text in enumerate(texts, 1):  # noqa: B007  (counts them)
+            if not self._holds(text):
+                kept.append(text)
+        self.dropped += before - len(kept)
+        return kept
+
+    def _holds(self, text: Text) -> bool:
+        if prompt_id(text.tokens[: text.start]) in self.held_out.prompts:
+            return True
+        return self.decode is not None and self.held_out.holds(self.decode(text.tokens))
