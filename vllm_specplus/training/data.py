@@ -3,7 +3,8 @@
 Each row is one of
 
 * ``{"tokens": [...], "start": n}``: a text as ids of the target, whose first ``n`` are the prompt
-  (what a run keeps as ``texts.jsonl``);
+  (what a run keeps as ``texts.jsonl``); with ``"rejected": [...]`` the indices of those that took the
+  place of a rejected draft;
 * a response of vLLM's server, as it comes with ``"return_token_ids": true``: served traffic;
 * ``{"prompt": ..., "answer": ...}``, for ``judge`` with ``"error": [first, behind] or null``,
   characters of the answer that are wrong;
@@ -189,11 +190,32 @@ def of_tokens(row: dict, language: Language) -> Text:
     start = row.get("start", 0)
     if type(start) is not int or not 0 <= start <= len(tokens):
         raise TrainingError(f"start is {quoted(start)}: it must be the number of prompt tokens")
-    labels = row.get("labels", [])
-    if labels and (len(labels) != len(tokens) or not set(labels) <= {1, 0, UNKNOWN}):
-        raise TrainingError("labels must have a 1, 0 or -1 for each token")
+    labels = checked_labels(row, len(tokens), start)
     writer = row.get("writer", "given")
-    return Text(identity(row, tokens[:start]), tokens, start, str(writer), tuple(labels))
+    return Text(identity(row, tokens[:start]), tokens, start, str(writer), labels)
+
+
+def checked_labels(row: dict, count: int, start: int) -> tuple[int, ...]:
+    """What a row says of each of its ``count`` tokens, by ``labels``, or by the indices of tokens
+    that took the place of a ``rejected`` draft when the text was served."""
+    if "rejected" in row:
+        rejected = row["rejected"]
+        good = isinstance(rejected, list) and all(type(each) is int for each in rejected)
+        if not good or not all(start <= each < count for each in rejected):
+            raise TrainingError(
+                f"rejected is {quoted(rejected)}: it must list indices of tokens behind the prompt"
+            )
+        wrong = set(rejected)
+        return (*[UNKNOWN] * start, *(int(i not in wrong) for i in range(start, count)))
+    labels = row.get("labels", [])
+    known = {1, 0, UNKNOWN}
+    if not isinstance(labels, list) or not all(type(e) is int and e in known for e in labels):
+        raise TrainingError(f"labels are {quoted(labels)}: each must be 1, 0 or -1")
+    if labels and len(labels) != count:
+        raise TrainingError(
+            f"there are {len(labels)} labels for {count} tokens: write one for each"
+        )
+    return tuple(labels)
 
 
 def of_traffic(row: dict, language: Language) -> list[Text]:
@@ -232,7 +254,9 @@ def answered(row: dict, language: Language) -> tuple[Text, str]:
         messages = row["messages"][:-1]
     for name, value in (("prompt", asked), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
-            raise TrainingError(f"the {name} is {quoted(value)}: it must be a text that is not empty")
+            raise TrainingError(
+                f"the {name} is {quoted(value)}: it must be a text that is not empty"
+            )
     before = language.encode(language.prompt(messages))
     own, labels = labelled(answer, row, language)
     if (end := language.tokenizer.eos_token_id) is not None:

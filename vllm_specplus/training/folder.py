@@ -56,11 +56,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     new = path.with_name(f"{path.name}.new")
     with writing(path):
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        fill(new)
-        for each in [*new.rglob("*"), new]:
-            sync(each)
-        new.rename(path)
+        try:
+            new.mkdir(parents=True)
+            fill(new)
+            for each in [*new.rglob("*"), new]:
+                sync(each)
+            new.rename(path)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
         sync(path.parent)
 
 
@@ -69,6 +73,8 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.lock: tuple[int, ...] = ()
+        """The handle that keeps others out while :meth:`held`."""
         self.texts = path / "texts.jsonl"
         self.questions = path / "questions.jsonl"
         """Prompts of the texts that the target has to write."""
@@ -101,9 +107,10 @@ class RunFolder:
                 raise TrainingError(
                     f"another run is using {self.path}: wait for it, or name another --out"
                 ) from None
-            os.set_inheritable(handle, True)
+            self.lock = (handle,)
             yield
         finally:
+            self.lock = ()
             os.close(handle)
 
     def take_settings(self, settings: dict[str, Any]) -> None:
