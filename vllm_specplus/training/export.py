@@ -131,7 +131,8 @@ def compact(head: Path, target: Path, file: Path) -> None:
     weights = load_file(head / _WEIGHTS)
     output = weights.pop("lm_head.weight", None)
     offsets = weights.get("d2t")
-    if output is None or offsets is None or not torch.equal(output, _own_rows(target, offsets)):
+    ids = None if offsets is None else torch.arange(len(offsets)) + offsets
+    if output is None or ids is None or not torch.equal(output, _stored(output_layer(target)[ids])):
         raise TrainingError(
             f"{head} has no output layer that is its target's for some tokens: keep the folder, or "
             f"train with learn_output=false"
@@ -156,10 +157,17 @@ def expand(file: Path, target: Path, folder: Path) -> None:
     if "config" not in metadata:
         raise TrainingError(f"{file} is no compact head: it has no configuration in its metadata")
     config, weights = json.loads(metadata["config"]), load_file(file)
+    layer, output = config["transformer_layer_config"], output_layer(target)
+    if output.shape != (layer["vocab_size"], layer["hidden_size"]):
+        raise TrainingError(
+            f"{file} was made for a target of {layer['vocab_size']} tokens and "
+            f"{layer['hidden_size']} units, and {target} has {len(output)} and {output.shape[1]}: "
+            f"name the target that it was trained for"
+        )
     ids = torch.arange(len(weights["d2t"])) + weights["d2t"]
-    known = torch.zeros(config["transformer_layer_config"]["vocab_size"], dtype=torch.bool)
+    known = torch.zeros(len(output), dtype=torch.bool)
     known[ids] = True
-    weights |= {"t2d": known, "lm_head.weight": _own_rows(target, weights["d2t"])}
+    weights |= {"t2d": known, "lm_head.weight": output[ids]}
     config["speculators_config"]["verifier"]["name_or_path"] = str(target)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -167,12 +175,6 @@ def expand(file: Path, target: Path, folder: Path) -> None:
         made.mkdir()
         write_head(made, config, weights)
         made.rename(folder)
-
-
-def _own_rows(target: Path, offsets: Tensor) -> Tensor:
-    """The target's output layer, bfloat16 [k, hidden], for the tokens that ``d2t`` names."""
-    rows = output_layer(target)
-    return _stored(rows[torch.arange(len(offsets)) + offsets])
 
 
 def output_layer(target: Path) -> Tensor:

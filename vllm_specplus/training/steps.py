@@ -17,9 +17,12 @@ FlexAttention for modules of its own, which nothing here serves. These are the s
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
+from vllm_specplus.drafting.cache import PageStore
 from vllm_specplus.drafting.eagle import EagleHead
 
 
@@ -58,7 +61,9 @@ class Chains:
         """
         head = self._head
         seen = self._seen.expand(len(tokens), 1, -1, -1)
-        y = head(tokens, self._given, head.rotary(self._positions), seen, self._keys)
+        # The head asks of what serving has for pages nothing but this.
+        keys = cast(PageStore, self._keys)
+        y = head(tokens, self._given, head.rotary(self._positions), seen, keys)
         self._given = head.feature(y)
         self._positions = self._positions + 1
         self._seen = torch.cat((self._seen, self._own), 1)

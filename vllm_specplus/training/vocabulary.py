@@ -1,13 +1,13 @@
 """The tokens that a head predicts: the most frequent ones of what it learns from.
 
 A head's output layer costs as much as the rest of it where the vocabulary is large, and most tokens
-are rare. Ids are written as EAGLE-3's authors and ``speculators`` do: ``d2t`` int64 [k], to be added
-to a row's number, and ``t2d`` bool [vocabulary], which tokens are among them.
+are rare. Ids are written as EAGLE-3's authors and ``speculators`` do: ``d2t`` int64 [k], to be
+added to a row's number, and ``t2d`` bool [vocabulary], which tokens are among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +56,10 @@ class DraftVocabulary:
         """The share of the tokens that models wrote in ``texts`` that are among these: what no head
         of this vocabulary exceeds on them, accepting token by token."""
         counts = token_counts(texts, self.size)
-        return float(counts[self.ids].sum() / counts.sum().clamp(min=1))
+        return int(counts[self.ids].sum()) / max(int(counts.sum()), 1)
 
 
 def token_counts(texts: Iterable[Text], size: int) -> Tensor:
     """int64 [size]: how often models wrote each token in ``texts``; prompts do not count."""
-    counts = torch.zeros(size, dtype=torch.long)
-    for text in texts:
-        written: Sequence[int] = text.tokens[text.start :]
-        counts += torch.bincount(torch.tensor(written, dtype=torch.long), minlength=size)
-    return counts
+    written = [token for text in texts for token in text.tokens[text.start :]]
+    return torch.bincount(torch.tensor(written, dtype=torch.long), minlength=size)
