@@ -28,7 +28,7 @@ def train(
     target: Annotated[Path, typer.Option(help="Folder of the model that the draft is for.")],
     out: Annotated[
         Path,
-        typer.Option(help="Folder of the run; result/ in it is served. A run that was ended goes on."),
+        typer.Option(help="Folder of the run; result/ in it is served. An ended run goes on."),
     ],
     data: Annotated[
         Path | None,
@@ -38,9 +38,7 @@ def train(
             show_default="the target asks itself",
         ),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Most tokens that the target writes.")
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Most tokens that the target writes.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the texts.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Most time to train.")] = None,
     batch_tokens: Annotated[
@@ -59,7 +57,9 @@ def train(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe, as JSON. Repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A key of the recipe, in JSON. Repeatable."
+        ),
     ] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Write texts on Ray, one engine for each GPU.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,10 +35,8 @@ class Batch:
         return Batch(*tensors, self.texts)
 
     def part(self, rank: int, ranks: int) -> Batch | None:
-        """Every ``ranks``-th text from the ``rank``-th on; None if there is none or it teaches
-        nothing."""
-        own = collate(self.texts[rank::ranks]) if rank < len(self.texts) else None
-        return own if own is not None and own.learn.any() else None
+        """Every ``ranks``-th text from the ``rank``-th on; None if there is none."""
+        return collate(self.texts[rank::ranks]) if rank < len(self.texts) else None
 
 
 def collate(texts: Sequence[Text]) -> Batch:
@@ -83,8 +82,7 @@ class Batches:
         order = list(range(len(self._texts)))
         rng.shuffle(order)
         order.sort(key=lambda i: len(self._texts[i].tokens))  # keeps the order of equal ones
-        starts = [0, *self._ends[:-1]]
-        groups = [order[a:b] for a, b in zip(starts, self._ends, strict=True)]
+        groups = [order[a:b] for a, b in pairwise([0, *self._ends])]
         rng.shuffle(groups)
         for group in groups[skip:]:
             yield collate([self._texts[i] for i in group])

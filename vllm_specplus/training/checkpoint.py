@@ -47,8 +47,6 @@ class Checkpoints:
             (new / PROGRESS).write_text(json.dumps(asdict(progress)))
 
         target = self._folder / f"{progress.step:09d}"
-        # Of that step only one can be there that could not be read.
-        shutil.rmtree(target, ignore_errors=True)
         write_folder(target, fill)
         for old in self._found()[GENERATIONS:]:
             shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,11 @@ from rich.table import Table
 
 from vllm_specplus.files import positive, read_json
 from vllm_specplus.training.errors import TrainingError
+from vllm_specplus.training.frozen import KEPT
+
+KEYS = (
+    "num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,22 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
+
+    @classmethod
+    def of(cls, folder: Path) -> Shape:
+        """The sizes in the config.json of a model's folder; TrainingError if they are not there."""
+        name = f"{folder}/config.json"
+        try:
+            config = read_json(folder / "config.json", name)
+            config = config.get("text_config", config)
+            heads, hidden, layers, inner, vocab = (positive(config, key, name) for key in KEYS)
+        except ValueError as error:
+            raise TrainingError(f"{error}; name the folder of a model") from None
+        return cls(
+            layers, hidden, inner, heads, config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or hidden // heads, vocab,
+            bool(config.get("tie_word_embeddings", True)),
+        )  # fmt: skip
 
     @property
     def layer(self) -> int:
@@ -80,26 +101,6 @@ CHECKPOINTS, CHECKPOINT_BYTES = 3, 12
 #: Bytes of a token in a file of texts.
 TEXT_BYTES = 8
 GIB = 1 << 30
-
-
-def shape_of(target: Path) -> Shape:
-    """The sizes in a target's config.json; TrainingError if they are not there."""
-    try:
-        config = read_json(target / "config.json", f"{target}/config.json")
-        config = config.get("text_config", config)
-
-        def of(key: str) -> int:
-            return positive(config, key, f"{target}/config.json")
-
-        heads, hidden = of("num_attention_heads"), of("hidden_size")
-        return Shape(
-            layers=of("num_hidden_layers"), hidden=hidden, intermediate=of("intermediate_size"),
-            heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads, vocab=of("vocab_size"),
-            tied=bool(config.get("tie_word_embeddings", True)),
-        )  # fmt: skip
-    except ValueError as error:
-        raise TrainingError(f"--target: {error}; name the folder of a model") from None
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ def cost(
     """What ``epochs`` over texts of ``tokens`` positions cost, ``written`` of which the target has
     to write first; ``width`` are the bytes of a number in products."""
     layers = work.multiplied / shape.layer
+    features = work.feature_bytes * tokens
+    kept = min(1.0, KEPT / features) if features else 0.0
     per_rank = batch_tokens / machine.devices
     activations = per_rank * layers * width * (10 * shape.hidden + 4 * shape.intermediate)
     memory = {
@@ -166,7 +169,7 @@ def cost(
         "trained weights and optimiser": work.trained * TRAINED_BYTES,
         "activations": activations + per_rank * 8 * shape.hidden * width,
         "logits": LOGIT_ROWS * max(work.vocab, shape.vocab) * 4 * LOGIT_COPIES,
-        "features": work.feature_bytes * tokens,
+        "features": features * kept,
     }
     disk = {
         "texts": tokens * TEXT_BYTES,
@@ -174,10 +177,13 @@ def cost(
         "result": work.trained * 4,
     }
     output = shape.hidden * work.vocab
-    once = 2 * shape.layers * shape.layer if work.feature_bytes else 0
+    whole = 2 * shape.layers * shape.layer
+    once = kept * whole
+    # What is not kept, or of texts that are new, is computed again.
+    again = max(2 * work.target_layers * shape.layer, (1 - kept) * whole)
     each_epoch = (
         6 * work.multiplied + 4 * work.losses * output + 2 * shape.hidden * shape.vocab
-        + 2 * work.target_layers * shape.layer
+        + again
     )  # fmt: skip
     by_draft = 2 * (work.multiplied + output) * work.draft_written
     speed = machine.flops * machine.devices
@@ -196,9 +202,8 @@ def shortage(cost: Cost, machine: Machine) -> str | None:
         ("disk", cost.disk, machine.disk, "make room, or name another --out"),
     ):
         if (total := sum(needed.values())) > free:
-            return (
-                f"the run needs {total / GIB:.1f} GiB of {name}, {free / GIB:.1f} GiB are free: {hint}"
-            )
+            needed, there = f"{total / GIB:.1f} GiB of {name}", f"{free / GIB:.1f} GiB"
+            return f"the run needs {needed}, and {there} are free: {hint}"
     return None
 
 

@@ -3,8 +3,8 @@
 Each row is one of
 
 * ``{"tokens": [...], "start": n}``: a text as ids of the target, whose first ``n`` are the prompt
-  (what a run keeps as ``texts.jsonl``); with ``"rejected": [...]`` the indices of those that took the
-  place of a rejected draft;
+  (what a run keeps as ``texts.jsonl``); with ``"rejected": [...]`` the indices of those that took
+  the place of a rejected draft;
 * a response of vLLM's server, as it comes with ``"return_token_ids": true``: served traffic;
 * ``{"prompt": ..., "answer": ...}``, for ``judge`` with ``"error": [first, behind] or null``,
   characters of the answer that are wrong;
@@ -122,7 +122,9 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise TrainingError(f"{path} cannot be read ({reason}): name a file of JSON lines") from None
+        raise TrainingError(
+            f"{path} cannot be read ({reason}): name a file of JSON lines"
+        ) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -130,7 +132,7 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise TrainingError(
-                f"{path}, line {number}: not valid JSON ({str(error)[:80]}): mend or remove the line"
+                f"{path}, line {number}: not valid JSON ({str(error)[:80]}): mend or remove it"
             ) from None
 
 
@@ -152,8 +154,8 @@ def _take(row: Any, data: Data, language: Language, held_out: HeldOut) -> None:
     else:
         question = parse_row(row, default_id="")
         asked = wording(question)
-        string = language.prompt(list(question.messages)) if question.messages else question.prompt
-        tokens = tuple(language.encode(string or ""))
+        messages = question.messages or ({"role": "user", "content": asked},)
+        tokens = tuple(language.encode(language.prompt(list(messages))))
         prompt = Prompt(question.id or prompt_id(tokens), tokens)
         listed = "turns" in row and question.id in held_out.ids
         keep_or_drop(data, held_out, prompt.id, asked, prompt, listed)

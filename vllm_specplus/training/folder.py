@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Writes a folder that is not there yet, all of what ``fill`` puts into it or nothing."""
+    """Writes a folder, all of what ``fill`` puts into it or nothing, over one of that name."""
     new = path.with_name(f"{path.name}.new")
     with writing(path):
         shutil.rmtree(new, ignore_errors=True)
@@ -61,6 +61,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             fill(new)
             for each in [*new.rglob("*"), new]:
                 sync(each)
+            shutil.rmtree(path, ignore_errors=True)
             new.rename(path)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)

@@ -14,6 +14,7 @@ from torch import distributed, nn
 
 #: The first rank writes texts, for hours perhaps, while the others wait.
 PATIENCE = timedelta(days=2)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def first(self) -> bool:
@@ -73,7 +74,7 @@ def joined() -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     count = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local) if cuda else CPU
     if cuda:
         torch.cuda.set_device(device)
     if count == 1:

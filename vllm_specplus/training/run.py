@@ -91,7 +91,7 @@ class Checked:
             options.target, options.data, options.tokens or defaults.tokens,
             min(options.max_length, context_of(options.target)), options.seed, options.ray,
         )  # fmt: skip
-        language, shape = language_of(options.target), cost_model.shape_of(options.target)
+        language, shape = language_of(options.target), cost_model.Shape.of(options.target)
         return cls(options, module, settings, plan, wanted, language, shape)
 
     def kept(self) -> dict[str, Any]:
@@ -161,9 +161,7 @@ def gather(checked: Checked, folder: RunFolder, console: Console) -> HeldOut:
     """Has all texts written; returns what must not be learnt from."""
     held_out, wanted, language = committed(), checked.wanted, checked.language
     if checked.options.measure:
-        more = sources.gather_measured(
-            checked.options.measure, wanted, folder, language, console
-        )
+        more = sources.gather_measured(checked.options.measure, wanted, folder, language, console)
         held_out = HeldOut(held_out.ids, held_out.hashes | more.hashes, more.prompts)
     sources.gather(wanted, folder, language, held_out, console)
     return held_out
@@ -193,18 +191,14 @@ def finish(
     return read_json(folder.measured, str(folder.measured))
 
 
-def publish(
-    recipe: Recipe, measured: list[Text], said: dict[str, int], folder: RunFolder
-) -> None:
+def publish(recipe: Recipe, measured: list[Text], said: dict[str, int], folder: RunFolder) -> None:
     """Measures what was trained, and writes what is served."""
     report = {"recipe": recipe.name, **said, "measured": recipe.measure(measured).to_json()}
     write_text(folder.measured, json.dumps(report, indent=1) + "\n")
     write_folder(folder.result, recipe.export)
 
 
-def dry_run(
-    options: Options, flops: float | None, console: Console
-) -> tuple[Table, str | None]:
+def dry_run(options: Options, flops: float | None, console: Console) -> tuple[Table, str | None]:
     """What a run of these options would cost, and a sentence if this machine cannot do it. Nothing
     is written; data is read, and found to be good."""
     checked = Checked.of(options)

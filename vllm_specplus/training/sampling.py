@@ -24,8 +24,8 @@ def write_on(
 ) -> list[Text]:  # fmt: skip
     """New texts behind the prompts of ``texts``, up to ``length`` tokens behind each.
 
-    ``share`` of them are the draft's: of whole texts (by "sequence"), or of the tokens of each text,
-    drawn one by one (by "token", where both models read everything). A text ends behind an
+    ``share`` of them are the draft's: of whole texts (by "sequence"), or of the tokens of each
+    text, drawn one by one (by "token", where both models read everything). A text ends behind an
     end-of-sequence token of the target. ``draft`` and ``target`` are causal models of transformers,
     ``rng`` is on the CPU. An empty prompt cannot be written on, and is left out.
     """

@@ -100,9 +100,7 @@ def written_by_target(
     return do(job, folder, "texts of the target", wanted.tokens, console)
 
 
-def do(
-    job: Job, folder: RunFolder, what: str, tokens: int | None, console: Console
-) -> list[Text]:
+def do(job: Job, folder: RunFolder, what: str, tokens: int | None, console: Console) -> list[Text]:
     """Has a job done by a process of its own, and returns all that it has written."""
     order, out, log = folder.path / "job.json", Path(job.out), folder.path / "writer.log"
     write_text(order, job.model_dump_json() + "\n")
@@ -151,8 +149,8 @@ def keep(path: Path, texts: Sequence[Text], length: int) -> None:
     teaching = [text for text in cut if len(text.tokens) > max(text.start, 1)]
     if not teaching:
         raise TrainingError(
-            f"no text has anything behind its prompt within {length} tokens: raise --max-length, or "
-            f"bring other texts with --data"
+            f"no text has anything behind its prompt within {length} tokens: raise --max-length, "
+            f"or bring other texts with --data"
         )
     write_text(path, "".join(f"{to_line(text)}\n" for text in teaching))
 
@@ -185,4 +183,3 @@ def summary(texts: Sequence[Text]) -> dict[str, int]:
         "tokens": sum(len(text.tokens) for text in texts),
         "learnt tokens": sum(len(text.tokens) - max(text.start, 1) for text in texts),
     }
-

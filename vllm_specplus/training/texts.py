@@ -54,8 +54,8 @@ def to_line(text: Text) -> str:
 
 def from_row(row: dict) -> Text:
     """The text of a row that :func:`to_line` wrote; KeyError, TypeError or ValueError else."""
-    labels = tuple(row.get("labels", ()))
-    return Text(row["id"], tuple(row["tokens"]), row["start"], row["writer"], labels)
+    tokens = tuple(row["tokens"])
+    return Text(row["id"], tokens, row["start"], row["writer"], tuple(row.get("labels", ())))
 
 
 def load_texts(path: Path) -> list[Text]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -80,8 +80,8 @@ class Trainer:
         self._checkpoints = Checkpoints(folder.checkpoints)
         self._curve = Curve(folder.log)
         self._place = Place()
-        self._saved = 0
-        """Step of the newest checkpoint."""
+        self._saved = self._place
+        """That of the newest checkpoint."""
         self._rng = torch.Generator(ranks.device)
 
     @property
@@ -127,6 +127,7 @@ class Trainer:
                     # All ranks go by the first one's clock, lest one stops alone.
                     done = max(done, self._ranks.shared(clock()) / (60 * self._plan.minutes))
                 if done >= 1:
+                    self._place = replace(self._place, epoch=self._plan.epochs, batch=0)
                     return
                 yield Moment(epoch, index, index + 1 == len(batches), done, batch)
 
@@ -194,7 +195,7 @@ class Trainer:
         found = self._checkpoints.load()
         if found is not None:
             self._place, state = found
-            self._saved = self.steps
+            self._saved = self._place
             prefix = "recipe."
             own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
             self._recipe.load_state(own)
@@ -205,10 +206,10 @@ class Trainer:
             self._curve.restart(self.steps)
 
     def _save(self) -> None:
-        if self._ranks.first and self._saved != self.steps:
+        if self._ranks.first and self._saved != self._place:
             own = {f"recipe.{name}": tensor for name, tensor in self._recipe.state().items()}
             self._checkpoints.save(self._place, own | optimiser_state(self._optimiser))
-            self._saved = self.steps
+            self._saved = self._place
 
     def _bar(self) -> Progress:
         """A bar with the time left."""
