@@ -18,7 +18,7 @@ from vllm_specplus.strict import StrictModel
 from vllm_specplus.training.cost_model import Work
 from vllm_specplus.training.folder import RunFolder
 from vllm_specplus.training.measure import Measured
-from vllm_specplus.training.ranks import joined
+from vllm_specplus.training.ranks import Ranks, joined
 from vllm_specplus.training.recipe import Defaults, Setup
 from vllm_specplus.training.splits import Gate, HeldOut
 from vllm_specplus.training.texts import Text
@@ -144,8 +144,6 @@ def trainer(
     console=None,
 ) -> Trainer:  # fmt: skip
     """A trainer of the toy in an existing folder."""
-    from vllm_specplus.training.ranks import Ranks
-
     return Trainer(
         recipe or Toy(Settings()), texts() if given is None else given, plan, RunFolder(out),
         gate or Gate(NOBODY, None), ranks or Ranks(), console or Console(quiet=True),
@@ -168,10 +166,10 @@ def killed_at(name: str, count: int) -> None:
 
 def train(
     out: Path, plan: dict, kill: tuple[str, int] = ("", 0), kill_step: int = 0,
-    environment: dict[str, str] | None = None,
+    environment: dict[str, str] | None = None, alike: bool = False,
 ) -> None:  # fmt: skip
     """Trains the toy in this process, which may be killed: at a call of ``os``, or in a step, both
-    counted from 1."""
+    counted from 1. ``alike``: ranks count alike, whatever they have of a batch."""
     os.environ |= environment or {}
     torch.set_num_threads(1)
     if kill[0]:
@@ -189,6 +187,9 @@ def train(
     recipe.step = step
     out.mkdir(exist_ok=True)
     with joined() as ranks:
+        if alike:
+            real_sum, count = Ranks.sum_gradients, ranks.count
+            Ranks.sum_gradients = lambda self, given, weight: real_sum(self, given, 1 / count)
         trainer(out, Plan(**plan), recipe, ranks).run()
 
 

@@ -114,6 +114,8 @@ class Machine:
     flops: float
     """FLOP/s of one device in matrix products."""
     devices: int = 1
+    own_memory: bool = False
+    """Whether the device's memory is apart from the machine's, where features are kept."""
 
 
 def this_machine(
@@ -126,7 +128,8 @@ def this_machine(
         memory = psutil.virtual_memory().available
     there = next(each for each in (out.resolve(), *out.resolve().parents) if each.exists())
     speed = flops or measured_flops(device, dtype)
-    return Machine(memory, shutil.disk_usage(there).free, speed, devices)
+    apart = device.type == "cuda"
+    return Machine(memory, shutil.disk_usage(there).free, speed, devices, apart)
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -169,8 +172,9 @@ def cost(
         "trained weights and optimiser": work.trained * TRAINED_BYTES,
         "activations": activations + per_rank * 8 * shape.hidden * width,
         "logits": LOGIT_ROWS * max(work.vocab, shape.vocab) * 4 * LOGIT_COPIES,
-        "features": features * kept,
     }
+    if not machine.own_memory:
+        memory["features"] = features * kept
     disk = {
         "texts": tokens * TEXT_BYTES,
         "checkpoints": work.trained * CHECKPOINT_BYTES * CHECKPOINTS,
