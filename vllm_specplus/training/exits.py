@@ -35,7 +35,9 @@ def multi_exit(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def backward_exits(
-    states: Sequence[Tensor], weights: Sequence[float], rows_of: Callable[[int], RowsOf],
+    states: Sequence[Tensor],
+    weights: Sequence[float],
+    rows_of: Callable[[int], RowsOf],
     loss: Loss,
 ) -> list[Tensor]:
     """Runs the backward pass of the mean of :func:`multi_exit`; returns each exit's losses [N].

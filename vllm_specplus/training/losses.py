@@ -50,8 +50,8 @@ Loss = Callable[[Rows], Tensor]
 
 def forward_kl(rows: Rows) -> Tensor:
     """KL(p || q) in nats."""
-    p = rows.target_logits.softmax(-1)
-    return soft_ce(rows) - torch.special.entr(p).sum(-1)
+    log_p, log_q = rows.target_logits.log_softmax(-1), rows.draft_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl(rows: Rows) -> Tensor:
@@ -86,9 +86,7 @@ def soft_ce(rows: Rows) -> Tensor:
 
 def hard_ce(rows: Rows) -> Tensor:
     """- log q of the text's token; 0 where the vocabulary has none for it."""
-    return F.cross_entropy(
-        rows.draft_logits, rows.labels, ignore_index=NO_LABEL, reduction="none"
-    )
+    return F.cross_entropy(rows.draft_logits, rows.labels, ignore_index=NO_LABEL, reduction="none")
 
 
 def smooth_l1(rows: Rows) -> Tensor:

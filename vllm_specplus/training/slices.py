@@ -35,16 +35,18 @@ def gradient_in_slices(
     Parameters that ``rows_of`` uses, as an output layer of the draft's own, get their gradients
     added; what ``states`` were computed from does not: see :func:`backward_in_slices`.
     """
-    count = len(states)
-    leaf = states.detach().requires_grad_()
+    count, given = len(states), states.detach()
     if weights is None:
         weights = torch.full((count,), 1 / max(count, 1), device=states.device)
-    losses = torch.zeros(count, device=states.device)
+    losses, gradient = torch.zeros(count, device=states.device), torch.zeros_like(given)
     for here in slices(count):
-        part = loss(rows_of(here, leaf[here]))
+        # A leaf of its own: the gradient of a part of one would be as large as the whole.
+        leaf = given[here].requires_grad_()
+        part = loss(rows_of(here, leaf))
         (part * weights[here]).sum().backward()
         losses[here] = part.detach()
-    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        if leaf.grad is not None:
+            gradient[here] = leaf.grad
     return losses, gradient
 
 
