@@ -11,7 +11,8 @@ from tests.training.tiny import CPU, batch_of, save_target, some_texts
 from vllm_specplus.training.decoding import greedy_chains
 from vllm_specplus.training.frozen import Frozen
 from vllm_specplus.training.language_model import LanguageModel
-from vllm_specplus.training.measure import Measured, Probe, Tally, measure, wilson
+from vllm_specplus.training.measure import Measured, Tally, measure
+from vllm_specplus.training.probe import Probe, wilson
 from vllm_specplus.training.slices import slices
 from vllm_specplus.training.texts import Text
 

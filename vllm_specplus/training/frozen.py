@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm_specplus.training.batch import Batch
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.language_model import LanguageModel, load_model
-from vllm_specplus.training.measure import Probe
+from vllm_specplus.training.probe import Probe
 from vllm_specplus.training.sampling import end_tokens
 from vllm_specplus.training.texts import Text
 

@@ -19,7 +19,8 @@ from vllm_specplus.training.batch import Batch
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.frozen import Frozen
 from vllm_specplus.training.language_model import read_model_config
-from vllm_specplus.training.measure import Group, Measured, Probe, measure
+from vllm_specplus.training.measure import Measured, measure
+from vllm_specplus.training.probe import Group, Probe
 from vllm_specplus.training.recipe import Setup
 from vllm_specplus.training.slices import slices
 from vllm_specplus.training.steps import Chains, ahead

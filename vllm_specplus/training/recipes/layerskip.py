@@ -34,8 +34,9 @@ from vllm_specplus.training.exits import backward_exits, layer_weights
 from vllm_specplus.training.frozen import Frozen
 from vllm_specplus.training.language_model import LanguageModel, load_model
 from vllm_specplus.training.losses import Rows, loss_of
-from vllm_specplus.training.measure import BATCH_TOKENS, DEPTH, Measured, Probe, Tally
+from vllm_specplus.training.measure import BATCH_TOKENS, Measured, Tally
 from vllm_specplus.training.model_folder import own_dtype, write_model
+from vllm_specplus.training.probe import DEPTH, Probe
 from vllm_specplus.training.recipe import Defaults, Setup
 from vllm_specplus.training.slices import slices
 from vllm_specplus.training.texts import Text
