@@ -4,13 +4,16 @@ around."""
 from __future__ import annotations
 
 import ast
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.training.toy import NOBODY, WORDS, texts
 from vllm_specplus.training import splits
+from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.splits import Gate, HeldOut, committed, fingerprint
 from vllm_specplus.training.texts import Text, prompt_id
 
@@ -70,17 +73,20 @@ def test_the_gate_reads_what_tokens_say():
     asked = [WORDS.index(word) for word in QUESTION.lower().rstrip("?").split()]
     held = Text("1", (*asked, 5), len(asked), "target")
     written = Text("2", (4, *asked), 1, "target")  # the target asked it itself
-    gate = Gate(committed(), decode)
+    told = io.StringIO()
+    gate = Gate(committed(), decode, Console(file=told, width=200))
     assert gate.admit([*texts(5), held, written]) == texts(5)
-    assert gate.dropped == 2
+    assert "2 of 7 texts hold questions that are held out" in told.getvalue()
+    with pytest.raises(TrainingError, match="nothing is left to learn from: bring others"):
+        gate.admit([held])
     # What makes the difference is the list.
-    assert len(Gate(NOBODY, decode).admit([held, written])) == 2
+    assert len(Gate(NOBODY, decode, Console(quiet=True)).admit([held, written])) == 2
 
 
 def test_without_a_tokenizer_known_prompts_are_recognised():
     first, *others = texts(5)
     held = HeldOut(frozenset(), frozenset(), frozenset({prompt_id(first.tokens[: first.start])}))
-    assert Gate(held, None).admit([first, *others]) == others
+    assert Gate(held, None, Console(quiet=True)).admit([first, *others]) == others
 
 
 def calls(tree: ast.AST, name: str) -> int:
@@ -98,9 +104,9 @@ def trees() -> dict[str, ast.Module]:
 
 
 def test_what_is_learnt_from_has_passed_the_gate():
-    """Batches with gradients are made in one place, of texts that :meth:`Trainer._admitted` has
-    returned; what recipes see before, to count their vocabulary, is admitted by the run. The
-    others, in files that measure, are listed here."""
+    """Batches with gradients are made in one place, of texts that the gate has admitted; what
+    recipes see before, to count their vocabulary, is admitted by the run. Files that make others,
+    to measure, are listed here."""
     measuring = {"measure.py", "recipes/judge.py", "recipes/layerskip.py"}
     making = {name for name, tree in trees().items() if calls(tree, "Batches")}
     assert making - measuring == {"trainer.py"}
@@ -109,6 +115,8 @@ def test_what_is_learnt_from_has_passed_the_gate():
             if isinstance(node, ast.FunctionDef) and calls(node, "Batches"):
                 assert node.name == "measure", f"{name}: {node.name} makes batches"
     assert {n for n, tree in trees().items() if calls(tree, "Setup")} == {"run.py"}
+    # The run's texts, and those of an epoch.
+    assert calls(trees()["trainer.py"], "admit") == 2
     (finish,) = (
         node for node in ast.walk(trees()["run.py"])
         if isinstance(node, ast.FunctionDef) and calls(node, "Setup")

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from tests.training.toy import WORDS, Settings, Toy, status, texts, train, trainer
 from vllm_specplus.training import folder as folders
 from vllm_specplus.training.curve import Curve
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.folder import RunFolder
-from vllm_specplus.training.splits import Gate, committed
+from vllm_specplus.training.splits import committed
 from vllm_specplus.training.texts import Text
 from vllm_specplus.training.trainer import Plan
 
@@ -135,17 +134,11 @@ def test_held_out_questions_are_not_learnt(tmp_path):
     asked = tuple(WORDS.index(word) for word in question)
     held = [Text(str(i), (*asked, 5, 6), len(asked), "target") for i in range(3)]
     told = io.StringIO()
-    gate = Gate(committed(), lambda tokens: " ".join(WORDS[token] for token in tokens))
+    gate = committed(), lambda tokens: " ".join(WORDS[token] for token in tokens)
     recipe = Toy(Settings())
-    trainer(
-        tmp_path,
-        Plan(**PLAN),
-        recipe,
-        gate=gate,
-        given=[*texts(), *held],
-        console=Console(file=told),
-    ).run()
-    assert "3 of 43 texts hold questions that are held out" in " ".join(told.getvalue().split())
+    given = [*texts(), *held]
+    trainer(tmp_path, Plan(**PLAN), recipe, gate=gate, given=given, told=told).run()
+    assert "3 of 43 texts hold questions that are held out" in told.getvalue()
     assert {text.id for text in recipe.seen} == {text.id for text in texts()}
     with pytest.raises(TrainingError, match="nothing is left to learn from"):
         trainer(tmp_path, Plan(**PLAN), gate=gate, given=held)
@@ -154,7 +147,7 @@ def test_held_out_questions_are_not_learnt(tmp_path):
 def test_held_out_questions_that_a_draft_writes_are_not_learnt(tmp_path):
     question = ["who", "plays", "young", "damon", "in", "the", "vampire", "diaries"]
     asked = tuple(WORDS.index(word) for word in question)
-    gate = Gate(committed(), lambda tokens: " ".join(WORDS[token] for token in tokens))
+    gate = committed(), lambda tokens: " ".join(WORDS[token] for token in tokens)
     recipe = Toy(Settings())
     recipe.texts_for = lambda epoch, given: [*texts(), Text("x", (4, *asked), 1, "draft")]
     trainer(tmp_path, Plan(**PLAN), recipe, gate=gate).run()

@@ -141,12 +141,13 @@ def save_tokenizer(path: Path, template: str | None = TEMPLATE) -> None:
 
 def trainer(
     out: Path, plan: Plan, recipe: Toy | None = None, ranks=None, gate=None, given=None,
-    console=None,
+    told=None,
 ) -> Trainer:  # fmt: skip
-    """A trainer of the toy in an existing folder."""
+    """A trainer of the toy in an existing folder; ``gate``: what is held out, and how to read."""
+    console = Console(file=told, width=200) if told else Console(quiet=True)
     return Trainer(
         recipe or Toy(Settings()), texts() if given is None else given, plan, RunFolder(out),
-        gate or Gate(NOBODY, None), ranks or Ranks(), console or Console(quiet=True),
+        Gate(*(gate or (NOBODY, None)), console), ranks or Ranks(), console,
     )  # fmt: skip
 
 

@@ -1,81 +1,39 @@
 """`vllm-specplus train`: a draft for a model, from the model alone or from texts."""
 
-from __future__ import annotations
-
 import json
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
-FAILED = 1
-BAD_INPUT = 2
-RECIPE_HELP = (
-    "distill, eagle, eagle3, judge or layerskip: see docs/training.md, which says what each is for "
-    "and which keys --set knows."
-)
+from vllm_specplus.cli import train_options as options
 
-
-class Dtype(StrEnum):
-    bfloat16 = "bfloat16"
-    float32 = "float32"
+FAILED = 2
 
 
 def train(
-    name: Annotated[str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP)],
-    target: Annotated[Path, typer.Option(help="Folder of the model that the draft is for.")],
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder of the run; result/ in it is served. An ended run goes on."),
-    ],
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON lines of texts (tokens, prompt and answer, messages, responses of vLLM's "
-            "server) or of questions, which the target answers.",
-            show_default="the target asks itself",
-        ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Most tokens that the target writes.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the texts.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Most time to train.")] = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Positions per step, of all processes together.")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its highest.")] = None,
-    max_length: Annotated[int, typer.Option(help="Most tokens of a text.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Of products.")] = Dtype.bfloat16,
-    measure: Annotated[
-        Path | None,
-        typer.Option(
-            help="Questions to measure on, as for --data; nothing is learnt from them.",
-            show_default="a twentieth of the texts",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A key of the recipe, in JSON. Repeatable."
-        ),
-    ] = None,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Write texts on Ray, one engine for each GPU.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only check memory and disk, and print the time.")
-    ] = False,
-    flops: Annotated[
-        float | None,
-        typer.Option(help="For --dry-run: FLOP/s of a device.", show_default="measured"),
-    ] = None,
+    name: options.Recipe,
+    target: options.Target,
+    out: options.Out,
+    data: options.Data = None,
+    tokens: options.Tokens = None,
+    epochs: options.Epochs = None,
+    minutes: options.Minutes = None,
+    batch_tokens: options.BatchTokens = None,
+    learning_rate: options.LearningRate = None,
+    max_length: options.MaxLength = 512,
+    seed: options.Seed = 0,
+    dtype: options.Products = options.Dtype.bfloat16,
+    measure: options.Measure = None,
+    settings: options.Settings = None,
+    ray: options.Ray = False,
+    dry_run: options.DryRun = False,
+    flops: options.Flops = None,
 ) -> None:
     """Train a draft, a head or a judge for TARGET.
 
-    Under torchrun every process has its share of each batch.
-    Exit code 0: the result is there; 1: the run could not go on; 2: unusable input.
+    Under torchrun every process has its share of each batch. Exit code 0: the result is there; 2:
+    it cannot be, and one sentence says why.
     """
     errors = Console(stderr=True, highlight=False)
     # Heavy, and of no use to other commands.
@@ -84,20 +42,20 @@ def train(
     from vllm_specplus.training.run import dry_run as estimate
 
     try:
-        options = Options(
+        wanted = Options(
             name, target, out, data, tokens, epochs, minutes, batch_tokens, learning_rate, seed,
             str(dtype), measure, max_length, parse_values(settings or []), ray,
         )  # fmt: skip
         if dry_run:
-            table, missing = estimate(options, flops, errors)
+            table, missing = estimate(wanted, flops, errors)
             Console().print(table)
             if missing:
                 raise TrainingError(missing)
             return
-        report = run(options, errors)
+        report = run(wanted, errors)
     except TrainingError as error:
         errors.print(f"Error: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from error
+        raise typer.Exit(FAILED) from error
     if not errors.quiet:
         typer.echo(json.dumps(report))
 

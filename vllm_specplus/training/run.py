@@ -172,13 +172,13 @@ def finish(
 ) -> dict[str, Any]:
     """Trains on the texts of the folder; returns what was measured."""
     tokenizer, options, plan = checked.language.tokenizer, checked.options, checked.plan
-    gate = Gate(held_out, tokenizer and (lambda tokens: tokenizer.decode(tokens)))
+    gate = Gate(held_out, tokenizer and (lambda tokens: tokenizer.decode(tokens)), console)
     texts = load_texts(folder.texts)
     if options.measure:
         measured, learnt = load_texts(folder.measured_texts), texts
     else:
         measured, learnt = sources.split(texts, plan.seed)
-    learnt = gate.admit(learnt) or learnt
+    learnt = gate.admit(learnt)
     torch.manual_seed(plan.seed)
     setup = Setup(DTYPES[options.dtype], ranks.device, plan.seed, learnt)
     recipe = checked.module.build(options.target, checked.settings, setup)

@@ -13,9 +13,12 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
+from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.texts import Text, prompt_id
 
 LIST = Path(__file__).with_name("held_out.json")
@@ -77,26 +80,34 @@ def committed() -> HeldOut:
     return HeldOut(frozenset(row["id"] for row in rows), frozenset(hashes))
 
 
-@dataclass
 class Gate:
     """What every text passes before anything is learnt from it."""
 
-    held_out: HeldOut
-    decode: Callable[[Sequence[int]], str] | None
-    """Tokens -> text; without a tokenizer only prompts of known tokens are recognised."""
-    dropped: int = field(default=0, init=False)
-    """Texts that did not pass so far."""
+    def __init__(
+        self, held_out: HeldOut, decode: Callable[[Sequence[int]], str] | None, console: Console
+    ):
+        """``decode``: tokens -> text; without a tokenizer only prompts of known tokens are
+        recognised. ``console`` is told what does not pass."""
+        self._held_out, self._decode, self._console = held_out, decode, console
+        self._passed: set[Text] = set()
 
-    def admit(self, texts: Iterable[Text]) -> list[Text]:
-        """The texts that hold no question of the list."""
-        kept, before = [], 0
-        for before, text in enumerate(texts, 1):  # noqa: B007  (counts them)
-            if not self._holds(text):
-                kept.append(text)
-        self.dropped += before - len(kept)
+    def admit(self, texts: Sequence[Text]) -> list[Text]:
+        """The texts that hold no question of the list; TrainingError if there are none."""
+        kept = [text for text in texts if text in self._passed or not self._holds(text)]
+        self._passed.update(kept)
+        if left_out := len(texts) - len(kept):
+            self._console.print(
+                f"{left_out} of {len(texts)} texts hold questions that are held out, and are left "
+                f"out"
+            )
+        if not kept:
+            raise TrainingError(
+                "all texts hold questions that are held out (training/held_out.json), nothing is "
+                "left to learn from: bring others with --data"
+            )
         return kept
 
     def _holds(self, text: Text) -> bool:
-        if prompt_id(text.tokens[: text.start]) in self.held_out.prompts:
+        if prompt_id(text.tokens[: text.start]) in self._held_out.prompts:
             return True
-        return self.decode is not None and self.held_out.holds(self.decode(text.tokens))
+        return self._decode is not None and self._held_out.holds(self._decode(text.tokens))

@@ -72,7 +72,7 @@ class Trainer:
     ):  # fmt: skip
         self._recipe, self._plan, self._folder = recipe, plan, folder
         self._gate, self._ranks, self._console = gate, ranks, console
-        self._texts = self._admitted(texts)
+        self._texts = self._gate.admit(texts)
         self._parameters = recipe.parameters()
         self._optimiser = torch.optim.AdamW(
             self._parameters, lr=plan.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
@@ -173,22 +173,7 @@ class Trainer:
             if written is not None:
                 write_text(file, "".join(f"{to_line(text)}\n" for text in written))
         there = self._ranks.shared(file.exists())
-        return self._admitted(load_texts(file)) if there else self._texts
-
-    def _admitted(self, texts: Sequence[Text]) -> list[Text]:
-        """The texts that may be learnt from; says how many may not."""
-        kept = self._gate.admit(texts)
-        if left_out := len(texts) - len(kept):
-            self._console.print(
-                f"{left_out} of {len(texts)} texts hold questions that are held out, and are left "
-                f"out"
-            )
-        if not kept:
-            raise TrainingError(
-                "all texts hold questions that are held out (training/held_out.json), nothing is "
-                "left to learn from: bring others with --data"
-            )
-        return kept
+        return self._gate.admit(load_texts(file)) if there else self._texts
 
     def _resume(self) -> None:
         """Takes up the newest checkpoint, if there is one."""

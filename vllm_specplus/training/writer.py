@@ -18,7 +18,7 @@ from vllm_specplus.strict import StrictModel
 from vllm_specplus.training.data import Language, Prompt, language_of
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.folder import write_text, writing
-from vllm_specplus.training.splits import Gate, committed
+from vllm_specplus.training.splits import committed
 from vllm_specplus.training.texts import Text, to_line
 
 #: Requests that are sent at once; between them the job can be ended without loss.
@@ -139,13 +139,13 @@ def ask_itself(job: Job, language: Language, pen: Pen) -> list[Prompt]:
         request(Prompt(f"asked {i}", header_tokens), ASKING, QUESTION_TOKENS)
         for i in range(job.ask)
     ]
-    gate = Gate(committed(), lambda tokens: language.tokenizer.decode(tokens))
+    held_out = committed()
     prompts = []
     for line in pen.write(asking):
         row = json.loads(line)
         own = row["tokens"][row["start"] :]
         question = language.tokenizer.decode(own, skip_special_tokens=True).strip()
-        if len(question) < SHORTEST or gate.held_out.holds(question):
+        if len(question) < SHORTEST or held_out.holds(question):
             continue
         string = language.prompt([{"role": "user", "content": question}])
         prompts.append(Prompt(row["id"], tuple(language.encode(string))))
