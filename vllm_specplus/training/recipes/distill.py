@@ -151,7 +151,9 @@ class Distill:
         settings = self._settings
         if settings.source == "target":
             return None
-        self.target.forget_drafted()
+        for frozen in (self.target, self._reference):
+            if frozen is not None:
+                frozen.forget_drafted()
         rng = torch.Generator().manual_seed((self._seed << 20) + epoch)
         # Texts of the target are there already: only those of the draft are written.
         kept: list[Text] = []
