@@ -105,7 +105,9 @@ def test_settings_of_a_run_do_not_change(command):
         assert done.exit_code == 2
         assert message in " ".join(done.stderr.split())
     done = command("--set", "noise=0.25")
-    assert "a run with settings {" in " ".join(done.stderr.split())
+    assert "a run with --set noise 0.5, now it is 0.25: name another" in " ".join(
+        done.stderr.split()
+    )
 
 
 def test_held_out_questions_are_left_out_of_data(tmp_path, command):

@@ -77,7 +77,7 @@ class Work:
     """Trained weights that one position is multiplied with in a forward pass: more than ``trained``
     where weights are used several times (multi-step), less where rows are looked up."""
     vocab: int
-    """Logits per position of a loss."""
+    """Logits per position of a loss, of draft and target; 0 without."""
     losses: float = 1.0
     """Losses per position: exits, steps."""
     target_layers: int = 0
@@ -85,6 +85,8 @@ class Work:
     features are kept."""
     feature_bytes: int = 0
     """Kept per position for the whole run."""
+    kept: int = KEPT
+    """Most bytes of features that are kept in all."""
     draft_written: float = 0.0
     """Share of the learnt tokens that the draft writes anew in each epoch."""
 
@@ -164,7 +166,7 @@ def cost(
     to write first; ``width`` are the bytes of a number in products."""
     layers = work.multiplied / shape.layer
     features = work.feature_bytes * tokens
-    kept = min(1.0, KEPT / features) if features else 0.0
+    kept = min(1.0, work.kept / features) if features else 0.0
     per_rank = batch_tokens / machine.devices
     activations = per_rank * layers * width * (10 * shape.hidden + 4 * shape.intermediate)
     memory = {
@@ -185,10 +187,8 @@ def cost(
     once = kept * whole
     # What is not kept, or of texts that are new, is computed again.
     again = max(2 * work.target_layers * shape.layer, (1 - kept) * whole)
-    each_epoch = (
-        6 * work.multiplied + 4 * work.losses * output + 2 * shape.hidden * shape.vocab
-        + again
-    )  # fmt: skip
+    # The target's logits once, the draft's forward and backward for each loss.
+    each_epoch = 6 * work.multiplied + (2 + 4 * work.losses) * output + again
     by_draft = 2 * (work.multiplied + output) * work.draft_written
     speed = machine.flops * machine.devices
     seconds = {

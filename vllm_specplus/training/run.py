@@ -97,9 +97,10 @@ class Checked:
     def kept(self) -> dict[str, Any]:
         """What a run that goes on must have in common with the one before."""
         options, plan = self.options, self.plan
+        settings = json.loads(self.settings.model_dump_json())
         return {
             "recipe": options.recipe,
-            "settings": json.loads(self.settings.model_dump_json()),
+            **{f"--set {name}": value for name, value in settings.items()},
             "target": str(options.target.resolve()),
             "data": digest(options.data),
             "tokens": self.wanted.tokens,

@@ -10,6 +10,8 @@ import json
 import os
 import random
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ CHUNK = 128
 CPU_REQUESTS, CPU_CACHE = 64, 1 << 30
 #: Temperatures of the answers, in turn; and of what the target asks itself, with most tokens.
 ANSWERS, ASKING, QUESTION_TOKENS = (0.0, 0.6, 1.0), 0.9, 96
+#: Seconds between looks at the parent process.
+WATCHED = 1.0
 #: Characters of the shortest question that is answered.
 SHORTEST = 9
 
@@ -182,7 +186,6 @@ def whole_lines(path: Path) -> list[dict]:
 
 def write(job: Job) -> None:
     """Does a job, or what is left of it."""
-    parent = os.getppid()
     language = language_of(Path(job.model))
     pen, prompts_file, out = Pen(job), Path(job.prompts), Path(job.out)
     if not prompts_file.exists():
@@ -203,12 +206,24 @@ def write(job: Job) -> None:
         with writing(out), out.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
         spent += len(json.loads(line)["tokens"])
-        # Without a parent whoever wanted the texts is gone, perhaps killed.
-        if spent >= job.tokens or os.getppid() != parent:
+        if spent >= job.tokens:
             break
 
 
+def end_with_parent() -> None:
+    """Ends this process when the one is gone that has started it, perhaps killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCHED)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with_parent()
     try:
         write(Job.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except TrainingError as error:
