@@ -14,6 +14,7 @@ from vllm_specplus import registry
 from vllm_specplus.config import AcceptanceConfig, MethodConfig
 from vllm_specplus.control.requests import RequestControls
 from vllm_specplus.control.settings import ControlConfig
+from vllm_specplus.training.recipes import RECIPES, recipe_file
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,6 +71,12 @@ def test_every_key_is_documented_beside_what_it_is_of(documented, model):
 @pytest.mark.parametrize("model", [MethodConfig, RequestControls])
 def test_keys_of_all_methods_and_of_requests_are_documented(documented, model):
     assert keys(model).difference(*documented) == set()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_setting_of_a_recipe_is_documented_beside_it(documented, name):
+    own = keys(recipe_file(name).Settings)
+    assert own.difference(*(words for words in documented if name in words)) == set()
 
 
 def test_a_key_without_documentation_is_found(documented):

@@ -78,7 +78,7 @@ class JudgeAcceptance(AcceptanceRule):
 
     rule: Literal["judge"]
     head: str
-    """File of the head, written by ``python -m vllm_specplus.training.judge``."""
+    """File of the head, written by ``vllm-specplus train judge``."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Score above which a node is accepted; 1 accepts none."""
 

@@ -1,8 +1,6 @@
-"""The acceptance rule ``judge``: its head, and how one is trained."""
+"""The acceptance rule ``judge``: its head, and the files that hold one."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from tests.samplers.test_relaxed import make_rows
 from vllm_specplus.config import parse
 from vllm_specplus.samplers import relaxed
 from vllm_specplus.samplers.judge import JudgeHead, head_size
-from vllm_specplus.training import judge as training
 
 
 @pytest.fixture
@@ -79,42 +76,3 @@ def test_the_head_has_to_fit_the_target(head):
     assert not parse(config(head)).lossless
     with pytest.raises(ValueError, match="changes what is answered"):
         parse(config(head) | {"allow_lossy": False})
-
-
-def test_labels_follow_the_characters():
-    offsets = [(0, 3), (3, 7), (7, 12), (12, 15)]
-    assert training.labels(offsets, None) == [1, 1, 1, 1]
-    assert training.labels(offsets, (7, 12)) == [1, 1, 0, -1]
-    assert training.labels(offsets, (5, 8)) == [1, 0, 0, -1]
-    assert training.labels(offsets, (0, 1)) == [0, -1, -1, -1]
-
-
-def test_a_head_learns_what_the_states_show(tmp_path):
-    torch.manual_seed(0)
-    known = (torch.rand(600) < 0.9).long()
-    features = torch.randn(600, 16)
-    features[:, 5] += 4.0 * known
-    head = training.fit(features[:400], known[:400])
-    found = training.recall(head, features[400:], known[400:])
-    assert min(found.values()) > 0.85  # the rare class as well
-    save_file(head, tmp_path / "head")
-    assert head_size(tmp_path / "head") == 16
-    with pytest.raises(ValueError, match="only one of valid and wrong"):
-        training.fit(features, torch.ones(600).long())
-
-
-def test_answers_are_read_or_their_line_is_named(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    rows = [{"prompt": "a", "answer": "bcd", "error": [1, 2]},
-            {"prompt": "a", "answer": "b", "error": None}]  # fmt: skip
-    path.write_text("\n".join(map(json.dumps, rows)))
-    first, second = training.read_answers(path)
-    assert first.error == (1, 2)
-    assert second.error is None
-    for row, words in (
-        ({"prompt": "a", "answer": "bcd", "error": [1, 5]}, "line 1: error"),
-        ({"prompt": "a", "answer": "bcd"}, "line 1: "),
-    ):
-        path.write_text(json.dumps(row))
-        with pytest.raises(ValueError, match=words):
-            training.read_answers(path)

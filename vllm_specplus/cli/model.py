@@ -61,7 +61,7 @@ def prepare_model(out: Path | None = None) -> Path:
 def prepare_draft(target: Path) -> Path:
     """Return the folder of the demo model's draft, made on first use beside ``target``.
 
-    Distilled by ``training/distill.py``: two layers, which the checkout has, between the
+    Distilled (``vllm-specplus train distill``): two layers, which the checkout has, between the
     target's own embedding and output layer, which it does not repeat. The folder's name has
     their hash, lest another version's layers are taken for this one's.
     """
@@ -106,8 +106,9 @@ def check_demo_models(path: Path) -> None:
     if not path.exists():
         raise ModelError(
             f"{path} is missing: the demo's own models come with a checkout of the repository, not "
-            f"with the package; clone it, install it with `pip install -e .`, or train one with "
-            f"`python -m vllm_specplus.training.digits`, `.latents` or `.distill`"
+            f"with the package; clone it, install it with `pip install -e .`, or train one "
+            f"with `vllm-specplus train distill`, `python -m vllm_specplus.training.digits` or "
+            f"`.latents`"
         )
 
 

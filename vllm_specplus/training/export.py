@@ -1,0 +1,195 @@
+"""Heads as they are served: the ``speculators`` format of EAGLE-3, which vLLM's loaders and
+``drafting/eagle_checkpoint.py`` read, and EAGLE's own.
+
+The package ``speculators`` is not asked to write it: it wants a model of its own classes, and
+dependencies that do not go with every vLLM. What it writes is a ``config.json`` and a
+``model.safetensors``; which keys and tensors, says its version 0.9.0.
+
+A head whose output layer is rows of its target's may be kept without them, see :func:`compact`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_specplus.files import read_json
+from vllm_specplus.training.errors import TrainingError
+
+SPECULATORS = "0.9.0"
+#: What a decoder layer of a target and that of its head have in common.
+_LAYER_KEYS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "initializer_range", "vocab_size", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Eagle3Format:
+    """What an EAGLE-3 head's ``config.json`` says beside its layer."""
+
+    draft_vocab_size: int
+    layer_ids: tuple[int, ...]
+    """As vLLM counts them: ``n`` is what enters layer ``n``."""
+    speculative_tokens: int
+    """The length of the chain that ``vllm serve HEAD`` drafts."""
+    norm_before_residual: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+
+
+def layer_config(target: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a Llama layer as wide as those of ``target``, a ``config.json``.
+
+    Its projections have no biases, whatever the target's have: Qwen2 has some of them only, and
+    vLLM's heads have all or none.
+    """
+    layer = {key: target[key] for key in _LAYER_KEYS if target.get(key) is not None}
+    return layer | {
+        "model_type": "llama", "num_hidden_layers": 1, "attention_bias": False, "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def eagle_config(target: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` of an EAGLE head for ``target``."""
+    return {"architectures": ["EagleLlamaForCausalLM"], "dtype": "bfloat16"} | layer_config(target)
+
+
+def eagle3_config(target: Mapping[str, Any], name: str, head: Eagle3Format) -> dict[str, Any]:
+    """``config.json`` of an EAGLE-3 head for ``target``, to be found at ``name``, a folder."""
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": head.speculative_tokens,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": name, "architectures": target.get("architectures", [])},
+        },
+        "transformer_layer_config": layer_config(target),
+        "draft_vocab_size": head.draft_vocab_size,
+        "target_hidden_size": None,
+        "eagle_aux_hidden_state_layer_ids": list(head.layer_ids),
+        "norm_before_residual": head.norm_before_residual,
+        "norm_before_fc": False,
+        "fc_norm": head.fc_norm,
+        "norm_output": head.norm_output,
+        "embed_requires_grad": False,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+
+
+def write_head(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write a head into an existing folder; what is floating point as bfloat16.
+
+    ``weights`` have canonical names (``drafting/eagle_checkpoint.py``); the files have those that
+    ``speculators`` and EAGLE's authors write. Whoever wants a folder that is whole or absent hands
+    in one that is renamed afterwards.
+    """
+    tensors = {
+        name.replace("layer.", "layers.0.", 1) if name.startswith("layer.") else name: _stored(each)
+        for name, each in weights.items()
+    }
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored(weight: Tensor) -> Tensor:
+    kept = weight.detach().cpu()
+    return (kept.to(torch.bfloat16) if kept.is_floating_point() else kept).clone().contiguous()
+
+
+# -- without what is the target's -------------------------------------------------------------
+
+
+def compact(head: Path, target: Path, file: Path) -> None:
+    """Write an EAGLE-3 head as one file, without the output layer that is its target's.
+
+    Raises TrainingError if it has another: then the head's folder is all there is.
+    """
+    weights = load_file(head / _WEIGHTS)
+    output = weights.pop("lm_head.weight", None)
+    offsets = weights.get("d2t")
+    ids = None if offsets is None else torch.arange(len(offsets)) + offsets
+    if output is None or ids is None or not torch.equal(output, _stored(output_layer(target)[ids])):
+        raise TrainingError(
+            f"{head} has no output layer that is its target's for some tokens: keep the folder, or "
+            f"train with learn_output=false"
+        )
+    del weights["t2d"]  # follows from d2t
+    config = read_json(head / _CONFIG, f"{head}: its {_CONFIG}")
+    config["speculators_config"]["verifier"]["name_or_path"] = target.name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as scratch:
+        made = Path(scratch) / file.name
+        save_file(weights, made, metadata={"format": "pt", "config": json.dumps(config)})
+        made.replace(file)
+
+
+def expand(file: Path, target: Path, folder: Path) -> None:
+    """Write the folder of a head that :func:`compact` wrote; it appears whole or not at all.
+
+    Raises OSError if there is a folder of that name with something in it.
+    """
+    with safe_open(file, framework="pt") as kept:
+        metadata = kept.metadata() or {}
+    if "config" not in metadata:
+        raise TrainingError(f"{file} is no compact head: it has no configuration in its metadata")
+    config, weights = json.loads(metadata["config"]), load_file(file)
+    layer, output = config["transformer_layer_config"], output_layer(target)
+    if output.shape != (layer["vocab_size"], layer["hidden_size"]):
+        raise TrainingError(
+            f"{file} was made for a target of {layer['vocab_size']} tokens and "
+            f"{layer['hidden_size']} units, and {target} has {len(output)} and {output.shape[1]}: "
+            f"name the target that it was trained for"
+        )
+    ids = torch.arange(len(weights["d2t"])) + weights["d2t"]
+    known = torch.zeros(len(output), dtype=torch.bool)
+    known[ids] = True
+    weights |= {"t2d": known, "lm_head.weight": output[ids]}
+    config["speculators_config"]["verifier"]["name_or_path"] = str(target)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        write_head(made, config, weights)
+        made.rename(folder)
+
+
+def output_layer(target: Path) -> Tensor:
+    """The target's output layer [vocabulary, hidden], which may be its embedding."""
+    files = sorted(target.glob("*.safetensors"))
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        found = _find(files, name)
+        if found is not None:
+            return found
+    raise TrainingError(f"target {target} has no output layer in a .safetensors file: save one")
+
+
+def _find(files: Iterable[Path], name: str) -> Tensor | None:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                return tensors.get_tensor(name)
+    return None
