@@ -1,4 +1,4 @@
-"""What the folder of a block head holds, and which targets it fits; see ``drafting/block_heads.py``.
+"""What a block head's folder holds, and which targets it fits; see ``drafting/block_heads.py``.
 
 Reads shapes, no weights, and imports no torch: for checking a user's configuration. Two writers are
 known: ``speculators`` 0.9 (``speculators_model_type``, the layers' config inside), and the heads'
@@ -144,7 +144,7 @@ def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
             f"{name} has a mask_embedding.pt, and pickled files are not read: save it in the "
             f"safetensors file as 'mask_embedding'"
         )
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             found = tensor_shapes(file, quoted(file))
@@ -216,9 +216,7 @@ def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockCo
     body = Body(layer, block, from_anchor, int(mask), windows, not theirs, causal)
     _check_vocabulary(kind, config, shapes, expected, target, name)
     most = int(config.get("max_position_embeddings") or 32768)
-    return BlockConfig(
-        kind, block - (not from_anchor), target, vocab, layer_ids, most, body
-    )
+    return BlockConfig(kind, block - (not from_anchor), target, vocab, layer_ids, most, body)
 
 
 def _layers(
@@ -240,7 +238,10 @@ def _layers(
     queries, keys = (shapes[f"{attention}.{each}_proj.weight"][0] for each in "qk")
     inner = shapes.get("layers.0.mlp.gate_proj.weight", (0,))[0]
     bias = bool(config.get("attention_bias"))
-    expected: dict[str, tuple[int, ...]] = {"hidden_norm.weight": (hidden,), "norm.weight": (hidden,)}
+    expected: dict[str, tuple[int, ...]] = {
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+    }
     for i in range(layers):
         of = f"layers.{i}"
         sizes = {"q": queries, "k": keys, "v": keys, "o": hidden}
@@ -291,8 +292,10 @@ def _attention(
         said = config.get("is_causal", config.get("causal"))
         causal = causal if said is None else [bool(said)] * layers
     if any(windowed) and window is None:
-        raise DraftModelError(f"{name} has layers with windows and says not which: set 'sliding_window'")
-    return tuple(int(window) if each else None for each in windowed), tuple(causal)
+        raise DraftModelError(
+            f"{name} has layers with windows and says not which: set 'sliding_window'"
+        )
+    return tuple(int(window or 0) if each else None for each in windowed), tuple(causal)
 
 
 def _check_vocabulary(

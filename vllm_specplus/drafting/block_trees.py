@@ -35,9 +35,9 @@ class Laws:
     def of(cls, tokens: torch.Tensor, given: torch.Tensor) -> Laws:
         """``tokens`` int64 [A, D, K]; ``given`` float32 [A, D, P, K] log-probabilities, of the
         candidates in the order of ``tokens``."""
-        given, order = given.sort(-1, descending=True, stable=True)
+        given, order = given.sort(dim=-1, descending=True, stable=True)
         return cls(
-            tokens.int().cpu().numpy(), given.float().cpu().numpy(), order.int().cpu().numpy()
+            *(each.contiguous().cpu().numpy() for each in (tokens.int(), given, order.int()))
         )
 
 
@@ -60,9 +60,7 @@ def best_first(laws: Laws, tree: int, budget: int, chain: bool = False) -> Tree:
     probable tokens."""
     out = np.empty((2, budget), np.int32)
     given, astray = np.empty(budget, np.float32), np.empty(budget, np.bool_)
-    n = _grow(
-        laws.tokens[tree], laws.given[tree], laws.order[tree], chain, out, given, astray
-    )
+    n = _grow(laws.tokens[tree], laws.given[tree], laws.order[tree], chain, out, given, astray)
     return Tree(out[0, :n], out[1, :n], given[:n], astray[:n])
 
 
@@ -75,7 +73,7 @@ def _grow(tokens, given, order, chain, out, probabilities, astray):
     ranks = np.empty(budget, np.int64)
     prefix = np.empty(budget, np.float64)  # log-probability
     # (-log-probability, tie-breaker, depth, parent, rank among the siblings)
-    heap = [(-float(given[0, 0, 0]), 0, 0, -1, 0)]
+    heap = [(-np.float64(given[0, 0, 0]), 0, 0, -1, 0)]
     pushed, count = 1, 0
     while heap and count < budget:
         cost, _, depth, parent, rank = heapq.heappop(heap)
@@ -119,9 +117,7 @@ def every_prefix(laws: Laws, tree: int) -> dict[tuple[int, ...], float]:
     return found
 
 
-def factorised(
-    logits: torch.Tensor, width: int, tokens: torch.Tensor | None = None
-) -> Laws:
+def factorised(logits: torch.Tensor, width: int, tokens: torch.Tensor | None = None) -> Laws:
     """Laws that do not depend on parents: the ``width`` most probable tokens of each depth.
 
     ``logits`` float32 [A, D, V']; ``tokens`` int64 [V']: their ids, None: as they are numbered.
