@@ -38,6 +38,8 @@ _LAYER_KEYS = (
 )  # fmt: skip
 #: Where the authors' configs say nothing of it (``speculators`` always do).
 _ROPE_THETA = 1e6
+#: Most tokens of a block.
+_LONGEST_BLOCK = 256
 _MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -102,6 +104,9 @@ def read_config(folder: str) -> BlockConfig:
         raise DraftModelError(f"{name} is not a Hugging Face folder (it has no config.json)")
     try:
         raw = read_json(path / "config.json", f"{name}: its config.json")
+    except ValueError as error:
+        raise DraftModelError(str(error)) from None
+    try:
         kind = _kind(raw, name)
         shapes = _shapes(path, name)
         if raw.get("quantization_config"):
@@ -182,18 +187,24 @@ def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockCo
     theirs = "speculators_model_type" not in raw  # the authors' own format
     extra = raw.get("dflash_config") or {}
     config = raw | raw.get("transformer_layer_config", {}) | extra
-    vocab = positive(config, "vocab_size", f"{name}: its config.json")
-    block = positive(config, "block_size", f"{name}: its config.json")
-    layers = positive(config, "num_hidden_layers", f"{name}: its config.json")
+    try:
+        vocab, block, layers = (
+            positive(config, key, f"{name}: its config.json")
+            for key in ("vocab_size", "block_size", "num_hidden_layers")
+        )
+    except ValueError as error:
+        raise DraftModelError(str(error)) from None
     if "fc.weight" not in shapes:
         raise DraftModelError(f"{name} is incomplete: it lacks fc.weight")
     hidden, reads = shapes["fc.weight"]
     # What enters layer n is the output of layer n - 1.
     ids = config.get("target_layer_ids") if theirs else config.get("aux_hidden_state_layer_ids")
     layer_ids = tuple(i + 1 for i in ids) if theirs else tuple(ids)
-    if list(layer_ids) != sorted(set(layer_ids)) or layer_ids[0] < 0:
+    whole = all(isinstance(i, int) for i in layer_ids)
+    if not whole or list(layer_ids) != sorted(set(layer_ids)) or layer_ids[0] < 0:
         raise DraftModelError(
-            f"{name} reads the target's layers {quoted(ids)}, which must be in ascending order"
+            f"{name} reads the target's layers {quoted(ids)}, which must be whole numbers in "
+            f"ascending order"
         )
     target = int(config.get("target_hidden_size") or hidden)
     if reads != target * len(layer_ids):
@@ -201,20 +212,23 @@ def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockCo
             f"{name} reads {reads} units, which are not the states of {len(layer_ids)} layers of "
             f"{target} units"
         )
-    from_anchor = bool(config.get("sample_from_anchor", kind == "dspark" and theirs))
+    from_anchor = bool(config.get("sample_from_anchor", kind == "dspark"))
     if theirs and config.get("dspark_bonus_anchor"):
         from_anchor = False
-    if block - (not from_anchor) < 1:
-        raise DraftModelError(f"{name} has blocks of {block}, which predict no token")
+    if not 1 <= block - (not from_anchor) <= block <= _LONGEST_BLOCK:
+        raise DraftModelError(
+            f"{name} has blocks of {quoted(block)}: at most {_LONGEST_BLOCK}, and such that "
+            f"predict a token, are allowed"
+        )
     mask = config.get("mask_token_id")
     if mask is None:
         raise DraftModelError(f"{name} says nowhere which token is its mask: add 'mask_token_id'")
     layer, expected = _layers(config, shapes, layers, hidden, name)
+    _check_vocabulary(kind, config, shapes, expected, target, name)
     if theirs and not any(config.get(key) for key in ("rope_theta", "rope_parameters")):
         layer["rope_theta"] = _ROPE_THETA
     windows, causal = _attention(config, layers, theirs, name)
     body = Body(layer, block, from_anchor, int(mask), windows, not theirs, causal)
-    _check_vocabulary(kind, config, shapes, expected, target, name)
     most = int(config.get("max_position_embeddings") or 32768)
     return BlockConfig(kind, block - (not from_anchor), target, vocab, layer_ids, most, body)
 
@@ -242,7 +256,8 @@ def _layers(
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
     }
-    for i in range(layers):
+    found = {each.split(".")[1] for each in shapes if each.startswith("layers.")}
+    for i in range(min(layers, len(found) + 1)):  # one that lacks is enough
         of = f"layers.{i}"
         sizes = {"q": queries, "k": keys, "v": keys, "o": hidden}
         for part, size in sizes.items():
@@ -350,8 +365,9 @@ def _medusa(raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
         raise DraftModelError(f"{name} is incomplete: it lacks blocks.0.layers.0.weight")
     heads = int(raw.get("num_heads") or raw.get("medusa_num_heads") or 0)
     layers = int(raw.get("num_hidden_layers") or raw.get("medusa_num_layers") or 0)
-    heads = heads or 1 + max(head for head, _ in numbers)
-    layers = layers or 1 + max(layer for _, layer in numbers)
+    # More than are there are as wrong as one more.
+    heads = min(heads, len(numbers) + 1) or 1 + max(head for head, _ in numbers)
+    layers = min(layers, len(numbers) + 1) or 1 + max(layer for _, layer in numbers)
     hidden = shapes["blocks.0.layers.0.weight"][0] if "blocks.0.layers.0.weight" in shapes else 0
     expected = {
         f"blocks.{i}.layers.{j}.weight": (hidden, hidden)
