@@ -368,7 +368,7 @@ def _medusa(raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
     # More than are there are as wrong as one more.
     heads = min(heads, len(numbers) + 1) or 1 + max(head for head, _ in numbers)
     layers = min(layers, len(numbers) + 1) or 1 + max(layer for _, layer in numbers)
-    hidden = shapes["blocks.0.layers.0.weight"][0] if "blocks.0.layers.0.weight" in shapes else 0
+    hidden = shapes["blocks.{}.layers.{}.weight".format(*numbers[0])][0]
     expected = {
         f"blocks.{i}.layers.{j}.weight": (hidden, hidden)
         for i in range(heads)
