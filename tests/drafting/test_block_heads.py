@@ -8,6 +8,7 @@ import torch
 
 from tests.block_heads import HIDDEN, Reference, medusa_reference, save_block, save_medusa
 from tests.drafting.test_eagle import CLOSE, PAGE, VOCAB, Texts, Vocabulary
+from vllm_specplus.drafting import block_executor
 from vllm_specplus.drafting.block_executor import BlockExecutor, MedusaExecutor
 from vllm_specplus.drafting.block_heads import BlockHead, load_head
 from vllm_specplus.step import TargetRows
@@ -183,6 +184,23 @@ def _wrong_row(texts: Texts) -> TargetRows:
     return rows
 
 
+def test_blocks_are_the_same_in_groups(tmp_path, vocabulary, monkeypatch):
+    """Logits of a batch are not all made at once."""
+    run = executor(save_block(tmp_path, "dspark", VOCAB), vocabulary)
+    texts = Texts([3, 70, 30], 2, [[5, 37, 36, 35], [*range(10, 25)], [6, 7, 8, 9, 25, 26, 27]])
+    run.follow(texts.rows([(0, 2), (0, 69), (0, 29)]))
+    rows = texts.rows([(n - 2, n - 1) for n in texts.lengths.tolist()])
+    newest = texts.tokens[np.arange(3), texts.lengths - 1]
+    whole, parts = None, None
+    for most in (1 << 26, 2 * 4 * VOCAB):
+        monkeypatch.setattr(block_executor, "MOST_LOGITS", most)
+        whole, parts = parts, run.draft(rows, np.arange(3), newest, texts.lengths, 5)
+        assert len(run.head.last) == (3 if most > 9999 else 1)  # the last group
+    assert (whole.tokens == parts.tokens).all()
+    assert (whole.order == parts.order).all()
+    assert whole.given == pytest.approx(parts.given, abs=1e-5)
+
+
 MEDUSA = {
     "own": {},
     "tied": {"own_heads": False, "bias": False},
@@ -220,5 +238,5 @@ def test_medusa_names_and_a_map_of_tokens(tmp_path, vocabulary):
     first, second, few = (head.logits(head(states)) for head in heads)
     torch.testing.assert_close(first, second)
     assert few.shape == (2, 3, 10)
-    laws = heads[2].laws(heads[2](states), 4)
+    laws = heads[2].laws(heads[2](states), torch.zeros(2), 4)
     assert set(laws.tokens.flatten().tolist()) <= set(heads[2]._own.tolist())

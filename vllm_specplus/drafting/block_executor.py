@@ -17,6 +17,9 @@ from vllm_specplus.drafting.block_trees import Laws
 from vllm_specplus.drafting.cache import PageStore
 from vllm_specplus.step import TargetRows
 
+#: Logits, float32, that are made at once.
+MOST_LOGITS = 1 << 26
+
 
 class BlockExecutor:
     """Runs a head that reads the text through keys and values of its own."""
@@ -75,7 +78,7 @@ class BlockExecutor:
         self._cache.begin_pass(slots, torch.cat((text, blocks), 1))
         newest = self._to_device(tokens.astype(np.int64))
         hidden = head(newest, head.rotary(queries), masks, self._cache)
-        return head.laws(hidden, newest, width)
+        return _laws(head, hidden, newest, width)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.head.device)
@@ -97,4 +100,15 @@ class MedusaExecutor:
     ) -> Laws:  # fmt: skip
         """As :meth:`BlockExecutor.draft`."""
         last = torch.from_numpy(rows.starts[1:][requests] - 1).to(self.head.device)
-        return self.head.laws(self.head(rows.states[last].to(self.head.dtype)), width)
+        newest = torch.from_numpy(tokens.astype(np.int64)).to(self.head.device)
+        hidden = self.head(rows.states[last].to(self.head.dtype))
+        return _laws(self.head, hidden, newest, width)
+
+
+def _laws(
+    head: BlockHead | MedusaHead, hidden: torch.Tensor, tokens: torch.Tensor, width: int
+) -> Laws:
+    """``head.laws``, so many blocks at a time that their logits fit into :data:`MOST_LOGITS`."""
+    most = max(MOST_LOGITS // (hidden.shape[1] * head.predicts), 1)
+    groups = zip(hidden.split(most), tokens.split(most), strict=True)
+    return Laws.joined([head.laws(*group, width) for group in groups])

@@ -68,11 +68,16 @@ def load_head(
             f"block head {quoted(folder)} predicts tokens beyond the {vocab_size} of its target: "
             f"use a head of this target"
         )
-    return kind(config, weights, own, target, device, dtype)
+    head = kind(config, weights, own, target, device, dtype)
+    head.predicts = vocab_size if own is None else len(own)
+    return head
 
 
 class BlockHead:
     """A head of DFlash or DSpark on one device. All calls run without gradients."""
+
+    predicts: int
+    """Tokens of which it gives logits."""
 
     def __init__(
         self, config: BlockConfig, weights: dict[str, torch.Tensor], own: torch.Tensor | None,
@@ -201,6 +206,9 @@ class BlockHead:
 class MedusaHead:
     """Medusa's heads on one device. All calls run without gradients."""
 
+    predicts: int
+    """As of :class:`BlockHead`."""
+
     def __init__(
         self, config: BlockConfig, weights: dict[str, torch.Tensor], own: torch.Tensor | None,
         target: Vocabulary, device: torch.device, dtype: torch.dtype,
@@ -248,8 +256,8 @@ class MedusaHead:
         ]
         return torch.stack(each, 1).float()
 
-    def laws(self, hidden: torch.Tensor, width: int) -> Laws:
-        """Of blocks with ``hidden`` [R, D, hidden]."""
+    def laws(self, hidden: torch.Tensor, tokens: torch.Tensor, width: int) -> Laws:
+        """Of blocks with ``hidden`` [R, D, hidden]; what the newest ``tokens`` are is in them."""
         return block_trees.factorised(self.logits(hidden), width, self._own)
 
 

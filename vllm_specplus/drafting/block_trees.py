@@ -40,6 +40,18 @@ class Laws:
             *(each.contiguous().cpu().numpy() for each in (tokens.int(), given, order.int()))
         )
 
+    @classmethod
+    def joined(cls, parts: list[Laws]) -> Laws:
+        """Those of several groups of trees."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("tokens", "given", "order")
+            )
+        )
+
 
 @dataclass(slots=True)
 class Tree:
