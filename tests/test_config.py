@@ -31,7 +31,7 @@ def test_defaults():
 @pytest.mark.parametrize("raw", [{"method": "medusa"}, {}, {"method": None}])
 def test_an_unknown_method_is_told_what_there_is(raw):
     with pytest.raises(
-        ValueError, match=r"unknown method .*; vllm-specplus has cspd, draft_tree, "
+        ValueError, match=r"unknown method .*; vllm-specplus has block_tree, cspd, draft_tree, "
     ):
         parse(raw)
 
@@ -93,9 +93,9 @@ def test_mistakes_are_one_sentence(keys, words):
         ({"method": "rasd", "sources": []}, "'sources' is []: list should have at least 1 item"),
         (
             {"method": "rasd", "sources": ["ngram"]},
-            "holds 'ngram' (allowed: draft_tree, eagle_tree",
+            "holds 'ngram' (allowed: block_tree, draft_tree, eagle_tree",
         ),
-        ({"method": "rasd", "sources": ["rasd"]}, "holds 'rasd' (allowed: draft_tree, eagle_tree"),
+        ({"method": "rasd", "sources": ["rasd"]}, "holds 'rasd' (allowed: block_tree, draft_tree"),
         ({"method": "rasd", "sources": [{"top_k": 3}]}, "'sources' holds {'top_k': 3}"),
         ({"method": "rasd", "sources": ["rest"]}, "for 'rest': 'datastore' is missing"),
         ({"method": "rasd", "sources": ["suffix_tree"] * 2}, "names 'suffix_tree' twice"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.block_heads import save_block
 from tests.contract import folders, launches
 from tests.drafting.test_drafting import save_draft
 from vllm_specplus.strict import MOST_TOLD
@@ -42,8 +43,12 @@ def names(tmp_path_factory) -> dict[str, str]:
 
     others = {key: value for key, value in config.items() if key != "vocab_size"}
     (root / "a folder").mkdir()
+    head = Path(save_block(root / "head", "dflash", 256))
+    cut = (head / "model.safetensors").read_bytes()[:9000]
     return {
         "A_FOLDER": str(root / "a folder"),
+        "BLOCK_HEAD": str(head),
+        "CUT_BLOCK_HEAD": folder("cut head", (head / "config.json").read_text(), cut),
         "CUT_MATRIX": file("cut", weights[:500]),
         "DEEP_CONFIG": folder("deep", f'{{"x": {deep}}}'),
         "DRAFT": str(draft),

@@ -1,0 +1,263 @@
+"""Trees from heads of one pass in the real engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.block_heads import save_block
+from tests.engine import harness
+from tests.engine.test_sampling import TOKENS, chi_square, joint_probabilities
+
+pytestmark = pytest.mark.engine
+
+FIXED, GOODPUT = {"policy": "fixed"}, {"policy": "goodput"}
+#: Units of the target; every token has one of its own, the mask's is never seen.
+HIDDEN, HEADS, DIM, VOCAB, MASK, THETA = 128, 4, 32, 100, 1, 10000.0
+BLOCK = 4
+
+
+def spec(head: str, **keys) -> dict:
+    base = {"method": "block_tree", "num_speculative_tokens": 12, "control": FIXED}
+    return base | {"model": head, **keys}
+
+
+def successors(vocab: int):
+    """Permutation matrix [HIDDEN, HIDDEN]: a token's unit to that of its successor; all tokens are
+    in one cycle."""
+    import torch
+
+    cycle = torch.randperm(vocab, generator=torch.Generator().manual_seed(5))
+    matrix = torch.zeros(HIDDEN, HIDDEN)
+    matrix[cycle.roll(-1), cycle] = 1
+    return matrix
+
+
+def build_target(path: Path, vocab: int, spread: float, gain: float) -> str:
+    """A Llama that mostly says a token's successor; its random layers say what else."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=HIDDEN, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=HEADS, num_key_value_heads=2, head_dim=DIM, initializer_range=spread,
+        max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.float32)
+    units = torch.eye(HIDDEN)[:vocab]
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(units * HIDDEN**0.5)
+        # The row of a token asks for the unit of the one that it succeeds.
+        model.lm_head.weight.copy_(gain * units @ successors(vocab))
+    model.save_pretrained(path)
+    return str(path)
+
+
+def write(path: Path, tensors: dict, config: dict) -> str:
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    save_file({name: each.contiguous() for name, each in tensors.items()},
+              path / "model.safetensors")  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def right_body(vocab: int, positions: int = 1024) -> tuple[dict, dict]:
+    """Tensors and config of layers each of which takes a row for the successor of the row before.
+
+    After as many layers as there are masks every row is right, if the text is. Queries and keys are
+    biases, so that attention goes by the distance alone: it peaks at 1.
+    """
+    import torch
+
+    layers = BLOCK - 1
+    angle = THETA ** (-torch.arange(0, DIM, 2) / DIM)
+    query = torch.cat((angle.cos(), -angle.sin())).repeat(HEADS)
+    key = torch.cat((torch.ones(DIM // 2), torch.zeros(DIM // 2))).repeat(HEADS)
+    nothing, none, ones = torch.zeros(HIDDEN, HIDDEN), torch.zeros(HIDDEN), torch.ones(HIDDEN)
+    tensors = {
+        "fc.weight": torch.cat((torch.eye(HIDDEN), nothing), 1),
+        "hidden_norm.weight": ones, "norm.weight": ones,
+    }  # fmt: skip
+    for i in range(layers):
+        weights = {"q": nothing, "k": nothing, "v": successors(vocab), "o": torch.eye(HIDDEN)}
+        biases = {"q": query, "k": key, "v": none, "o": none}
+        for part, weight in weights.items():
+            tensors[f"layers.{i}.self_attn.{part}_proj.weight"] = weight
+            tensors[f"layers.{i}.self_attn.{part}_proj.bias"] = biases[part]
+        for part in "qk":
+            tensors[f"layers.{i}.self_attn.{part}_norm.weight"] = torch.full((DIM,), 10.0)
+        for part, shape in (("gate", (8, HIDDEN)), ("up", (8, HIDDEN)), ("down", (HIDDEN, 8))):
+            tensors[f"layers.{i}.mlp.{part}_proj.weight"] = torch.zeros(shape)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"layers.{i}.{norm}.weight"] = ones
+    config = {
+        "vocab_size": vocab, "hidden_size": HIDDEN, "intermediate_size": 8, "rope_theta": THETA,
+        "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
+        "head_dim": DIM, "attention_bias": True, "max_position_embeddings": positions,
+    }  # fmt: skip
+    return {name: each.clone() for name, each in tensors.items()}, config
+
+
+def right_head(path: Path, kind: str, vocab: int, gain: float, positions: int = 1024) -> str:
+    """A head that knows the successors: DFlash in its authors' format, with embedding and output
+    layer; DSpark as ``speculators`` write it, with the target's; Medusa."""
+    import torch
+
+    units = torch.eye(HIDDEN)[:vocab]
+    if kind == "medusa":
+        step, tensors = successors(vocab), {}
+        for i in range(BLOCK - 1):
+            power = torch.linalg.matrix_power(step, i + 1)
+            tensors[f"blocks.{i}.layers.0.weight"] = 9 * power
+        config = {"architectures": ["MedusaModel"], "hidden_size": HIDDEN, "vocab_size": vocab,
+                  "num_heads": BLOCK - 1, "num_hidden_layers": 1}  # fmt: skip
+        return write(path, tensors, config)
+    tensors, config = right_body(vocab, positions)
+    if kind == "dflash":
+        tensors["lm_head.weight"] = gain * units
+        tensors["embed_tokens.weight"] = units.clone()
+        tensors["embed_tokens.weight"][MASK] = 0
+        known = {"mask_token_id": MASK, "target_layer_ids": [0, 1]}
+        config |= {"architectures": ["DFlashDraftModel"], "block_size": BLOCK,
+                   "dflash_config": known}  # fmt: skip
+        return write(path, tensors, config)
+    tensors["mask_embedding"] = torch.zeros(HIDDEN)
+    # Which token follows which, as the target's output layer has it.
+    tensors["markov_head.markov_w1.weight"] = units
+    tensors["markov_head.markov_w2.weight"] = gain * units @ successors(vocab)
+    return write(
+        path, tensors,
+        {
+            "speculators_model_type": "dspark", "block_size": BLOCK, "mask_token_id": MASK,
+            "transformer_layer_config": config | {"model_type": "qwen3"},
+            "draft_vocab_size": vocab, "aux_hidden_state_layer_ids": [1, 2],
+            "sample_from_anchor": True, "markov_rank": HIDDEN, "enable_confidence_head": False,
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> str:
+    return build_target(tmp_path_factory.mktemp("successors") / "target", VOCAB, 0.11, 1.0)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine, target) -> dict:
+    return tiny_engine | {"model": target}
+
+
+@pytest.fixture(scope="module")
+def requests(mixed_requests) -> list:
+    """Those of the other tests, of fewer tokens."""
+    few = []
+    for prompt, params in mixed_requests:
+        own = dict(params)
+        for key in ("allowed_token_ids", "stop_token_ids"):
+            if key in own:
+                own[key] = sorted({3 + token % (VOCAB - 3) for token in own[key]})[:90]
+        few.append([[3 + token % (VOCAB - 3) for token in prompt], own])
+    return few
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, engine, requests) -> dict:
+    """Two batches, the second one with its prompts cached."""
+    result = harness.run(tmp_path_factory.mktemp("plain"), engine, [{"requests": requests}] * 2)
+    assert result["preemptions"] > 0
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "control"),
+    [("dflash", FIXED), ("dspark", FIXED), ("medusa", FIXED), ("dspark", GOODPUT)],
+    ids=["dflash", "dspark", "medusa", "goodput"],
+)
+def test_greedy_text_is_the_same(tmp_path, engine, requests, plain, kind, control):
+    """Chunked prefill, prefix caching, preemption, penalties; and the head is often right."""
+    head = right_head(tmp_path / "head", kind, VOCAB, 1.0)
+    config = engine | {"speculative_config": spec(head, control=control)}
+    result = harness.run(tmp_path, config, [{"requests": requests}] * 2, "fixed_prices")
+    assert harness.ids(result) == harness.ids(plain)
+    assert harness.ids(result, 1) == harness.ids(plain, 1)
+    counters = result["counters"]
+    assert counters["draft_failures"] == 0
+    print(kind, control, {k: v for k, v in counters.items() if v})
+    if control is FIXED:
+        assert counters["nodes_accepted"] > 0.8 * counters["request_steps"]
+    else:
+        assert counters["nodes_accepted"] > 100
+
+
+def test_a_head_is_a_source_of_rasd(tmp_path, engine, requests, plain):
+    head = right_head(tmp_path / "head", "dflash", VOCAB, 1.0)
+    speculative = {
+        "method": "rasd", "num_speculative_tokens": 16, "control": FIXED,
+        "sources": ["token_recycling", {"method": "block_tree", "model": head}],
+    }  # fmt: skip
+    config = engine | {"speculative_config": speculative}
+    result = harness.run(tmp_path, config, [{"requests": requests}] * 2, "fixed_prices")
+    assert harness.ids(result) == harness.ids(plain)
+    assert harness.ids(result, 1) == harness.ids(plain, 1)
+    assert result["counters"]["draft_failures"] == 0
+
+
+def test_drafting_stops_where_the_head_has_no_positions(tmp_path, engine, requests, plain):
+    head = right_head(tmp_path / "head", "dspark", VOCAB, 1.0, positions=100)
+    config = engine | {"speculative_config": spec(head)}
+    result = harness.run(tmp_path, config, [{"requests": requests}])
+    assert harness.ids(result) == harness.ids(plain)
+    counters = result["counters"]
+    assert counters["draft_failures"] == 0
+    assert counters["texts_beyond_head"] > 100
+    assert counters["nodes_accepted"] > 100
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+def test_greedy_text_is_the_same_with_a_head_that_is_wrong(tmp_path, engine, requests, plain, kind):
+    """A random one, of few tokens, with windows."""
+    sliding = {
+        "layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True,
+        "sliding_window": 40,
+    }  # fmt: skip
+    head = save_block(
+        tmp_path / "head", kind, VOCAB, hidden=HIDDEN, target=HIDDEN, own_tokens=60, **sliding
+    )
+    config = engine | {"speculative_config": spec(head)}
+    result = harness.run(tmp_path, config, [{"requests": requests}])
+    assert harness.ids(result) == harness.ids(plain)
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_drafted"] > 1000
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "medusa"])
+@pytest.mark.full(
+    "vllm_specplus/samplers/*.py", "vllm_specplus/drafting/block_*.py",
+    "vllm_specplus/proposers/block_tree.py", "vllm_specplus/engine/verify.py",
+)  # fmt: skip
+def test_sampled_text_has_the_targets_distribution(tmp_path, kind):
+    target = build_target(tmp_path / "target", 32, 0.08, 0.4)
+    head = right_head(tmp_path / "head", kind, 32, 0.4)
+    engine = {
+        "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
+        "max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096,
+        "speculative_config": spec(head),
+    }  # fmt: skip
+    prompt, samples = [5, 9, 17, 3, 21], 8_000
+    params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
+    batch = {"prompt": prompt, "params": params | {"detokenize": False}, "repeat": samples}
+    result = harness.run(tmp_path, engine, [batch])
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 0.5 * samples
+    texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
+    assert chi_square(joint_probabilities(target, prompt, 6), texts) > 1e-3
+
+
+def test_a_head_for_another_target_is_refused_before_the_start(tmp_path, engine):
+    config = {"speculative_config": spec(save_block(tmp_path / "head", "dflash", VOCAB))}
+    with pytest.raises(RuntimeError, match="of 64 hidden units, and this one has 128"):
+        harness.run(tmp_path, engine | config, [{"requests": []}])

@@ -1,0 +1,436 @@
+"""What a block head's folder holds, and which targets it fits; see ``drafting/block_heads.py``.
+
+Reads shapes, no weights, and imports no torch: for checking a user's configuration. Two writers are
+known: ``speculators`` 0.9 (``speculators_model_type``, the layers' config inside), and the heads'
+authors, as vLLM reads them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_specplus.drafting import eagle_checkpoint
+from vllm_specplus.drafting.model import DraftModelError
+from vllm_specplus.files import is_file, positive, read_json, tensor_shapes
+from vllm_specplus.strict import quoted
+
+if TYPE_CHECKING:
+    from vllm_specplus.target import Target
+
+#: Kinds of heads that can be run.
+KINDS = ("dflash", "dspark", "medusa")
+#: ``model_type`` of the targets that heads are run for.
+FAMILIES = eagle_checkpoint.FAMILIES
+_ARCHITECTURES = {
+    "DFlashDraftModel": "dflash",
+    "DFlash2DraftModel": "dflash2",
+    "Qwen3DSparkModel": "dspark",
+    "MedusaModel": "medusa",
+}
+#: Keys that describe the layers, beside their sizes, as transformers' ``Qwen3Config`` has them.
+_LAYER_KEYS = (
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters",
+)  # fmt: skip
+#: Where the authors' configs say nothing of it (``speculators`` always do).
+_ROPE_THETA = 1e6
+#: Most tokens of a block.
+_LONGEST_BLOCK = 256
+_MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Body:
+    """The transformer of DFlash and DSpark."""
+
+    layer: dict[str, Any]
+    """Keys of ``Qwen3Config``, sizes among them."""
+    queries: int
+    """Rows of a pass: the newest token, and masks."""
+    from_anchor: bool
+    """Does the newest token's own row predict the first token? Else the first mask does."""
+    mask_token: int
+    windows: tuple[int | None, ...]
+    """How far each layer looks back; None: over the whole text."""
+    window_of_anchor: bool
+    """Windows are counted from the newest token for all rows alike; else from each row."""
+    causal: tuple[bool, ...]
+    """Of each layer: does a row see no later one of the block?"""
+
+    @property
+    def hidden_size(self) -> int:
+        return self.layer["hidden_size"]
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What a head's folder says."""
+
+    kind: str
+    depth: int
+    """Tokens that are predicted at once."""
+    target_hidden_size: int
+    vocab_size: int | None
+    """The target's; None: it is not said."""
+    layer_ids: tuple[int, ...] | None
+    """Which of the target's hidden states it reads, as vLLM counts them: ``n`` is what enters layer
+    ``n``. None: those behind the last norm."""
+    max_positions: int | None
+    """None: as many as the target."""
+    body: Body | None
+    """None: of Medusa."""
+
+
+def canonical(name: str) -> str:
+    """A tensor's name, the same for all writers of checkpoints."""
+    name = name.removeprefix("model.").removeprefix("medusa_heads.").removeprefix("medusa_head.")
+    if found := re.fullmatch(r"(\d+)\.(\d+)\.linear\.(weight|bias)", name):
+        return "blocks.{}.layers.{}.{}".format(*found.groups())
+    if found := re.fullmatch(r"(\d+)\.\d+\.weight", name):
+        return f"lm_heads.{found[1]}.weight"
+    return name
+
+
+def read_config(folder: str) -> BlockConfig:
+    """Check a head's folder; DraftModelError, with a sentence, if it cannot be run here."""
+    path, name = Path(folder), f"block head {quoted(folder)}"
+    if not is_file(path / "config.json"):
+        raise DraftModelError(f"{name} is not a Hugging Face folder (it has no config.json)")
+    try:
+        raw = read_json(path / "config.json", f"{name}: its config.json")
+    except ValueError as error:
+        raise DraftModelError(str(error)) from None
+    try:
+        kind = _kind(raw, name)
+        shapes = _shapes(path, name)
+        if raw.get("quantization_config"):
+            raise DraftModelError(f"{name} is quantized: use its unquantized original")
+        return _medusa(raw, shapes, name) if kind == "medusa" else _block(kind, raw, shapes, name)
+    except DraftModelError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DraftModelError(
+            f"{name}: its config or weights are unreadable: {str(error)[:150]!r}"
+        ) from None
+
+
+def _kind(raw: dict[str, Any], name: str) -> str:
+    """One of :data:`KINDS`; DraftModelError where the head is of another."""
+    kind = raw.get("speculators_model_type")
+    if kind is None:
+        named = [_ARCHITECTURES.get(each) for each in raw.get("architectures") or ()]
+        kind = next((each for each in named if each), None)
+    if kind is None and (raw.get("model_type") == "medusa" or "medusa_num_heads" in raw):
+        kind = "medusa"
+    if kind in ("eagle3", "eagle"):
+        raise DraftModelError(f"{name} is an EAGLE head: use the method 'eagle_tree'")
+    if kind not in KINDS:
+        what = f"of kind {quoted(kind)}" if kind else "of no kind that its config.json names"
+        raise DraftModelError(f"{name} is {what} (supported: {', '.join(KINDS)})")
+    return kind
+
+
+def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor in the folder's safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DraftModelError(
+            f"{name} holds no .safetensors file: save its weights as one (pickled files are not "
+            f"read)"
+        )
+    if is_file(folder / "mask_embedding.pt"):
+        raise DraftModelError(
+            f"{name} has a mask_embedding.pt, and pickled files are not read: save it in the "
+            f"safetensors file as 'mask_embedding'"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            found = tensor_shapes(file, quoted(file))
+        except ValueError as error:
+            raise DraftModelError(str(error)) from None
+        shapes |= {canonical(tensor): shape for tensor, shape in found.items()}
+    return shapes
+
+
+def _check_tensors(shapes: Shapes, expected: Shapes, optional: Shapes, name: str) -> None:
+    """DraftModelError unless there are the ``expected`` tensors, of these shapes, perhaps some of
+    the ``optional`` ones, and no others."""
+    missing = sorted(expected.keys() - shapes.keys())
+    if missing:
+        raise DraftModelError(f"{name} is incomplete: it lacks {_some(missing)}")
+    unknown = sorted(shapes.keys() - expected.keys() - optional.keys())
+    if unknown:
+        raise DraftModelError(f"{name} has tensors that are unknown here: {_some(unknown)}")
+    for tensor, shape in {**expected, **optional}.items():
+        if tensor in shapes and shapes[tensor] != shape:
+            raise DraftModelError(
+                f"{name} has a tensor {tensor} of shape {shapes[tensor]}, and {shape} fits the "
+                f"others"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# -- DFlash and DSpark -------------------------------------------------------------------
+
+
+def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
+    theirs = "speculators_model_type" not in raw  # the authors' own format
+    extra = raw.get("dflash_config") or {}
+    config = raw | raw.get("transformer_layer_config", {}) | extra
+    try:
+        vocab, block, layers = (
+            positive(config, key, f"{name}: its config.json")
+            for key in ("vocab_size", "block_size", "num_hidden_layers")
+        )
+    except ValueError as error:
+        raise DraftModelError(str(error)) from None
+    if "fc.weight" not in shapes:
+        raise DraftModelError(f"{name} is incomplete: it lacks fc.weight")
+    hidden, reads = shapes["fc.weight"]
+    # What enters layer n is the output of layer n - 1.
+    ids = config.get("target_layer_ids") if theirs else config.get("aux_hidden_state_layer_ids")
+    layer_ids = tuple(i + 1 for i in ids) if theirs else tuple(ids)
+    whole = all(isinstance(i, int) for i in layer_ids)
+    if not whole or list(layer_ids) != sorted(set(layer_ids)) or layer_ids[0] < 0:
+        raise DraftModelError(
+            f"{name} reads the target's layers {quoted(ids)}, which must be whole numbers in "
+            f"ascending order"
+        )
+    target = int(config.get("target_hidden_size") or hidden)
+    if reads != target * len(layer_ids):
+        raise DraftModelError(
+            f"{name} reads {reads} units, which are not the states of {len(layer_ids)} layers of "
+            f"{target} units"
+        )
+    from_anchor = bool(config.get("sample_from_anchor", kind == "dspark"))
+    if theirs and config.get("dspark_bonus_anchor"):
+        from_anchor = False
+    if not 1 <= block - (not from_anchor) <= block <= _LONGEST_BLOCK:
+        raise DraftModelError(
+            f"{name} has blocks of {quoted(block)}: at most {_LONGEST_BLOCK}, and such that "
+            f"predict a token, are allowed"
+        )
+    mask = config.get("mask_token_id")
+    if mask is None:
+        raise DraftModelError(f"{name} says nowhere which token is its mask: add 'mask_token_id'")
+    layer, expected = _layers(config, shapes, layers, hidden, name)
+    _check_vocabulary(kind, config, shapes, expected, target, name)
+    if theirs and not any(config.get(key) for key in ("rope_theta", "rope_parameters")):
+        layer["rope_theta"] = _ROPE_THETA
+    windows, causal = _attention(config, layers, theirs, name)
+    body = Body(layer, block, from_anchor, int(mask), windows, not theirs, causal)
+    most = int(config.get("max_position_embeddings") or 32768)
+    return BlockConfig(kind, block - (not from_anchor), target, vocab, layer_ids, most, body)
+
+
+def _layers(
+    config: dict[str, Any], shapes: Shapes, layers: int, hidden: int, name: str
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Keys of ``Qwen3Config``, and the tensors of the layers, by what is in ``shapes``."""
+    for key in ("attention_value_scale", "attention_sink_bias", "add_swa_attention_sink_bias"):
+        if config.get(key):
+            raise DraftModelError(f"{name} has {key!r}, which is not supported: use another head")
+    if config.get("is_neox_style") is False:
+        raise DraftModelError(
+            f"{name} rotates neighbouring units, which is not supported: use another head"
+        )
+    attention = "layers.0.self_attn"
+    for tensor in (f"{attention}.{each}" for each in ("k_norm", "q_proj", "k_proj")):
+        if f"{tensor}.weight" not in shapes:
+            raise DraftModelError(f"{name} is incomplete: it lacks {tensor}.weight")
+    (dim,) = shapes[f"{attention}.k_norm.weight"]
+    queries, keys = (shapes[f"{attention}.{each}_proj.weight"][0] for each in "qk")
+    inner = shapes.get("layers.0.mlp.gate_proj.weight", (0,))[0]
+    bias = bool(config.get("attention_bias"))
+    expected: dict[str, tuple[int, ...]] = {
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+    }
+    found = {each.split(".")[1] for each in shapes if each.startswith("layers.")}
+    for i in range(min(layers, len(found) + 1)):  # one that lacks is enough
+        of = f"layers.{i}"
+        sizes = {"q": queries, "k": keys, "v": keys, "o": hidden}
+        for part, size in sizes.items():
+            expected[f"{of}.self_attn.{part}_proj.weight"] = (
+                size, queries if part == "o" else hidden,
+            )  # fmt: skip
+            if bias:
+                expected[f"{of}.self_attn.{part}_proj.bias"] = (size,)
+        expected |= {f"{of}.self_attn.{part}_norm.weight": (dim,) for part in "qk"}
+        expected |= {f"{of}.mlp.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
+        expected[f"{of}.mlp.down_proj.weight"] = (hidden, inner)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            expected[f"{of}.{norm}.weight"] = (hidden,)
+    layer = {key: config[key] for key in _LAYER_KEYS if config.get(key) is not None}
+    rope = layer.get("rope_parameters") or {}
+    if "sliding_attention" in rope:  # by kinds of layers, of which `speculators` rotate as one
+        layer["rope_parameters"] = rope["sliding_attention"]
+    layer |= {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": queries // dim, "num_key_value_heads": keys // dim,
+        "head_dim": dim, "attention_bias": bias,
+    }  # fmt: skip
+    return layer, expected
+
+
+def _attention(
+    config: dict[str, Any], layers: int, theirs: bool, name: str
+) -> tuple[tuple[int | None, ...], tuple[bool, ...]]:
+    """Each layer's window, and whether it is causal within a block.
+
+    vLLM reads ``"sliding_window_non_causal": false`` as causal in all layers; ``speculators``, who
+    train the heads, mean those with a window.
+    """
+    kinds = list(config.get("layer_types") or ())
+    if kinds and len(kinds) != layers:
+        raise DraftModelError(f"{name} has {layers} layers, and 'layer_types' of {len(kinds)}")
+    windowed = [kind == "sliding_attention" for kind in kinds or [""] * layers]
+    window = config.get("swa_window_size") or config.get("sliding_window")
+    causal = list(windowed)
+    if not theirs:
+        if not config.get("use_sliding_window"):
+            window, windowed = None, [False] * layers
+        causal = [each and not config.get("sliding_window_non_causal") for each in windowed]
+    else:
+        if config.get("use_swa") and not any(windowed):
+            windowed = [True] * layers
+        said = config.get("is_causal", config.get("causal"))
+        causal = causal if said is None else [bool(said)] * layers
+    if any(windowed) and window is None:
+        raise DraftModelError(
+            f"{name} has layers with windows and says not which: set 'sliding_window'"
+        )
+    return tuple(int(window or 0) if each else None for each in windowed), tuple(causal)
+
+
+def _check_vocabulary(
+    kind: str, config: dict[str, Any], shapes: Shapes, expected: dict[str, tuple[int, ...]],
+    target: int, name: str,
+) -> None:  # fmt: skip
+    """DraftModelError unless the head can read and predict tokens; checks all other tensors too."""
+    vocab, hidden = int(config["vocab_size"]), expected["norm.weight"][0]
+    own = int(config.get("draft_vocab_size") or vocab)
+    if "d2t" in shapes:
+        (own,) = shapes["d2t"]
+        if "lm_head.weight" not in shapes:
+            raise DraftModelError(
+                f"{name} says with d2t which tokens it predicts, but has no lm_head.weight for them"
+            )
+    elif own != vocab:
+        raise DraftModelError(
+            f"{name} predicts {own} of {vocab} tokens and says not which: it lacks d2t"
+        )
+    optional: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (vocab, hidden), "lm_head.weight": (own, hidden), "d2t": (own,),
+        "t2d": (vocab,), "mask_embedding": (hidden,), "fc.weight": shapes["fc.weight"],
+    }  # fmt: skip
+    if kind == "dspark":
+        head = config.get("markov_head_type", "vanilla")
+        if head != "vanilla":
+            raise DraftModelError(
+                f"{name} has a Markov head of type {quoted(head)} (supported: 'vanilla')"
+            )
+        rank = int(config.get("markov_rank") or 0)
+        if rank:
+            expected = expected | dict(zip(_MARKOV, ((vocab, rank), (own, rank)), strict=True))
+        units = hidden + (rank if config.get("confidence_head_with_markov") else 0)
+        optional |= {
+            "confidence_head.proj.weight": (1, units), "confidence_head.proj.bias": (1,),
+        }  # fmt: skip
+    _check_tensors(shapes, expected, optional, name)
+    for tensor, use in (("embed_tokens", "embedding"), ("lm_head", "output layer")):
+        if f"{tensor}.weight" not in shapes and hidden != target:
+            raise DraftModelError(
+                f"{name} has {hidden} units and cannot use the {use} of its target, of {target}"
+            )
+
+
+# -- Medusa --------------------------------------------------------------------------------
+
+
+def _medusa(raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
+    found = [re.fullmatch(r"blocks\.(\d+)\.layers\.(\d+)\.weight", each) for each in shapes]
+    numbers = [(int(each[1]), int(each[2])) for each in found if each]
+    if not numbers:
+        raise DraftModelError(f"{name} is incomplete: it lacks blocks.0.layers.0.weight")
+    heads = int(raw.get("num_heads") or raw.get("medusa_num_heads") or 0)
+    layers = int(raw.get("num_hidden_layers") or raw.get("medusa_num_layers") or 0)
+    # More than are there are as wrong as one more.
+    heads = min(heads, len(numbers) + 1) or 1 + max(head for head, _ in numbers)
+    layers = min(layers, len(numbers) + 1) or 1 + max(layer for _, layer in numbers)
+    hidden = shapes["blocks.{}.layers.{}.weight".format(*numbers[0])][0]
+    expected = {
+        f"blocks.{i}.layers.{j}.weight": (hidden, hidden)
+        for i in range(heads)
+        for j in range(layers)
+    }
+    optional: dict[str, tuple[int, ...]] = {
+        each.replace("weight", "bias"): (hidden,) for each in expected
+    }
+    outputs = [each for each in shapes if each.startswith("lm_heads.")]
+    rows = {shapes[each] for each in outputs}
+    if len(rows) > 1 or any(each[1] != hidden for each in rows):
+        raise DraftModelError(f"{name} has output layers of different sizes: {sorted(rows)}")
+    vocab = raw.get("vocab_size")
+    if rows:
+        ((own, _),) = rows
+        shared = raw.get("original_lm_head") or len(outputs) == 0
+        expected |= {f"lm_heads.{i}.weight": (own, hidden) for i in range(1 if shared else heads)}
+        vocab = vocab or (None if "token_map" in shapes else own)
+    if "token_map" in shapes:
+        optional["token_map"] = shapes["token_map"]
+        if not rows:
+            raise DraftModelError(
+                f"{name} says with token_map which tokens it predicts, but has no output layer for "
+                f"them"
+            )
+    elif rows and own != vocab:
+        raise DraftModelError(f"{name} predicts {own} of {vocab} tokens and says not which")
+    _check_tensors(shapes, expected, optional, name)
+    return BlockConfig("medusa", heads, hidden, vocab, None, None, None)
+
+
+# -- target ----------------------------------------------------------------------------------
+
+
+def check_target(head: BlockConfig, folder: str, target: Target) -> None:
+    """ValueError unless the head was made for a target like this."""
+    if target.family not in FAMILIES:
+        raise ValueError(
+            f"block heads are run for targets of type {', '.join(FAMILIES)}, and this one is of "
+            f"type {target.family!r}"
+        )
+    if target.tensor_parallel_size > 1:
+        raise ValueError(
+            "a block head uses the target's embedding on one rank: set tensor_parallel_size to 1"
+        )
+    for what, own, others in (
+        ("hidden units", head.target_hidden_size, target.hidden_size),
+        ("tokens", head.vocab_size, target.vocab_size),
+    ):
+        if own is not None and own != others:
+            raise DraftModelError(
+                f"block head {quoted(folder)} was made for a target of {own} {what}, and this one "
+                f"has {others}"
+            )
+    highest = max(head.layer_ids or (0,))
+    if highest > target.num_layers:
+        raise DraftModelError(
+            f"block head {quoted(folder)} reads layer {highest}, and the target has "
+            f"{target.num_layers}"
+        )
+    if head.body is not None and not 0 <= head.body.mask_token < target.vocab_size:
+        raise DraftModelError(
+            f"block head {quoted(folder)} has mask token {head.body.mask_token}, and the target "
+            f"{target.vocab_size} tokens: use a head of this target"
+        )
