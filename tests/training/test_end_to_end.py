@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.engine import harness
@@ -20,7 +21,11 @@ from vllm_specplus.cli.main import app
 from vllm_specplus.config import parse
 from vllm_specplus.testing.models import build_model
 from vllm_specplus.training.curve import Curve
+from vllm_specplus.training.data import Prompt
+from vllm_specplus.training.folder import RunFolder
+from vllm_specplus.training.sources import do
 from vllm_specplus.training.texts import load_texts
+from vllm_specplus.training.writer import Job, write_prompts
 
 ROOT = Path(__file__).parents[2]
 #: How each result is named to the engine.
@@ -132,3 +137,22 @@ def test_from_nothing_but_the_target(tmp_path, target):
     assert harness.ids(drafted) == harness.ids(plain)
     assert drafted["counters"]["draft_failures"] == 0
     assert drafted["counters"]["nodes_accepted"] > 0
+
+
+@pytest.mark.engine
+def test_ray_writes_what_was_asked(tmp_path, target):
+    pytest.importorskip("ray")
+    folder = RunFolder(tmp_path / "out")
+    prompts = [Prompt(f"q{i}", (5 + i, 6, 7)) for i in range(6)]
+    with folder.held():
+        write_prompts(folder.questions, prompts)
+        job = Job(
+            model=str(target), prompts=str(folder.questions), out=str(tmp_path / "out" / "w.jsonl"),
+            tokens=10**6, length=24, temperatures=(0.0,), ray=True,
+        )  # fmt: skip
+        texts = do(job, folder, "texts", None, Console(quiet=True))
+        alone = do(
+            job.model_copy(update={"ray": False}), folder, "texts", None, Console(quiet=True)
+        )
+    assert {text.tokens[: text.start] for text in texts} == {each.tokens for each in prompts}
+    assert {text.tokens for text in texts} == {text.tokens for text in alone}

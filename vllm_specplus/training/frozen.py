@@ -37,18 +37,21 @@ class States(NamedTuple):
 class Frozen(LanguageModel):
     """A model that is not trained."""
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, kept: int = KEPT):
+        """``kept``: bytes of hidden states to keep, in main memory."""
         super().__init__(model.requires_grad_(False), dtype)
         self.ends = end_tokens(model)
         """Ids of the tokens that end a text."""
         self._kept: dict[tuple[Text, tuple[int, ...]], Tensor] = {}
-        self._room = KEPT
+        self._room = kept
         self._probe: tuple[tuple[Text, ...], Probe] | None = None
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Frozen:
+    def load(
+        cls, folder: Path, device: torch.device, dtype: torch.dtype, kept: int = KEPT
+    ) -> Frozen:
         """The target in a folder; TrainingError if there is none that training knows."""
-        return cls(load_model(folder, "target", dtype, device), dtype)
+        return cls(load_model(folder, "target", dtype, device), dtype, kept)
 
     @torch.no_grad()
     def states(self, batch: Batch, layers: Sequence[int] = ()) -> States:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,6 +84,8 @@ class Checked:
         for name, file in (("data", options.data), ("measure", options.measure)):
             if file is not None and not is_file(file):
                 raise TrainingError(f"--{name} {quoted(file)} is not a file: name an existing one")
+        if options.ray and (find_spec("ray") is None or find_spec("pyarrow") is None):
+            raise TrainingError("--ray needs Ray Data: pip install 'vllm-specplus[ray]'")
         plan = Plan(
             options.epochs or defaults.epochs, options.batch_tokens or defaults.batch_tokens,
             options.learning_rate or defaults.learning_rate, options.seed, options.minutes,

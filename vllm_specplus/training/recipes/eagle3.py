@@ -69,6 +69,9 @@ class Settings(StrictModel):
     """Share of the run that ``finish`` has."""
     noise: float = 0.0
     """Uniform noise, up to so much, on the target's states."""
+    kept_gb: float = 6.0
+    """Main memory for the target's hidden states, which are computed once as far as they fit, and
+    else anew in each epoch: four of them for a token."""
 
 
 def layer_ids(asked: list[int] | None, layers: int) -> tuple[int, ...]:
@@ -208,7 +211,13 @@ class Eagle3Recipe(HeadRecipe):
 def build(target: Path, settings: Settings, setup: Setup) -> Eagle3Recipe:
     """A head for the target in a folder, ready to learn; TrainingError if there can be none."""
     check_family(target)
-    return Eagle3Recipe(target, Frozen.load(target, setup.device, setup.dtype), settings, setup)
+    frozen = Frozen.load(target, setup.device, setup.dtype, kept_bytes(settings))
+    return Eagle3Recipe(target, frozen, settings, setup)
+
+
+def kept_bytes(settings: Settings) -> int:
+    """Of hidden states."""
+    return int(settings.kept_gb * 1e9)
 
 
 def work(shape: Shape, settings: Settings) -> Work:
@@ -225,4 +234,5 @@ def work(shape: Shape, settings: Settings) -> Work:
         vocab=vocab,
         losses=settings.steps,
         feature_bytes=2 * (states + 1) * shape.hidden,
+        kept=kept_bytes(settings),
     )
