@@ -7,20 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.drafting.test_drafting import VOCAB, save_draft
 from vllm_specplus.config import parse
 from vllm_specplus.drafting.eagle_checkpoint import read_config
-from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.export import (
     Eagle3Format,
-    compact,
     eagle3_config,
     eagle_config,
-    expand,
     layer_config,
-    output_layer,
     write_head,
 )
 
@@ -32,7 +28,7 @@ def target(tmp_path_factory) -> Path:
     return Path(save_draft(tmp_path_factory.mktemp("target"), layers=4))
 
 
-def written(folder: Path, target: Path, output: torch.Tensor | None = None) -> Path:
+def written(folder: Path, target: Path) -> Path:
     """A random EAGLE-3 head for ``target`` in ``folder``, its output layer the target's."""
     raw = json.loads((target / "config.json").read_text())
     hidden, mlp, wide = raw["hidden_size"], raw["intermediate_size"], raw["num_attention_heads"]
@@ -56,7 +52,7 @@ def written(folder: Path, target: Path, output: torch.Tensor | None = None) -> P
         "layer.mlp.up_proj.weight": random(mlp, hidden),
         "layer.mlp.down_proj.weight": random(hidden, mlp),
         **{f"fc_norm.{number}.weight": random(hidden) for number in range(3)},
-        "lm_head.weight": output_layer(target)[IDS] if output is None else output,
+        "lm_head.weight": random(len(IDS), hidden),
         "d2t": IDS - torch.arange(4),
         "t2d": torch.isin(torch.arange(raw["vocab_size"]), IDS),
     }
@@ -115,47 +111,3 @@ def test_biases_of_a_target_are_none_of_its_heads():
     assert (layer["attention_bias"], layer["num_hidden_layers"]) == (False, 1)
     assert "layer_types" not in layer
     assert eagle_config({"vocab_size": 5})["architectures"] == ["EagleLlamaForCausalLM"]
-
-
-def test_a_compact_head_becomes_the_same_folder(tmp_path, target):
-    head = written(tmp_path / "head", target)
-    file = tmp_path / "kept" / "head.safetensors"
-    compact(head, target, file)
-    assert not {"lm_head.weight", "t2d"} & load_file(file).keys()
-    expand(file, target, tmp_path / "again")
-    first, second = (load_file(f / "model.safetensors") for f in (head, tmp_path / "again"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (head / "config.json").read_text() == (tmp_path / "again" / "config.json").read_text()
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["again", "head", "kept"]
-
-
-def test_an_output_layer_of_its_own_cannot_be_left_out(tmp_path, target):
-    changed = output_layer(target)[IDS].clone()
-    changed[2, 5] += 1
-    head = written(tmp_path / "head", target, changed)
-    with pytest.raises(TrainingError, match="train with learn_output=false"):
-        compact(head, target, tmp_path / "head.safetensors")
-    assert not (tmp_path / "head.safetensors").exists()
-
-
-def test_a_compact_head_wants_its_own_target(tmp_path, target):
-    file = tmp_path / "head.safetensors"
-    compact(written(tmp_path / "head", target), target, file)
-    other = Path(save_draft(tmp_path / "other", vocab=VOCAB - 1))
-    with pytest.raises(TrainingError, match=r"of 96 tokens and 64 units, and .* has 95 and 64"):
-        expand(file, other, tmp_path / "again")
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(TrainingError, match="has no configuration in its metadata"):
-        expand(tmp_path / "x.safetensors", target, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-def test_a_folder_that_is_in_use_is_not_touched(tmp_path, target):
-    head = written(tmp_path / "head", target)
-    compact(head, target, tmp_path / "head.safetensors")
-    before = (head / "config.json").stat().st_mtime_ns
-    with pytest.raises(OSError, match="not empty"):
-        expand(tmp_path / "head.safetensors", target, head)
-    assert (head / "config.json").stat().st_mtime_ns == before
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["head", "head.safetensors"]

@@ -5,8 +5,9 @@
 2. *Objective.* At each step of the training-time test (``training/steps.py``) a divergence of the
    head's distribution from the target's, both over the head's tokens: the target's is renormalised
    among them. What it gives to others no head of that vocabulary could learn, and computing it
-   would take as many logits as the target has tokens, six times the head's; of the embedded model's
-   answers it is a percent. What is measured afterwards counts all tokens.
+   would take as many logits as the target has tokens, six times the embedded model's head's. What
+   share of the texts the head's tokens are is logged with each step ("covered"), and what is
+   measured afterwards counts all tokens.
 
 The result is read by ``{"method": "eagle_tree"}``, by ``rasd`` and by vLLM's own ``eagle3``.
 """
