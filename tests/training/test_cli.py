@@ -182,7 +182,7 @@ def test_a_mistake_is_told_in_one_sentence(tmp_path, command, options, message):
     assert not (tmp_path / "out" / "result").exists()
 
 
-def test_a_broken_row_and_a_full_disk_are_told(tmp_path, command, data, monkeypatch):
+def test_a_broken_row_is_told(tmp_path, command, data):
     data.write_text('{"tokens": [5, 6], "start": 1}\n{"tokens": [5, "6"], "start": 1}\n')
     done = command()
     assert done.exit_code == 2
