@@ -298,16 +298,17 @@ def test_vllm_and_our_trees_accept_the_same_of_what_was_learnt(tmp_path):
     """Hidden states of vLLM's target, its own loader and runner of heads, and ours."""
     from tests.engine import harness
     from tests.engine.conftest import build_model
-    from vllm_specplus.training.decoding import Writing, write
+    from vllm_specplus.training.decoding import greedy_chains
 
     folder = build_model(tmp_path / "target", 64, 0.12)
     prompts = [[3 + (7 * i + j * j) % 61 for j in range(5 + 7 * i)] for i in range(8)]
     learner = Frozen.load(Path(folder), CPU, torch.float32)
-    answers = write([learner], prompts, Writing(100, 0.0, ()), torch.Generator())
-    given = [
-        Text(str(i), (*prompt, *answer), len(prompt), "target")
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-    ]
+    given = []
+    for i, prompt in enumerate(prompts):
+        tokens, first = torch.tensor([prompt]), torch.tensor([0])
+        mask, last = torch.ones_like(tokens, dtype=torch.bool), torch.tensor([len(prompt) - 1])
+        answer = greedy_chains(learner, tokens, mask, first, last, 100)[0].tolist()
+        given.append(Text(str(i), (*prompt, *answer), len(prompt), "target"))
     recipe = build(Path(folder), given, draft_vocabulary=60)
     train(recipe, given, 150)
     recipe.export((tmp_path / "head").mkdir() or tmp_path / "head")

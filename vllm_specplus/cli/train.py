@@ -35,7 +35,7 @@ def train(
     Under torchrun every process has its share of each batch. Exit code 0: the result is there; 2:
     it cannot be, and one sentence says why.
     """
-    errors = Console(stderr=True, highlight=False)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     # Heavy, and of no use to other commands.
     from vllm_specplus.training.errors import TrainingError
     from vllm_specplus.training.run import Options, run
