@@ -23,6 +23,7 @@ import torch
 import typer
 from torch.nn.functional import smooth_l1_loss
 
+from vllm_specplus.drafting.dense_attention import DenseAttention
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.training.distill import (
     Lessons,
@@ -77,8 +78,11 @@ def run_head(head: EagleHead, tokens, mask, states) -> torch.Tensor:
     causal = torch.ones(rows, rows, dtype=torch.bool).tril() & mask[:, None, :rows]
     causal |= torch.eye(rows, dtype=torch.bool)  # padding sees itself
     with torch.autocast("cpu", torch.bfloat16):
-        y = head(tokens[:, 1:], states[:, :-1], head.rotary(positions), causal[:, None], None)
-    return y[mask[:, 1:]]
+        y = head(
+            tokens[:, 1:].flatten(), states[:, :-1].flatten(0, 1), head.rotary(positions.flatten()),
+            DenseAttention(causal[:, None]),
+        )  # fmt: skip
+    return y[mask[:, 1:].flatten()]
 
 
 def scatter(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
