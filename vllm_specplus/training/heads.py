@@ -21,7 +21,7 @@ from vllm_specplus.training.frozen import Frozen
 from vllm_specplus.training.language_model import read_model_config
 from vllm_specplus.training.measure import Measured, measure
 from vllm_specplus.training.probe import Group, Probe
-from vllm_specplus.training.recipe import Setup
+from vllm_specplus.training.recipe import OfModule, Setup
 from vllm_specplus.training.slices import slices
 from vllm_specplus.training.steps import Chains, ahead
 from vllm_specplus.training.texts import Text
@@ -68,7 +68,7 @@ def at(values: Tensor, places: Tensor) -> Tensor:
     return values.flatten(0, 1).index_select(0, places)
 
 
-class HeadRecipe:
+class HeadRecipe(OfModule):
     """A head, its target, and what both say of texts. Recipes add how it learns and is written."""
 
     name: str
@@ -92,17 +92,9 @@ class HeadRecipe:
 
     # -- what a recipe is, see training/recipe.py -----------------------------------------
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [each for each in self.head.parts.parameters() if each.requires_grad]
-
-    def state(self) -> dict[str, Tensor]:
-        named = self.head.parts.named_parameters()
-        return {name: each.detach() for name, each in named if each.requires_grad}
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, weight in self.state().items():
-            weight.copy_(state[name])
+    @property
+    def module(self) -> nn.Module:
+        return self.head.parts
 
     def texts_for(self, epoch: int, texts: list[Text]) -> list[Text] | None:
         return None

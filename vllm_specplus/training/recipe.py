@@ -82,3 +82,24 @@ class Recipe(Protocol):
     def export(self, folder: Path) -> None:
         """Writes what is served into an existing, empty folder; the trainer renames it when all of
         it is on disk."""
+
+
+class OfModule:
+    """Members of a recipe that trains a module, or those parts of it that ask for gradients."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained, with what is not."""
+        raise NotImplementedError
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [each for each in self.module.parameters() if each.requires_grad]
+
+    def state(self) -> dict[str, Tensor]:
+        named = self.module.named_parameters()
+        return {name: each.detach() for name, each in named if each.requires_grad}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, weight in self.state().items():
+            weight.copy_(state[name])

@@ -39,7 +39,7 @@ from vllm_specplus.training.language_model import LanguageModel, load_model, rea
 from vllm_specplus.training.losses import Loss, Rows, forward_kl, loss_of
 from vllm_specplus.training.measure import Measured, measure
 from vllm_specplus.training.model_folder import own_dtype, stored, write_model
-from vllm_specplus.training.recipe import Defaults, Setup
+from vllm_specplus.training.recipe import Defaults, OfModule, Setup
 from vllm_specplus.training.sampling import write_on
 from vllm_specplus.training.schedules import Phases
 from vllm_specplus.training.selectors import rejected, top_quantile
@@ -108,7 +108,7 @@ class Settings(StrictModel):
         return self
 
 
-class Distill:
+class Distill(OfModule):
     """The draft, its target, and perhaps a reference."""
 
     name = "distill"
@@ -123,17 +123,9 @@ class Distill:
         self._phases = Phases.of(settings.loss, settings.finish_loss, settings.finish_share)
         self._vocab = min(self.draft.vocab_size, target.vocab_size)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [each for each in self.draft.model.parameters() if each.requires_grad]
-
-    def state(self) -> dict[str, Tensor]:
-        named = self.draft.model.named_parameters()
-        return {name: each.detach() for name, each in named if each.requires_grad}
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, weight in self.state().items():
-            weight.copy_(state[name])
+    @property
+    def module(self) -> nn.Module:
+        return self.draft.model
 
     def step(self, batch: Batch, done: float, rng: torch.Generator) -> dict[str, float]:
         count = max(int(batch.learn.sum()), 1)

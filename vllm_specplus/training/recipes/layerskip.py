@@ -37,7 +37,7 @@ from vllm_specplus.training.losses import Rows, loss_of
 from vllm_specplus.training.measure import BATCH_TOKENS, Measured, Tally
 from vllm_specplus.training.model_folder import own_dtype, write_model
 from vllm_specplus.training.probe import DEPTH, Probe
-from vllm_specplus.training.recipe import Defaults, Setup
+from vllm_specplus.training.recipe import Defaults, OfModule, Setup
 from vllm_specplus.training.slices import slices
 from vllm_specplus.training.texts import Text
 
@@ -65,7 +65,7 @@ class Settings(StrictModel):
         return value
 
 
-class LayerSkip:
+class LayerSkip(OfModule):
     """The target in training, and as it was."""
 
     name = "layerskip"
@@ -81,17 +81,9 @@ class LayerSkip:
         """The last one is the whole target."""
         self._weights = layer_weights(self.exits, count, settings.early_scale)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [each for each in self.student.model.parameters() if each.requires_grad]
-
-    def state(self) -> dict[str, Tensor]:
-        named = self.student.model.named_parameters()
-        return {name: each.detach() for name, each in named if each.requires_grad}
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, weight in self.state().items():
-            weight.copy_(state[name])
+    @property
+    def module(self) -> nn.Module:
+        return self.student.model
 
     def step(self, batch: Batch, done: float, rng: torch.Generator) -> dict[str, float]:
         at_exits = [each[batch.learn] for each in self.read_exits(batch, self._dropped(batch, rng))]
