@@ -292,10 +292,12 @@ for dtype, size, group, head_size in (("bf16", 2, 4, 128), ("fp16", 2, 3, 80), (
     pointers = dict.fromkeys(["output", "query", "key_cache", "value_cache"], dtype)
     pointers |= dict.fromkeys(["query_start_loc", "context_lens", "first", "block_table"], "i32")
     pointers |= dict(lse="fp32", ancestors="i1", depths="i32", slopes="fp32", sinks=dtype)
+    pointers |= dict(key_starts="i32", ends="i32", readable="i1")
     constants = dict(CONTEXT=True, FIRST=True, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=16)
     constants |= dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d)
     for window, more in ((0, False), (128, True)):
         constants |= dict(WINDOW=window, CHUNK=window, CAPPED=more, ALIBI=more, SINKS=more)
+        constants |= dict(KEYS=more, ENDS=more, READABLE=more)
         kernel = compile(_tree_attention_kernel, pointers, constants, num_warps)
         assert kernel.metadata.shared <= 99 * 1024, (dtype, kernel.metadata.shared)
 

@@ -73,6 +73,9 @@ class TreeBatch(ctypes.Structure):
             "depths",
             "slopes",
             "sinks",
+            "query_start",
+            "end",
+            "readable",
         ]
     ]
 
@@ -135,6 +138,8 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.specplus_tree_attention.restype = None
     lib.specplus_move_slots.argtypes = [batch, void_p, int32, void_p, void_p, int32]
     lib.specplus_move_slots.restype = None
+    lib.specplus_store_slots.argtypes = [batch, void_p, void_p, void_p, void_p, int32]
+    lib.specplus_store_slots.restype = None
     lib.specplus_top_k.argtypes = [void_p, int32, int64, int64, int64, int32, void_p, void_p]
     lib.specplus_top_k.restype = None
     lib.specplus_kv_offset.argtypes = [int32] * 6

@@ -25,7 +25,7 @@ def top_k_reference(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
 def masked_scores(
     scores: torch.Tensor,
     visible: torch.Tensor,
-    own: torch.Tensor | None,
+    places: torch.Tensor | None,
     window: int,
     chunk: int,
     soft_cap: float,
@@ -35,15 +35,17 @@ def masked_scores(
     """Makes of the ``scores`` [H, n, S] of n rows what the softmax is of: [H, n, S], or
     [H, n, S + 1] with ``sinks``.
 
-    S keys, the last n of which are the rows' own; ``visible`` bool [n, S] as far as the tree says;
-    ``own`` int [n] positions of the rows, needed for ``window``, ``chunk`` and ``slopes``. These
-    and the others as in ``tree_attention.py``. What is not seen is -inf.
+    S keys, the last of which are those of a tree, among them the rows' own as the last n;
+    ``visible`` bool [n, S] as far as the tree says; ``places`` int [>= n] positions of the tree's
+    keys, needed for ``window``, ``chunk`` and ``slopes``. These and the others as in
+    ``tree_attention.py``. What is not seen is -inf.
     """
     if soft_cap:
         scores = soft_cap * (scores / soft_cap).tanh()
-    if own is not None and (window or chunk or slopes is not None):
-        context = scores.shape[-1] - len(own)
-        positions = torch.cat((torch.arange(context, device=own.device), own))
+    if places is not None and (window or chunk or slopes is not None):
+        context = scores.shape[-1] - len(places)
+        own = places[len(places) - scores.shape[-2] :]
+        positions = torch.cat((torch.arange(context, device=own.device), places))
         distance = positions[None] - own[:, None]
         if window:
             visible = visible & (distance > -window)
