@@ -15,7 +15,8 @@ import torch
 
 from tests.kernels.tree_batch import CHAIN, DEVICE, ROOT, STAR, Batch, random_tree
 from vllm_specplus.kernels import tree_attention as module
-from vllm_specplus.kernels.tree_attention import tree_attention, tree_attention_reference
+from vllm_specplus.kernels.reference import tree_attention_reference
+from vllm_specplus.kernels.tree_attention import tree_attention
 
 #: Error of an output, absolute and relative. 16-bit kernels round their weights and output; the
 #: interpreter truncates to bfloat16.

@@ -37,15 +37,16 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from vllm_specplus.drafting.cache import PageStore
 from vllm_specplus.drafting.eagle_checkpoint import HeadConfig, canonical, read_config
+from vllm_specplus.drafting.passes import Attend
+from vllm_specplus.drafting.transformers_layer import PASSED_IN
 
 
 class Vocabulary(Protocol):
     """The target's embedding and output layer."""
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[R, n] -> [R, n, hidden]."""
+        """[T] -> [T, hidden]."""
 
     def output(self, normed: torch.Tensor) -> torch.Tensor:
         """[..., hidden], behind the last norm -> float32 logits [..., vocab]."""
@@ -63,9 +64,9 @@ class EagleHead:
         self.config = head = read_config(folder)
         self.device, self.dtype, self.vocab_size = device, dtype, vocab_size
         self._target = target
-        layer = LlamaConfig(**head.layer, num_hidden_layers=1, attn_implementation="sdpa")
+        layer = LlamaConfig(**head.layer, num_hidden_layers=1, attn_implementation=PASSED_IN)
         self.kv_heads = layer.num_key_value_heads
-        self.head_dim = layer.head_dim
+        self.head_dim, self.max_positions = layer.head_dim, layer.max_position_embeddings
         weights = {
             canonical(name): weight
             for file in sorted(Path(folder).glob("*.safetensors"))
@@ -96,18 +97,18 @@ class EagleHead:
             states = torch.cat([n(x) for n, x in zip(parts["fc_norm"], each, strict=True)], -1)
         return parts["fc"](states)
 
-    def rotary(self, positions: torch.Tensor) -> tuple:
-        """cos and sin [R, n, head_dim] at ``positions`` int64 [R, n]."""
-        return self._rotary(self.parts["fc"].weight, position_ids=positions)
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, head_dim] at ``positions`` int64 [T]."""
+        cos, sin = self._rotary(self.parts["fc"].weight, position_ids=positions[None])
+        return cos[0], sin[0]
 
     def __call__(
-        self, tokens: torch.Tensor, features: torch.Tensor, rotary: tuple, mask: torch.Tensor,
-        cache: PageStore,
-    ) -> torch.Tensor:  # fmt: skip
-        """y [R, n, hidden].
+        self, tokens: torch.Tensor, features: torch.Tensor, rotary: tuple, attend: Attend
+    ) -> torch.Tensor:
+        """y [T, hidden].
 
-        ``tokens`` int64 [R, n]; ``features`` [R, n, hidden] f' (or f) of each row; ``mask``
-        bool [R, 1, n, slots]. Writes the rows' keys and values to ``cache``.
+        ``tokens`` int64 [T]; ``features`` [T, hidden] f' (or f) of each row; ``attend`` also keeps
+        the rows' keys and values.
         """
         parts, layer = self.parts, self.parts["layer"]
         embedded = self._embed(tokens).to(self.dtype)
@@ -117,12 +118,14 @@ class EagleHead:
             normed = layer["hidden_norm"](features)
             residual = normed if self.config.norm_before_residual else features
             entering = torch.cat((layer["input_layernorm"](embedded), normed), -1)
+        cos, sin = rotary
         attended = layer["self_attn"](
-            hidden_states=entering,
-            position_embeddings=rotary,
-            attention_mask=mask,
-            past_key_values=cache,
-        )[0]
+            hidden_states=entering[None],
+            position_embeddings=(cos[None], sin[None]),
+            attention_mask=None,
+            attend=attend,
+            window_of_layer=None,
+        )[0][0]
         hidden = residual + attended
         return hidden + layer["mlp"](layer["post_attention_layernorm"](hidden))
 

@@ -21,6 +21,7 @@ import torch
 
 from vllm_specplus.drafting.cache import PAGE
 from vllm_specplus.drafting.executor import DraftExecutor
+from vllm_specplus.drafting.passes import PagedAttention, Rows
 from vllm_specplus.step import ReadKV
 
 #: Tokens of a text that a replay predicts (SWIFT's context_window).
@@ -109,32 +110,37 @@ class SelfDraftExecutor(DraftExecutor):
         ``starts`` int64 [R] (1 or more). Returns how many predictions after the first
         ``e`` layers were right, int64, for each ``e`` of ``exits``; and how many there were.
         """
-        shape = (len(texts), WINDOW)
-        tokens, positions, slots, targets = np.zeros((4, *shape), np.int64)
-        cached_at = np.zeros(shape, np.int64)  # of the rows themselves, counted as text goes on
-        valid = np.zeros(shape, bool)
-        table = self.cache.table(requests)
-        for r, text in enumerate(texts):
-            before = np.arange(max(starts[r], len(text) - WINDOW) - 1, len(text) - 1)
-            here = slice(len(before))
-            tokens[r, here], targets[r, here] = text[before], text[before + 1]
-            positions[r, here], valid[r, here] = before, True
-            cached_at[r, here] = len(text) + np.arange(len(before))
-            slots[r, here] = table[r, cached_at[r, here] // PAGE] * PAGE + cached_at[r, here] % PAGE
-        tokens, positions, slots, targets, cached_at, valid, table = map(
-            self._to_device, (tokens, positions, slots, targets, cached_at, valid, table)
-        )
-        seen = torch.arange(table.shape[1] * PAGE, device=table.device)
-        mask = (seen < positions[..., None]) | (seen == cached_at[..., None])
+        counts = np.minimum(WINDOW, [len(text) for text in texts] - starts).clip(0)
+        request = np.repeat(np.arange(len(texts)), counts)
+        lengths = np.array([len(text) for text in texts])[request]
+        number = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+        before = lengths - 1 - np.repeat(counts, counts) + number  # whose next tokens are predicted
+        places = list(zip(request.tolist(), before.tolist(), strict=True))
+        tokens = self._to_device(np.array([texts[r][i] for r, i in places], np.int64))
+        targets = self._to_device(np.array([texts[r][i + 1] for r, i in places], np.int64))
+        rows = self._apart(self.cache.table(requests)[request], before, lengths + number)
         right = []
-        passed = self._pass(skips, tokens, positions, slots, table, mask)
-        for layers, hidden in passed:
+        for layers, hidden in self._pass(skips, tokens, rows):
             if layers in exits:
-                guess = self.model.logits(hidden).argmax(-1)
-                right.append(((guess == targets) & valid).sum())
+                right.append((self.model.logits(hidden).argmax(-1) == targets).sum())
             if layers == exits[-1]:
                 break
-        return torch.stack(right).cpu().numpy(), int(valid.sum())
+        return torch.stack(right).cpu().numpy(), len(request)
+
+    def _apart(self, table: np.ndarray, positions: np.ndarray, cached_at: np.ndarray) -> Rows:
+        """T rows at ``positions`` int64 [T] that see the text before them and themselves, each a
+        request of its own with the pages ``table`` int32 [T, P]; ``cached_at`` int64 [T]: where, in
+        the slots of these, their own keys and values go."""
+        page, count = self.cache.page, len(positions)
+        slots = table[np.arange(count), cached_at // page].astype(np.int64) * page
+        each = np.arange(count + 1, dtype=np.int32)
+        related = np.full(count, -1, np.int32) if self.cache.packed else np.ones((count, 1), bool)
+        contexts, ends = cached_at.astype(np.int32), positions.astype(np.int32)
+        tensors = (
+            positions, slots + cached_at % page, each, contexts, ends, table, each,
+            np.zeros(count, np.int32), related,
+        )  # fmt: skip
+        return Rows(*map(self._to_device, tensors), 1, int(cached_at.max()))
 
     @torch.inference_mode()
     def begin(
@@ -144,20 +150,19 @@ class SelfDraftExecutor(DraftExecutor):
         self._remember(requests, texts, versions or [None] * len(texts))
         return logits
 
-    def _forward(self, tokens, positions, slots, table, mask, exact):
-        *_, (_, hidden) = self._pass(self.skips, tokens, positions, slots, table, mask)
+    def _forward(self, tokens, rows, exact):
+        *_, (_, hidden) = self._pass(self.skips, tokens, rows)
         return hidden
 
     def _pass(
-        self, skips: Skips, tokens, positions, slots, table, mask
+        self, skips: Skips, tokens: torch.Tensor, rows: Rows
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(layers passed, hidden states) after every layer."""
-        model = self.model
-        self.cache.begin_pass(slots, table)
-        hidden, rotary, mask = model.embed(tokens), model.rotary(positions), mask[:, None]
+        model, attend = self.model, PagedAttention(self.cache, rows)
+        hidden, rotary = model.embed(tokens), model.rotary(rows.positions)
         for layer in range(model.num_layers):
             if layer not in skips.attention:
-                hidden = hidden + model.attention(layer, hidden, rotary, mask, self.cache)
+                hidden = hidden + model.attention(layer, hidden, rotary, attend)
             if layer not in skips.mlp:
                 hidden = hidden + model.mlp(layer, hidden)
             yield layer + 1, hidden

@@ -45,7 +45,8 @@ tree rows of all requests, ``N`` at least the largest number of rows of one requ
 ``sinks`` float [H] or None
     A score beside all others, whose key has no value.
 
-They return the output [T, H, D] and the natural logarithm of the sum of the exponentiated scores
+``tree_attention_reference`` of ``reference.py`` is their definition. They return the output
+[T, H, D] and the natural logarithm of the sum of the exponentiated scores
 (LSE), float32 [H, T], the shapes that FlashAttention and vLLM's ``merge_attn_states`` use.
 """
 
@@ -58,78 +59,6 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
-
-from vllm_specplus.kernels.reference import masked_scores
-
-#: The keys that are attended to: the cached context, the tree rows, or both.
-Part = Literal["context", "tree", "all"]
-
-
-def tree_attention_reference(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    ancestors: torch.Tensor,
-    scale: float,
-    part: Part = "all",
-    first: torch.Tensor | None = None,
-    depths: torch.Tensor | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    soft_cap: float = 0.0,
-    slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    key_starts: torch.Tensor | None = None,
-    ends: torch.Tensor | None = None,
-    readable: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition of tree attention, computed in float32; see the module for the arguments.
-
-    A row without any key (``part="context"`` and no context) has output 0 and LSE -inf.
-    """
-    block_size, num_kv_heads = key_cache.shape[1:3]
-    group = query.shape[1] // num_kv_heads
-    output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-    lse = output.new_empty(query.shape[1], query.shape[0])
-
-    starts = query_start_loc.tolist()
-    key_offsets = starts if key_starts is None else key_starts.tolist()
-    root_at = context_lens if ends is None else ends
-    for request, context_len in enumerate(context_lens.tolist()):
-        rows = slice(starts[request], starts[request + 1])
-        nodes = slice(key_offsets[request], key_offsets[request + 1])
-        num_rows, num_nodes = rows.stop - rows.start, nodes.stop - nodes.start
-        positions = torch.arange(context_len + num_nodes, device=query.device)
-        visible = ancestors.new_ones(num_rows, context_len + num_nodes)
-        visible[:, context_len:] = ancestors[rows, :num_nodes]
-        visible[:, int(root_at[request]) : context_len] = False
-        if first is not None:
-            visible[:, : int(first[request])] = False
-        if part == "context":
-            visible[:, context_len:] = False
-        elif part == "tree":
-            visible[:, :context_len] = False
-
-        blocks = block_table[request, positions // block_size].long()
-        if readable is not None:
-            seen = readable[blocks, positions % block_size]
-            visible[:, :context_len] &= seen[:context_len]
-        keys = key_cache[blocks, positions % block_size].float()
-        values = value_cache[blocks, positions % block_size].float()
-        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-
-        scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
-        places = None if depths is None else root_at[request] + depths[nodes]
-        scores = masked_scores(scores, visible, places, window, chunk, soft_cap, slopes, sinks)
-        lse[:, rows] = torch.logsumexp(scores, dim=-1)
-        # softmax of a row without keys is 0 / 0
-        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : len(positions)]
-        output[rows] = torch.einsum("hqk,khd->qhd", weights, values)
-    return output, lse
-
 
 @triton.jit
 def _load_keys_and_values(

@@ -118,6 +118,10 @@ class DraftTree(Proposer):
     def _make_executor(self, model: Any, max_slots: int) -> DraftExecutor:
         return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
 
+    def share_pages(self, pages: int, page: int, max_requests: int) -> None:
+        # Of the last level's nodes nobody asks.
+        self._executor.record_levels(self.levels[:-1], max_requests)
+
     def held_bytes(self) -> int:
         return self.config.kv_memory_mb * 2**20
 

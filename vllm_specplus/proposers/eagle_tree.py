@@ -88,6 +88,7 @@ class EagleTree(DraftTree):
         self._executor = HeadExecutor(
             self._head, sum(self.levels), max_requests, pages, page, self.services.record
         )
+        super().share_pages(pages, page, max_requests)
 
     def propose(self, step: StepContext) -> DraftBatch:
         self._executor.follow(step.request_ids, step.token_ids, step.target_rows)

@@ -20,7 +20,7 @@ from vllm_specplus.engine.attention.flash import TreeFlashAttentionBackend
 from vllm_specplus.engine.attention.triton import PictureTritonBackend, TreeTritonBackend
 from vllm_specplus.kernels import move_slots
 from vllm_specplus.kernels import tree_attention as tree_kernels
-from vllm_specplus.kernels.tree_attention import tree_attention_reference
+from vllm_specplus.kernels.reference import tree_attention_reference
 
 BACKENDS = [TreeFlashAttentionBackend, TreeTritonBackend]
 
