@@ -105,6 +105,75 @@ def middle(batch: Batch) -> torch.Tensor:
     return torch.tensor([n // 2 for n in batch.contexts], dtype=torch.int32, device=DEVICE)
 
 
+def partly(batch: Batch, seed: int) -> tuple[tuple, dict]:
+    """The arguments where only the last rows of each request attend, where texts end before their
+    trees, and where some slots are not to be seen."""
+    query, keys, values, starts, contexts, table, ancestors, scale = batch.arguments
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most: torch.Tensor) -> torch.Tensor:
+        share = torch.rand(len(most), generator=generator).to(DEVICE)
+        return (share * (most + 1)).int().clamp(max=most)
+
+    skipped = draw(starts.diff() - 1)
+    rows = torch.cat(
+        [
+            torch.arange(int(a + n), int(b))
+            for a, n, b in zip(starts[:-1], skipped, starts[1:], strict=True)
+        ]
+    ).to(DEVICE)
+    left = torch.cat((starts[:1], (starts.diff() - skipped).cumsum(0).int()))
+    given = features_of(batch, {}) | {
+        "key_starts": starts,
+        "ends": contexts - draw(contexts),
+        "readable": torch.rand(keys.shape[:2], generator=generator).to(DEVICE) < 0.7,
+    }
+    arguments = (query[rows], keys, values, left, contexts, table, ancestors[rows], scale)
+    return arguments, given
+
+
+PARTS = {"rows": {"key_starts"}, "ends": {"ends"}, "slots": {"readable"},
+         "all": {"key_starts", "ends", "readable"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("features", [{}, {"window": 20}, FEATURES["all"]], ids=str)
+def test_kernel_attends_by_some_rows_to_parts_of_a_context(batch, names, features):
+    arguments, given = partly(batch, 5)
+    if "key_starts" not in names:
+        arguments = batch.arguments
+    given = {name: given[name] for name in {*names, "depths"}}
+    given |= {
+        name: value for name, value in features_of(batch, features).items() if name in features
+    }
+    expected = tree_attention_reference(*arguments, **given)
+    for splits in (1, 3):
+        actual = tree_attention(
+            *arguments, part="all", max_rows=batch.max_rows, num_splits=splits,
+            max_context_len=max(batch.contexts), **given,
+        )  # fmt: skip
+        assert_close(actual, expected, batch.dtype)
+
+
+def test_what_is_said_of_rows_and_contexts_changes_something():
+    """The control of the comparison above, and what the reference makes of it: what is not seen may
+    be anything."""
+    batch = Batch([random_tree(9, 1), CHAIN], [40, 17], group=2)
+    arguments, given = partly(batch, 5)
+    whole, _ = tree_attention_reference(*batch.arguments)
+    for name in ("ends", "readable"):
+        part, _ = tree_attention_reference(*batch.arguments, **{name: given[name]})
+        assert (part - whole).abs().max() > 0.01
+    rows, _ = tree_attention_reference(*arguments, key_starts=given["key_starts"])
+    starts, left = given["key_starts"], arguments[3]
+    for r in range(2):
+        own, kept = whole[starts[r] : starts[r + 1]], rows[left[r] : left[r + 1]]
+        assert torch.equal(own[len(own) - len(kept) :], kept)
+    blind, _ = tree_attention_reference(*batch.arguments, ends=torch.zeros_like(given["ends"]))
+    tree, _ = tree_attention_reference(*batch.arguments, part="tree")
+    torch.testing.assert_close(blind, tree)
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 def test_reference_is_softmax_over_visible_keys(batch, hidden):
     query, key_cache, value_cache, starts, _, block_table, _, scale = batch.arguments

@@ -99,9 +99,7 @@ class PageStore:
         page, place = slots // self.page, slots % self.page
         offsets = page_offsets(_LAYOUT, self.page, self._head_dim)
         keys, values = (
-            self._held[layer][page].gather(
-                2, table[place][:, None].expand(-1, self._kv_heads, -1)
-            )
+            self._held[layer][page].gather(2, table[place][:, None].expand(-1, self._kv_heads, -1))
             for table in offsets
         )
         return keys, values

@@ -28,6 +28,7 @@ Record = Callable[[Pass, tuple[torch.Tensor, ...]], tuple[Callable[[], None], to
 """``(run, inputs)`` -> a call that computes ``run(*inputs)`` of what is in these tensors by
 then, into the tensor returned with it."""
 
+
 class CudaRecorder:
     """The :data:`Record` of the current CUDA device."""
 
@@ -66,9 +67,7 @@ class LevelGraphs:
     returns is overwritten by the next call.
     """
 
-    def __init__(
-        self, run: Pass, record: Record, store: PageStore, max_nodes: int, max_pages: int
-    ):
+    def __init__(self, run: Pass, record: Record, store: PageStore, max_nodes: int, max_pages: int):
         """``store``: what the rows are in; ``max_nodes``, ``max_pages``: of one request."""
         self._run, self._record, self._store = run, record, store
         self._max_nodes, self._max_pages = max_nodes, max_pages

@@ -86,9 +86,7 @@ class HeadExecutor(TreeExecutor):
             head = self.model
             tokens = torch.zeros(1, dtype=torch.int64, device=head.device)
             features = torch.zeros(1, head.config.hidden_size, dtype=head.dtype, device=head.device)
-            self.graphs.record(
-                widths, max_requests, (tokens, features, *head.rotary(tokens))
-            )
+            self.graphs.record(widths, max_requests, (tokens, features, *head.rotary(tokens)))
 
     def forget(self, request: str) -> None:
         self._waiting.pop(request, None)

@@ -60,6 +60,7 @@ import torch
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def _load_keys_and_values(
     key_cache,
