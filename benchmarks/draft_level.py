@@ -79,8 +79,8 @@ class Levels:
         self.run.grow(self.active, self.tokens, self.parents)
 
 
-def products(model: DraftModel, rows: int):
-    """The matrix products alone of so many rows."""
+def weights_of(model: DraftModel) -> list[torch.Tensor]:
+    """Of all matrix products of a level."""
     weights = [
         module.weight
         for layer in model.layers
@@ -88,8 +88,12 @@ def products(model: DraftModel, rows: int):
         for module in part.modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    weights.append(model._head)
-    inputs = [torch.randn(rows, w.shape[1]).to(model.dtype) for w in weights]
+    return [*weights, model._head]
+
+
+def products(weights: list[torch.Tensor], rows: int):
+    """The matrix products alone of so many rows."""
+    inputs = [torch.randn(rows, w.shape[1]).to(w.dtype) for w in weights]
 
     @torch.inference_mode()
     def run() -> None:
@@ -105,9 +109,11 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
-def cost(model: DraftModel, requests: int, width: int, context: int) -> dict[str, float]:
+def cost(
+    model: DraftModel, weights: list[torch.Tensor], requests: int, width: int, context: int
+) -> dict[str, float]:
     """Microseconds of a level and of its products, and the ratio."""
-    level, alone = Levels(model, requests, width, context), products(model, requests * width)
+    level, alone = Levels(model, requests, width, context), products(weights, requests * width)
     for call in (level, alone):
         call()
     times = np.array([(seconds(level), seconds(alone)) for _ in range(ROUNDS)])
@@ -135,11 +141,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = DraftModel(args.draft, torch.device("cpu"), torch.bfloat16, args.head_tokens)
+    weights = weights_of(model)  # while they are of modules
+    model.quicken()
     levels = []
     for requests, width in LEVELS:
         for context in CONTEXTS:
             entry = {"requests": requests, "width": width, "context": context}
-            entry |= cost(model, requests, width, context)
+            entry |= cost(model, weights, requests, width, context)
             levels.append(entry)
             print(*(f"{v:.2f}" if isinstance(v, float) else v for v in entry.values()), flush=True)
     made = [{"context": context} | bytes_made(model, context) for context in LONG]

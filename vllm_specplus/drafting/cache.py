@@ -29,6 +29,12 @@ _LAYOUT = "vec"
 _NO_PAGES = np.empty(0, np.int32)
 
 
+def _alike(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Do keys and values [n, kv_heads, head_dim] lie in memory as the CPU kernels take them?"""
+    _, _, size = keys.shape
+    return keys.stride() == values.stride() and keys.stride()[1:] == (size, 1)
+
+
 class PageStore:
     """Keys and values of some layers, in pages that somebody else hands out.
 
@@ -82,10 +88,11 @@ class PageStore:
         """Write keys and values [n, kv_heads, head_dim] at ``slots`` int64 [n], counted over all
         pages."""
         if self.packed:
-            keys, values = keys.contiguous(), values.contiguous()
+            if not _alike(keys, values):
+                keys, values = keys.contiguous(), values.contiguous()
             native.library().specplus_store_slots(
                 ctypes.byref(self.batch()), self._held[layer].data_ptr(), keys.data_ptr(),
-                values.data_ptr(), slots.data_ptr(), len(slots),
+                values.data_ptr(), keys.stride(0), slots.data_ptr(), len(slots),
             )  # fmt: skip
             return
         for store, rows in zip(self._held[layer], (keys, values), strict=True):

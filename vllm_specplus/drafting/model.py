@@ -217,6 +217,15 @@ class DraftModel:
         if not mlps:
             self._head = self._embed = None
 
+    def quicken(self) -> None:
+        """Run layers of Llama's kind with less beside their matrix products, on the CPU. For a
+        model that is whole, and stays so."""
+        from vllm_specplus.drafting.lean_layer import LeanLayer, LeanNorm, is_lean, is_lean_norm
+
+        self.layers = [LeanLayer(each) if is_lean(each) else each for each in self.layers]
+        if is_lean_norm(self._norm):
+            self._norm = LeanNorm(self._norm)
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, hidden]."""
         rows = self._embed(tokens)

@@ -110,7 +110,7 @@ class PagedAttention:
     def __call__(self, layer, query, keys, values, scale, window=0, soft_cap=0.0):
         self._store.write(layer, self._rows.slots, keys, values)
         if self._batch is not None:
-            return self._native(layer, query.contiguous(), scale, window, soft_cap)
+            return self._native(layer, query, scale, window, soft_cap)
         rows = self._rows
         arguments = (
             query, *self._store.pages_of(layer), rows.starts, rows.contexts, rows.table,
@@ -145,9 +145,11 @@ class PagedAttention:
         return batch
 
     def _native(self, layer, query, scale, window, soft_cap):
-        batch, output = self._batch, torch.empty_like(query)
+        if query.stride()[1:] != (query.shape[2], 1):
+            query = query.contiguous()
+        batch, output = self._batch, query.new_empty(query.shape)
         batch.num_query_heads = query.shape[1]
-        batch.query_stride = batch.output_stride = query.stride(0)
+        batch.query_stride, batch.output_stride = query.stride(0), output.stride(0)
         batch.scale, batch.window, batch.soft_cap = scale, window, soft_cap
         native.library().specplus_tree_attention(
             ctypes.byref(batch), query.data_ptr(), self._store.packed_pages(layer).data_ptr(),

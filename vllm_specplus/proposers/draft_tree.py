@@ -116,6 +116,7 @@ class DraftTree(Proposer):
         return DraftModel(self.config.model, device, dtype, self.config.head_tokens)
 
     def _make_executor(self, model: Any, max_slots: int) -> DraftExecutor:
+        model.quicken()
         return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:

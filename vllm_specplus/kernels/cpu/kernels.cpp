@@ -1,5 +1,6 @@
 // CPU kernels of vllm-specplus: tree attention over vLLM's paged KV cache and over a draft's, the
-// move of accepted KV slots, the writing of a draft's, and top-k of logits rows.
+// move of accepted KV slots, what a draft's layers do beside matrix products, and top-k of logits
+// rows.
 //
 // Plain C ABI, called through ctypes (see native.py); compiled as compiler.py says,
 // with -march=native once per machine. torch is not included: every tensor arrives as a pointer
@@ -702,20 +703,46 @@ void move_all(const TreeBatch& b, void* const* caches, int num_layers, const int
   }
 }
 
-// Write keys and values of n tokens at their slots.
+// Write keys and values of n tokens, `stride` elements apart, at their slots.
 template <typename T>
-void store_all(const TreeBatch& b, T* cache, const T* keys, const T* values, const int64_t* slots,
-               int n) {
+void store_all(const TreeBatch& b, T* cache, const T* keys, const T* values, int64_t stride,
+               const int64_t* slots, int n) {
   const int B = b.block_size, D = b.head_size;
-  for (int i = 0; i < n; ++i)
-    for (int h = 0; h < b.num_kv_heads; ++h, keys += D, values += D) {
+  for (int i = 0; i < n; ++i, keys += stride, values += stride)
+    for (int h = 0; h < b.num_kv_heads; ++h) {
       T* page = cache + slots[i] / B * b.page_stride + h * b.head_stride;
       const int t = int(slots[i] % B);
       for (int d = 0; d < D; ++d) {
-        page[k_offset(b.layout, B, D, t, d)] = keys[d];
-        page[int64_t(B) * D + v_offset(b.layout, B, D, t, d)] = values[d];
+        page[k_offset(b.layout, B, D, t, d)] = keys[h * D + d];
+        page[int64_t(B) * D + v_offset(b.layout, B, D, t, d)] = values[h * D + d];
       }
     }
+}
+
+// Calls `run` with a value of the type that `dtype` names.
+template <typename F>
+void by_type(int dtype, const F& run) {
+  dtype == 0 ? run(float()) : dtype == 1 ? run(bf16()) : run(fp16());
+}
+
+// As transformers has it: what is normed is rounded before its weight multiplies it.
+template <typename T>
+void rms_norm(const T* x, const T* weight, T* out, int size, float eps) {
+  float sum = 0.f;
+  for (int i = 0; i < size; ++i) sum += float(x[i]) * float(x[i]);
+  const float scale = 1.f / std::sqrt(sum / float(size) + eps);
+  for (int i = 0; i < size; ++i) out[i] = T(float(T(float(x[i]) * scale)) * float(weight[i]));
+}
+
+// Rotate the halves of one head's elements, in place.
+template <typename T>
+void rotate(T* x, const T* cos, const T* sin, int size) {
+  const int half = size / 2;
+  for (int i = 0; i < half; ++i) {
+    const float a = float(x[i]), b = float(x[half + i]);
+    x[i] = T(a * float(cos[i]) - b * float(sin[i]));
+    x[half + i] = T(b * float(cos[half + i]) + a * float(sin[half + i]));
+  }
 }
 
 }  // namespace
@@ -757,15 +784,40 @@ void specplus_move_slots(const TreeBatch* b, void* const* caches, int num_layers
     move_all<uint16_t>(*b, caches, num_layers, src, dst, n);
 }
 
-// Write keys and values [n, num_kv_heads, head_size], back to back, at slots [n] of a cache.
+// Write keys and values [n, num_kv_heads, head_size], whose rows are `stride` elements apart, at
+// slots [n] of a cache.
 void specplus_store_slots(const TreeBatch* b, void* cache, const void* keys, const void* values,
-                          const int64_t* slots, int n) {
-  const auto store = [&](auto zero) {
+                          int64_t stride, const int64_t* slots, int n) {
+  by_type(b->cache_dtype, [&](auto zero) {
     using T = decltype(zero);
     store_all(*b, static_cast<T*>(cache), static_cast<const T*>(keys),
-              static_cast<const T*>(values), slots, n);
-  };
-  b->cache_dtype == 0 ? store(float()) : store(uint16_t());
+              static_cast<const T*>(values), stride, slots, n);
+  });
+}
+
+// out [rows, size]: x [rows, size] by the root of its mean square, times weight [size].
+void specplus_rms_norm(const void* x, const void* weight, void* out, int dtype, int64_t rows,
+                       int size, float eps) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+#pragma omp parallel for schedule(static) if (rows > 16)
+    for (int64_t r = 0; r < rows; ++r)
+      rms_norm(static_cast<const T*>(x) + r * size, static_cast<const T*>(weight),
+               static_cast<T*>(out) + r * size, size, eps);
+  });
+}
+
+// Rotary positions of x [rows, heads, size], rows `stride` elements apart, in place; cos and sin
+// [rows, size].
+void specplus_rotate(void* x, const void* cos, const void* sin, int dtype, int64_t rows,
+                     int64_t stride, int heads, int size) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int h = 0; h < heads; ++h)
+        rotate(static_cast<T*>(x) + r * stride + int64_t(h) * size,
+               static_cast<const T*>(cos) + r * size, static_cast<const T*>(sin) + r * size, size);
+  });
 }
 
 // ids int32 [rows, k], values float32 [rows, k] of x [rows, n] with row stride.
