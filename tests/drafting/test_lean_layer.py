@@ -39,16 +39,18 @@ def rounds(model: DraftModel) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LEAN)
 def test_logits_are_those_of_transformers_layers(tmp_path, name, dtype):
-    folder = save_draft(tmp_path, name.split()[0], initializer_range=0.1, **LEAN[name])
+    folder = save_draft(tmp_path, name.split()[0], **LEAN[name])
     plain, lean = (DraftModel(folder, CPU, dtype) for _ in range(2))
     if name == "llama with a bias":
         for layer in (*plain.layers, *lean.layers):
             layer.attention.v_proj.bias.data.copy_(torch.linspace(-1, 1, 32))
     lean.quicken()
     assert all(isinstance(each, LeanLayer) for each in lean.layers)
-    close = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
     for mine, theirs in zip(rounds(lean), rounds(plain), strict=True):
-        torch.testing.assert_close(mine, theirs, **close)
+        if dtype == torch.float32:
+            torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+        else:  # roundings differ
+            assert (mine - theirs).norm() < 0.05 * theirs.norm()
 
 
 @pytest.mark.parametrize("family", ["gemma", "olmo2", "qwen3", "mixtral", "glm4"])
