@@ -75,7 +75,7 @@ class Levels:
         self.run.grow(self.active, self.tokens, self.root)
 
     def __call__(self) -> None:
-        self.run._nodes = self.tokens.shape[1]  # the same level again
+        self.run.trees.nodes = self.tokens.shape[1]  # the same level again
         self.run.grow(self.active, self.tokens, self.parents)
 
 

@@ -52,16 +52,18 @@ class PageStore:
         self.layers = list(layers)
         self.pages, self.page, self.device = pages, page, device
         self._kv_heads, self._head_dim, self._dtype = kv_heads, head_dim, dtype
-        self.packed = device.type == "cpu" and self._can_pack()
+        self._batch = self.batch() if dtype in native.DTYPES else None
+        self.packed = (
+            device.type == "cpu"
+            and self._batch is not None
+            and native.unsupported(self._batch) is None
+        )
         shape: tuple[int, ...] = (2, pages, page, kv_heads, head_dim)
         if self.packed:
             shape = (pages, kv_heads, 2 * page * head_dim)
         self._held = {
             layer: torch.zeros(shape, dtype=dtype, device=device) for layer in self.layers
         }
-
-    def _can_pack(self) -> bool:
-        return self._dtype in native.DTYPES and native.unsupported(self.batch()) is None
 
     def batch(self) -> native.TreeBatch:
         """Return the CPU kernels' description of packed pages."""
@@ -91,7 +93,7 @@ class PageStore:
             if not _alike(keys, values):
                 keys, values = keys.contiguous(), values.contiguous()
             native.library().specplus_store_slots(
-                ctypes.byref(self.batch()), self._held[layer].data_ptr(), keys.data_ptr(),
+                ctypes.byref(self._batch), self._held[layer].data_ptr(), keys.data_ptr(),
                 values.data_ptr(), keys.stride(0), slots.data_ptr(), len(slots),
             )  # fmt: skip
             return

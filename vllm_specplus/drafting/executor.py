@@ -21,6 +21,7 @@ import torch
 
 from vllm_specplus.drafting.cache import PAGE, PagedCache, PageStore
 from vllm_specplus.drafting.graphs import LevelGraphs, Record
+from vllm_specplus.drafting.growth import Growth
 from vllm_specplus.drafting.model import LayeredModel
 from vllm_specplus.drafting.passes import PagedAttention, Rows
 
@@ -40,19 +41,8 @@ class TreeExecutor(ABC):
     def _start_trees(
         self, lengths: torch.Tensor, table: torch.Tensor, first_slots: torch.Tensor, reach: int
     ) -> None:
-        """Of R requests: ``lengths`` int32 [R] rows of their texts; ``table`` int32 [R, P]
-        their pages; ``first_slots`` int32 [R] where, in the slots of these, the nodes go, none of
-        them beyond ``reach``."""
-        self._length, self._table, self._first_slot, self._reach = (
-            lengths, table, first_slots, reach
-        )  # fmt: skip
-        device, requests = self.model.device, len(lengths)
-        size = (requests, self.max_nodes)
-        self._parent, self._depth = torch.empty((2, *size), dtype=torch.int32, device=device)
-        if not self.cache.packed:
-            size = (*size, self.max_nodes)
-            self._ancestors = torch.zeros(size, dtype=torch.bool, device=device)
-        self._nodes = 0
+        """See :class:`Growth`."""
+        self.trees = Growth(self.cache, self.max_nodes, lengths, table, first_slots, reach)
 
     @torch.inference_mode()
     def grow(
@@ -65,50 +55,11 @@ class TreeExecutor(ABC):
         order they were added, -1 for the text's last token.
         """
         count, width = tokens.shape
-        first, self._nodes = self._nodes, self._nodes + width
-        rows = self._rows(active, parents, first)
-        hidden = self._level(active, slice(first, self._nodes), parents, tokens.flatten(), rows)
+        first = self.trees.nodes
+        rows = self.trees.rows(active, parents)
+        own = slice(first, self.trees.nodes)
+        hidden = self._level(active, own, parents, tokens.flatten(), rows)
         return self.model.logits(hidden).view(count, width, -1)
-
-    def _rows(self, active: torch.Tensor, parents: torch.Tensor, first: int) -> Rows:
-        """The rows of a level whose nodes begin at ``first``; see :meth:`grow`."""
-        count, width = parents.shape
-        nodes, device, page = first + width, parents.device, self.cache.page
-        requests: torch.Tensor | slice = active
-        if count == len(self._length):
-            requests = slice(None)  # all: without copies
-        depth = torch.zeros_like(parents, dtype=torch.int32)
-        if first:
-            above = self._depth[requests].gather(1, parents.clamp(min=0))
-            depth = torch.where(parents < 0, depth, above + 1)
-        self._parent[requests, first:nodes] = parents.int()
-        self._depth[requests, first:nodes] = depth
-        length, table, first_slot = (
-            each[requests] for each in (self._length, self._table, self._first_slot)
-        )
-        at = first_slot[:, None] + torch.arange(first, nodes, device=device)
-        pages = table.gather(1, at // page)
-        each = torch.arange(count + 1, dtype=torch.int32, device=device)
-        return Rows(
-            (length[:, None] + depth).flatten().long(), (pages * page + at % page).flatten(),
-            each * width, first_slot, length, table, each * nodes,
-            self._depth[requests, :nodes].flatten(), self._related(requests, parents, first),
-            width, self._reach,
-        )  # fmt: skip
-
-    def _related(
-        self, requests: torch.Tensor | slice, parents: torch.Tensor, first: int
-    ) -> torch.Tensor:
-        """See :class:`Rows`, of the level whose nodes begin at ``first``."""
-        width = parents.shape[1]
-        nodes = first + width
-        if self.cache.packed:
-            return self._parent[requests, :nodes].flatten()
-        top = parents.clamp(min=0)[..., None].expand(-1, -1, self.max_nodes)
-        ancestors = self._ancestors[requests].gather(1, top) & (parents >= 0)[..., None]
-        ancestors[:, :, first:nodes] |= torch.eye(width, dtype=torch.bool, device=parents.device)
-        self._ancestors[requests, first:nodes] = ancestors
-        return ancestors.flatten(0, 1)
 
     @abstractmethod
     def _level(

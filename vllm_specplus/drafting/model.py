@@ -132,6 +132,10 @@ class LayeredModel(Protocol):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
+#: Bytes of angles that a quickened model keeps.
+MOST_ANGLES = 16 << 20
+
+
 class DraftModel:
     """Weights on one device, layer by layer. All calls run without gradients."""
 
@@ -159,6 +163,7 @@ class DraftModel:
         self._embed, self._norm = model.model.embed_tokens, model.model.norm
         self._head = model.lm_head.weight[:head_tokens]
         self._rotary, self._kinds = model.model.rotary_emb, _rotary_kinds(model.model)
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.device, self.dtype = device, dtype
         blocks = model.model.layers
         self.layers = [
@@ -220,11 +225,23 @@ class DraftModel:
     def quicken(self) -> None:
         """Run layers of Llama's kind with less beside their matrix products, on the CPU. For a
         model that is whole, and stays so."""
+        import torch
+
         from vllm_specplus.drafting.lean_layer import LeanLayer, LeanNorm, is_lean, is_lean_norm
 
+        if self._is_plain_rotary():
+            places = torch.arange(self.max_positions, device=self.device)
+            with torch.inference_mode():
+                self._angles = self.rotary(places)
         self.layers = [LeanLayer(each) if is_lean(each) else each for each in self.layers]
         if is_lean_norm(self._norm):
             self._norm = LeanNorm(self._norm)
+
+    def _is_plain_rotary(self) -> bool:
+        """Are all angles of a position the same whenever they are asked for, and few?"""
+        held = 2 * self.max_positions * self.head_dim * self.dtype.itemsize
+        kind = getattr(self._rotary, "rope_type", None)
+        return not self._kinds and kind == "default" and held <= MOST_ANGLES
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, hidden]."""
@@ -236,6 +253,9 @@ class DraftModel:
         layers differ."""
         import torch
 
+        if self._angles is not None:
+            cos, sin = self._angles
+            return cos[positions], sin[positions]
         # Only the dtype and device of the first argument matter.
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         if not self._kinds:
