@@ -76,7 +76,7 @@ def executor(
 ) -> DraftExecutor:
     loaded = draft_model.DraftModel(folder, torch.device("cpu"), torch.float32)
     run = DraftExecutor(loaded, slots, max_nodes, record)
-    run.record_levels((1, 2, 3), 4)
+    run.warm_up((1, 2, 3), 4)
     return run
 
 

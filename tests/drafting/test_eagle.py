@@ -71,10 +71,13 @@ class Texts:
 
 
 def executor(
-    folder: str, vocabulary: Vocabulary, pages: int = 40, record: Record | None = None
-) -> HeadExecutor:
+    folder: str, vocabulary: Vocabulary, pages: int = 40, record: Record | None = None,
+    page: int = PAGE,
+) -> HeadExecutor:  # fmt: skip
     head = EagleHead(folder, vocabulary, VOCAB, torch.device("cpu"), torch.float32)
-    return HeadExecutor(head, 6, max_requests=4, pages=pages, page=PAGE, record=record)
+    run = HeadExecutor(head, 6, max_requests=4, pages=pages, page=page, record=record)
+    run.warm_up((1, 2), 4)
+    return run
 
 
 HEADS = {
@@ -90,13 +93,20 @@ HEADS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "record"), [*((name, None) for name in HEADS), ("eagle3", record_on_cpu)]
+    ("name", "record", "page"),
+    [
+        *((name, None, PAGE) for name in HEADS),
+        ("eagle3", record_on_cpu, PAGE),
+        ("eagle3", None, 16),  # packed
+        ("eagle3", record_on_cpu, 16),
+    ],
 )
-def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name, record):
+def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name, record, page):
     """Prompts in pieces, steps undrafted, rounds of trees, in a batch of different lengths."""
     folder = save_head(tmp_path, vocab=VOCAB, **HEADS[name])
     reference = Reference(folder, vocabulary.embedding, vocabulary.matrix)
-    run = executor(folder, vocabulary, record=record)
+    run = executor(folder, vocabulary, record=record, page=page)
+    assert run.cache.packed == (page == 16)
     pages = [[5, 37, 36, 35], [*range(10, 25)], [6, 7, 8, 9, 25, 26, 27]]
     texts = Texts([3, 70, 30], run.model.config.states, pages)
     names = ["a", "b", "c"]

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.drafting.test_drafting import VOCAB, save_draft
 from vllm_specplus.drafting import executor as executor_module
-from vllm_specplus.drafting.cache import PageStore
+from vllm_specplus.drafting.cache import PAGE, PageStore
 from vllm_specplus.drafting.executor import PROMPT_CHUNK, DraftExecutor, pieces
+from vllm_specplus.drafting.growth import Growth
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.passes import PagedAttention, Rows
 
@@ -252,3 +253,29 @@ def test_no_tensor_grows_with_the_text(draft, monkeypatch):
     assert largest_in_a_round(draft, 100) == largest_in_a_round(draft, 3800)
     monkeypatch.setattr(executor_module, "PagedAttention", GatheredAttention)  # the control
     assert largest_in_a_round(draft, 100) < largest_in_a_round(draft, 800) / 4
+
+
+def test_growth_by_one_loop_is_that_by_tensors():
+    """What is done on a CPU, and what on other devices, over levels of which some trees have no
+    part."""
+    rng = np.random.default_rng(4)
+    stores = [PageStore([0], 1, 16, 99, PAGE, torch.float32, CPU) for _ in range(2)]
+    stores[1].packed = False
+    lengths = torch.tensor([5, 40, 17, 30], dtype=torch.int32)
+    table = torch.from_numpy(rng.permutation(98)[:20].reshape(4, 5).astype(np.int32))
+    trees = [Growth(store, 9, lengths, table, lengths + 2, 64) for store in stores]
+    above = [-1]
+    for active, width in (([0, 1, 2, 3], 2), ([0, 2, 3], 3), ([2, 3], 3)):
+        parents = torch.from_numpy(rng.choice(above, (len(active), width)))
+        above = list(range(trees[0].nodes, trees[0].nodes + width))
+        one, other = (each.rows(torch.tensor(active), parents) for each in trees)
+        for mine, theirs in zip(one.tensors[:-1], other.tensors[:-1], strict=True):
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs)
+        seen = (
+            GatheredAttention(stores[0], one).related,
+            GatheredAttention(stores[1], other).related,
+        )
+        for r in range(len(active)):
+            for row in range(r * width, r * width + width):
+                assert sorted(seen[0](r, row)) == sorted(seen[1](r, row))

@@ -13,6 +13,7 @@ the first pass, and needs no bookkeeping of which node ended where; a layer-para
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
@@ -27,6 +28,8 @@ from vllm_specplus.drafting.passes import PagedAttention, Rows
 
 #: Rows of text that are read in one pass.
 PROMPT_CHUNK = 256
+#: Slots of a context that several programs of a GPU share.
+LONG_CONTEXT = 1024
 
 
 class TreeExecutor(ABC):
@@ -37,6 +40,30 @@ class TreeExecutor(ABC):
         self.model = model
         self.cache = cache
         self.max_nodes = max_nodes
+        self.graphs: LevelGraphs | None = None
+
+    @torch.inference_mode()
+    def warm_up(self, widths: Iterable[int], max_requests: int) -> None:
+        """Compile and record what serving should not wait for: passes over text, and levels of
+        these ``widths``, of up to ``max_requests`` requests."""
+        device = self.cache.device
+        table = np.zeros((1, -(-(LONG_CONTEXT + PROMPT_CHUNK) // self.cache.page)), np.int32)
+        if device.type != "cpu":  # one more variant of the kernel at most between powers of two
+            sizes = [1 << power for power in range(PROMPT_CHUNK.bit_length())]
+            for first, size in itertools.product((0, LONG_CONTEXT), sizes):
+                if first + size <= self.model.max_positions:
+                    self._try(Rows.of_text(self.cache, table, [(first, first + size)]))
+        if self.graphs is not None:
+            like = self._inputs(Rows.of_text(self.cache, table, [(0, 1)]))
+            self.graphs.record(widths, max_requests, like)
+
+    @abstractmethod
+    def _try(self, rows: Rows) -> None:
+        """Run a pass over ``rows`` of text that lie in page 0, which is nobody's."""
+
+    @abstractmethod
+    def _inputs(self, rows: Rows) -> tuple[torch.Tensor, ...]:
+        """What ``graphs`` are called with beside ``rows``."""
 
     def _start_trees(
         self, lengths: torch.Tensor, table: torch.Tensor, first_slots: torch.Tensor, reach: int
@@ -109,16 +136,16 @@ class DraftExecutor(TreeExecutor):
             model.attention_layers, model.kv_heads, model.head_dim, pages, model.dtype, model.device
         )
         super().__init__(model, cache, max_nodes)
-        self.graphs: LevelGraphs | None = None
         if record is not None:
             most_pages = -(-model.max_positions // PAGE)
             self.graphs = LevelGraphs(self._layers, record, cache, max_nodes, most_pages)
 
-    def record_levels(self, widths: Iterable[int], max_requests: int) -> None:
-        """Make the graphs of levels of these ``widths``, of up to ``max_requests`` requests."""
-        if self.graphs is not None:
-            tokens = torch.zeros(1, dtype=torch.int64, device=self.model.device)
-            self.graphs.record(widths, max_requests, (tokens, *self.model.rotary(tokens)))
+    def _inputs(self, rows):
+        tokens = torch.zeros_like(rows.positions)
+        return (tokens, *self.model.rotary(rows.positions))
+
+    def _try(self, rows):
+        self._forward(torch.zeros_like(rows.positions), rows, exact=True)
 
     def forget(self, request: str) -> None:
         self.cache.release(request)

@@ -13,7 +13,7 @@ in vLLM's own EAGLE. Drafts are verified whatever they were made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,7 +72,6 @@ class HeadExecutor(TreeExecutor):
         )  # fmt: skip
         super().__init__(head, store, max_nodes)
         self._page = page
-        self.graphs: LevelGraphs | None = None
         if record is not None:
             most_pages = -(-head.max_positions // page) + self._pages_per_tree
             self.graphs = LevelGraphs(self._layer, record, store, max_nodes, most_pages)
@@ -80,13 +79,14 @@ class HeadExecutor(TreeExecutor):
         self._read = torch.zeros(pages, page, dtype=torch.bool, device=head.device)
         self._waiting: dict[str, Waiting] = {}
 
-    def record_levels(self, widths: Iterable[int], max_requests: int) -> None:
-        """Make the graphs of levels of these ``widths``, of up to ``max_requests`` requests."""
-        if self.graphs is not None:
-            head = self.model
-            tokens = torch.zeros(1, dtype=torch.int64, device=head.device)
-            features = torch.zeros(1, head.config.hidden_size, dtype=head.dtype, device=head.device)
-            self.graphs.record(widths, max_requests, (tokens, features, *head.rotary(tokens)))
+    def _inputs(self, rows):
+        head, tokens = self.model, torch.zeros_like(rows.positions)
+        size = (len(tokens), head.config.hidden_size)
+        features = torch.zeros(size, dtype=head.dtype, device=head.device)
+        return (tokens, features, *head.rotary(rows.positions))
+
+    def _try(self, rows):
+        self._layer(rows, *self._inputs(rows))
 
     def forget(self, request: str) -> None:
         self._waiting.pop(request, None)

@@ -121,7 +121,7 @@ class DraftTree(Proposer):
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         # Of the last level's nodes nobody asks.
-        self._executor.record_levels(self.levels[:-1], max_requests)
+        self._executor.warm_up(self.levels[:-1], max_requests)
 
     def held_bytes(self) -> int:
         return self.config.kv_memory_mb * 2**20
