@@ -51,7 +51,7 @@ class PageStore:
         page."""
         self.layers = list(layers)
         self.pages, self.page, self.device = pages, page, device
-        self._kv_heads, self._head_dim, self._dtype = kv_heads, head_dim, dtype
+        self._kv_heads, self._head_dim, self.dtype = kv_heads, head_dim, dtype
         self._batch = self.batch() if dtype in native.DTYPES else None
         self.packed = (
             device.type == "cpu"
@@ -68,7 +68,7 @@ class PageStore:
     def batch(self) -> native.TreeBatch:
         """Return the CPU kernels' description of packed pages."""
         both = 2 * self.page * self._head_dim
-        code = native.DTYPES[self._dtype]
+        code = native.DTYPES[self.dtype]
         return native.TreeBatch(
             num_kv_heads=self._kv_heads, head_size=self._head_dim, value_size=self._head_dim,
             block_size=self.page, layout=native.LAYOUTS[_LAYOUT], dtype=code, cache_dtype=code,

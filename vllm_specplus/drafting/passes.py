@@ -1,7 +1,7 @@
 """What the rows of one forward pass of a draft see, and the attention over it.
 
 The rows of all requests lie back to back, without padding, and name the pages of their requests:
-our own tree kernels (``kernels/``) read keys and values where they lie, and nothing that is made
+our own tree kernels (``kernels/``) read keys and values where they lie, and no tensor that is made
 for a pass grows with the texts. Rows of a text see what is before them; nodes of a tree see the
 text and their ancestors.
 """
@@ -108,6 +108,9 @@ class PagedAttention:
         self._batch = self._of_pass() if store.packed else None
 
     def __call__(self, layer, query, keys, values, scale, window=0, soft_cap=0.0):
+        if {query.dtype, keys.dtype, values.dtype} != {self._store.dtype}:
+            # The kernels read bytes.
+            raise TypeError(f"the draft's cache is of {self._store.dtype}, not {keys.dtype}")
         self._store.write(layer, self._rows.slots, keys, values)
         if self._batch is not None:
             return self._native(layer, query, scale, window, soft_cap)

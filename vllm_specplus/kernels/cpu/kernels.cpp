@@ -194,8 +194,12 @@ inline void add_distances(const int32_t* depths, int row, int begin, int end, in
 // Hide the slots of a context that are not `readable`.
 inline void mask_slots(const uint8_t* readable, const int32_t* pages, int block_size, int begin,
                        int end, float* scores) {
-  for (int j = begin; j < end; ++j)
-    if (!readable[int64_t(pages[j / block_size]) * block_size + j % block_size]) scores[j] = HIDDEN;
+  for (int first = begin / block_size * block_size; first < end; first += block_size) {
+    const uint8_t* seen = readable + int64_t(pages[first / block_size]) * block_size;
+    const int last = std::min(end, first + block_size);
+    for (int j = std::max(begin, first); j < last; ++j)
+      scores[j] = seen[j - first] ? scores[j] : HIDDEN;
+  }
 }
 
 // Out of line: inlined below, GCC 12 no longer vectorises it (5 times slower).
