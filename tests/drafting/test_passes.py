@@ -162,7 +162,9 @@ def test_another_type_is_an_error():
     store = store_of(16, torch.bfloat16, rng)
     rows = Rows.of_text(store, np.ones((1, 1), np.int32), [(0, 2)])
     with pytest.raises(TypeError, match=r"cache is of torch.bfloat16, not torch.float32"):
-        PagedAttention(store, rows)(0, torch.ones(2, HEADS, SIZE), *torch.ones(2, 2, KV_HEADS, SIZE), 1)
+        PagedAttention(store, rows)(
+            0, torch.ones(2, HEADS, SIZE), *torch.ones(2, 2, KV_HEADS, SIZE), 1
+        )
 
 
 def test_what_is_written_is_read():

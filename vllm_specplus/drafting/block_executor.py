@@ -14,7 +14,7 @@ import torch
 
 from vllm_specplus.drafting.block_heads import BlockHead, MedusaHead
 from vllm_specplus.drafting.block_trees import Laws
-from vllm_specplus.drafting.cache import PageStore
+from vllm_specplus.drafting.gathered import GatheredPages
 from vllm_specplus.step import TargetRows
 
 #: Logits, float32, that are made at once.
@@ -30,7 +30,7 @@ class BlockExecutor:
         # Behind the target's pages those of the blocks, by index in the batch.
         self._pages_per_block = -(-head.body.queries // page)
         self._first_block_page = pages
-        self._cache = PageStore(
+        self._cache = GatheredPages(
             head.attention_layers, head.kv_heads, head.head_dim,
             pages + max_requests * self._pages_per_block, page, head.dtype, head.device,
         )  # fmt: skip

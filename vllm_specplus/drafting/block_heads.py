@@ -42,8 +42,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from vllm_specplus.drafting import block_trees
 from vllm_specplus.drafting.block_checkpoint import BlockConfig, canonical, read_config
 from vllm_specplus.drafting.block_trees import Laws
-from vllm_specplus.drafting.cache import PageStore
 from vllm_specplus.drafting.eagle import Vocabulary
+from vllm_specplus.drafting.gathered import GatheredPages
 from vllm_specplus.drafting.model import DraftModelError
 from vllm_specplus.strict import quoted
 
@@ -160,7 +160,7 @@ class BlockHead:
         return [made[kind] for kind in kinds]
 
     def __call__(
-        self, tokens: torch.Tensor, rotary: tuple, masks: list[torch.Tensor], cache: PageStore
+        self, tokens: torch.Tensor, rotary: tuple, masks: list[torch.Tensor], cache: GatheredPages
     ) -> torch.Tensor:
         """Behind the last norm, [R, D, hidden] of the rows that predict.
 
