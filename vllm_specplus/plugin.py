@@ -187,6 +187,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         num_layers=model_config.get_total_num_hidden_layers(),
         tensor_parallel_size=parallel_config.tensor_parallel_size,
         hidden_size=model_config.get_hidden_size(),
+        gives_layers=lambda: needs.gives_layers(model_config),
         has_codebook=latents is None and hasattr(generates, "codebook_size"),
         latents=latents,
         keeps=needs.kept_tokens(model_config),

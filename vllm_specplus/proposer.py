@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _no_target() -> Any:
-    raise RuntimeError("there is no target model whose layers could draft")
+    raise RuntimeError("there is no target model that could help to draft")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Services:
     target_layers: Callable[[], Any] = _no_target
     """Returns the target's own layers (``drafting.model.LayeredModel``), for a method that drafts
     with them; from :meth:`Proposer.load_draft` on."""
+    target_vocabulary: Callable[[], Any] = _no_target
+    """Returns the target's embedding and output layer (``drafting.eagle.Vocabulary``), for a method
+    that ``borrows_vocabulary``; from :meth:`Proposer.load_draft` on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
 
@@ -75,6 +78,8 @@ class Proposer(ABC):
 
     reads_hidden: bool = False
     """Does it draft from the target's hidden states?"""
+    borrows_vocabulary: bool = False
+    """Does it draft with the target's embedding or output layer, and none of its layers?"""
     hidden_layers: tuple[int, ...] | None = None
     """It reads those entering these layers, as vLLM counts for EAGLE-3; empty: vLLM's choice for
     the target; None: those behind the target's last norm."""

@@ -168,8 +168,10 @@ def test_medusa_heads_that_cannot_run_are_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"family": "gpt2"}, "this one is of type 'gpt2'"),
-        ({"tensor_parallel_size": 2}, "set tensor_parallel_size to 1"),
+        (
+            {"family": "gpt2", "gives_layers": lambda: False},
+            "vLLM hands out of some models and not of one of type 'gpt2'",
+        ),
         ({"hidden_size": 65}, "of 64 hidden units, and this one has 65"),
         ({"vocab_size": 51}, "of 50 tokens, and this one has 51"),
         ({"num_layers": 1}, "reads layer 2, and the target has 1"),
@@ -178,7 +180,7 @@ def test_medusa_heads_that_cannot_run_are_refused(tmp_path, name):
 )
 def test_targets_that_a_head_was_not_made_for_are_refused(tmp_path, fields, sentence):
     config = parse({"method": "block_tree", "model": save_block(tmp_path, "dflash", VOCAB)})
-    fits = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "family": "llama", "num_layers": 8}
+    fits = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": 8}
     config.check_target(target(**fits))
     with pytest.raises(ValueError, match=sentence):
         config.check_target(target(**fits | fields))

@@ -242,8 +242,10 @@ def test_an_eagle_head_reads_an_embedding_and_a_hidden_state(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"family": "gpt2"}, "this one is of type 'gpt2'"),
-        ({"tensor_parallel_size": 2}, "set tensor_parallel_size to 1"),
+        (
+            {"family": "gpt2", "gives_layers": lambda: False},
+            "vLLM hands out of some models and not of one of type 'gpt2'",
+        ),
         ({"hidden_size": 65}, "of 64 hidden units, and this one has 65"),
         ({"vocab_size": 51}, "of 50 tokens, and this one has 51"),
         ({"num_layers": 3}, "reads layer 4, and the target has 3"),
@@ -252,7 +254,7 @@ def test_an_eagle_head_reads_an_embedding_and_a_hidden_state(tmp_path):
 def test_targets_that_a_head_was_not_made_for_are_refused(tmp_path, fields, sentence):
     folder = save_head(tmp_path, 3, VOCAB, eagle_aux_hidden_state_layer_ids=[1, 2, 4])
     config = parse({"method": "eagle_tree", "model": folder})
-    fits = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "family": "llama", "num_layers": 8}
+    fits = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": 8}
     config.check_target(target(**fits))
     with pytest.raises(ValueError, match=sentence):
         config.check_target(target(**fits | fields))

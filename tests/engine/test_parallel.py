@@ -9,6 +9,8 @@ import pytest
 
 from tests.drafting.test_drafting import save_draft
 from tests.engine import harness
+from tests.engine.conftest import VOCAB
+from tests.engine.test_eagle import single_layer
 
 pytestmark = pytest.mark.engine
 
@@ -132,6 +134,28 @@ def test_two_ranks_agree_on_sampled_drafts(tmp_path, engine, mixed_requests, exp
     assert [harness.ids(result, 0), harness.ids(result, 1)] == [expected[0]] * 2
     assert result["counters"]["draft_failures"] == 0
     assert result["counters"]["nodes_accepted"] > 400
+
+
+@pytest.mark.full(
+    "vllm_specplus/engine/runner.py", "vllm_specplus/engine/drafter.py",
+    "vllm_specplus/engine/target_vocabulary.py", "vllm_specplus/drafting/**/*.py",
+    "vllm_specplus/proposers/eagle_tree.py",
+)  # fmt: skip
+def test_a_head_drafts_with_the_vocabulary_of_both_ranks(tmp_path, engine, mixed_requests):
+    """It is nearly right if the rows of both are in their places."""
+    target, head = single_layer(tmp_path, VOCAB, 0.25)
+    spec = {
+        "method": "eagle_tree", "model": head, "num_speculative_tokens": 12,
+        "control": {"policy": "fixed"},
+    }  # fmt: skip
+    two = engine | {"model": target, "distributed_executor_backend": "mp"}
+    batches = [{"requests": mixed_requests}] * 2
+    plain = harness.run(tmp_path, two, batches, env=ENV)
+    result = harness.run(tmp_path, two | {"speculative_config": spec}, batches, env=ENV)
+    for batch in range(2):
+        assert harness.ids(result, batch) == harness.ids(plain, batch)
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 2 * result["counters"]["request_steps"]
 
 
 @pytest.mark.full(

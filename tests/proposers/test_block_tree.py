@@ -36,7 +36,7 @@ def counted() -> Counter:
 
 def proposer(folder: str, vocabulary: Vocabulary, counted: Counter, **keys) -> BlockTree:
     services = Services(
-        VOCAB, count=lambda name: counted.update([name]), target_layers=lambda: vocabulary
+        VOCAB, count=lambda name: counted.update([name]), target_vocabulary=lambda: vocabulary
     )
     made = BlockTree(parse({"method": "block_tree", "model": folder, **keys}), services)
     made.load_draft(torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""What a block head's folder holds, and which targets it fits; see ``drafting/block_heads.py``.
+"""What a block head's folder holds; see ``drafting/block_heads.py``.
 
 Reads shapes, no weights, and imports no torch: for checking a user's configuration. Two writers are
 known: ``speculators`` 0.9 (``speculators_model_type``, the layers' config inside), and the heads'
@@ -11,20 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm_specplus.drafting import eagle_checkpoint
 from vllm_specplus.drafting.model import DraftModelError
 from vllm_specplus.files import is_file, positive, read_json, tensor_shapes
 from vllm_specplus.strict import quoted
 
-if TYPE_CHECKING:
-    from vllm_specplus.target import Target
-
 #: Kinds of heads that can be run.
 KINDS = ("dflash", "dspark", "medusa")
-#: ``model_type`` of the targets that heads are run for.
-FAMILIES = eagle_checkpoint.FAMILIES
 _ARCHITECTURES = {
     "DFlashDraftModel": "dflash",
     "DFlash2DraftModel": "dflash2",
@@ -398,39 +392,3 @@ def _medusa(raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
         raise DraftModelError(f"{name} predicts {own} of {vocab} tokens and says not which")
     _check_tensors(shapes, expected, optional, name)
     return BlockConfig("medusa", heads, hidden, vocab, None, None, None)
-
-
-# -- target ----------------------------------------------------------------------------------
-
-
-def check_target(head: BlockConfig, folder: str, target: Target) -> None:
-    """ValueError unless the head was made for a target like this."""
-    if target.family not in FAMILIES:
-        raise ValueError(
-            f"block heads are run for targets of type {', '.join(FAMILIES)}, and this one is of "
-            f"type {target.family!r}"
-        )
-    if target.tensor_parallel_size > 1:
-        raise ValueError(
-            "a block head uses the target's embedding on one rank: set tensor_parallel_size to 1"
-        )
-    for what, own, others in (
-        ("hidden units", head.target_hidden_size, target.hidden_size),
-        ("tokens", head.vocab_size, target.vocab_size),
-    ):
-        if own is not None and own != others:
-            raise DraftModelError(
-                f"block head {quoted(folder)} was made for a target of {own} {what}, and this one "
-                f"has {others}"
-            )
-    highest = max(head.layer_ids or (0,))
-    if highest > target.num_layers:
-        raise DraftModelError(
-            f"block head {quoted(folder)} reads layer {highest}, and the target has "
-            f"{target.num_layers}"
-        )
-    if head.body is not None and not 0 <= head.body.mask_token < target.vocab_size:
-        raise DraftModelError(
-            f"block head {quoted(folder)} has mask token {head.body.mask_token}, and the target "
-            f"{target.vocab_size} tokens: use a head of this target"
-        )

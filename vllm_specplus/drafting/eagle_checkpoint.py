@@ -1,4 +1,4 @@
-"""What an EAGLE head's folder holds, and which targets it fits; see ``drafting/eagle.py``.
+"""What an EAGLE head's folder holds; see ``drafting/eagle.py``.
 
 Reads shapes, no weights, and imports no torch: for checking a user's configuration.
 """
@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_specplus.drafting.model import DraftModelError
 from vllm_specplus.files import is_file, read_json, tensor_shapes
 from vllm_specplus.strict import quoted
 
-if TYPE_CHECKING:
-    from vllm_specplus.target import Target
-
-#: ``model_type`` of the layers that a head may be made of, and of the targets that it is run for.
+#: ``model_type`` of the layers that a head may be made of.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 #: Keys of ``config.json`` that describe the layer, as transformers' ``LlamaConfig`` has them.
 _LAYER_KEYS = (
@@ -170,31 +167,3 @@ def _unrunnable(config: dict, shapes: dict[str, tuple[int, ...]], generation: in
     if "embed_tokens.weight" not in shapes and target not in (None, units):
         return f"has {units} units and cannot use the embedding of its target, of {target}"
     return None
-
-
-def check_target(head: HeadConfig, folder: str, target: Target) -> None:
-    """ValueError unless the head was made for a target like this."""
-    if target.family not in FAMILIES:
-        raise ValueError(
-            f"EAGLE heads are run for targets of type {', '.join(FAMILIES)}, and this one is of "
-            f"type {target.family!r}"
-        )
-    if target.tensor_parallel_size > 1:
-        raise ValueError(
-            "an EAGLE head uses the target's embedding on one rank: set tensor_parallel_size to 1"
-        )
-    for what, own, others in (
-        ("hidden units", head.target_hidden_size, target.hidden_size),
-        ("tokens", head.vocab_size, target.vocab_size),
-    ):
-        if own != others:
-            raise DraftModelError(
-                f"EAGLE head {quoted(folder)} was made for a target of {own} {what}, and this one "
-                f"has {others}"
-            )
-    highest = max(head.layer_ids or (0,))
-    if highest > target.num_layers:
-        raise DraftModelError(
-            f"EAGLE head {quoted(folder)} reads layer {highest}, and the target has "
-            f"{target.num_layers}"
-        )

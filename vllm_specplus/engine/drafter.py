@@ -24,6 +24,7 @@ from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
 from vllm_specplus.engine.target_layers import TargetLayers
+from vllm_specplus.engine.target_vocabulary import load_vocabulary
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposer import Services
 from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext
@@ -75,7 +76,7 @@ class Drafter:
         if self._cost is not None:
             self.set_cost(self._cost)
         if self._first_rank:
-            self.load_model(self._model)
+            self._load_draft()
             if self._pages:
                 self.share_pages(*self._pages)
 
@@ -94,16 +95,22 @@ class Drafter:
             report=self._failed,
             count=self.counters.add,
             target_layers=lambda: TargetLayers(self._model, config),
+            target_vocabulary=lambda: self._vocabulary,
             record=CudaRecorder() if graphs else None,
         )
 
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""
+        if self.proposer.borrows_vocabulary:
+            self._vocabulary = load_vocabulary(model)  # of all ranks
         if self._first_rank:  # the one that drafts
             self._model = model
-            device = next(model.parameters()).device
-            self.proposer.load_draft(device, self._vllm_config.model_config.dtype)
-            self.proposer.warm_up()
+            self._load_draft()
+
+    def _load_draft(self) -> None:
+        device = next(self._model.parameters()).device
+        self.proposer.load_draft(device, self._vllm_config.model_config.dtype)
+        self.proposer.warm_up()
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         """See ``Proposer.share_pages``."""

@@ -30,9 +30,12 @@ from vllm_specplus.drafting import block_checkpoint
 from vllm_specplus.drafting.block_executor import BlockExecutor, MedusaExecutor
 from vllm_specplus.drafting.block_heads import BlockHead, MedusaHead, load_head
 from vllm_specplus.drafting.block_trees import Laws, Tree, best_first
+from vllm_specplus.drafting.head_target import check_fits
+from vllm_specplus.drafting.model import DraftModelError
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
+from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
@@ -64,13 +67,19 @@ class BlockTreeConfig(MethodConfig):
     def check_target(self, target: Target) -> None:
         target.check_keeps_texts(self.method)
         head = block_checkpoint.read_config(self.model)
-        block_checkpoint.check_target(head, self.model, target)
+        name = f"block head {quoted(self.model)}"
+        check_fits(target, name, head.target_hidden_size, head.vocab_size, head.layer_ids)
+        if head.body is not None and not 0 <= head.body.mask_token < target.vocab_size:
+            raise DraftModelError(
+                f"{name} has mask token {head.body.mask_token}, and the target "
+                f"{target.vocab_size} tokens: use a head of this target"
+            )
 
 
 @register_method
 class BlockTree(Proposer):
     config_class = BlockTreeConfig
-    reads_hidden = True
+    reads_hidden = borrows_vocabulary = True
     sources = tuple(
         Source(f"{who} up to {high}", group, prior)
         for who, group, priors in (
@@ -80,7 +89,8 @@ class BlockTree(Proposer):
         for high, prior in zip(PROBABILITY_CLASSES, priors, strict=True)
     )
     _executor: BlockExecutor | MedusaExecutor
-    _head: BlockHead | MedusaHead
+    _head: BlockHead | MedusaHead | None = None
+    """None on ranks that do not draft."""
 
     def __init__(self, config: BlockTreeConfig, services: Services):
         super().__init__(config, services)
@@ -90,7 +100,7 @@ class BlockTree(Proposer):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = load_head(
             self.config.model,
-            self.services.target_layers(),
+            self.services.target_vocabulary(),
             self.services.vocab_size,
             device,
             dtype,
@@ -98,13 +108,14 @@ class BlockTree(Proposer):
 
     def slot_bytes(self) -> int:
         head = self._head
-        if isinstance(head, MedusaHead):
+        if head is None or isinstance(head, MedusaHead):
             return 0
         row = 2 * head.kv_heads * head.head_dim * head.dtype.itemsize
         return len(head.attention_layers) * row
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         head = self._head
+        assert head is not None
         if isinstance(head, MedusaHead):
             self._executor = MedusaExecutor(head)
         else:

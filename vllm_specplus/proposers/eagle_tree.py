@@ -20,12 +20,14 @@ from vllm_specplus.capabilities import TEXT, Need
 from vllm_specplus.drafting import eagle_checkpoint
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.drafting.head_executor import HeadExecutor
+from vllm_specplus.drafting.head_target import check_fits
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.draft_tree import DraftTree
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import StepContext
+from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
@@ -51,14 +53,19 @@ class EagleTreeConfig(ShapedDraftConfig):
     def check_target(self, target: Target) -> None:
         target.check_keeps_texts(self.method)
         head = eagle_checkpoint.read_config(self.model)
-        eagle_checkpoint.check_target(head, self.model, target)
+        check_fits(
+            target, f"EAGLE head {quoted(self.model)}", head.target_hidden_size, head.vocab_size,
+            (head.layer_ids or ()) if head.generation == 3 else None,
+        )  # fmt: skip
 
 
 @register_method
 class EagleTree(DraftTree):
     config_class = EagleTreeConfig
-    reads_hidden = True
+    reads_hidden = borrows_vocabulary = True
     _executor: HeadExecutor | None
+    _head: EagleHead | None = None
+    """None on ranks that do not draft."""
     config: EagleTreeConfig
 
     def __init__(self, config: EagleTreeConfig, services: Services):
@@ -70,7 +77,7 @@ class EagleTree(DraftTree):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = EagleHead(
             self.config.model,
-            self.services.target_layers(),
+            self.services.target_vocabulary(),
             self.services.vocab_size,
             device,
             dtype,
@@ -82,9 +89,10 @@ class EagleTree(DraftTree):
 
     def slot_bytes(self) -> int:
         head = self._head
-        return 2 * head.kv_heads * head.head_dim * head.dtype.itemsize
+        return 0 if head is None else 2 * head.kv_heads * head.head_dim * head.dtype.itemsize
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
+        assert self._head is not None
         self._executor = HeadExecutor(
             self._head, sum(self.levels), max_requests, pages, page, self.services.record
         )
