@@ -107,6 +107,13 @@ WRONG = {
                       r"a tensor hidden_norm.weight of shape \(9,\), and \(64,\) fits"),
     "an own vocabulary": ({"draft_vocab_size": 9}, None, "predicts 9 of 50 tokens and says not"),
     "d2t alone": ({"own_tokens": 9}, drop("lm_head.weight"), "has no lm_head.weight for them"),
+    "quantized inside": ({"transformer_layer_config": {"quantization_config": {"bits": 4}}}, None,
+                         "is quantized"),
+    "heads": ({}, lambda f: edit(f, **{f"layers.{i}.self_attn.k_norm.weight": torch.ones(48)
+                                       for i in range(2)}), "which are no heads of 48"),
+    "no size": ({}, lambda f: edit(f, **{"layers.0.self_attn.k_norm.weight": torch.ones(0)}),
+                "unreadable"),
+    "infinite": ({"target_hidden_size": float("inf")}, None, "unreadable"),
     "quantized": ({"quantization_config": {"bits": 4}}, None, "is quantized"),
     "layers": ({"aux_hidden_state_layer_ids": [1, 2, 3]}, None, "are not the states of 3 layers"),
     "order": ({"aux_hidden_state_layer_ids": [2, 1]}, None, "must be whole numbers in ascending"),

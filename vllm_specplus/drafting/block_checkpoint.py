@@ -103,15 +103,20 @@ def read_config(folder: str) -> BlockConfig:
     try:
         kind = _kind(raw, name)
         shapes = _shapes(path, name)
-        if raw.get("quantization_config"):
+        if any(each.get("quantization_config") for each in (raw, _inner(raw))):
             raise DraftModelError(f"{name} is quantized: use its unquantized original")
         return _medusa(raw, shapes, name) if kind == "medusa" else _block(kind, raw, shapes, name)
     except DraftModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise DraftModelError(
             f"{name}: its config or weights are unreadable: {str(error)[:150]!r}"
         ) from None
+
+
+def _inner(raw: dict[str, Any]) -> dict[str, Any]:
+    """The layers' own config, which `speculators` write inside."""
+    return raw.get("transformer_layer_config") or {}
 
 
 def _kind(raw: dict[str, Any], name: str) -> str:
@@ -180,7 +185,7 @@ def _some(names: list[str]) -> str:
 def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
     theirs = "speculators_model_type" not in raw  # the authors' own format
     extra = raw.get("dflash_config") or {}
-    config = raw | raw.get("transformer_layer_config", {}) | extra
+    config = raw | _inner(raw) | extra
     try:
         vocab, block, layers = (
             positive(config, key, f"{name}: its config.json")
@@ -244,6 +249,10 @@ def _layers(
             raise DraftModelError(f"{name} is incomplete: it lacks {tensor}.weight")
     (dim,) = shapes[f"{attention}.k_norm.weight"]
     queries, keys = (shapes[f"{attention}.{each}_proj.weight"][0] for each in "qk")
+    if queries % dim or keys % dim or (queries // dim) % (keys // dim):
+        raise DraftModelError(
+            f"{name} has queries of {queries} and keys of {keys} units, which are no heads of {dim}"
+        )
     inner = shapes.get("layers.0.mlp.gate_proj.weight", (0,))[0]
     bias = bool(config.get("attention_bias"))
     expected: dict[str, tuple[int, ...]] = {
