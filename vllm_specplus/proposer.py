@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from vllm_specplus.config import MethodConfig
     from vllm_specplus.drafting.graphs import Record
+    from vllm_specplus.drafting.lockstep import Lockstep
 
 
 def _no_target() -> Any:
@@ -50,6 +51,8 @@ class Services:
     that ``borrows_vocabulary``; from :meth:`Proposer.load_draft` on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
+    lockstep: Lockstep | None = None
+    """The ranks that the target's layers are divided among; None: one rank has them."""
 
 
 class Proposer(ABC):
@@ -111,6 +114,10 @@ class Proposer(ABC):
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Load the method's own model, if it has one, to the target's device and dtype."""
+
+    def load_share(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
+        """On a rank that does not draft, load what the one that does cannot draft without: with
+        ``Services.lockstep``, the same as there and in the same order."""
 
     def held_bytes(self) -> int:
         """Return the most that it keeps in memory of its own while serving: without weights, and

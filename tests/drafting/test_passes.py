@@ -289,3 +289,18 @@ def test_growth_by_one_loop_is_that_by_tensors():
         for r in range(len(active)):
             for row in range(r * width, r * width + width):
                 assert sorted(seen[0](r, row)) == sorted(seen[1](r, row))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_travel_as_sizes_and_bytes(packed):
+    store = PageStore([0], 1, 32, 9, PAGE, torch.float32, torch.device("cpu"))
+    store.packed = packed
+    table = np.arange(1, 7, dtype=np.int32).reshape(2, 3)
+    rows = Rows.of_text(store, table, [(3, 20), (0, 5)])
+    sizes, raw = rows.packed()
+    assert len(sizes) == Rows.SIZES
+    again = Rows.received(sizes, store.device, lambda room: room.copy_(raw))
+    assert (again.most_rows, again.reach) == (rows.most_rows, rows.reach) == (17, 20)
+    for mine, theirs in zip(again.tensors, rows.tensors, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)

@@ -236,7 +236,6 @@ def test_mistakes_in_the_config(keys, words):
 @pytest.mark.parametrize(
     ("keys", "fields", "words"),
     [
-        ({"method": "layer_skip"}, {"tensor_parallel_size": 2}, "tensor_parallel_size to 1"),
         ({"method": "layer_skip"}, {"num_layers": 2}, "the target has 2"),
         (
             {"method": "layer_skip", "skip_mlp": [2, 4]},
@@ -250,13 +249,13 @@ def test_mistakes_in_the_config(keys, words):
         ),
         (
             {"method": "rasd", "sources": ["token_recycling", "early_exit"]},
-            {"tensor_parallel_size": 2},
-            "method 'early_exit' drafts with the target's layers on one rank",
+            {"fp8_cache": True},
+            "method 'early_exit' reads the target's keys and values as they were computed",
         ),
     ],
 )
 def test_a_target_it_cannot_draft_with(keys, fields, words):
     config = parse(keys)
-    config.check_target(target(num_layers=8))
+    config.check_target(target(num_layers=8, tensor_parallel_size=2))
     with pytest.raises(ValueError, match=re.escape(words)):
         config.check_target(target(**fields))

@@ -86,7 +86,11 @@ class TreeExecutor(ABC):
         rows = self.trees.rows(active, parents)
         own = slice(first, self.trees.nodes)
         hidden = self._level(active, own, parents, tokens.flatten(), rows)
-        return self.model.logits(hidden).view(count, width, -1)
+        return self._logits(hidden).view(count, width, -1)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 [T, V] behind the rows whose ``hidden`` states [T, d] a pass has computed."""
+        return self.model.logits(hidden)
 
     @abstractmethod
     def _level(
@@ -184,7 +188,7 @@ class DraftExecutor(TreeExecutor):
             self.cache.remember(name, text, version)
         on_device = self._to_device(np.array(lengths, np.int32))
         self._start_trees(on_device, self._to_device(table), on_device, max(lengths))
-        return self.model.logits(torch.cat(last))
+        return self._logits(torch.cat(last))
 
     def _read(
         self, table: np.ndarray, texts: list[np.ndarray], piece: list[tuple[int, int, int]]

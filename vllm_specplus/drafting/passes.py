@@ -9,9 +9,10 @@ text and their ancestors.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ class Rows:
     Behind what a request's rows see of its text lie K *nodes*: the keys of these rows, and before
     them those of rows of earlier passes which they may see.
     """
+
+    SIZES: ClassVar[int] = 7
+    """How many numbers :meth:`packed` tells."""
 
     positions: torch.Tensor
     """int64 [T]"""
@@ -57,6 +61,39 @@ class Rows:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of them, in order."""
         return tuple(getattr(self, each.name) for each in fields(self)[:-2])
+
+    def packed(self) -> tuple[tuple[int, ...], torch.Tensor]:
+        """All that they are, for another process (:meth:`received`): sizes int [SIZES], and what is
+        in the tensors, uint8 [n] on their device."""
+        related = self.related.shape[1] if self.related.dim() == 2 else 0
+        sizes = (
+            len(self.positions), *self.table.shape, len(self.depths), related, self.most_rows,
+            self.reach,
+        )  # fmt: skip
+        return sizes, torch.cat([each.view(torch.uint8).flatten() for each in self.tensors])
+
+    @classmethod
+    def received(
+        cls, sizes: Sequence[int], device: torch.device, receive: Callable[[torch.Tensor], Any]
+    ) -> Rows:
+        """The rows that another process has :meth:`packed`; ``receive`` fills a tensor with its
+        bytes."""
+        total, requests, pages, nodes, related, most_rows, reach = sizes
+        int32, int64 = torch.int32, torch.int64
+        shapes: list[tuple[torch.dtype, tuple[int, ...]]] = [
+            (int64, (total,)), (int64, (total,)), (int32, (requests + 1,)), (int32, (requests,)),
+            (int32, (requests,)), (int32, (requests, pages)), (int32, (requests + 1,)),
+            (int32, (nodes,)),
+            (torch.bool, (total, related)) if related else (int32, (nodes,)),
+        ]  # fmt: skip
+        lengths = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes]
+        raw = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+        receive(raw)
+        tensors = (
+            part.view(dtype).view(shape)
+            for part, (dtype, shape) in zip(raw.split(lengths), shapes, strict=True)
+        )
+        return cls(*tensors, most_rows, reach)
 
     @classmethod
     def of_text(

@@ -13,7 +13,7 @@ values before it, as the first node of a draft would be.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 
 from vllm_specplus.drafting.cache import PAGE
 from vllm_specplus.drafting.executor import DraftExecutor
-from vllm_specplus.drafting.passes import PagedAttention, Rows
+from vllm_specplus.drafting.passes import Attend, PagedAttention, Rows
 from vllm_specplus.step import ReadKV
 
 #: Tokens of a text that a replay predicts (SWIFT's context_window).
@@ -57,6 +57,16 @@ class Skips:
 KINDS = ("attention", "mlp")
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Which layers a pass runs."""
+
+    skips: Skips
+    exits: tuple[int, ...] = ()
+    """After how many layers, ascending, logits are wanted; the pass ends behind the last. Empty:
+    all layers run, and hidden states are all that is wanted."""
+
+
 class SelfDraftExecutor(DraftExecutor):
     """A draft executor over the target's layers; ``skips`` may change between rounds."""
 
@@ -89,8 +99,15 @@ class SelfDraftExecutor(DraftExecutor):
         positions = np.concatenate(news)
         if len(positions):
             origin = np.repeat(rows, [len(new) for new in news])
-            self.cache.store(self._to_device(np.concatenate(slots)), read(origin, positions))
+            self._copy(np.concatenate(slots), origin, positions, read)
         self._remember(requests, texts, of_version)
+
+    def _copy(
+        self, slots: np.ndarray, requests: np.ndarray, positions: np.ndarray, read: ReadKV
+    ) -> None:
+        """Copy what the target holds of ``requests`` at ``positions`` to ``slots`` of the cache,
+        int64 [n] each."""
+        self.cache.store(self._to_device(slots), read(requests, positions))
 
     def _remember(
         self, requests: list[str], texts: list[np.ndarray], of_version: Sequence[int | None]
@@ -119,12 +136,12 @@ class SelfDraftExecutor(DraftExecutor):
         tokens = self._to_device(np.array([texts[r][i] for r, i in places], np.int64))
         targets = self._to_device(np.array([texts[r][i + 1] for r, i in places], np.int64))
         rows = self._apart(self.cache.table(requests)[request], before, lengths + number)
-        right = []
-        for layers, hidden in self._pass(skips, tokens, rows):
-            if layers in exits:
-                right.append((self.model.logits(hidden).argmax(-1) == targets).sum())
-            if layers == exits[-1]:
-                break
+        right: list[torch.Tensor] = []
+
+        def count(logits: torch.Tensor) -> None:
+            right.append((logits.argmax(-1) == targets).sum())
+
+        self._pass(Pass(skips, tuple(exits)), tokens, rows, count)
         return torch.stack(right).cpu().numpy(), len(request)
 
     def _apart(self, table: np.ndarray, positions: np.ndarray, cached_at: np.ndarray) -> Rows:
@@ -151,21 +168,31 @@ class SelfDraftExecutor(DraftExecutor):
         return logits
 
     def _forward(self, tokens, rows, exact):
-        *_, (_, hidden) = self._pass(self.skips, tokens, rows)
-        return hidden
+        return self._pass(Pass(self.skips), tokens, rows)
 
     def _pass(
-        self, skips: Skips, tokens: torch.Tensor, rows: Rows
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(layers passed, hidden states) after every layer."""
-        model, attend = self.model, PagedAttention(self.cache, rows)
+        self, which: Pass, tokens: torch.Tensor, rows: Rows,
+        look: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states [T, d] behind the last layer of a pass over ``tokens`` int64 [T]; ``look``
+        is called with the logits [T, V] behind each of its exits."""
+        return self._run(which, tokens, rows, PagedAttention(self.cache, rows), look)
+
+    def _run(
+        self, which: Pass, tokens: torch.Tensor, rows: Rows, attend: Attend,
+        look: Callable[[torch.Tensor], None] | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """As :meth:`_pass`, by the attention ``attend``."""
+        model, skips = self.model, which.skips
         hidden, rotary = model.embed(tokens), model.rotary(rows.positions)
-        for layer in range(model.num_layers):
+        for layer in range(which.exits[-1] if which.exits else model.num_layers):
             if layer not in skips.attention:
                 hidden = hidden + model.attention(layer, hidden, rotary, attend)
             if layer not in skips.mlp:
                 hidden = hidden + model.mlp(layer, hidden)
-            yield layer + 1, hidden
+            if look is not None and layer + 1 in which.exits:
+                look(model.logits(hidden))
+        return hidden
 
 
 class SkipSearch:

@@ -13,7 +13,6 @@ point-to-point copies per layer elsewhere.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import Counter
@@ -148,8 +147,9 @@ class RemoteAttentions(LocalAttentions):
     def begin(self, rows, exact):
         super().begin(rows, exact)
         kind = _EXACT if exact else _FUZZY
-        self._group.announce(torch.tensor([kind, *sizes_of(rows)]))
-        self._group.broadcast(torch.cat([_bytes(each).flatten() for each in rows.tensors]))
+        sizes, raw = rows.packed()
+        self._group.announce(torch.tensor([kind, *sizes]))
+        self._group.broadcast(raw)
 
     def layer_group(self, layers, hidden):
         owners = [self._plan.owner(layer, self._model.num_layers) for layer in layers]
@@ -187,34 +187,11 @@ def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> tor
     return out
 
 
-def sizes_of(rows: Rows) -> tuple[int, ...]:
-    """What :func:`receive_pass` has to know of ``rows`` before it can take them."""
-    related = rows.related.shape[1] if rows.related.dim() == 2 else 0
-    return (
-        len(rows.positions), *rows.table.shape, len(rows.depths), related, rows.most_rows,
-        rows.reach,
-    )  # fmt: skip
-
-
 def receive_pass(group: Group, device: torch.device) -> tuple[Rows, bool]:
     """What home's :meth:`RemoteAttentions.begin` sends: its arguments."""
-    sizes = group.announce(torch.zeros(8, dtype=torch.int64)).tolist()
-    kind, total, requests, pages, nodes, related, most_rows, reach = sizes
-    int32, int64 = torch.int32, torch.int64
-    shapes: list[tuple[torch.dtype, tuple[int, ...]]] = [
-        (int64, (total,)), (int64, (total,)), (int32, (requests + 1,)), (int32, (requests,)),
-        (int32, (requests,)), (int32, (requests, pages)), (int32, (requests + 1,)),
-        (int32, (nodes,)),
-        (torch.bool, (total, related)) if related else (int32, (nodes,)),
-    ]  # fmt: skip
-    lengths = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes]
-    raw = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
-    group.broadcast(raw)
-    tensors = (
-        part.view(dtype).view(shape)
-        for part, (dtype, shape) in zip(raw.split(lengths), shapes, strict=True)
-    )
-    return Rows(*tensors, most_rows, reach), kind == _EXACT
+    told = torch.zeros(1 + Rows.SIZES, dtype=torch.int64)
+    kind, *sizes = group.announce(told).tolist()
+    return Rows.received(sizes, device, group.broadcast), kind == _EXACT
 
 
 @torch.inference_mode()

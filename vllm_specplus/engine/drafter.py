@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +24,12 @@ from vllm_specplus.drafting.graphs import CudaRecorder
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
+from vllm_specplus.engine.ranks import lockstep
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.engine.target_vocabulary import load_vocabulary
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposer import Services
-from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext
+from vllm_specplus.step import DraftProbs, Observation, ReadKV, Rows, StepContext
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Drafter:
         self._begin(self.config.control)
 
     def _begin(self, control: ControlConfig) -> None:
+        self._lockstep = lockstep()
         self.proposer = self._method(self.config, self._services())
         self.controller = Controller(
             control,
@@ -75,10 +78,9 @@ class Drafter:
         self._begin(control or self.config.control)
         if self._cost is not None:
             self.set_cost(self._cost)
-        if self._first_rank:
-            self._load_draft()
-            if self._pages:
-                self.share_pages(*self._pages)
+        self._load_draft()
+        if self._pages:
+            self.share_pages(*self._pages)
 
     def set_cost(self, cost: StepCost) -> None:
         """Tells the controller what a step costs."""
@@ -97,26 +99,42 @@ class Drafter:
             target_layers=lambda: TargetLayers(self._model, config),
             target_vocabulary=lambda: self._vocabulary,
             record=CudaRecorder() if graphs else None,
+            lockstep=self._lockstep,
         )
 
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""
         if self.proposer.borrows_vocabulary:
             self._vocabulary = load_vocabulary(model)  # of all ranks
-        if self._first_rank:  # the one that drafts
-            self._model = model
-            self._load_draft()
+        self._model = model
+        self._load_draft()
 
     def _load_draft(self) -> None:
         device = next(self._model.parameters()).device
-        self.proposer.load_draft(device, self._vllm_config.model_config.dtype)
-        self.proposer.warm_up()
+        dtype = self._vllm_config.model_config.dtype
+        if self._first_rank:  # the one that drafts
+            self.proposer.load_draft(device, dtype)
+            self.proposer.warm_up()
+        else:
+            self.proposer.load_share(device, dtype)
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         """See ``Proposer.share_pages``."""
         self._pages = pages, page, max_requests
-        if self._first_rank:
+        if not self._first_rank:
+            self.accompany(_no_texts)
+            return
+        with self.lead():
             self.proposer.share_pages(pages, page, max_requests)
+
+    def lead(self) -> AbstractContextManager[None]:
+        """On the rank that drafts: within, it may draft with layers that all ranks share."""
+        return nullcontext() if self._lockstep is None else self._lockstep.lead()
+
+    def accompany(self, read_kv: ReadKV) -> None:
+        """On the others: take part in what is drafted while the first one does :meth:`lead`."""
+        if self._lockstep is not None:
+            self._lockstep.accompany(read_kv)
 
     def propose(self, *args, **kwargs):
         """vLLM's plain interface gives a drafter neither logits nor trees."""
@@ -210,3 +228,8 @@ class Drafter:
     def _failed(self, error: Exception) -> None:
         self.counters.add("draft_failures")
         self._log_fault(error)
+
+
+def _no_texts(requests: np.ndarray, positions: np.ndarray):
+    """A ``ReadKV`` of before the first step."""
+    raise RuntimeError("the target has computed nothing yet")

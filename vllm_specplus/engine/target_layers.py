@@ -1,7 +1,7 @@
 """The target's own layers, offered as a draft model (self-speculation).
 
-The modules are vLLM's, with the target's weights, quantised or not. Only their attention is
-another one: it reads and writes the draft's cache.
+The modules are vLLM's, with the target's weights, quantised or not, and its sums over ranks. Only
+their attention is another one: it reads and writes the draft's cache.
 
 They are taken apart as ``drafting/layer_parts.py`` does it: the module that holds vLLM's attention
 is A's, and what is compared is vLLM's own layer. A target with a layer of another kind is refused.
@@ -151,9 +151,11 @@ class _Caught(nn.Module):
 
 
 class TargetLayers:
-    """What ``drafting.executor`` asks of a draft model, from the loaded target, on one rank.
+    """What ``drafting.executor`` asks of a draft model, from the loaded target.
 
-    Raises UnknownLayers, with a sentence, for a target of other layers.
+    Of a target on several ranks every one has its heads' keys and values, and all calls, the making
+    among them, are collective, with the same rows everywhere. Raises UnknownLayers, with a sentence,
+    for a target of other layers.
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig):

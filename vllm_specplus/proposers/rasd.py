@@ -221,6 +221,10 @@ class Rasd(Proposer):
         for member in self.members:
             member.load_draft(device, dtype)
 
+    def load_share(self, device: torch.device, dtype: torch.dtype) -> None:
+        for member in self.members:
+            member.load_share(device, dtype)
+
     def warm_up(self) -> None:
         for member in self.members:
             member.warm_up()
