@@ -438,7 +438,8 @@ def test_the_draft_law_truncates_like_the_target():
         ({"shape": "rsd_c", "branching": [2, 2]}, "makes 6 nodes"),
         ({"verification": "k_seq"}, "cannot be verified by 'k_seq' \\(allowed: traversal, rec"),
         ({"shape": "topk", "verification": "block"}, "leave verification out"),
-        ({"model": "nowhere"}, "'nowhere' is not a Hugging Face folder"),
+        ({"model": "./nowhere"}, "'./nowhere' is not a Hugging Face folder"),
+        ({"model": "nowhere"}, "'nowhere' is neither a folder nor all in the Hugging Face cache"),
     ],
 )
 def test_mistakes_are_named(draft, keys, says):

@@ -31,6 +31,7 @@ from vllm_specplus.drafting.block_executor import BlockExecutor, MedusaExecutor
 from vllm_specplus.drafting.block_heads import BlockHead, MedusaHead, load_head
 from vllm_specplus.drafting.block_trees import Laws, Tree, best_first
 from vllm_specplus.drafting.head_target import check_fits
+from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.model import DraftModelError
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
@@ -57,16 +58,22 @@ class BlockTreeConfig(MethodConfig):
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
     """Nodes of the whole tree. How deep it can be is the head's to say."""
     model: str
-    """Folder of a DFlash, DSpark or Medusa head that was trained for the target."""
+    """Folder of a DFlash, DSpark or Medusa head that was trained for the target, or its name on the
+    Hugging Face hub."""
+
+    @property
+    def folder(self) -> str:
+        """Where the head is on this machine."""
+        return model_folder(self.model, "block head")
 
     @model_validator(mode="after")
     def _head_runs(self):
-        block_checkpoint.read_config(self.model)
+        block_checkpoint.read_config(self.folder)
         return self
 
     def check_target(self, target: Target) -> None:
         target.check_keeps_texts(self.method)
-        head = block_checkpoint.read_config(self.model)
+        head = block_checkpoint.read_config(self.folder)
         name = f"block head {quoted(self.model)}"
         check_fits(target, name, head.target_hidden_size, head.vocab_size, head.layer_ids)
         if head.body is not None and not 0 <= head.body.mask_token < target.vocab_size:
@@ -94,12 +101,12 @@ class BlockTree(Proposer):
 
     def __init__(self, config: BlockTreeConfig, services: Services):
         super().__init__(config, services)
-        self._described = block_checkpoint.read_config(config.model)
+        self._described = block_checkpoint.read_config(config.folder)
         self.hidden_layers = self._described.layer_ids
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = load_head(
-            self.config.model,
+            self.config.folder,
             self.services.target_vocabulary(),
             self.services.vocab_size,
             device,

@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 
 from vllm_specplus.config import Megabytes, MethodConfig
 from vllm_specplus.drafting.executor import DraftExecutor
+from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
@@ -74,7 +75,7 @@ class DraftTreeConfig(ShapedDraftConfig):
 
     method: Literal["draft_tree"] = "draft_tree"
     model: str
-    """Hugging Face folder of the draft, with the target's tokenizer."""
+    """Folder of the draft, or its name on the Hugging Face hub; with the target's tokenizer."""
     shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "rsd_s"
     head_tokens: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
     """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
@@ -82,9 +83,14 @@ class DraftTreeConfig(ShapedDraftConfig):
     kv_memory_mb: Megabytes = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
+    @property
+    def folder(self) -> str:
+        """Where the draft is on this machine."""
+        return model_folder(self.model, "draft model")
+
     @model_validator(mode="after")
     def _model_runs(self):
-        tokens = read_config(self.model)["vocab_size"]
+        tokens = read_config(self.folder)["vocab_size"]
         if self.head_tokens is not None and self.head_tokens > tokens:
             raise ValueError(
                 f"'head_tokens' is {quoted(self.head_tokens)}, and the draft has {tokens} token "
@@ -93,7 +99,7 @@ class DraftTreeConfig(ShapedDraftConfig):
         return self
 
     def check_target(self, target: Target) -> None:
-        check_target(self.model, target.load_tokenizer(), target.vocab_size)
+        check_target(self.folder, target.load_tokenizer(), target.vocab_size)
 
 
 @register_method
@@ -113,7 +119,7 @@ class DraftTree(Proposer):
         self._noise = DraftNoise(device)
 
     def _make_model(self, device: torch.device, dtype: torch.dtype) -> Any:
-        return DraftModel(self.config.model, device, dtype, self.config.head_tokens)
+        return DraftModel(self.config.folder, device, dtype, self.config.head_tokens)
 
     def _make_executor(self, model: Any, max_slots: int) -> DraftExecutor:
         model.quicken()

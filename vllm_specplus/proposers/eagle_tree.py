@@ -21,6 +21,7 @@ from vllm_specplus.drafting import eagle_checkpoint
 from vllm_specplus.drafting.eagle import EagleHead
 from vllm_specplus.drafting.head_executor import HeadExecutor
 from vllm_specplus.drafting.head_target import check_fits
+from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.proposer import Services
@@ -43,16 +44,22 @@ class EagleTreeConfig(ShapedDraftConfig):
 
     method: Literal["eagle_tree"] = "eagle_tree"
     model: str
-    """Folder of an EAGLE or EAGLE-3 head that was trained for the target."""
+    """Folder of an EAGLE or EAGLE-3 head that was trained for the target, or its name on the
+    Hugging Face hub."""
+
+    @property
+    def folder(self) -> str:
+        """Where the head is on this machine."""
+        return model_folder(self.model, "EAGLE head")
 
     @model_validator(mode="after")
     def _head_runs(self):
-        eagle_checkpoint.read_config(self.model)
+        eagle_checkpoint.read_config(self.folder)
         return self
 
     def check_target(self, target: Target) -> None:
         target.check_keeps_texts(self.method)
-        head = eagle_checkpoint.read_config(self.model)
+        head = eagle_checkpoint.read_config(self.folder)
         check_fits(
             target, f"EAGLE head {quoted(self.model)}", head.target_hidden_size, head.vocab_size,
             (head.layer_ids or ()) if head.generation == 3 else None,
@@ -70,13 +77,13 @@ class EagleTree(DraftTree):
 
     def __init__(self, config: EagleTreeConfig, services: Services):
         super().__init__(config, services)  # type: ignore[arg-type]
-        head = eagle_checkpoint.read_config(config.model)
+        head = eagle_checkpoint.read_config(config.folder)
         if head.generation == 3:
             self.hidden_layers = head.layer_ids or ()
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = EagleHead(
-            self.config.model,
+            self.config.folder,
             self.services.target_vocabulary(),
             self.services.vocab_size,
             device,
