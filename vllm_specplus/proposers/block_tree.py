@@ -53,6 +53,7 @@ class BlockTreeConfig(MethodConfig):
         Need.KV_GROUPS,
         Need.MROPE,
     }
+    takes_speculators: ClassVar[bool] = True
 
     method: Literal["block_tree"] = "block_tree"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32

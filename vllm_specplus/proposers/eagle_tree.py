@@ -41,6 +41,7 @@ class EagleTreeConfig(ShapedDraftConfig):
         Need.KV_GROUPS,
         Need.MROPE,
     }
+    takes_speculators: ClassVar[bool] = True
 
     method: Literal["eagle_tree"] = "eagle_tree"
     model: str
