@@ -105,6 +105,9 @@ class HeadExecutor(TreeExecutor):
                 continue
             begin = int(rows.starts[r])
             first = int(rows.positions[begin])
+            if first + count > self.model.max_positions:  # nothing is drafted behind them
+                self.forget(name)
+                continue
             waiting = self._waiting.get(name)
             if waiting is None or waiting.first + len(waiting) != first:
                 # New, or computed anew after a preemption.

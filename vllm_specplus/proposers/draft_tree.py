@@ -143,16 +143,27 @@ class DraftTree(Proposer):
 
     def _has_room(self, step: StepContext, r: int) -> bool:
         length = int(step.num_tokens[r])
-        if self._executor.room(step.request_ids[r], length):
+        if self._is_beyond(length):
+            self.services.count("texts_beyond_head")
+            self._executor.forget(step.request_ids[r])  # others have a use for its pages
+            return False
+        if self._holds(step.request_ids[r], length):
             return True
         self.services.report(
             DraftMemoryError(
                 f"the draft cannot hold a text of {length} tokens: raise kv_memory_mb "
-                f"({self.config.kv_memory_mb}), unless the draft's own context of "
-                f"{self._executor.model.max_positions} tokens is the limit"
+                f"({self.config.kv_memory_mb})"
             )
         )
         return False
+
+    def _is_beyond(self, length: int) -> bool:
+        """Has the draft too few positions for a text of ``length`` tokens and its tree?"""
+        return length + sum(self.levels) > self._executor.model.max_positions
+
+    def _holds(self, request: str, length: int) -> bool:
+        """Is there memory for such a text and its tree? Reserves it."""
+        return self._executor.room(request, length)
 
     @torch.inference_mode()
     def _draft(self, step: StepContext, rows: np.ndarray) -> DraftBatch:

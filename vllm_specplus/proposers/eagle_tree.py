@@ -110,8 +110,12 @@ class EagleTree(DraftTree):
         self._executor.follow(step.request_ids, step.token_ids, step.target_rows)
         return super().propose(step)
 
-    def _has_room(self, step: StepContext, r: int) -> bool:
-        return True  # where the target has
+    def _is_beyond(self, length: int) -> bool:
+        # A row behind every token but the newest, and one for each level but the last.
+        return length + len(self.levels) - 2 > self._head.max_positions
+
+    def _holds(self, request: str, length: int) -> bool:
+        return True  # where the target does
 
     def _begin(
         self, step: StepContext, rows: np.ndarray, names: list[str], texts: list[np.ndarray]

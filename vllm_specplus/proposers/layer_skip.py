@@ -162,6 +162,9 @@ class SelfSpeculation(DraftTree):
             self.services.count("draft_layer_changes")
             logger.debug("%s now leaves out %s", self.config.method, chosen)
 
+    def _is_beyond(self, length: int) -> bool:
+        return False  # its positions are the target's
+
     @abstractmethod
     def first_choice(self, num_layers: int) -> Skips:
         """What to leave out before anything is known."""
