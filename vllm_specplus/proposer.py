@@ -49,6 +49,8 @@ class Services:
     target_vocabulary: Callable[[], Any] = _no_target
     """Returns the target's embedding and output layer (``drafting.eagle.Vocabulary``), for a method
     that ``borrows_vocabulary``; from :meth:`Proposer.load_draft` on."""
+    load_tokenizer: Callable[[], Any] = lambda: None
+    """Returns the target's Hugging Face tokenizer, or None if the engine runs without one."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
     lockstep: Lockstep | None = None

@@ -88,24 +88,28 @@ def check_target(folder: str, target_tokenizer: Any, vocab_size: int) -> None:
     if not known <= drafts <= vocab_size:
         raise DraftModelError(
             f"draft model {quoted(folder)} has {drafts} token ids, the target {vocab_size}: "
-            f"use a draft with the target's tokenizer"
+            f"use a draft with the target's tokenizer, or set 'vocabulary' to 'intersection'"
         )
     if target_tokenizer is None:
         return
-    from transformers import AutoTokenizer
-
     from vllm_specplus.retrieval.datastore import tokenizer_fingerprint
 
+    if tokenizer_fingerprint(own_tokenizer(folder)) != tokenizer_fingerprint(target_tokenizer):
+        raise DraftModelError(
+            f"draft model {folder!r} has another tokenizer than the target: "
+            f"use a draft of the target's family, or set 'vocabulary' to 'intersection'"
+        )
+
+
+def own_tokenizer(folder: str) -> Any:
+    """The Hugging Face tokenizer of a draft; DraftModelError if it has none."""
+    from transformers import AutoTokenizer
+
     try:
-        own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DraftModelError(f"draft model {folder!r} has no usable tokenizer: {reason}") from None
-    if tokenizer_fingerprint(own) != tokenizer_fingerprint(target_tokenizer):
-        raise DraftModelError(
-            f"draft model {folder!r} has another tokenizer than the target: "
-            f"use a draft of the target's family"
-        )
 
 
 class LayeredModel(Protocol):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_specplus import registry
 from vllm_specplus.control.allowed import can_be_text
@@ -98,6 +99,7 @@ class Drafter:
             count=self.counters.add,
             target_layers=lambda: TargetLayers(self._model, config),
             target_vocabulary=lambda: self._vocabulary,
+            load_tokenizer=lambda: cached_tokenizer_from_config(model),
             record=CudaRecorder() if graphs else None,
             lockstep=self._lockstep,
         )

@@ -153,9 +153,9 @@ class _Caught(nn.Module):
 class TargetLayers:
     """What ``drafting.executor`` asks of a draft model, from the loaded target.
 
-    Of a target on several ranks every one has its heads' keys and values, and all calls, the making
-    among them, are collective, with the same rows everywhere. Raises UnknownLayers, with a sentence,
-    for a target of other layers.
+    Of a target on several ranks every one has the keys and values of its heads, and all calls are
+    collective, with the same rows everywhere; making it is as well. Raises UnknownLayers, with a
+    sentence, for a target of other layers.
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig):
