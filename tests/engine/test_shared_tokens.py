@@ -59,7 +59,8 @@ def spec(draft: str, **keys) -> dict:
 @pytest.mark.parametrize("shape", ["topk", "rsd_s"])
 def test_greedy_text_is_the_same(tmp_path, tiny_engine, tiny_model, mixed_requests, shape):
     """And often foreseen, where the draft knows the words: it is the target but for its ids."""
-    target, draft = reordered(tiny_model, tmp_path, unknown=40)
+    # Of few texts: a random model is led astray by every word that is missing.
+    target, draft = reordered(tiny_model, tmp_path, unknown=3)
     engine = tiny_engine | {"model": target, "skip_tokenizer_init": False}
     batches = [{"requests": mixed_requests}] * 2
     plain = harness.run(tmp_path, engine, batches)
