@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from tests.block_heads import save_block
 from tests.drafting.test_drafting import VOCAB, save_draft
@@ -20,8 +21,8 @@ NAME, COMMIT = "somebody/a-draft", "0123456789" * 4
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "hub"
 
@@ -37,7 +38,7 @@ def snapshot(cache: Path) -> Path:
 
 def online(monkeypatch, answer) -> list[str]:
     """Let the hub be asked, and ``answer``; returns the names that it is asked for."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked, local = [], huggingface_hub.snapshot_download
 
     def download(name, local_files_only=False, **patterns):

@@ -27,12 +27,12 @@ def model_folder(name: str, what: str) -> str:
     """
     if os.path.isdir(name):
         return name
-    import huggingface_hub
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    offline = constants.HF_HUB_OFFLINE
     try:
-        cached = huggingface_hub.snapshot_download(
+        cached = snapshot_download(
             name, local_files_only=True, allow_patterns=FILES, ignore_patterns=OTHERS
         )
         if offline or _is_whole(Path(cached)):
@@ -46,7 +46,7 @@ def model_folder(name: str, what: str) -> str:
                 f"HF_HUB_OFFLINE is set: name a folder, or download the model first"
             ) from None
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHERS)
+        return snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHERS)
     except Exception as error:  # whatever a network has in store
         reason = " ".join(str(error).split())[:MOST_QUOTED]
         raise DraftModelError(

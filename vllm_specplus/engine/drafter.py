@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -232,6 +232,8 @@ class Drafter:
         self._log_fault(error)
 
 
-def _no_texts(requests: np.ndarray, positions: np.ndarray):
+def _no_texts(
+    requests: np.ndarray, positions: np.ndarray
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A ``ReadKV`` of before the first step."""
     raise RuntimeError("the target has computed nothing yet")
