@@ -439,7 +439,7 @@ def test_the_draft_law_truncates_like_the_target():
         ({"verification": "k_seq"}, "cannot be verified by 'k_seq' \\(allowed: traversal, rec"),
         ({"shape": "topk", "verification": "block"}, "leave verification out"),
         ({"model": "./nowhere"}, "'./nowhere' is not a Hugging Face folder"),
-        ({"model": "nowhere"}, "'nowhere' is neither a folder nor all in the Hugging Face cache"),
+        ({"model": "nowhere"}, "'nowhere' is neither a folder nor in the Hugging Face cache"),
     ],
 )
 def test_mistakes_are_named(draft, keys, says):

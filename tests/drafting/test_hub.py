@@ -117,7 +117,7 @@ def test_offline_it_has_to_be_there(cache):
     with pytest.raises(DraftModelError) as told:
         model_folder(NAME, "EAGLE head")
     assert str(told.value) == (
-        "EAGLE head 'somebody/a-draft' is neither a folder nor all in the Hugging Face cache, and "
+        "EAGLE head 'somebody/a-draft' is neither a folder nor in the Hugging Face cache, and "
         "HF_HUB_OFFLINE is set: name a folder, or download the model first"
     )
 

@@ -14,9 +14,9 @@ from vllm_specplus.files import is_file, read_json
 from vllm_specplus.strict import MOST_QUOTED, quoted
 
 #: What is read of a draft: configs, tokenizers and weights.
-FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 #: In a repository's folders lie other formats, and so do Mistral's own weights beside the others.
-OTHERS = ("*/*", "consolidated*")
+OTHERS = ["*/*", "consolidated*"]
 
 
 def model_folder(name: str, what: str) -> str:
@@ -32,9 +32,8 @@ def model_folder(name: str, what: str) -> str:
 
     offline = constants.HF_HUB_OFFLINE
     try:
-        cached = snapshot_download(
-            name, local_files_only=True, allow_patterns=FILES, ignore_patterns=OTHERS
-        )
+        # Without patterns the hub's library would also miss files that nobody reads here.
+        cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
         if offline or _is_whole(Path(cached)):
             return cached
     except HFValidationError:
@@ -42,7 +41,7 @@ def model_folder(name: str, what: str) -> str:
     except LocalEntryNotFoundError:
         if offline:
             raise DraftModelError(
-                f"{what} {quoted(name)} is neither a folder nor all in the Hugging Face cache, and "
+                f"{what} {quoted(name)} is neither a folder nor in the Hugging Face cache, and "
                 f"HF_HUB_OFFLINE is set: name a folder, or download the model first"
             ) from None
     try:
