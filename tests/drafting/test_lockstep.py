@@ -11,8 +11,11 @@ import torch
 
 from tests.drafting.test_drafting import VOCAB, save_draft
 from tests.drafting.test_self_speculation import LAYERS, SKIPS, FakeTarget, load, random_texts
+from vllm_specplus import registry
+from vllm_specplus.config import parse
 from vllm_specplus.drafting.lockstep import Lockstep, LockstepExecutor, RanksApart
 from vllm_specplus.drafting.self_speculation import SelfDraftExecutor
+from vllm_specplus.proposer import Services
 
 NODES, SLOTS, RANKS = 6, 4000, 2
 ROOT = torch.full((3, 2), -1)
@@ -286,3 +289,17 @@ def test_without_executors_nobody_is_told():
     lockstep = Lockstep(ThreadRanks(Meeting(), 0))  # would wait for the other rank
     with lockstep.lead():
         lockstep.accompany(lambda requests, at: iter(()))
+
+
+def test_the_others_load_what_the_first_cannot_draft_without(folder):
+    """Of several sources those that draft with the target's layers, in the same order."""
+    lockstep = Lockstep(ThreadRanks(Meeting(), 1))
+    services = Services(VOCAB, target_layers=lambda: load(folder), lockstep=lockstep)
+    own = {"kv_memory_mb": 1, "num_speculative_tokens": 6}
+    sources = ["token_recycling", {"method": "early_exit", **own}, {"method": "layer_skip", **own}]
+    config = parse({"method": "rasd", "sources": sources})
+    proposer = registry.method_class("rasd")(config, services)
+    proposer.load_share(torch.device("cpu"), torch.float32)
+    executors = [getattr(member, "_executor", None) for member in proposer.members]
+    assert lockstep._members == [each for each in executors if each is not None]
+    assert len(lockstep._members) == 2
