@@ -32,7 +32,7 @@ class Spellings:
 
     texts: dict[int, bytes]
     special: frozenset[int]
-    """Ids of marks, whose texts are names."""
+    """Ids of marks, whose texts are names: nothing is spelled with them."""
     first: int | None
     """The mark in front of a text."""
     last: int | None
@@ -90,24 +90,24 @@ class SharedTokens:
         """``target_size``: ids of the target; ``rows``: of the draft's embedding; ``predicted``:
         how many of these, the first ones, its output layer has."""
         self._size = target_size
-        ids_of: dict[tuple[bool, bytes], int] = {}
+        ids_of: dict[bytes, int] = {}
         for token, text in sorted(draft.texts.items()):
             if text and token < rows:
-                ids_of.setdefault((token in draft.special, text), token)
+                ids_of.setdefault(text, token)
+        spelling = {text: token for text, token in ids_of.items() if token not in draft.special}
         shared: dict[int, int] = {}  # of each one of the draft, the target's
         read: list[list[int]] = [[] for _ in range(target_size + 1)]  # the last one is for others'
         marks = {target.last: draft.last, target.first: draft.first}
-        longest = max((len(text) for _, text in ids_of), default=0)
+        longest = max(map(len, spelling), default=0)
         for token, text in sorted(target.texts.items()):
             if token >= target_size or not text:
                 continue
-            own = ids_of.get((token in target.special, text))
+            own = ids_of.get(text)
             if own is not None and own < predicted:
                 shared.setdefault(own, token)
-            if own is None and token in target.special:
-                mark = marks.get(token)
-                own = mark if mark is not None and mark < rows else None
-            read[token] = _spelled(text, ids_of, longest) if own is None else [own]
+            if own is None and (mark := marks.get(token)) is not None and mark < rows:
+                own = mark
+            read[token] = _spelled(text, spelling, longest) if own is None else [own]
         self._lengths = np.array([len(ids) for ids in read])
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._spelled = np.array([each for ids in read for each in ids], np.int32)
@@ -147,17 +147,17 @@ class SharedTokens:
         return places
 
 
-def _spelled(text: bytes, ids_of: dict[tuple[bool, bytes], int], longest: int) -> list[int]:
+def _spelled(text: bytes, ids_of: dict[bytes, int], longest: int) -> list[int]:
     """The longest tokens, from the left on, that make ``text``; bytes that none begins with are
     left out."""
     ids, at = [], 0
     while at < len(text):
         ends: Iterable[int] = range(min(at + longest, len(text)), at, -1)
-        end = next((end for end in ends if (False, text[at:end]) in ids_of), None)
+        end = next((end for end in ends if text[at:end] in ids_of), None)
         if end is None:
             at += 1
             continue
-        ids.append(ids_of[False, text[at:end]])
+        ids.append(ids_of[text[at:end]])
         at = end
     return ids
 
