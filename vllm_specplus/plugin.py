@@ -219,7 +219,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         "model": DRAFTER,
         "num_speculative_tokens": config.num_speculative_tokens,
     }
-    args.spec_method = args.spec_tokens = None
+    args.spec_method = args.spec_model = args.spec_tokens = None
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: worker_config(config)}
     parallel_config.worker_cls = WORKERS[current_platform.device_type]
     args.scheduler_cls = SCHEDULER

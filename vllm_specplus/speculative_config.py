@@ -17,7 +17,7 @@ from vllm_specplus.strict import nearest, quoted, told
 FLAG = "--speculative-config"
 _EXAMPLE = '{"method": "token_recycling"}'
 #: vLLM's short flags -> the keys that they set.
-_SHORT = {"spec_method": "method", "spec_tokens": "num_speculative_tokens"}
+_SHORT = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
 def ours(args: Any) -> dict[str, Any] | None:
@@ -51,7 +51,7 @@ def ours(args: Any) -> dict[str, Any] | None:
                 )
             return None  # vLLM's own method: vLLM reports it
         raw[key] = value
-    if not raw or not _is_ours(raw, model=raw.get("model") or getattr(args, "spec_model", None)):
+    if not raw or not _is_ours(raw, model=raw.get("model")):
         return None
     if len(raw) < len(given):
         twice = next(k for k in given if "-" in k and k.replace("-", "_") in given)
