@@ -8,13 +8,13 @@ authors, as vLLM reads them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_specplus.drafting.head_tensors import Shapes, check_tensors, read_shapes
 from vllm_specplus.drafting.model import DraftModelError
-from vllm_specplus.files import is_file, positive, read_json, tensor_shapes
+from vllm_specplus.files import is_file, positive, read_json
 from vllm_specplus.strict import quoted
 
 #: Kinds of heads that can be run.
@@ -35,8 +35,6 @@ _ROPE_THETA = 1e6
 #: Most tokens of a block.
 _LONGEST_BLOCK = 256
 _MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,12 @@ def read_config(folder: str) -> BlockConfig:
         raise DraftModelError(str(error)) from None
     try:
         kind = _kind(raw, name)
-        shapes = _shapes(path, name)
+        shapes = read_shapes(path, name, canonical)
+        if is_file(path / "mask_embedding.pt"):
+            raise DraftModelError(
+                f"{name} has a mask_embedding.pt, and pickled files are not read: save it in the "
+                f"safetensors file as 'mask_embedding'"
+            )
         if any(each.get("quantization_config") for each in (raw, _inner(raw))):
             raise DraftModelError(f"{name} is quantized: use its unquantized original")
         return _medusa(raw, shapes, name) if kind == "medusa" else _block(kind, raw, shapes, name)
@@ -133,50 +136,6 @@ def _kind(raw: dict[str, Any], name: str) -> str:
         what = f"of kind {quoted(kind)}" if kind else "of no kind that its config.json names"
         raise DraftModelError(f"{name} is {what} (supported: {', '.join(KINDS)})")
     return kind
-
-
-def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor in the folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DraftModelError(
-            f"{name} holds no .safetensors file: save its weights as one (pickled files are not "
-            f"read)"
-        )
-    if is_file(folder / "mask_embedding.pt"):
-        raise DraftModelError(
-            f"{name} has a mask_embedding.pt, and pickled files are not read: save it in the "
-            f"safetensors file as 'mask_embedding'"
-        )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            found = tensor_shapes(file, quoted(file))
-        except ValueError as error:
-            raise DraftModelError(str(error)) from None
-        shapes |= {canonical(tensor): shape for tensor, shape in found.items()}
-    return shapes
-
-
-def _check_tensors(shapes: Shapes, expected: Shapes, optional: Shapes, name: str) -> None:
-    """DraftModelError unless there are the ``expected`` tensors, of these shapes, perhaps some of
-    the ``optional`` ones, and no others."""
-    missing = sorted(expected.keys() - shapes.keys())
-    if missing:
-        raise DraftModelError(f"{name} is incomplete: it lacks {_some(missing)}")
-    unknown = sorted(shapes.keys() - expected.keys() - optional.keys())
-    if unknown:
-        raise DraftModelError(f"{name} has tensors that are unknown here: {_some(unknown)}")
-    for tensor, shape in {**expected, **optional}.items():
-        if tensor in shapes and shapes[tensor] != shape:
-            raise DraftModelError(
-                f"{name} has a tensor {tensor} of shape {shapes[tensor]}, and {shape} fits the "
-                f"others"
-            )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # -- DFlash and DSpark -------------------------------------------------------------------
@@ -350,7 +309,7 @@ def _check_vocabulary(
         optional |= {
             "confidence_head.proj.weight": (1, units), "confidence_head.proj.bias": (1,),
         }  # fmt: skip
-    _check_tensors(shapes, expected, optional, name)
+    check_tensors(shapes, expected, optional, name)
     for tensor, use in (("embed_tokens", "embedding"), ("lm_head", "output layer")):
         if f"{tensor}.weight" not in shapes and hidden != target:
             raise DraftModelError(
@@ -399,5 +358,5 @@ def _medusa(raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
             )
     elif rows and own != vocab:
         raise DraftModelError(f"{name} predicts {own} of {vocab} tokens and says not which")
-    _check_tensors(shapes, expected, optional, name)
+    check_tensors(shapes, expected, optional, name)
     return BlockConfig("medusa", heads, hidden, vocab, None, None, None)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from vllm_specplus.drafting.executor import PROMPT_CHUNK, TreeExecutor
 from vllm_specplus.drafting.graphs import LevelGraphs, Record
 from vllm_specplus.drafting.passes import PagedAttention, Rows
 from vllm_specplus.step import TargetRows
+
+if TYPE_CHECKING:
+    from vllm_specplus.drafting.mtp import MtpHead
 
 #: Rows of a request that may wait.
 MOST_WAITING = 16
@@ -55,10 +59,10 @@ class Waiting:
 class HeadExecutor(TreeExecutor):
     """Runs ``head`` for all requests of a step."""
 
-    model: EagleHead
+    model: EagleHead | MtpHead
 
     def __init__(
-        self, head: EagleHead, max_nodes: int, max_requests: int, pages: int, page: int,
+        self, head: EagleHead | MtpHead, max_nodes: int, max_requests: int, pages: int, page: int,
         record: Record | None = None,
     ):  # fmt: skip
         """``pages``, ``page``: how many the target has, and slots per page; ``record``: makes
