@@ -25,8 +25,8 @@ from vllm_specplus.drafting.model import DraftModelError
 
 #: How vLLM's models name their embedding.
 _EMBEDDINGS = ("embed_tokens", "embedding")
-#: vLLM's models whose ``compute_logits`` begins with the last norm: the states that they hand out have
-#: not passed it, and what a head computes has passed its own.
+#: Models of vLLM whose ``compute_logits`` begins with the last norm. The states they hand out have
+#: not passed it; what a head computes has passed its own.
 _NORM_LATE = ("MiMoForCausalLM", "Step3p5ForCausalLM")
 
 
