@@ -7,23 +7,27 @@ authors, as vLLM reads them.
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_specplus.drafting.block_config import BlockConfig, Body, ParallelBody
 from vllm_specplus.drafting.head_tensors import Shapes, check_tensors, read_shapes
 from vllm_specplus.drafting.model import DraftModelError
 from vllm_specplus.files import is_file, positive, read_json
 from vllm_specplus.strict import quoted
 
 #: Kinds of heads that can be run.
-KINDS = ("dflash", "dspark", "medusa")
+KINDS = ("dflash", "dspark", "medusa", "peagle")
 _ARCHITECTURES = {
     "DFlashDraftModel": "dflash",
     "DFlash2DraftModel": "dflash2",
     "Qwen3DSparkModel": "dspark",
     "MedusaModel": "medusa",
+    "PEagleDraftModel": "peagle",
+    "PeagleLlamaForCausalLM": "peagle",
+    "PeagleQwen3ForCausalLM": "peagle",
 }
 #: Keys that describe the layers, beside their sizes, as transformers' ``Qwen3Config`` has them.
 _LAYER_KEYS = (
@@ -35,53 +39,19 @@ _ROPE_THETA = 1e6
 #: Most tokens of a block.
 _LONGEST_BLOCK = 256
 _MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+#: Families that the layers of P-EAGLE may be of.
+_FAMILIES = ("llama", "qwen3")
+#: Keys of its mask token: of ``speculators``, of its authors, of vLLM.
+_MASKS = ("mask_token_id", "ptd_token_id", "pard_token")
 
-
-@dataclass(frozen=True)
-class Body:
-    """The transformer of DFlash and DSpark."""
-
-    layer: dict[str, Any]
-    """Keys of ``Qwen3Config``, sizes among them."""
-    queries: int
-    """Rows of a pass: the newest token, and masks."""
-    from_anchor: bool
-    """Does the newest token's own row predict the first token? Else the first mask does."""
-    mask_token: int
-    windows: tuple[int | None, ...]
-    """How far each layer looks back; None: over the whole text."""
-    window_of_anchor: bool
-    """Windows are counted from the newest token for all rows alike; else from each row."""
-    causal: tuple[bool, ...]
-    """Of each layer: does a row see no later one of the block?"""
-
-    @property
-    def hidden_size(self) -> int:
-        return self.layer["hidden_size"]
-
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """What a head's folder says."""
-
-    kind: str
-    depth: int
-    """Tokens that are predicted at once."""
-    target_hidden_size: int
-    vocab_size: int | None
-    """The target's; None: it is not said."""
-    layer_ids: tuple[int, ...] | None
-    """Which of the target's hidden states it reads, as vLLM counts them: ``n`` is what enters layer
-    ``n``. None: those behind the last norm."""
-    max_positions: int | None
-    """None: as many as the target."""
-    body: Body | None
-    """None: of Medusa."""
+_Sizes = dict[str, tuple[int, ...]]
 
 
 def canonical(name: str) -> str:
     """A tensor's name, the same for all writers of checkpoints."""
     name = name.removeprefix("model.").removeprefix("medusa_heads.").removeprefix("medusa_head.")
+    if name.startswith("midlayer."):
+        return "layers.0." + name.removeprefix("midlayer.")
     if found := re.fullmatch(r"(\d+)\.(\d+)\.linear\.(weight|bias)", name):
         return "blocks.{}.layers.{}.{}".format(*found.groups())
     if found := re.fullmatch(r"(\d+)\.\d+\.weight", name):
@@ -108,7 +78,11 @@ def read_config(folder: str) -> BlockConfig:
             )
         if any(each.get("quantization_config") for each in (raw, _inner(raw))):
             raise DraftModelError(f"{name} is quantized: use its unquantized original")
-        return _medusa(raw, shapes, name) if kind == "medusa" else _block(kind, raw, shapes, name)
+        if kind == "medusa":
+            return _medusa(raw, shapes, name)
+        if kind == "peagle":
+            return _parallel(raw, shapes, name)
+        return _block(kind, raw, shapes, name)
     except DraftModelError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -138,6 +112,34 @@ def _kind(raw: dict[str, Any], name: str) -> str:
     return kind
 
 
+def _numbers(config: dict[str, Any], keys: tuple[str, ...], name: str) -> list[int]:
+    """Values of ``keys``; DraftModelError unless they are whole numbers above 0."""
+    try:
+        return [positive(config, key, f"{name}: its config.json") for key in keys]
+    except ValueError as error:
+        raise DraftModelError(str(error)) from None
+
+
+def _decoder(
+    of: str, reads: int, hidden: int, heads: tuple[int, int, int | None], inner: int, bias: bool
+) -> _Sizes:
+    """The tensors of a layer ``of`` that name, whose attention reads ``reads`` units; ``heads``:
+    units of its queries, of its keys, and of one head where these are normed, else None."""
+    queries, keys, dim = heads
+    found: _Sizes = {}
+    for part, size in {"q": queries, "k": keys, "v": keys, "o": hidden}.items():
+        found[f"{of}.self_attn.{part}_proj.weight"] = size, queries if part == "o" else reads
+        if bias:
+            found[f"{of}.self_attn.{part}_proj.bias"] = (size,)
+    if dim is not None:
+        found |= {f"{of}.self_attn.{part}_norm.weight": (dim,) for part in "qk"}
+    found |= {f"{of}.mlp.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
+    found[f"{of}.mlp.down_proj.weight"] = (hidden, inner)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        found[f"{of}.{norm}.weight"] = (hidden,)
+    return found
+
+
 # -- DFlash and DSpark -------------------------------------------------------------------
 
 
@@ -145,13 +147,7 @@ def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockCo
     theirs = "speculators_model_type" not in raw  # the authors' own format
     extra = raw.get("dflash_config") or {}
     config = raw | _inner(raw) | extra
-    try:
-        vocab, block, layers = (
-            positive(config, key, f"{name}: its config.json")
-            for key in ("vocab_size", "block_size", "num_hidden_layers")
-        )
-    except ValueError as error:
-        raise DraftModelError(str(error)) from None
+    vocab, block, layers = _numbers(config, ("vocab_size", "block_size", "num_hidden_layers"), name)
     if "fc.weight" not in shapes:
         raise DraftModelError(f"{name} is incomplete: it lacks fc.weight")
     hidden, reads = shapes["fc.weight"]
@@ -220,19 +216,7 @@ def _layers(
     }
     found = {each.split(".")[1] for each in shapes if each.startswith("layers.")}
     for i in range(min(layers, len(found) + 1)):  # one that lacks is enough
-        of = f"layers.{i}"
-        sizes = {"q": queries, "k": keys, "v": keys, "o": hidden}
-        for part, size in sizes.items():
-            expected[f"{of}.self_attn.{part}_proj.weight"] = (
-                size, queries if part == "o" else hidden,
-            )  # fmt: skip
-            if bias:
-                expected[f"{of}.self_attn.{part}_proj.bias"] = (size,)
-        expected |= {f"{of}.self_attn.{part}_norm.weight": (dim,) for part in "qk"}
-        expected |= {f"{of}.mlp.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
-        expected[f"{of}.mlp.down_proj.weight"] = (hidden, inner)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            expected[f"{of}.{norm}.weight"] = (hidden,)
+        expected |= _decoder(f"layers.{i}", hidden, hidden, (queries, keys, dim), inner, bias)
     layer = {key: config[key] for key in _LAYER_KEYS if config.get(key) is not None}
     rope = layer.get("rope_parameters") or {}
     if "sliding_attention" in rope:  # by kinds of layers, of which `speculators` rotate as one
@@ -296,6 +280,8 @@ def _check_vocabulary(
         "embed_tokens.weight": (vocab, hidden), "lm_head.weight": (own, hidden), "d2t": (own,),
         "t2d": (vocab,), "mask_embedding": (hidden,), "fc.weight": shapes["fc.weight"],
     }  # fmt: skip
+    if kind == "peagle":
+        del optional["mask_embedding"]
     if kind == "dspark":
         head = config.get("markov_head_type", "vanilla")
         if head != "vanilla":
@@ -315,6 +301,94 @@ def _check_vocabulary(
             raise DraftModelError(
                 f"{name} has {hidden} units and cannot use the {use} of its target, of {target}"
             )
+
+
+# -- P-EAGLE -------------------------------------------------------------------------------
+
+
+def _parallel(raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
+    config = raw | _inner(raw) | (raw.get("eagle_config") or {})
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise DraftModelError(
+            f"{name} has layers of type {quoted(family)} (supported: {', '.join(_FAMILIES)})"
+        )
+    for tensor in ("fc.weight", "mask_hidden"):
+        if tensor not in shapes:
+            raise DraftModelError(f"{name} is incomplete: it lacks {tensor}")
+    hidden, reads = shapes["fc.weight"]
+    target = int(config.get("target_hidden_size") or hidden)
+    ids = config.get("eagle_aux_hidden_state_layer_ids") or ()
+    states = len(ids or range(3))
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise DraftModelError(
+            f"{name} reads the target's layers {quoted(ids)}, which must be whole numbers"
+        )
+    if reads != target * states or math.prod(shapes["mask_hidden"]) != reads:
+        raise DraftModelError(
+            f"{name} reads {reads} units, and {math.prod(shapes['mask_hidden'])} for a mask, which "
+            f"are not the states of {states} layers of {target} units"
+        )
+    mask = next((config[key] for key in _MASKS if config.get(key) is not None), None)
+    if mask is None:
+        raise DraftModelError(f"{name} says nowhere which token is its mask: add 'mask_token_id'")
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise DraftModelError(f"{name} has layers with windows, which are not supported")
+    layer, expected = _parallel_layers(config, shapes, hidden, name)
+    expected["mask_hidden"] = shapes["mask_hidden"]
+    if "input_norm.weight" in shapes:
+        expected["input_norm.weight"] = (reads,)
+    if "fc_norm.0.weight" in shapes:
+        expected |= {f"fc_norm.{i}.weight": (target,) for i in range(states)}
+    _check_vocabulary("peagle", config, shapes, expected, target, name)
+    # Of heads that `speculators` train, as vLLM reads them: unlike those of EAGLE-3.
+    before = bool(config.get("norm_before_residual", False))
+    body = ParallelBody(family, layer, int(mask), before)
+    most = int(config.get("max_position_embeddings") or 32768)
+    depth = _depth(raw, config, name)
+    return BlockConfig("peagle", depth, target, config["vocab_size"], tuple(ids), most, body)
+
+
+def _parallel_layers(
+    config: dict[str, Any], shapes: Shapes, hidden: int, name: str
+) -> tuple[dict[str, Any], _Sizes]:
+    """Keys of the layers' config, and their tensors."""
+    _, layers, heads, inner = _numbers(
+        config,
+        ("vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        name,
+    )
+    key_heads = int(config.get("num_key_value_heads") or heads)
+    dim = int(config.get("head_dim") or hidden // heads)
+    if heads % key_heads:
+        raise DraftModelError(f"{name} has {heads} heads, which cannot share {key_heads} of keys")
+    bias, normed = bool(config.get("attention_bias")), config["model_type"] == "qwen3"
+    sizes = heads * dim, key_heads * dim, dim if normed else None
+    expected: _Sizes = {"norm.weight": (hidden,), "layers.0.hidden_norm.weight": (hidden,)}
+    found = {each.split(".")[1] for each in shapes if each.startswith("layers.")}
+    for i in range(min(layers, len(found) + 1)):  # one that lacks is enough
+        reads = hidden if i else 2 * hidden
+        expected |= _decoder(f"layers.{i}", reads, hidden, sizes, inner, bias)
+    layer = {key: config[key] for key in _LAYER_KEYS if config.get(key) is not None}
+    layer |= {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": dim,
+        "attention_bias": bias,
+    }  # fmt: skip
+    return layer, expected
+
+
+def _depth(raw: dict[str, Any], config: dict[str, Any], name: str) -> int:
+    """How many tokens a pass was trained to predict."""
+    methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    said = [methods[0].get("speculative_tokens"), config.get("num_depths")]
+    depth = next((each for each in said if each is not None), None)
+    if not isinstance(depth, int) or not 1 <= depth <= _LONGEST_BLOCK:
+        raise DraftModelError(
+            f"{name} predicts {quoted(depth)} tokens at once: say in its config.json how many it "
+            f"was trained for, as 'num_depths', 1 to {_LONGEST_BLOCK}"
+        )
+    return depth
 
 
 # -- Medusa --------------------------------------------------------------------------------

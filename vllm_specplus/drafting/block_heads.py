@@ -40,20 +40,22 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from vllm_specplus.drafting import block_trees
-from vllm_specplus.drafting.block_checkpoint import BlockConfig, canonical, read_config
+from vllm_specplus.drafting.block_checkpoint import canonical, read_config
+from vllm_specplus.drafting.block_config import BlockConfig, Body
 from vllm_specplus.drafting.block_trees import Laws
 from vllm_specplus.drafting.eagle import Vocabulary
 from vllm_specplus.drafting.gathered import GatheredPages
 from vllm_specplus.drafting.model import DraftModelError
+from vllm_specplus.drafting.peagle import ParallelHead
 from vllm_specplus.strict import quoted
 
 
 def load_head(
     folder: str, target: Vocabulary, vocab_size: int, device: torch.device, dtype: torch.dtype
-) -> BlockHead | MedusaHead:
+) -> BlockHead | MedusaHead | ParallelHead:
     """The head of a folder, of whichever kind; DraftModelError if its ids are not the target's."""
     config = read_config(folder)
-    kind = MedusaHead if config.body is None else BlockHead
+    kind = _CLASSES[config.kind]
     weights = {
         canonical(name): weight
         for file in sorted(Path(folder).glob("*.safetensors"))
@@ -85,7 +87,7 @@ class BlockHead:
     ):  # fmt: skip
         """``weights`` by canonical names; ``own`` int64 [V']: the ids of the tokens that it
         predicts, None: all of them."""
-        assert config.body is not None
+        assert isinstance(config.body, Body)
         self.config, self.body = config, config.body
         self.device, self.dtype = device, dtype
         self._target = target
@@ -259,6 +261,11 @@ class MedusaHead:
     def laws(self, hidden: torch.Tensor, tokens: torch.Tensor, width: int) -> Laws:
         """Of blocks with ``hidden`` [R, D, hidden]; what the newest ``tokens`` are is in them."""
         return block_trees.factorised(self.logits(hidden), width, self._own)
+
+
+_CLASSES = {
+    "dflash": BlockHead, "dspark": BlockHead, "medusa": MedusaHead, "peagle": ParallelHead
+}  # fmt: skip
 
 
 def _parts(config: Qwen3Config, weights: dict[str, torch.Tensor]) -> nn.ModuleDict:

@@ -70,6 +70,10 @@ def read_config(folder: str) -> HeadConfig:
         )
     try:
         raw = read_json(path / "config.json", f"EAGLE head {quoted(folder)}: its config.json")
+        if raw.get("speculators_model_type") == "peagle":
+            raise DraftModelError(
+                f"EAGLE head {quoted(folder)} is a P-EAGLE head: use the method 'block_tree'"
+            )
         if raw.get("speculators_model_type") not in (None, "eagle3"):
             raise DraftModelError(
                 f"EAGLE head {quoted(folder)} is a speculator of type "
