@@ -79,7 +79,7 @@ def describe(
         "rope_theta": THETA, "max_position_embeddings": 1024, "attention_bias": bias,
     }  # fmt: skip
     if writer == "authors":
-        name = {"llama": "PeagleLlamaForCausalLM", "qwen3": "PeagleQwen3ForCausalLM"}[family]
+        name = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}[family]
         known = {"architectures": [name], "ptd_token_id": MASK, "num_depths": depth}
         return layer | known | {"draft_vocab_size": few}
     return {

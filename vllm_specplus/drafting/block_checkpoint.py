@@ -25,6 +25,9 @@ _ARCHITECTURES = {
     "DFlash2DraftModel": "dflash2",
     "Qwen3DSparkModel": "dspark",
     "MedusaModel": "medusa",
+    "Eagle3LlamaForCausalLM": "eagle3",
+    "Eagle3Qwen3ForCausalLM": "eagle3",
+    "LlamaForCausalLMEagle3": "eagle3",
     "PEagleDraftModel": "peagle",
     "PeagleLlamaForCausalLM": "peagle",
     "PeagleQwen3ForCausalLM": "peagle",
@@ -102,6 +105,8 @@ def _kind(raw: dict[str, Any], name: str) -> str:
     if kind is None:
         named = [_ARCHITECTURES.get(each) for each in raw.get("architectures") or ()]
         kind = next((each for each in named if each), None)
+        if kind == "eagle3" and any(raw.get(key) is not None for key in _MASKS):
+            kind = "peagle"
     if kind is None and (raw.get("model_type") == "medusa" or "medusa_num_heads" in raw):
         kind = "medusa"
     if kind in ("eagle3", "eagle"):

@@ -133,6 +133,8 @@ def _unrunnable(config: dict, shapes: dict[str, tuple[int, ...]], generation: in
         optional |= {name for name in shapes if name.startswith("fc_norm.")}
     else:
         optional |= {"fc.bias"}
+    if "mask_hidden" in shapes:
+        return "is a P-EAGLE head: use the method 'block_tree'"
     if config.get("attention_bias"):
         required |= {f"layer.self_attn.{part}_proj.bias" for part in "qkvo"}
     if config.get("quantization_config"):
