@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vllm_specplus.drafting.block_config import BlockConfig, Body, ParallelBody
+from vllm_specplus.drafting.block_config import BlockConfig, Body, ParallelBody, Second
 from vllm_specplus.drafting.head_tensors import Shapes, check_tensors, read_shapes
 from vllm_specplus.drafting.model import DraftModelError
 from vllm_specplus.files import is_file, positive, read_json
 from vllm_specplus.strict import quoted
 
 #: Kinds of heads that can be run.
-KINDS = ("dflash", "dspark", "medusa", "peagle")
+KINDS = ("dflash", "dflash2", "dspark", "medusa", "peagle")
 _ARCHITECTURES = {
     "DFlashDraftModel": "dflash",
     "DFlash2DraftModel": "dflash2",
@@ -145,7 +145,7 @@ def _decoder(
     return found
 
 
-# -- DFlash and DSpark -------------------------------------------------------------------
+# -- DFlash, DFlash-2 and DSpark -------------------------------------------------------------------
 
 
 def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
@@ -183,11 +183,15 @@ def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockCo
     if mask is None:
         raise DraftModelError(f"{name} says nowhere which token is its mask: add 'mask_token_id'")
     layer, expected = _layers(config, shapes, layers, hidden, name)
+    second = _second(config, shapes, block, hidden, expected, name) if kind == "dflash2" else None
     _check_vocabulary(kind, config, shapes, expected, target, name)
     if theirs and not any(config.get(key) for key in ("rope_theta", "rope_parameters")):
         layer["rope_theta"] = _ROPE_THETA
     windows, causal = _attention(config, layers, theirs, name)
-    body = Body(layer, block, from_anchor, int(mask), windows, not theirs, causal)
+    confidence = _confidence(config, shapes) if kind == "dspark" else None
+    body = Body(
+        layer, block, from_anchor, int(mask), windows, not theirs, causal, confidence, second
+    )  # fmt: skip
     most = int(config.get("max_position_embeddings") or 32768)
     return BlockConfig(kind, block - (not from_anchor), target, vocab, layer_ids, most, body)
 
@@ -232,6 +236,42 @@ def _layers(
         "head_dim": dim, "attention_bias": bias,
     }  # fmt: skip
     return layer, expected
+
+
+def _confidence(config: dict[str, Any], shapes: Shapes) -> Literal["row", "token"] | None:
+    """See ``Body.confidence``."""
+    if not config.get("enable_confidence_head") or "confidence_head.proj.weight" not in shapes:
+        return None
+    by_token = config.get("confidence_head_with_markov") and config.get("markov_rank")
+    return "token" if by_token else "row"
+
+
+def _second(
+    config: dict[str, Any], shapes: Shapes, block: int, hidden: int, expected: _Sizes, name: str
+) -> Second:
+    """What DFlash-2 adds; its tensors are added to the ``expected`` ones."""
+    keys = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+    taps, group, rank, candidates = _numbers(config, keys, name)
+    if taps > block or hidden % group:
+        raise DraftModelError(
+            f"{name} has convolutions of {taps} rows and {group} units, which do not fit into "
+            f"blocks of {block} rows and {hidden} units"
+        )
+    if "d2t" in shapes or config.get("sample_from_anchor"):
+        raise DraftModelError(
+            f"{name} has a vocabulary of its own, or predicts from the newest token's row, which "
+            f"DFlash-2 does not"
+        )
+    layers = {each.split(".")[1] for each in expected if each.startswith("layers.")}
+    for part in (f"layers.{i}.{each}_conv" for i in layers for each in ("attention", "mlp")):
+        expected[f"{part}.base_kernel"] = (2, taps, hidden)
+        expected[f"{part}.kernel_projection.weight"] = (2 * taps * hidden // group, hidden)
+    for part in ("predecessor", "successor"):
+        expected[f"candidate_selector.{part}_codebook"] = (int(config["vocab_size"]), rank)
+    expected["candidate_selector.hidden_projection.weight"] = (rank, hidden)
+    scales = [float(config.get(key) or 1) for key in ("input_embedding_scale", "output_multiplier")]
+    cap = float(config.get("final_logit_softcapping") or 0)
+    return Second(taps, group, candidates, *scales, max(cap, 0.0))
 
 
 def _attention(

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Second:
+    """What DFlash-2 adds to DFlash (``dflash2.py``)."""
+
+    taps: int
+    """Rows that a convolution reads: a row, and those before it."""
+    group: int
+    """Units that share a kernel."""
+    candidates: int
+    """How many tokens of each depth the selector chooses from."""
+    embedding_scale: float
+    output_scale: float
+    soft_cap: float
+    """Of the logits, before they are scaled; 0: none."""
 
 
 @dataclass(frozen=True)
 class Body:
-    """The transformer of DFlash and DSpark."""
+    """The transformer of DFlash, DFlash-2 and DSpark."""
 
     layer: dict[str, Any]
     """Keys of ``Qwen3Config``, sizes among them."""
@@ -23,6 +39,11 @@ class Body:
     """Windows are counted from the newest token for all rows alike; else from each row."""
     causal: tuple[bool, ...]
     """Of each layer: does a row see no later one of the block?"""
+    confidence: Literal["row", "token"] | None = None
+    """What DSpark's confidence head reads: a row alone, or also the token before; None: it has
+    none."""
+    second: Second | None = None
+    """None: not of DFlash-2."""
 
 
 @dataclass(frozen=True)
