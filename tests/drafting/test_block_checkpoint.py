@@ -137,6 +137,14 @@ WRONG = {
     "any model": ({"writer": "authors", "architectures": ["LlamaForCausalLM"]}, None,
                   "of no kind that its config.json names"),
     "gated": ({"kind": "dspark", "markov_head_type": "gated"}, None, "Markov head of type 'gated'"),
+    "convolutions": ({"kind": "dflash2", "conv_kernel_size": 9}, None,
+                     "has convolutions of 9 rows and 8 units, which do not fit into blocks of 4"),
+    "groups": ({"kind": "dflash2", "conv_group_size": 7}, None, "of 2 rows and 7 units, which do"),
+    "no convolution": ({"kind": "dflash2"}, drop("layers.1.mlp_conv.base_kernel"),
+                       "it lacks layers.1.mlp_conv.base_kernel"),
+    "selector": ({"kind": "dflash2", "selector_rank": 9}, None,
+                 "predecessor_codebook of shape"),
+    "few tokens": ({"kind": "dflash2", "own_tokens": 9}, None, "has a vocabulary of its own, or"),
     "no markov": ({"kind": "dspark"}, drop("markov_head.markov_w2.weight"), "it lacks markov_head"),
 }  # fmt: skip
 

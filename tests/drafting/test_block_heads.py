@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.block_heads import HIDDEN, Reference, medusa_reference, save_block, save_medusa
+from tests.block_heads import (
+    CANDIDATES,
+    HIDDEN,
+    Reference,
+    medusa_reference,
+    save_block,
+    save_medusa,
+)
 from tests.drafting.test_eagle import CLOSE, PAGE, VOCAB, Texts, Vocabulary
 from vllm_specplus.drafting import block_executor
 from vllm_specplus.drafting.block_executor import BlockExecutor, MedusaExecutor
@@ -35,6 +42,23 @@ HEADS = {
     "dspark-own-tokens": {"kind": "dspark", "own_tokens": 20},
     "dspark-bonus-anchor": {"kind": "dspark", "sample_from_anchor": False},
     "dspark-without-markov": {"kind": "dspark", "rank": 0, "confidence_head_with_markov": False},
+    "dspark-trusts-rows": {
+        "kind": "dspark", "own": ("confidence_head",), "rank": 0,
+        "confidence_head_with_markov": False,
+    },
+    "dspark-trusts-rows-authors": {
+        "kind": "dspark", "own": ("confidence_head",), "confidence_head_with_markov": False,
+        **AUTHORS,
+    },
+    "dspark-does-not-say": {
+        "kind": "dspark", "own": ("confidence_head",), "enable_confidence_head": False,
+    },
+    "dflash2": {"kind": "dflash2"},
+    "dflash2-authors": {
+        "kind": "dflash2", "block": 5, "input_embedding_scale": 1.5, "output_multiplier": 0.5,
+        "final_logit_softcapping": 3.0, **AUTHORS,
+    },
+    "dflash2-windows": {"kind": "dflash2", **SLIDING},
 }  # fmt: skip
 
 
@@ -110,18 +134,22 @@ def check_laws(laws, a: int, reference: Reference, logits: torch.Tensor, newest:
     conditional = laws.given.shape[2] > 1
     for depth in range(len(logits)):
         law = candidate if conditional and depth else 0
-        wanted = reference.law(logits[depth], previous)
+        everything = reference.law(logits[depth], previous, depth)
+        trust = reference.trust(depth, previous)
         number = {int(token): i for i, token in enumerate(reference.ids)}
         order = laws.order[a, depth, law]
         own = torch.tensor([number[int(t)] for t in laws.tokens[a, depth, order]])
-        wanted = wanted[own]
-        if conditional and depth:
+        wanted = everything[own]
+        of_candidates = conditional and (depth or reference.second)
+        if of_candidates:
             wanted = wanted.log_softmax(-1)
         given = torch.from_numpy(laws.given[a, depth, law])
-        torch.testing.assert_close(given, wanted, **CLOSE)
-        if not conditional or not depth:  # the most probable ones of all
-            best = reference.law(logits[depth], previous).topk(len(own)).values
+        torch.testing.assert_close(given, wanted + trust, **CLOSE)
+        if not of_candidates:  # the most probable ones of all
+            best = everything.topk(len(own)).values
             torch.testing.assert_close(wanted, best, **CLOSE)
+        if reference.second:
+            assert set(own.tolist()) == set(logits[depth].topk(CANDIDATES).indices.tolist())
         candidate = int(order[-1])
         previous = int(laws.tokens[a, depth, candidate])
 

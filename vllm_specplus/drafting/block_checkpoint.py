@@ -145,7 +145,7 @@ def _decoder(
     return found
 
 
-# -- DFlash, DFlash-2 and DSpark -------------------------------------------------------------------
+# -- DFlash, DFlash-2 and DSpark ---------------------------------------------------------
 
 
 def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
