@@ -158,9 +158,25 @@ def right_parallel(vocab: int) -> tuple[dict, dict]:
     return {name: each.clone() for name, each in tensors.items()}, config
 
 
+def add_second(tensors: dict, vocab: int) -> dict:
+    """What DFlash-2 has more, such that it changes nothing; the keys of its config."""
+    import torch
+
+    base = torch.stack((torch.ones(HIDDEN), torch.zeros(HIDDEN))).expand(2, -1, -1)
+    for layer in range(BLOCK - 1):
+        for part in ("attention_conv", "mlp_conv"):
+            tensors[f"layers.{layer}.{part}.base_kernel"] = base
+            projection = torch.zeros(4 * HIDDEN // 16, HIDDEN)
+            tensors[f"layers.{layer}.{part}.kernel_projection.weight"] = projection
+    for part in ("predecessor", "successor"):
+        tensors[f"candidate_selector.{part}_codebook"] = torch.zeros(vocab, 8)
+    tensors["candidate_selector.hidden_projection.weight"] = torch.zeros(8, HIDDEN)
+    return {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 8}
+
+
 def right_head(path: Path, kind: str, vocab: int, gain: float, positions: int = 1024) -> str:
-    """A head that knows the successors: DFlash in its authors' format, with embedding and output
-    layer; DSpark and P-EAGLE as ``speculators`` write them, with the target's; Medusa."""
+    """A head that knows the successors: DFlash and DFlash-2 in their authors' format, with an
+    embedding and an output layer; DSpark and P-EAGLE as ``speculators`` write them; Medusa."""
     import torch
 
     units = torch.eye(HIDDEN)[:vocab]
@@ -175,25 +191,30 @@ def right_head(path: Path, kind: str, vocab: int, gain: float, positions: int = 
     if kind == "peagle":
         return write(path, *right_parallel(vocab))
     tensors, config = right_body(vocab, positions)
-    if kind == "dflash":
+    if kind.startswith("dflash"):
         tensors["lm_head.weight"] = gain * units
         tensors["embed_tokens.weight"] = units.clone()
         tensors["embed_tokens.weight"][MASK] = 0
         known = {"mask_token_id": MASK, "target_layer_ids": [0, 1]}
-        config |= {"architectures": ["DFlashDraftModel"], "block_size": BLOCK,
-                   "dflash_config": known}  # fmt: skip
+        name = "DFlashDraftModel"
+        if kind == "dflash2":
+            name, known = "DFlash2DraftModel", known | add_second(tensors, vocab)
+        config |= {"architectures": [name], "block_size": BLOCK, "dflash_config": known}
         return write(path, tensors, config)
     tensors["mask_embedding"] = torch.zeros(HIDDEN)
     # Which token follows which, as the target's output layer has it.
     tensors["markov_head.markov_w1.weight"] = units
     tensors["markov_head.markov_w2.weight"] = gain * units @ successors(vocab)
+    tensors["confidence_head.proj.weight"] = torch.zeros(1, 2 * HIDDEN)
+    tensors["confidence_head.proj.bias"] = torch.full((1,), 3.0)
     return write(
         path, tensors,
         {
             "speculators_model_type": "dspark", "block_size": BLOCK, "mask_token_id": MASK,
             "transformer_layer_config": config | {"model_type": "qwen3"},
             "draft_vocab_size": vocab, "aux_hidden_state_layer_ids": [1, 2],
-            "sample_from_anchor": True, "markov_rank": HIDDEN, "enable_confidence_head": False,
+            "sample_from_anchor": True, "markov_rank": HIDDEN, "enable_confidence_head": True,
+            "confidence_head_with_markov": True,
         },
     )  # fmt: skip
 
@@ -232,13 +253,10 @@ def plain(tmp_path_factory, engine, requests) -> dict:
 @pytest.mark.parametrize(
     ("kind", "control"),
     [
-        ("dflash", FIXED),
-        ("dspark", FIXED),
-        ("medusa", FIXED),
-        ("peagle", FIXED),
+        *((kind, FIXED) for kind in ("dflash", "dflash2", "dspark", "medusa", "peagle")),
         ("dspark", GOODPUT),
     ],
-    ids=["dflash", "dspark", "medusa", "peagle", "goodput"],
+    ids=["dflash", "dflash2", "dspark", "medusa", "peagle", "goodput"],
 )
 def test_greedy_text_is_the_same(tmp_path, engine, requests, plain, kind, control):
     """Chunked prefill, prefix caching, preemption, penalties; and the head is often right."""
@@ -280,16 +298,18 @@ def test_drafting_stops_where_the_head_has_no_positions(tmp_path, engine, reques
     assert counters["nodes_accepted"] > 100
 
 
-@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "peagle"])
 def test_greedy_text_is_the_same_with_a_head_that_is_wrong(tmp_path, engine, requests, plain, kind):
     """A random one, of few tokens, with windows."""
     sliding = {
         "layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True,
         "sliding_window": 40,
     }  # fmt: skip
-    head = save_block(
-        tmp_path / "head", kind, VOCAB, hidden=HIDDEN, target=HIDDEN, own_tokens=60, **sliding
-    )
+    keys = {"hidden": HIDDEN, "own_tokens": 60}
+    if kind == "peagle":
+        head = save_parallel(tmp_path / "head", VOCAB, **keys)
+    else:
+        head = save_block(tmp_path / "head", kind, VOCAB, target=HIDDEN, **keys, **sliding)
     config = engine | {"speculative_config": spec(head)}
     result = harness.run(tmp_path, config, [{"requests": requests}])
     assert harness.ids(result) == harness.ids(plain)
@@ -297,10 +317,11 @@ def test_greedy_text_is_the_same_with_a_head_that_is_wrong(tmp_path, engine, req
     assert result["counters"]["nodes_drafted"] > 1000
 
 
-@pytest.mark.parametrize("kind", ["dflash", "dspark", "medusa", "peagle"])
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark", "medusa", "peagle"])
 @pytest.mark.full(
     "vllm_specplus/samplers/*.py", "vllm_specplus/drafting/block_*.py",
-    "vllm_specplus/drafting/peagle*.py", "vllm_specplus/drafting/head_executor.py",
+    "vllm_specplus/drafting/dflash2.py", "vllm_specplus/drafting/peagle*.py",
+    "vllm_specplus/drafting/head_executor.py", "vllm_specplus/drafting/passes.py",
     "vllm_specplus/proposers/block_tree.py", "vllm_specplus/engine/verify.py",
 )  # fmt: skip
 def test_sampled_text_has_the_targets_distribution(tmp_path, kind):
