@@ -9,6 +9,7 @@ import pytest
 
 from tests.block_heads import save_block
 from tests.engine import harness
+from tests.engine.conftest import build_model
 from tests.engine.test_sampling import TOKENS, chi_square, joint_probabilities
 from tests.parallel_heads import save_parallel
 
@@ -349,11 +350,12 @@ def test_a_head_for_another_target_is_refused_before_the_start(tmp_path, engine)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_chains_of_p_eagle_are_accepted_exactly_as_vllms_own(tmp_path, target, family):
+def test_chains_of_p_eagle_are_accepted_exactly_as_vllms_own(tmp_path, family):
     """By position, over 1,600 tokens, with a random head: so the drafts are the same."""
+    target = build_model(tmp_path / "target", 64, 0.12)
     head = save_parallel(
-        tmp_path / "head", VOCAB, family=family, depth=3, writer="authors", hidden=HIDDEN,
-        head_dim=DIM, spread=0.08, norm_before_residual=False,
+        tmp_path / "head", 64, family=family, depth=3, writer="authors", hidden=HIDDEN,
+        head_dim=DIM, spread=0.08,
     )  # fmt: skip
     engine = {
         "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
