@@ -349,25 +349,36 @@ def test_a_head_for_another_target_is_refused_before_the_start(tmp_path, engine)
         harness.run(tmp_path, engine | config, [{"requests": []}])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_chains_of_p_eagle_are_accepted_exactly_as_vllms_own(tmp_path, family):
-    """By position, over 1,600 tokens, with a random head: so the drafts are the same."""
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("dflash", {"method": "dflash"}),
+        ("peagle-llama", {"method": "eagle3", "parallel_drafting": True}),
+        ("peagle-qwen3", {"method": "eagle3", "parallel_drafting": True}),
+    ],
+)
+def test_chains_are_accepted_exactly_as_those_of_vllms_own_heads(tmp_path, kind, own):
+    """By position, over 1,600 tokens, with random heads: so the drafts are the same."""
     target = build_model(tmp_path / "target", 64, 0.12)
-    head = save_parallel(
-        tmp_path / "head", 64, family=family, depth=3, writer="authors", hidden=HIDDEN,
-        head_dim=DIM, spread=0.08,
-    )  # fmt: skip
+    keys = {"hidden": HIDDEN, "writer": "authors", "spread": 0.08}
+    if kind == "dflash":
+        head = save_block(tmp_path / "head", kind, 64, target=HIDDEN, **keys)
+    else:
+        family = kind.partition("-")[2]
+        head = save_parallel(tmp_path / "head", 64, family=family, depth=3, head_dim=DIM, **keys)
     engine = {
         "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
         "max_model_len": 256, "enable_prefix_caching": False, "disable_log_stats": False,
     }  # fmt: skip
     params = {"temperature": 0.0, "max_tokens": 100, "ignore_eos": True, "detokenize": False}
-    requests = [[[3 + (7 * i + j * j) % 61 for j in range(5 + 7 * i)], params] for i in range(16)]
-    own = {"method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 3}
-    batches = [{"requests": requests}]
-    stock = harness.run(tmp_path, engine | {"speculative_config": own | {"model": head}}, batches)
-    ours = spec(head, num_speculative_tokens=3)
-    tree = harness.run(tmp_path, engine | {"speculative_config": ours}, batches, "chains")
+    requests = [[[4 + (7 * i + j * j) % 60 for j in range(5 + 7 * i)], params] for i in range(16)]
+    batches, number = [{"requests": requests}], {"num_speculative_tokens": 3}
+    stock = harness.run(
+        tmp_path, engine | {"speculative_config": own | {"model": head} | number}, batches
+    )
+    tree = harness.run(
+        tmp_path, engine | {"speculative_config": spec(head, **number)}, batches, "chains"
+    )
     assert harness.ids(tree) == harness.ids(stock)
     assert tree["accepted_per_position"] == stock["accepted_per_position"]
     assert stock["accepted_per_position"][0] > 10
