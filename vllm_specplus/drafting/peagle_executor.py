@@ -88,17 +88,8 @@ class ParallelExecutor(HeadExecutor):
             if self.cache.packed
             else depths[:, None] >= np.arange(totals.max())
         )
-        ints = [
-            each.astype(np.int32)
-            for each in (
-                starts,
-                np.full(len(requests), width * page),
-                firsts,
-                table,
-                starts,
-                depths,
-            )
-        ]
+        contexts = np.full(len(requests), width * page)
+        ints = [each.astype(np.int32) for each in (starts, contexts, firsts, table, starts, depths)]
         arrays = (firsts[of] + depths, slots, *ints, related)
         return Rows(*map(self._to_device, arrays), int(totals.max()), width * page)
 
