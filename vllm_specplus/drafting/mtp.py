@@ -57,7 +57,10 @@ class MtpHead:
         self.config = config = read_config(folder)
         self.device, self.dtype, self._target = device, dtype, target
         config_class, layer_class, norm_class, rotary_class = _MODULES[config.family]
-        layer = config_class(**config.layer, num_hidden_layers=1, attn_implementation=PASSED_IN)
+        layer = config_class(
+            **config.layer, num_hidden_layers=1, attn_implementation=PASSED_IN,
+            experts_implementation="eager",
+        )  # fmt: skip
         self.kv_heads, self.head_dim = layer.num_key_value_heads, layer.head_dim
         self.max_positions = layer.max_position_embeddings
         hidden, eps = config.hidden_size, layer.rms_norm_eps
