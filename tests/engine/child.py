@@ -32,6 +32,17 @@ def sabotage(kind: str) -> None:
 
     if kind == "no_compaction":
         TreeRunnerMixin._compact = lambda self, step: None
+    elif kind == "chains":
+        # As of structured output: block heads draft their most probable tokens.
+        from vllm_specplus.proposers.block_tree import BlockTree
+
+        propose = BlockTree.propose
+
+        def chains(self, step):
+            step.chain_only[:] = True
+            return propose(self, step)
+
+        BlockTree.propose = chains
     elif kind == "no_depth":
         from vllm_specplus.engine import batch
 

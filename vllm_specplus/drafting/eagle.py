@@ -87,15 +87,7 @@ class EagleHead:
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """f' of the target's hidden states: [n, states * target_hidden] -> [n, hidden]."""
-        if self.config.generation == 1:
-            return states
-        parts = self.parts
-        if "input_norm" in parts:
-            states = parts["input_norm"](states)
-        if "fc_norm" in parts:
-            each = states.chunk(self.config.states, -1)
-            states = torch.cat([n(x) for n, x in zip(parts["fc_norm"], each, strict=True)], -1)
-        return parts["fc"](states)
+        return states if self.config.generation == 1 else fused(self.parts, states)
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, head_dim] at ``positions`` int64 [T]."""
@@ -151,6 +143,18 @@ class EagleHead:
         if "embed_tokens" in self.parts:
             return self.parts["embed_tokens"](tokens)
         return self._target.embed(tokens)
+
+
+def fused(parts: nn.ModuleDict, states: torch.Tensor) -> torch.Tensor:
+    """f' [n, hidden] of hidden states [n, states * target_hidden], by the ``parts`` of an EAGLE-3
+    head: ``fc``, and the norms before it that the head has."""
+    if "input_norm" in parts:
+        states = parts["input_norm"](states)
+    if "fc_norm" in parts:
+        norms = list(parts["fc_norm"])
+        each = states.chunk(len(norms), -1)
+        states = torch.cat([norm(x) for norm, x in zip(norms, each, strict=True)], -1)
+    return parts["fc"](states)
 
 
 def _parts(layer: LlamaConfig, head: HeadConfig, weights: dict[str, torch.Tensor]) -> nn.ModuleDict:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_specplus.drafting.head_tensors import read_shapes
 from vllm_specplus.drafting.model import DraftModelError
-from vllm_specplus.files import is_file, read_json, tensor_shapes
+from vllm_specplus.files import is_file, read_json
 from vllm_specplus.strict import quoted
 
 #: ``model_type`` of the layers that a head may be made of.
@@ -69,6 +70,10 @@ def read_config(folder: str) -> HeadConfig:
         )
     try:
         raw = read_json(path / "config.json", f"EAGLE head {quoted(folder)}: its config.json")
+        if raw.get("speculators_model_type") == "peagle":
+            raise DraftModelError(
+                f"EAGLE head {quoted(folder)} is a P-EAGLE head: use the method 'block_tree'"
+            )
         if raw.get("speculators_model_type") not in (None, "eagle3"):
             raise DraftModelError(
                 f"EAGLE head {quoted(folder)} is a speculator of type "
@@ -76,7 +81,7 @@ def read_config(folder: str) -> HeadConfig:
             )
         # `speculators` writes the layer's own config inside; some of vLLM's keys as well.
         config = raw | raw.get("transformer_layer_config", {}) | raw.get("eagle_config", {})
-        shapes = _shapes(path)
+        shapes = read_shapes(path, f"EAGLE head {quoted(folder)}", canonical)
         generation = 3 if "layer.hidden_norm.weight" in shapes else 1
         problem = _unrunnable(config, shapes, generation)
         if problem:
@@ -117,24 +122,6 @@ def read_config(folder: str) -> HeadConfig:
         ) from None
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor in the folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DraftModelError(
-            f"EAGLE head {quoted(folder)} holds no .safetensors file: save its weights as one "
-            f"(pickled files are not read)"
-        )
-    shapes = {}
-    for file in files:
-        try:
-            found = tensor_shapes(file, quoted(file))
-        except ValueError as error:
-            raise DraftModelError(str(error)) from None
-        shapes |= {canonical(name): shape for name, shape in found.items()}
-    return shapes
-
-
 def _unrunnable(config: dict, shapes: dict[str, tuple[int, ...]], generation: int) -> str | None:
     """What is wrong with a head, or None."""
     required, optional = {"fc.weight", *_LAYER}, {"embed_tokens.weight", "lm_head.weight"}
@@ -146,6 +133,8 @@ def _unrunnable(config: dict, shapes: dict[str, tuple[int, ...]], generation: in
         optional |= {name for name in shapes if name.startswith("fc_norm.")}
     else:
         optional |= {"fc.bias"}
+    if "mask_hidden" in shapes:
+        return "is a P-EAGLE head: use the method 'block_tree'"
     if config.get("attention_bias"):
         required |= {f"layer.self_attn.{part}_proj.bias" for part in "qkvo"}
     if config.get("quantization_config"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ from vllm_specplus.drafting.executor import PROMPT_CHUNK, TreeExecutor
 from vllm_specplus.drafting.graphs import LevelGraphs, Record
 from vllm_specplus.drafting.passes import PagedAttention, Rows
 from vllm_specplus.step import TargetRows
+
+if TYPE_CHECKING:
+    from vllm_specplus.drafting.mtp import MtpHead
+    from vllm_specplus.drafting.peagle import ParallelHead
 
 #: Rows of a request that may wait.
 MOST_WAITING = 16
@@ -55,11 +60,11 @@ class Waiting:
 class HeadExecutor(TreeExecutor):
     """Runs ``head`` for all requests of a step."""
 
-    model: EagleHead
+    model: EagleHead | MtpHead | ParallelHead
 
     def __init__(
-        self, head: EagleHead, max_nodes: int, max_requests: int, pages: int, page: int,
-        record: Record | None = None,
+        self, head: EagleHead | MtpHead | ParallelHead, max_nodes: int, max_requests: int,
+        pages: int, page: int, record: Record | None = None,
     ):  # fmt: skip
         """``pages``, ``page``: how many the target has, and slots per page; ``record``: makes
         graphs of levels."""
@@ -140,13 +145,7 @@ class HeadExecutor(TreeExecutor):
         """Read what waits of some requests, ``rows`` int64 [A] of those of :meth:`follow`,
         with texts of ``lengths`` int64 [A] tokens; float32 [A, V] logits behind their last.
         """
-        news = []
-        for name, length in zip(requests, lengths.tolist(), strict=True):
-            waiting = self._waiting[name]
-            # The newest token's own row is the target's next.
-            if not len(waiting) or waiting.first + len(waiting) != length - 1:
-                raise RuntimeError(f"no hidden states behind token {length - 2} of {name}")
-            news.append(waiting.take(len(waiting)))
+        news = self.take(requests, lengths)
         hidden = self._pass_text(rows, news)
         last = np.cumsum([len(states) for _, states in news]) - 1
         hidden = hidden[self._to_device(last)]
@@ -163,6 +162,18 @@ class HeadExecutor(TreeExecutor):
         first_slots = torch.full_like(text_rows, slots)
         self._start_trees(text_rows, self._to_device(table), first_slots, slots)
         return self.model.logits(hidden)
+
+    def take(self, requests: list[str], lengths: np.ndarray) -> list[tuple[int, torch.Tensor]]:
+        """What waits of some requests with texts of ``lengths`` int64 [A] tokens, which is all that
+        was not read: (position of the first row, states) of each."""
+        news = []
+        for name, length in zip(requests, lengths.tolist(), strict=True):
+            waiting = self._waiting[name]
+            # The newest token's own row is the target's next.
+            if not len(waiting) or waiting.first + len(waiting) != length - 1:
+                raise RuntimeError(f"no hidden states behind token {length - 2} of {name}")
+            news.append(waiting.take(len(waiting)))
+        return news
 
     def _slots(self, requests: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """int64 [n] slot of each (request, position)."""

@@ -8,6 +8,7 @@ middle of a draft would cost more than it computes.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from vllm_specplus.drafting.model import DraftModelError
 
 #: How vLLM's models name their embedding.
 _EMBEDDINGS = ("embed_tokens", "embedding")
+#: Models of vLLM whose ``compute_logits`` begins with the last norm. The states they hand out have
+#: not passed it; what a head computes has passed its own.
+_NORM_LATE = ("MiMoForCausalLM", "Step3p5ForCausalLM")
 
 
 class TargetVocabulary:
@@ -31,6 +35,8 @@ class TargetVocabulary:
 
     def __init__(self, model: nn.Module):
         self._embedding, self._logits = _embedding(model), model.compute_logits
+        if type(model).__name__ in _NORM_LATE:
+            self._logits = functools.partial(model.logits_processor, model.lm_head)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[...] -> [..., hidden]."""

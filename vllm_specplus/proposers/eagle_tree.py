@@ -10,7 +10,7 @@ keys and values lie beside the target's (``drafting/head_executor.py``).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from pydantic import model_validator
 
 from vllm_specplus.capabilities import TEXT, Need
 from vllm_specplus.drafting import eagle_checkpoint
-from vllm_specplus.drafting.eagle import EagleHead
+from vllm_specplus.drafting.eagle import EagleHead, Vocabulary
 from vllm_specplus.drafting.head_executor import HeadExecutor
 from vllm_specplus.drafting.head_target import check_fits
 from vllm_specplus.drafting.hub import model_folder
@@ -31,6 +31,9 @@ from vllm_specplus.step import StepContext
 from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
+
+if TYPE_CHECKING:
+    from vllm_specplus.drafting.mtp import MtpHead
 
 
 class EagleTreeConfig(ShapedDraftConfig):
@@ -72,25 +75,27 @@ class EagleTree(DraftTree):
     config_class = EagleTreeConfig
     reads_hidden = borrows_vocabulary = True
     _executor: HeadExecutor | None
-    _head: EagleHead | None = None
+    _head: EagleHead | MtpHead | None = None
     """None on ranks that do not draft."""
     config: EagleTreeConfig
 
     def __init__(self, config: EagleTreeConfig, services: Services):
         super().__init__(config, services)  # type: ignore[arg-type]
-        head = eagle_checkpoint.read_config(config.folder)
-        if head.generation == 3:
-            self.hidden_layers = head.layer_ids or ()
+        self.hidden_layers = self._reads()
+
+    def _reads(self) -> tuple[int, ...] | None:
+        """See ``hidden_layers``."""
+        head = eagle_checkpoint.read_config(self.config.folder)
+        return (head.layer_ids or ()) if head.generation == 3 else None
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._head = EagleHead(
-            self.config.folder,
-            self.services.target_vocabulary(),
-            self.services.vocab_size,
-            device,
-            dtype,
-        )
+        self._head = self._load_head(self.services.target_vocabulary(), device, dtype)
         self._noise = DraftNoise(device)
+
+    def _load_head(
+        self, target: Vocabulary, device: torch.device, dtype: torch.dtype
+    ) -> EagleHead | MtpHead:
+        return EagleHead(self.config.folder, target, self.services.vocab_size, device, dtype)
 
     def held_bytes(self) -> int:
         return 0  # it has slots of the target's cache
