@@ -48,6 +48,10 @@ class Services:
     target_vocabulary: Callable[[], Any] = _no_target
     """Returns the target's embedding and output layer (``drafting.eagle.Vocabulary``), for a method
     that ``borrows_vocabulary``; from :meth:`Proposer.load_draft` on."""
+    context_pages: Callable[[], Any] = _no_target
+    """Returns the pages of the target's last layer of full attention
+    (``drafting.context_pages.ContextPages``), for a method that ``reads_context``; from
+    :meth:`Proposer.share_pages` on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
 
@@ -78,6 +82,8 @@ class Proposer(ABC):
 
     reads_hidden: bool = False
     """Does it draft from the target's hidden states?"""
+    reads_context: bool = False
+    """Does it draft from what a layer of the target has in its KV cache?"""
     borrows_vocabulary: bool = False
     """Does it draft with the target's embedding or output layer, and none of its layers?"""
     hidden_layers: tuple[int, ...] | None = None

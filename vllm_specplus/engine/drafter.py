@@ -7,7 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import StepCost
 from vllm_specplus.control.settings import ControlConfig
 from vllm_specplus.drafting.graphs import CudaRecorder
+from vllm_specplus.engine import attention
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
@@ -51,6 +52,8 @@ class Drafter:
         self._log_fault = FaultLog(logger, self.config.method)
         self._method = proposer
         self._pages: tuple[int, int, int] | tuple[()] = ()
+        self.attention_layers: dict[str, Any] = {}
+        """The target's, by name, from the time on that it has a KV cache."""
         self._cost: StepCost | None = None
         self._begin(self.config.control)
 
@@ -96,6 +99,7 @@ class Drafter:
             count=self.counters.add,
             target_layers=lambda: TargetLayers(self._model, config),
             target_vocabulary=lambda: self._vocabulary,
+            context_pages=lambda: attention.context_pages(self.attention_layers),
             record=CudaRecorder() if graphs else None,
         )
 
