@@ -91,7 +91,7 @@ class LongDraft:
     def __call__(
         self, tokens: torch.Tensor, rotary: Rotary, attend: Attend, cross: Cross
     ) -> torch.Tensor:
-        """y [T, hidden] of ``tokens`` int64 [T]; ``attend`` also keeps the rows' keys and values."""
+        """y [T, hidden] of ``tokens`` int64 [T]; ``attend`` also keeps their keys and values."""
         parts = self.parts
         hidden, normed = self._enter(tokens)
         query, keys, values = (self._heads("self_attn", f"{p}_proj", normed) for p in "qkv")
