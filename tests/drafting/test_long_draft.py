@@ -143,7 +143,7 @@ def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name, page, gath
                 path = [int(first[r, parent]), int(second[a, j])]
                 wanted = texts.expected(reference, r, path)
                 torch.testing.assert_close(logits[a, j], wanted, **CLOSE)
-        texts.lengths = texts.lengths + [1, 17, 3]
+        texts.lengths = texts.lengths + np.array([1, 17, 3])
 
 
 def test_the_comparison_notices_what_is_left_out(tmp_path, vocabulary):
