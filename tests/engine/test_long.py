@@ -179,8 +179,8 @@ def test_greedy_text_is_the_same_with_a_draft_that_is_wrong(tmp_path, engine, re
     "vllm_specplus/proposers/long_draft.py", "vllm_specplus/engine/verify.py",
 )  # fmt: skip
 def test_a_draft_foresees_texts_whose_beginning_its_window_does_not_reach(tmp_path, target):
-    """With its paper's tree and window, behind 1,500 tokens; not so a draft that is blind to all but
-    its window."""
+    """With its paper's tree and window, behind 1,500 tokens; not so a draft that is blind to all
+    but its window."""
     engine = {
         "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
         "max_model_len": 2048, "max_num_seqs": 4,
