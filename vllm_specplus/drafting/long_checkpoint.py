@@ -116,7 +116,8 @@ def _unrunnable(raw: dict[str, Any], config: LongConfig) -> str | None:
     if raw.get("hidden_act") not in (None, "silu"):
         return f"has the activation {quoted(raw['hidden_act'])} (supported: silu)"
     if config.heads % config.kv_heads:
-        return f"has {config.heads} heads, which {config.kv_heads} KV heads do not divide"
+        heads, kv_heads = quoted(config.heads), quoted(config.kv_heads)
+        return f"has {heads} heads, which {kv_heads} KV heads do not divide"
     expected = _expected(raw, config)
     if missing := sorted(expected.keys() - config.shapes.keys()):
         return f"is no long draft: it lacks {', '.join(missing[:3])}"
@@ -130,7 +131,8 @@ def _unrunnable(raw: dict[str, Any], config: LongConfig) -> str | None:
         return f"has tensors that are unknown here: {', '.join(unknown[:3])}"
     for name, shape in sorted(config.shapes.items()):
         if shape != known[name]:
-            return f"has {name} of shape {shape}, and its config.json makes it {known[name]}"
+            wanted = quoted(known[name])
+            return f"has {name} of shape {quoted(shape)}, and its config.json makes it {wanted}"
     return None
 
 
