@@ -51,6 +51,10 @@ class Services:
     that ``borrows_vocabulary``; from :meth:`Proposer.load_draft` on."""
     load_tokenizer: Callable[[], Any] = lambda: None
     """Returns the target's Hugging Face tokenizer, or None if the engine runs without one."""
+    context_pages: Callable[[], Any] = _no_target
+    """Returns the pages of the target's last layer of full attention
+    (``drafting.context_pages.ContextPages``), for a method that ``reads_context``; from
+    :meth:`Proposer.share_pages` on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
     lockstep: Lockstep | None = None
@@ -83,6 +87,8 @@ class Proposer(ABC):
 
     reads_hidden: bool = False
     """Does it draft from the target's hidden states?"""
+    reads_context: bool = False
+    """Does it draft from what a layer of the target has in its KV cache?"""
     borrows_vocabulary: bool = False
     """Does it draft with the target's embedding or output layer, and none of its layers?"""
     hidden_layers: tuple[int, ...] | None = None

@@ -155,6 +155,24 @@ def test_kernel_attends_by_some_rows_to_parts_of_a_context(batch, names, feature
         assert_close(actual, expected, batch.dtype)
 
 
+def test_rows_of_no_tree_see_their_context(batch):
+    """As a draft sees what the target has of a text."""
+    query, keys, values, starts, contexts, table, _, scale = batch.arguments
+    contexts = contexts.clamp(min=1)
+    none = torch.zeros_like(starts)
+    related = torch.zeros(len(query), 1, dtype=torch.bool, device=DEVICE)
+    arguments = query, keys, values, starts, contexts, table, related, scale
+    expected = tree_attention_reference(*arguments, key_starts=none)
+    context = tree_attention_reference(*arguments[:6], batch.arguments[6], scale, part="context")
+    assert_close(context, expected, batch.dtype)
+    for splits in (1, 3):
+        actual = tree_attention(
+            *arguments, part="all", max_rows=batch.max_rows, num_splits=splits,
+            max_context_len=int(contexts.max()), key_starts=none,
+        )  # fmt: skip
+        assert_close(actual, expected, batch.dtype)
+
+
 def test_what_is_said_of_rows_and_contexts_changes_something():
     """The control of the comparison above, and what the reference makes of it: what is not seen may
     be anything."""

@@ -17,7 +17,7 @@ from vllm_specplus.strict import quoted
 #: ``model_type`` of the layers that a head may be made of.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 #: Keys of ``config.json`` that describe the layer, as transformers' ``LlamaConfig`` has them.
-_LAYER_KEYS = (
+LAYER_KEYS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
     "rope_parameters", "attention_bias", "mlp_bias",
@@ -102,7 +102,7 @@ def read_config(folder: str) -> HeadConfig:
             )
         return HeadConfig(
             generation=generation,
-            layer={key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
+            layer={key: config[key] for key in LAYER_KEYS if config.get(key) is not None},
             hidden_size=hidden,
             target_hidden_size=target,
             vocab_size=int(config["vocab_size"]),

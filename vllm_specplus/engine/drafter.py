@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import StepCost
 from vllm_specplus.control.settings import ControlConfig
 from vllm_specplus.drafting.graphs import CudaRecorder
+from vllm_specplus.engine import attention
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
@@ -54,6 +55,8 @@ class Drafter:
         self._log_fault = FaultLog(logger, self.config.method)
         self._method = proposer
         self._pages: tuple[int, int, int] | tuple[()] = ()
+        self.attention_layers: dict[str, Any] = {}
+        """The target's, by name, from the time on that it has a KV cache."""
         self._cost: StepCost | None = None
         self._begin(self.config.control)
 
@@ -100,6 +103,7 @@ class Drafter:
             target_layers=lambda: TargetLayers(self._model, config),
             target_vocabulary=lambda: self._vocabulary,
             load_tokenizer=lambda: cached_tokenizer_from_config(model),
+            context_pages=lambda: attention.context_pages(self.attention_layers),
             record=CudaRecorder() if graphs else None,
             lockstep=self._lockstep,
         )

@@ -84,6 +84,7 @@ class Proposing:
         def look() -> StepContext:
             context = self._context(step, decoding)
             context.target_kv, context.latents = read_kv, latents
+            context.pages = self._batch.pages
             context.target_rows = self._target_rows(step, hidden, layers)
             return context
 

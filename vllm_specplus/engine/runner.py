@@ -102,7 +102,8 @@ class TreeRunnerMixin(ImageRowsMixin):
         needs.check_loaded(self._layers, kv_cache_config, self.drafter.config.serves())
         check_groups(chain.from_iterable(self.attn_groups))
         self._caches = attention.page_caches(self._layers, self.kv_cache_config.kv_cache_groups)
-        if self.drafter.proposer.reads_hidden:
+        self.drafter.attention_layers = self._layers
+        if self.drafter.proposer.reads_hidden or self.drafter.proposer.reads_context:
             (group,) = kv_cache_config.kv_cache_groups
             pages = kv_cache_config.num_blocks * group.kv_cache_spec.block_size
             page = self.batch.page_size

@@ -26,7 +26,8 @@ tree rows of all requests, ``N`` at least the largest number of rows of one requ
 ``key_starts`` int32 [R + 1] or None
     Offsets of the requests in all K rows of their trees, where some attend to nothing any more,
     being keys of others only: those of a request come before its rows of ``query``. ``depths`` and
-    the columns of ``ancestors`` are then of all rows. By default ``query_start_loc``.
+    the columns of ``ancestors`` are then of all rows. By default ``query_start_loc``. Where a
+    request has none, its rows see its context, of at least one token, and nothing else.
 ``ends`` int32 [R] or None
     End of the context that is visible, at most ``context_len``, which the roots' positions follow;
     by default that is ``context_len`` itself.

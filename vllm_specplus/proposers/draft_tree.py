@@ -35,6 +35,7 @@ from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shapes import (
+    Beams,
     BestFirst,
     ConstantBranching,
     IndependentPaths,
@@ -53,6 +54,7 @@ from vllm_specplus.tree import DraftBatch
 SHAPES = {
     "chain": StochasticBeam,
     "topk": BestFirst,
+    "beams": Beams,
     "rsd_c": ConstantBranching,
     "rsd_s": StochasticBeam,
     "spectr": IndependentPaths,
