@@ -138,8 +138,8 @@ class Proposer(ABC):
         return 0
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:  # noqa: B027
-        """Take note that the target has its KV cache now: ``pages`` of ``page`` slots each, for a
-        batch of at most ``max_requests``."""
+        """Take note that the target has its KV cache now: ``pages`` of ``page`` slots each, 0 where
+        groups of layers have pages of their own; for a batch of at most ``max_requests``."""
 
     def warm_up(self) -> None:  # noqa: B027
         """Compile or load whatever else the first step should not wait for."""

@@ -103,11 +103,11 @@ class TreeRunnerMixin(ImageRowsMixin):
         check_groups(chain.from_iterable(self.attn_groups))
         self._caches = attention.page_caches(self._layers, self.kv_cache_config.kv_cache_groups)
         self.drafter.attention_layers = self._layers
-        if self.drafter.proposer.reads_hidden or self.drafter.proposer.reads_context:
-            (group,) = kv_cache_config.kv_cache_groups
-            pages = kv_cache_config.num_blocks * group.kv_cache_spec.block_size
-            page = self.batch.page_size
-            self.drafter.share_pages(pages // page, page, self.max_num_reqs)
+        groups, page = kv_cache_config.kv_cache_groups, self.batch.page_size
+        slots = 0
+        if len(groups) == 1:  # who lies beside the target's pages asks for that
+            slots = kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size
+        self.drafter.share_pages(slots // page, page, self.max_num_reqs)
 
     def profile_step_cost(self) -> None:
         """Compile what the first steps should not wait for, and measure (or read) what a step

@@ -62,8 +62,8 @@ class BlockTreeConfig(MethodConfig):
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
     """Nodes of the whole tree. How deep it can be is the head's to say."""
     model: str
-    """Folder of a DFlash, DSpark, Medusa or P-EAGLE head that was trained for the target, or its name
-    on the Hugging Face hub."""
+    """Folder of a DFlash, DSpark, Medusa or P-EAGLE head that was trained for the target, or its
+    name on the Hugging Face hub."""
 
     @property
     def folder(self) -> str:
