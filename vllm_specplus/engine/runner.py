@@ -35,7 +35,7 @@ from vllm_specplus.engine.batch import Step, describe, logits_rows
 from vllm_specplus.engine.clock import StepClock, StepProfiler
 from vllm_specplus.engine.counts import hand_over
 from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, ImageRowsMixin
-from vllm_specplus.engine.memory_plan import for_kv_cache
+from vllm_specplus.engine.memory_plan import common_pages, for_kv_cache
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.engine.profile_trees import profiled_step
 from vllm_specplus.engine.proposing import Proposing
@@ -103,11 +103,8 @@ class TreeRunnerMixin(ImageRowsMixin):
         check_groups(chain.from_iterable(self.attn_groups))
         self._caches = attention.page_caches(self._layers, self.kv_cache_config.kv_cache_groups)
         self.drafter.attention_layers = self._layers
-        groups, page = kv_cache_config.kv_cache_groups, self.batch.page_size
-        slots = 0
-        if len(groups) == 1:  # who lies beside the target's pages asks for that
-            slots = kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size
-        self.drafter.share_pages(slots // page, page, self.max_num_reqs)
+        page = self.batch.page_size
+        self.drafter.share_pages(common_pages(kv_cache_config, page), page, self.max_num_reqs)
 
     def profile_step_cost(self) -> None:
         """Compile what the first steps should not wait for, and measure (or read) what a step
