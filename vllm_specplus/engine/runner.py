@@ -272,11 +272,9 @@ class TreeRunnerMixin(ImageRowsMixin):
         if get_tensor_model_parallel_rank() != 0:
             self.drafter.accompany(self._read_kv)
             return [[] for _ in decoding]  # vLLM takes rank 0's drafts
-        with self.drafter.lead():
-            drafts = self.proposing.propose(
-                self._step, decoding, hidden_states, aux_hidden_states, self._read_kv,
-                self._latents(),
-            ).split()  # fmt: skip
+        drafts = self.proposing.propose(
+            self._step, decoding, hidden_states, aux_hidden_states, self._read_kv, self._latents()
+        ).split()
         return drafts if self._pictures is None else self._pictures.cut(drafts, self.batch)
 
     def _read_kv(self, requests: np.ndarray, positions: np.ndarray):

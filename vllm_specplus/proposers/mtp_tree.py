@@ -64,7 +64,7 @@ class MtpTreeConfig(ShapedDraftConfig):
 
 @register_method
 class MtpTree(EagleTree):
-    config_class = MtpTreeConfig
+    config_class = MtpTreeConfig  # type: ignore[assignment]
     config: MtpTreeConfig  # type: ignore[assignment]
 
     def _reads(self) -> tuple[int, ...] | None:
