@@ -12,6 +12,7 @@ A recipe is one file, ``training/recipes/NAME.py``, listed in ``training/recipes
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +85,13 @@ class Recipe(Protocol):
         it is on disk."""
 
 
-class OfModule:
+class OfModule(ABC):
     """Members of a recipe that trains a module, or those parts of it that ask for gradients."""
 
     @property
+    @abstractmethod
     def module(self) -> nn.Module:
         """What is trained, with what is not."""
-        raise NotImplementedError
 
     def parameters(self) -> list[nn.Parameter]:
         return [each for each in self.module.parameters() if each.requires_grad]
