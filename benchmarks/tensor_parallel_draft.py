@@ -67,11 +67,11 @@ class TensorParallelExecutor(DraftExecutor):
         self.group = Group(0, plan.shards, "127.0.0.1", port, CPU, CONNECT)
         self._remote = RemoteAttentions(model, self.cache, plan, self.group)
 
-    def _forward(self, tokens, positions, slots, table, mask, exact):
-        self._remote.begin(positions, slots, table, mask[:, None], exact)
+    def _forward(self, tokens, rows, exact):
+        self._remote.begin(rows, exact)
         hidden = self.group.broadcast(self.model.embed(tokens).contiguous())
         here = LocalAttentions(self.model, self.cache)
-        here.begin(positions, slots, table, mask[:, None], exact)
+        here.begin(rows, exact)
         return run_layers(self.model, here, hidden, self.group)
 
     def close(self) -> None:
@@ -90,9 +90,9 @@ def serve(folder: str, pages: int, size: int, rank: int, port: int) -> None:
     local = LocalAttentions(model, cache)
     group = Group(rank, size, "127.0.0.1", port, CPU, CONNECT)
     while True:
-        positions, slots, table, mask, exact = receive_pass(group, CPU)
-        local.begin(positions, slots, table, mask, exact)
-        hidden = torch.empty(*positions.shape, model.config.hidden_size)
+        rows, exact = receive_pass(group, CPU)
+        local.begin(rows, exact)
+        hidden = torch.empty(len(rows.positions), model.config.hidden_size)
         run_layers(model, local, group.broadcast(hidden), group)
 
 

@@ -150,7 +150,8 @@ def largest_errors(query, key_cache, value_cache, tree, paths) -> dict[str, floa
 
     The tree part is checked alone too because it hardly weighs beside a long context.
     """
-    from vllm_specplus.kernels.tree_attention import tree_attention, tree_attention_reference
+    from vllm_specplus.kernels.reference import tree_attention_reference
+    from vllm_specplus.kernels.tree_attention import tree_attention
 
     arguments = (
         query,

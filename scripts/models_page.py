@@ -30,7 +30,7 @@ What a family of models needs beside plain attention, and which methods serve it
 GPU with vLLM's back end TRITON_ATTN (which is chosen where FLASH_ATTN does not serve the model; no
 GPU has run it yet). Methods that look drafts up, and those with a draft model of their own, serve
 the same families as `token_recycling`; a head of `eagle_tree` or `block_tree`, which serve the same
-targets, has to be trained for the target.
+targets, has to be trained for the target, and so has a module of `mtp_tree`.
 `scripts/models_page.py` writes this page from the capability contract
 ([`capabilities.py`](../vllm_specplus/capabilities.py)). The served families are run by `make full`,
 as small random models in float32 on a CPU (but for qwen3_fp8kv and kimi_k2, which are others with

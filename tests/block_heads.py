@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 HEADS, KV_HEADS, DIM = 4, 2, 16
 HIDDEN, MLP, EPS, THETA = 64, 96, 1e-6, 10000.0
 MASK = 3
+GROUP, CANDIDATES = 8, 7
+"""Of DFlash-2: units that share a kernel, and tokens that are chosen from."""
 
 
 def save_block(
@@ -20,8 +22,8 @@ def save_block(
     hidden: int = HIDDEN, target: int = HIDDEN, own: tuple[str, ...] = (), spread: float = 0.2,
     seed: int = 3, **config,
 ) -> str:  # fmt: skip
-    """A random head of DFlash or DSpark in float32; ``own``: which of embed_tokens, lm_head,
-    mask_embedding and confidence_head it has; ``config``: more keys, or others."""
+    """A random head of DFlash, DFlash-2 or DSpark in float32; ``own``: which of embed_tokens,
+    lm_head, mask_embedding and confidence_head it has; ``config``: more keys, or others."""
     generator = torch.Generator().manual_seed(seed)
 
     def weight(*shape: int) -> torch.Tensor:
@@ -60,8 +62,18 @@ def save_block(
     if kind == "dspark" and rank:
         tensors["markov_head.markov_w1.weight"] = 3 * weight(vocab, rank)
         tensors["markov_head.markov_w2.weight"] = 3 * weight(few, rank)
+    if kind == "dflash2":
+        for of in (
+            f"layers.{i}.{part}_conv" for i in range(layers) for part in ("attention", "mlp")
+        ):
+            tensors[f"{of}.base_kernel"] = torch.tensor([1.0, 0.5])[:, None] + weight(2, 2, hidden)
+            tensors[f"{of}.kernel_projection.weight"] = weight(4 * hidden // GROUP, hidden)
+        for part in ("predecessor", "successor"):
+            tensors[f"candidate_selector.{part}_codebook"] = 3 * weight(vocab, rank)
+        tensors["candidate_selector.hidden_projection.weight"] = weight(rank, hidden)
     if "confidence_head" in own:
-        tensors["confidence_head.proj.weight"] = weight(1, hidden + rank)
+        reads = hidden + rank * config.get("confidence_head_with_markov", True)
+        tensors["confidence_head.proj.weight"] = weight(1, reads)
         tensors["confidence_head.proj.bias"] = weight(1)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "model.safetensors")
@@ -89,16 +101,22 @@ def describe(
         "markov_rank": rank, "markov_head_type": "vanilla", "enable_confidence_head": True,
         "confidence_head_with_markov": True,
     } if kind == "dspark" else {}  # fmt: skip
+    second = {
+        "conv_kernel_size": 2, "conv_group_size": GROUP, "selector_rank": rank,
+        "selector_top_k": CANDIDATES,
+    } if kind == "dflash2" else {}  # fmt: skip
     if writer == "speculators":
         return {
             "speculators_model_type": kind, "speculators_version": "0.9.0", "block_size": block,
             "transformer_layer_config": layer, "draft_vocab_size": few, "mask_token_id": MASK,
             "aux_hidden_state_layer_ids": [i + 1 for i in ids],
-            "sample_from_anchor": kind == "dspark", **markov,
+            "sample_from_anchor": kind == "dspark", **markov, **second,
         }  # fmt: skip
     known = {"mask_token_id": MASK, "target_layer_ids": ids}
     if kind == "dflash":
         name, known = "DFlashDraftModel", {"dflash_config": known}
+    elif kind == "dflash2":
+        name, known = "DFlash2DraftModel", {"dflash_config": known | second}
     else:
         name = "Qwen3DSparkModel"
     return {"architectures": [name], "block_size": block} | layer | known | markov
@@ -168,6 +186,7 @@ class Reference:
             self.ids = self.ids + self.w["d2t"]
         default = not self.spec and "Qwen3DSparkModel" in raw["architectures"]
         self.from_anchor = self.config.get("sample_from_anchor", default)
+        self.second = "candidate_selector.predecessor_codebook" in self.w
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * self.w[f"{name}.weight"]
@@ -207,15 +226,22 @@ class Reference:
         context = [self.norm(self.linear(each, "fc"), "hidden_norm") for each in states]
         mask = self.w.get("mask_embedding", self.embedding[MASK])
         rows = [self.embedding[text[-1]], *[mask] * (self.config["block_size"] - 1)]
+        rows = [each * self.config.get("input_embedding_scale", 1) for each in rows]
         for layer in range(self.config["num_hidden_layers"]):
             rows = self.layer(layer, n, context, rows)
         rows = rows if self.from_anchor else rows[1:]
-        return torch.stack([self.output @ self.norm(each, "norm") for each in rows])
+        self.rows = [self.norm(each, "norm") for each in rows]
+        """Of the last block, behind the last norm."""
+        logits = torch.stack([self.output @ each for each in self.rows])
+        cap = self.config.get("final_logit_softcapping")
+        logits = logits if not cap else cap * (logits / cap).tanh()
+        return logits * self.config.get("output_multiplier", 1)
 
     def layer(self, layer: int, n: int, context: list, rows: list) -> list:
         of, attention = f"layers.{layer}", f"layers.{layer}.self_attn"
         seen = [(t, False, *self.key_and_value(c, layer, t)) for t, c in enumerate(context)]
         normed = [self.norm(each, f"{of}.input_layernorm") for each in rows]
+        normed, after = self.convolved(f"{of}.attention_conv", normed)
         seen += [(n + j, True, *self.key_and_value(x, layer, n + j)) for j, x in enumerate(normed)]
         out = []
         for j, x in enumerate(normed):
@@ -228,19 +254,58 @@ class Reference:
             )
             weights = torch.einsum("hd,shd->hs", query, keys).div(DIM**0.5).softmax(-1)
             attended = torch.einsum("hs,shd->hd", weights, values).flatten()
-            b = rows[j] + self.linear(attended, f"{attention}.o_proj")
-            m = self.norm(b, f"{of}.post_attention_layernorm")
+            out.append(self.linear(attended, f"{attention}.o_proj"))
+        rows = [row + x for row, x in zip(rows, after(out), strict=True)]
+        normed = [self.norm(each, f"{of}.post_attention_layernorm") for each in rows]
+        normed, after = self.convolved(f"{of}.mlp_conv", normed)
+        out = []
+        for m in normed:
             gate = torch.nn.functional.silu(self.linear(m, f"{of}.mlp.gate_proj"))
             inner = gate * self.linear(m, f"{of}.mlp.up_proj")
-            out.append(b + self.linear(inner, f"{of}.mlp.down_proj"))
-        return out
+            out.append(self.linear(inner, f"{of}.mlp.down_proj"))
+        return [row + x for row, x in zip(rows, after(out), strict=True)]
 
-    def law(self, logits: torch.Tensor, previous: int) -> torch.Tensor:
-        """Log-probabilities [own tokens] behind the token ``previous``, of U [own tokens]."""
+    def convolved(self, name: str, rows: list) -> tuple:
+        """The rows behind the first convolution, and the second one."""
+        if f"{name}.base_kernel" not in self.w:
+            return rows, lambda given: given
+        base = self.w[f"{name}.base_kernel"]
+        deltas = [self.linear(x, f"{name}.kernel_projection").view(2, 2, -1) for x in rows]
+
+        def convolve(given: list, side: int) -> list:
+            out = []
+            for i, delta in enumerate(deltas):
+                kernel = base[side] + delta[side].repeat_interleave(GROUP, -1)
+                taps = [kernel[tap] * given[i - tap] for tap in range(2) if i >= tap]
+                out.append(sum(taps))
+            return out
+
+        return convolve(rows, 0), lambda given: convolve(given, 1)
+
+    def law(self, logits: torch.Tensor, previous: int, depth: int = 0) -> torch.Tensor:
+        """Log-probabilities [own tokens] behind the token ``previous``, of U [own tokens]; those of
+        DFlash-2 are of the row of that depth."""
+        if self.second:
+            projected = self.linear(self.rows[depth], "candidate_selector.hidden_projection")
+            before = self.w["candidate_selector.predecessor_codebook"][previous]
+            edges = self.w["candidate_selector.successor_codebook"] @ (before * projected)
+            logits = logits + edges
         if "markov_head.markov_w1.weight" in self.w:
             first = self.w["markov_head.markov_w1.weight"][previous]
             logits = logits + self.w["markov_head.markov_w2.weight"] @ first
         return logits.log_softmax(-1)
+
+    def trust(self, depth: int, previous: int) -> torch.Tensor | float:
+        """Logarithm of how far the law behind ``previous`` can be trusted."""
+        if (
+            not self.config.get("enable_confidence_head")
+            or "confidence_head.proj.weight" not in self.w
+        ):
+            return 0.0
+        read = self.rows[depth]
+        if self.config["confidence_head_with_markov"]:
+            read = torch.cat((read, self.w["markov_head.markov_w1.weight"][previous]))
+        return torch.nn.functional.logsigmoid(self.linear(read, "confidence_head.proj"))
 
 
 def medusa_reference(folder: str, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,9 @@ import torch
 
 from tests.stamps import FILES, LONG, Stamping, covered
 
+# No test asks the Hugging Face hub: a name that is no folder is one of its models.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Without a GPU the Triton kernels are interpreted. Triton reads this when it is first imported,
 # which vLLM does.
 if not torch.cuda.is_available():

@@ -163,6 +163,8 @@ def test_short_flags_are_taken_over():
         "method": "token_recycling",
         "num_speculative_tokens": 8,
     }
+    args = engine_args(spec_method="draft_tree", spec_model="a/draft")
+    assert speculative_config.ours(args) == {"method": "draft_tree", "model": "a/draft"}
     args = engine_args(
         speculative_config={"method": "token_recycling", "num-speculative-tokens": 4}, spec_tokens=8
     )

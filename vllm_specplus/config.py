@@ -169,6 +169,8 @@ class MethodConfig(StrictModel):
     """Has it, as a source of rasd, a ``num_speculative_tokens`` of its own?"""
     knows_next: ClassVar[bool] = False
     """Has it a distribution of the next token, over the vocabulary?"""
+    takes_speculators: ClassVar[bool] = False
+    """Is its ``model`` a head, as folders of ``speculators`` hold one for a target they name?"""
     drafts_latents: ClassVar[bool] = False
     drafts_pictures: ClassVar[bool] = False
     """Is it for image models only?"""

@@ -1,9 +1,9 @@
 """The ``vllm.general_plugins`` entry point: our methods in ``--speculative-config``.
 
 vLLM calls :func:`register` in the front end, in the engine core and in every
-worker. It maps a config whose ``method`` is ours onto vLLM's ``custom_class``, lets vLLM's
-admission check read our part of a request, and registers our image models; nothing else, so
-loading the plugin is harmless when it is not used.
+worker. It maps a config whose ``method`` is ours onto vLLM's ``custom_class``, lets a head of
+`speculators` bring its target, lets vLLM's admission check read our part of a request, and
+registers our image models; nothing else, so loading the plugin is harmless when it is not used.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ logger = logging.getLogger("vllm.specplus")
 
 
 def register() -> None:
-    """Wrap ``EngineArgs.create_speculative_config``, the flags of its parser, whose choices lack
-    our methods, and the checks of ``SamplingParams``; once."""
+    """Wrap ``EngineArgs.create_speculative_config``, ``create_engine_config``, the flags of its
+    parser, whose choices lack our methods, and the checks of ``SamplingParams``; once."""
     problem = compat.unsupported_version()
     if problem:
         _refuse_ours(problem)
@@ -47,6 +47,14 @@ def register() -> None:
 
     create_speculative_config._specplus = True
     EngineArgs.create_speculative_config = create_speculative_config
+    make = EngineArgs.create_engine_config
+
+    @functools.wraps(make)
+    def create_engine_config(self, *args, **kwargs):
+        speculative_config.take_speculator(self)
+        return make(self, *args, **kwargs)
+
+    EngineArgs.create_engine_config = create_engine_config
     flags = EngineArgs.add_cli_args
 
     @functools.wraps(flags)
@@ -187,6 +195,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         num_layers=model_config.get_total_num_hidden_layers(),
         tensor_parallel_size=parallel_config.tensor_parallel_size,
         hidden_size=model_config.get_hidden_size(),
+        gives_layers=lambda: needs.gives_layers(model_config),
         has_codebook=latents is None and hasattr(generates, "codebook_size"),
         latents=latents,
         keeps=needs.kept_tokens(model_config),
@@ -210,7 +219,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         "model": DRAFTER,
         "num_speculative_tokens": config.num_speculative_tokens,
     }
-    args.spec_method = args.spec_tokens = None
+    args.spec_method = args.spec_model = args.spec_tokens = None
     args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: worker_config(config)}
     parallel_config.worker_cls = WORKERS[current_platform.device_type]
     args.scheduler_cls = SCHEDULER

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
     from vllm_specplus.config import MethodConfig
     from vllm_specplus.drafting.graphs import Record
+    from vllm_specplus.drafting.lockstep import Lockstep
 
 
 def _no_target() -> Any:
-    raise RuntimeError("there is no target model whose layers could draft")
+    raise RuntimeError("there is no target model that could help to draft")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,19 @@ class Services:
     target_layers: Callable[[], Any] = _no_target
     """Returns the target's own layers (``drafting.model.LayeredModel``), for a method that drafts
     with them; from :meth:`Proposer.load_draft` on."""
+    target_vocabulary: Callable[[], Any] = _no_target
+    """Returns the target's embedding and output layer (``drafting.eagle.Vocabulary``), for a method
+    that ``borrows_vocabulary``; from :meth:`Proposer.load_draft` on."""
+    load_tokenizer: Callable[[], Any] = lambda: None
+    """Returns the target's Hugging Face tokenizer, or None if the engine runs without one."""
+    context_pages: Callable[[], Any] = _no_target
+    """Returns the pages of the target's last layer of full attention
+    (``drafting.context_pages.ContextPages``), for a method that ``reads_context``; from
+    :meth:`Proposer.share_pages` on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
+    lockstep: Lockstep | None = None
+    """The ranks that the target's layers are divided among; None: one rank has them."""
 
 
 class Proposer(ABC):
@@ -75,6 +87,10 @@ class Proposer(ABC):
 
     reads_hidden: bool = False
     """Does it draft from the target's hidden states?"""
+    reads_context: bool = False
+    """Does it draft from what a layer of the target has in its KV cache?"""
+    borrows_vocabulary: bool = False
+    """Does it draft with the target's embedding or output layer, and none of its layers?"""
     hidden_layers: tuple[int, ...] | None = None
     """It reads those entering these layers, as vLLM counts for EAGLE-3; empty: vLLM's choice for
     the target; None: those behind the target's last norm."""
@@ -107,6 +123,10 @@ class Proposer(ABC):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Load the method's own model, if it has one, to the target's device and dtype."""
 
+    def load_share(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
+        """On a rank that does not draft, load what the one that does cannot draft without: with
+        ``Services.lockstep``, the same as there and in the same order."""
+
     def held_bytes(self) -> int:
         """Return the most that it keeps in memory of its own while serving: without weights, and
         without what :meth:`slot_bytes` takes of the target's cache."""
@@ -118,8 +138,8 @@ class Proposer(ABC):
         return 0
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:  # noqa: B027
-        """Take note that the target has its KV cache now: ``pages`` of ``page`` slots each, for a
-        batch of at most ``max_requests``."""
+        """Take note that the target has its KV cache now: ``pages`` of ``page`` slots each, 0 where
+        groups of layers have pages of their own; for a batch of at most ``max_requests``."""
 
     def warm_up(self) -> None:  # noqa: B027
         """Compile or load whatever else the first step should not wait for."""

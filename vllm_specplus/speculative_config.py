@@ -17,7 +17,7 @@ from vllm_specplus.strict import nearest, quoted, told
 FLAG = "--speculative-config"
 _EXAMPLE = '{"method": "token_recycling"}'
 #: vLLM's short flags -> the keys that they set.
-_SHORT = {"spec_method": "method", "spec_tokens": "num_speculative_tokens"}
+_SHORT = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
 def ours(args: Any) -> dict[str, Any] | None:
@@ -51,7 +51,7 @@ def ours(args: Any) -> dict[str, Any] | None:
                 )
             return None  # vLLM's own method: vLLM reports it
         raw[key] = value
-    if not raw or not _is_ours(raw, model=raw.get("model") or getattr(args, "spec_model", None)):
+    if not raw or not _is_ours(raw, model=raw.get("model")):
         return None
     if len(raw) < len(given):
         twice = next(k for k in given if "-" in k and k.replace("-", "_") in given)
@@ -68,6 +68,38 @@ def method_of_ours(args: Any) -> str | None:
     raw = given if isinstance(given, dict) else {}
     method = _named({"method": getattr(args, "spec_method", None)} | raw)
     return method if method in registry.method_names() else None
+
+
+def take_speculator(args: Any) -> None:
+    """Where a method of ours is asked for and the model is one of `speculators`, which is a head:
+    serve the target that it names, and draft with the head if the method is for such heads and is
+    given no other.
+
+    vLLM does the same before it makes a model's config, but puts its own method in the place of
+    whatever is asked for. ``args`` are vLLM's ``EngineArgs``.
+    """
+    method, given = method_of_ours(args), args.speculative_config or {}
+    if method is None or not isinstance(given, dict):
+        return
+    from vllm.transformers_utils.config import maybe_override_with_speculators
+    from vllm.transformers_utils.utils import is_cloud_storage
+
+    if is_cloud_storage(args.model):
+        return
+    target, tokenizer, head = maybe_override_with_speculators(
+        args.model, args.tokenizer, args.trust_remote_code, args.revision, hf_token=args.hf_token
+    )
+    if head is None:
+        return
+    if not isinstance(target, str) or not target:
+        raise ValueError(
+            f"{quoted(args.model)} is a head of `speculators` and names no target: serve the "
+            f"target, and name the head as 'model' under {FLAG}"
+        )
+    args.model, args.tokenizer = target, tokenizer
+    named = given.get("model") or args.spec_model
+    if named is None and registry.config_class(method).takes_speculators:
+        args.speculative_config = {**given, "model": head["model"]}
 
 
 def _named(raw: dict[str, Any]) -> str | None:

@@ -184,6 +184,9 @@ class StepContext:
     target_kv: ReadKV | None = None
     """Reads what the target computed for positions of the known texts, the newest token of
     each not yet included."""
+    pages: np.ndarray | None = None
+    """int32 [R, P] numbers of the target's KV pages that hold each text, a view; of a model with
+    several groups of layers, those of the first one."""
     latents: LatentStep | None = None
     """None: tokens are tokens."""
     target_rows: TargetRows | None = None

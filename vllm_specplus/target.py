@@ -19,6 +19,8 @@ class Target:
     num_layers: int
     tensor_parallel_size: int
     hidden_size: int
+    gives_layers: Callable[[], bool] = lambda: True
+    """Does vLLM hand out the hidden states that enter its layers? Asked of its class."""
     has_codebook: bool = False
     """Does it generate image codes?"""
     latents: dict[str, Any] | None = None

@@ -45,6 +45,7 @@ def test_whatever_we_replace_is_listed(report):
     patched = {target for target, _ in report.patches}
     assert {
         "vllm.engine.arg_utils.EngineArgs.create_speculative_config",
+        "vllm.engine.arg_utils.EngineArgs.create_engine_config",
         "vllm.sampling_params.SamplingParams.verify",
         "vllm.sampling_params.SamplingParams._validate_spec_decode",
         "vllm.v1.worker.cpu_worker.CPUModelRunner",

@@ -12,6 +12,7 @@ import pytest
 from tests.block_heads import save_block
 from tests.contract import folders, launches
 from tests.drafting.test_drafting import save_draft
+from tests.eagle_heads import save_head
 from vllm_specplus.strict import MOST_TOLD
 
 LINES = [
@@ -45,9 +46,14 @@ def names(tmp_path_factory) -> dict[str, str]:
     (root / "a folder").mkdir()
     head = Path(save_block(root / "head", "dflash", 256))
     cut = (head / "model.safetensors").read_bytes()[:9000]
+    target = str(folders.make(root, "llama3"))
+    fits = save_head(root / "speculator", 3, 256, hidden=512)
+    homeless = save_head(root / "homeless", 3, 256, hidden=512)
+    other = save_block(root / "block speculator", "dflash", 256)
     return {
         "A_FOLDER": str(root / "a folder"),
         "BLOCK_HEAD": str(head),
+        "BLOCK_SPECULATOR": speculator(other, target),
         "CUT_BLOCK_HEAD": folder("cut head", (head / "config.json").read_text(), cut),
         "CUT_MATRIX": file("cut", weights[:500]),
         "DEEP_CONFIG": folder("deep", f'{{"x": {deep}}}'),
@@ -60,8 +66,28 @@ def names(tmp_path_factory) -> dict[str, str]:
         "NESTED": deep[60_000:-60_000],
         "NO_VOCABULARY": folder("none", json.dumps(others)),
         "RANDOM_BYTES": file("random", noise),
+        "SPECULATOR": speculator(fits, target),
+        "SPECULATOR_OF_NOBODY": speculator(homeless, None),
         "TEXT_VOCABULARY": folder("text", json.dumps(config | {"vocab_size": "256"})),
     }
+
+
+def speculator(folder: str, target: str | None) -> str:
+    """Let a head's config be as `speculators` write it, with its target."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    if "speculators_model_type" not in config:
+        config = {
+            "speculators_model_type": "eagle3", "draft_vocab_size": config["vocab_size"],
+            "transformer_layer_config": config,
+        }  # fmt: skip
+    config["speculators_config"] = {
+        "algorithm": config["speculators_model_type"],
+        "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+        "verifier": {"name_or_path": target, "architectures": ["LlamaForCausalLM"]},
+    }
+    path.write_text(json.dumps(config))
+    return folder
 
 
 def filled(spec: dict | str | None, names: dict[str, str]) -> dict | str | None:
@@ -73,7 +99,9 @@ def filled(spec: dict | str | None, names: dict[str, str]) -> dict | str | None:
 
 @pytest.mark.slow
 def test_wrong_configurations_are_told_in_one_sentence(names, tmp_path):
-    wanted = [(row["model"], row["line"], filled(row["spec"], names)) for row in LINES]
+    wanted = [
+        (row["model"], filled(row["line"], names), filled(row["spec"], names)) for row in LINES
+    ]
     answers = launches.outcomes(wanted, tmp_path)
     assert len(answers) == len(LINES) > 50
     wrong = []

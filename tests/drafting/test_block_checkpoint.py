@@ -107,6 +107,13 @@ WRONG = {
                       r"a tensor hidden_norm.weight of shape \(9,\), and \(64,\) fits"),
     "an own vocabulary": ({"draft_vocab_size": 9}, None, "predicts 9 of 50 tokens and says not"),
     "d2t alone": ({"own_tokens": 9}, drop("lm_head.weight"), "has no lm_head.weight for them"),
+    "quantized inside": ({"transformer_layer_config": {"quantization_config": {"bits": 4}}}, None,
+                         "is quantized"),
+    "heads": ({}, lambda f: edit(f, **{f"layers.{i}.self_attn.k_norm.weight": torch.ones(48)
+                                       for i in range(2)}), "which are no heads of 48"),
+    "no size": ({}, lambda f: edit(f, **{"layers.0.self_attn.k_norm.weight": torch.ones(0)}),
+                "unreadable"),
+    "infinite": ({"target_hidden_size": float("inf")}, None, "unreadable"),
     "quantized": ({"quantization_config": {"bits": 4}}, None, "is quantized"),
     "layers": ({"aux_hidden_state_layer_ids": [1, 2, 3]}, None, "are not the states of 3 layers"),
     "order": ({"aux_hidden_state_layer_ids": [2, 1]}, None, "must be whole numbers in ascending"),
@@ -121,14 +128,23 @@ WRONG = {
     "rotation": ({"is_neox_style": False}, None, "rotates neighbouring units"),
     "pickled mask": ({}, write("mask_embedding.pt", ""), "pickled files are not read"),
     "other units": ({"target": 32}, None, "cannot use the embedding of its target, of 32"),
-    "dflash2": ({"speculators_model_type": "dflash2"}, None,
-                r"of kind 'dflash2' \(supported: dflash, dspark, medusa\)"),
-    "peagle": ({"speculators_model_type": "peagle"}, None, "of kind 'peagle'"),
+    "dflash2": ({"speculators_model_type": "dflash2"}, None, "has no 'conv_kernel_size'"),
+    "xpress": ({"speculators_model_type": "xpress"}, None,
+               r"of kind 'xpress' \(supported: dflash, dflash2, dspark, medusa, peagle\)"),
+    "peagle": ({"speculators_model_type": "peagle"}, None, "is incomplete: it lacks mask_hidden"),
     "mtp": ({"speculators_model_type": "mtp"}, None, "of kind 'mtp'"),
     "eagle": ({"speculators_model_type": "eagle3"}, None, "use the method 'eagle_tree'"),
     "any model": ({"writer": "authors", "architectures": ["LlamaForCausalLM"]}, None,
                   "of no kind that its config.json names"),
     "gated": ({"kind": "dspark", "markov_head_type": "gated"}, None, "Markov head of type 'gated'"),
+    "convolutions": ({"kind": "dflash2", "conv_kernel_size": 9}, None,
+                     "has convolutions of 9 rows and 8 units, which do not fit into blocks of 4"),
+    "groups": ({"kind": "dflash2", "conv_group_size": 7}, None, "of 2 rows and 7 units, which do"),
+    "no convolution": ({"kind": "dflash2"}, drop("layers.1.mlp_conv.base_kernel"),
+                       "it lacks layers.1.mlp_conv.base_kernel"),
+    "selector": ({"kind": "dflash2", "selector_rank": 9}, None,
+                 "predecessor_codebook of shape"),
+    "few tokens": ({"kind": "dflash2", "own_tokens": 9}, None, "has a vocabulary of its own, or"),
     "no markov": ({"kind": "dspark"}, drop("markov_head.markov_w2.weight"), "it lacks markov_head"),
 }  # fmt: skip
 
@@ -168,8 +184,10 @@ def test_medusa_heads_that_cannot_run_are_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"family": "gpt2"}, "this one is of type 'gpt2'"),
-        ({"tensor_parallel_size": 2}, "set tensor_parallel_size to 1"),
+        (
+            {"family": "gpt2", "gives_layers": lambda: False},
+            "vLLM hands out of some models and not of one of type 'gpt2'",
+        ),
         ({"hidden_size": 65}, "of 64 hidden units, and this one has 65"),
         ({"vocab_size": 51}, "of 50 tokens, and this one has 51"),
         ({"num_layers": 1}, "reads layer 2, and the target has 1"),
@@ -178,7 +196,7 @@ def test_medusa_heads_that_cannot_run_are_refused(tmp_path, name):
 )
 def test_targets_that_a_head_was_not_made_for_are_refused(tmp_path, fields, sentence):
     config = parse({"method": "block_tree", "model": save_block(tmp_path, "dflash", VOCAB)})
-    fits = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "family": "llama", "num_layers": 8}
+    fits = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": 8}
     config.check_target(target(**fits))
     with pytest.raises(ValueError, match=sentence):
         config.check_target(target(**fits | fields))

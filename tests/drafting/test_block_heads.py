@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.block_heads import HIDDEN, Reference, medusa_reference, save_block, save_medusa
+from tests.block_heads import (
+    CANDIDATES,
+    HIDDEN,
+    Reference,
+    medusa_reference,
+    save_block,
+    save_medusa,
+)
 from tests.drafting.test_eagle import CLOSE, PAGE, VOCAB, Texts, Vocabulary
 from vllm_specplus.drafting import block_executor
 from vllm_specplus.drafting.block_executor import BlockExecutor, MedusaExecutor
@@ -18,6 +25,7 @@ SLIDING = {
     "sliding_window": 9,
 }  # fmt: skip
 AUTHORS = {"writer": "authors"}
+NAMES = ["a", "b", "c"]
 HEADS = {
     "dflash": {"kind": "dflash"},
     "dflash-authors": {"kind": "dflash", "bias": True, **AUTHORS},
@@ -34,6 +42,23 @@ HEADS = {
     "dspark-own-tokens": {"kind": "dspark", "own_tokens": 20},
     "dspark-bonus-anchor": {"kind": "dspark", "sample_from_anchor": False},
     "dspark-without-markov": {"kind": "dspark", "rank": 0, "confidence_head_with_markov": False},
+    "dspark-trusts-rows": {
+        "kind": "dspark", "own": ("confidence_head",), "rank": 0,
+        "confidence_head_with_markov": False,
+    },
+    "dspark-trusts-rows-authors": {
+        "kind": "dspark", "own": ("confidence_head",), "confidence_head_with_markov": False,
+        **AUTHORS,
+    },
+    "dspark-does-not-say": {
+        "kind": "dspark", "own": ("confidence_head",), "enable_confidence_head": False,
+    },
+    "dflash2": {"kind": "dflash2"},
+    "dflash2-authors": {
+        "kind": "dflash2", "block": 5, "input_embedding_scale": 1.5, "output_multiplier": 0.5,
+        "final_logit_softcapping": 3.0, **AUTHORS,
+    },
+    "dflash2-windows": {"kind": "dflash2", **SLIDING},
 }  # fmt: skip
 
 
@@ -78,7 +103,7 @@ def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name):
         [(2, 2), (5, 60), (29, 29)],
         [(2, 2), (60, 69), (29, 29)],
     ):
-        run.follow(texts.rows(piece))
+        run.follow(NAMES, texts.tokens, texts.rows(piece))
 
     def check(requests: list[int]) -> None:
         at = np.array(requests)
@@ -98,7 +123,7 @@ def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name):
         before = texts.lengths - 1
         texts.lengths = texts.lengths + grown
         after = (texts.lengths - 1).tolist()
-        run.follow(texts.rows(list(zip(before.tolist(), after, strict=True))))
+        run.follow(NAMES, texts.tokens, texts.rows(list(zip(before.tolist(), after, strict=True))))
         check([0, 2] if grown[1] == 0 else [2, 1, 0])
 
 
@@ -109,18 +134,22 @@ def check_laws(laws, a: int, reference: Reference, logits: torch.Tensor, newest:
     conditional = laws.given.shape[2] > 1
     for depth in range(len(logits)):
         law = candidate if conditional and depth else 0
-        wanted = reference.law(logits[depth], previous)
+        everything = reference.law(logits[depth], previous, depth)
+        trust = reference.trust(depth, previous)
         number = {int(token): i for i, token in enumerate(reference.ids)}
         order = laws.order[a, depth, law]
         own = torch.tensor([number[int(t)] for t in laws.tokens[a, depth, order]])
-        wanted = wanted[own]
-        if conditional and depth:
+        wanted = everything[own]
+        of_candidates = conditional and (depth or reference.second)
+        if of_candidates:
             wanted = wanted.log_softmax(-1)
         given = torch.from_numpy(laws.given[a, depth, law])
-        torch.testing.assert_close(given, wanted, **CLOSE)
-        if not conditional or not depth:  # the most probable ones of all
-            best = reference.law(logits[depth], previous).topk(len(own)).values
+        torch.testing.assert_close(given, wanted + trust, **CLOSE)
+        if not of_candidates:  # the most probable ones of all
+            best = everything.topk(len(own)).values
             torch.testing.assert_close(wanted, best, **CLOSE)
+        if reference.second:
+            assert set(own.tolist()) == set(logits[depth].topk(CANDIDATES).indices.tolist())
         candidate = int(order[-1])
         previous = int(laws.tokens[a, depth, candidate])
 
@@ -135,7 +164,7 @@ def test_positions_and_rows_of_the_card(tmp_path, vocabulary):
         seen = []
         run.head.rotary = lambda at, old=run.head.rotary, s=seen: (s.append(at), old(at))[1]
         texts = Texts([11], 2, [[3, 4]])
-        run.follow(texts.rows([(0, 10)]))
+        run.follow(NAMES, texts.tokens, texts.rows([(0, 10)]))
         rows = texts.rows([(9, 10)])
         run.draft(rows, np.arange(1), texts.tokens[:1, 10], texts.lengths, 4)
         assert seen[0].tolist() == [list(range(10))]  # the context
@@ -163,8 +192,8 @@ def test_context_in_a_shared_page_is_exact(tmp_path, vocabulary):
     texts = Texts([2 * PAGE + 2, 3 * PAGE], 2, [[3, 4, 5], [3, 4, 6]])
     texts.tokens[1, : 2 * PAGE] = texts.tokens[0, : 2 * PAGE]
     texts.states[1, : 2 * PAGE] = texts.states[0, : 2 * PAGE]
-    run.follow(texts.rows([(0, 2 * PAGE + 1), (0, 0)]))
-    run.follow(texts.rows([(0, 0), (2 * PAGE, 3 * PAGE - 1)]))
+    run.follow(NAMES, texts.tokens, texts.rows([(0, 2 * PAGE + 1), (0, 0)]))
+    run.follow(NAMES, texts.tokens, texts.rows([(0, 0), (2 * PAGE, 3 * PAGE - 1)]))
     rows = texts.rows([(0, 0), (3 * PAGE - 2, 3 * PAGE - 1)])
     length = texts.lengths[1:]
     run.draft(rows, np.array([1]), texts.tokens[1:, 3 * PAGE - 1], length, 4)
@@ -172,7 +201,7 @@ def test_context_in_a_shared_page_is_exact(tmp_path, vocabulary):
     text, states = texts.tokens[1, : 3 * PAGE].tolist(), texts.states[1, : 3 * PAGE - 1]
     torch.testing.assert_close(run.head.last[0], reference(text, states), **CLOSE)
     # A negative control: what is in the pages matters.
-    run.follow(_wrong_row(texts))
+    run.follow(NAMES, texts.tokens, _wrong_row(texts))
     run.draft(rows, np.array([1]), texts.tokens[1:, 3 * PAGE - 1], length, 4)
     assert not torch.allclose(run.head.last[0], reference(text, states), **CLOSE)
 
@@ -188,7 +217,7 @@ def test_blocks_are_the_same_in_groups(tmp_path, vocabulary, monkeypatch):
     """Logits of a batch are not all made at once."""
     run = executor(save_block(tmp_path, "dspark", VOCAB), vocabulary)
     texts = Texts([3, 70, 30], 2, [[5, 37, 36, 35], [*range(10, 25)], [6, 7, 8, 9, 25, 26, 27]])
-    run.follow(texts.rows([(0, 2), (0, 69), (0, 29)]))
+    run.follow(NAMES, texts.tokens, texts.rows([(0, 2), (0, 69), (0, 29)]))
     rows = texts.rows([(n - 2, n - 1) for n in texts.lengths.tolist()])
     newest = texts.tokens[np.arange(3), texts.lengths - 1]
     whole, parts = None, None

@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from tests.block_heads import HIDDEN, MASK, save_block
-from tests.drafting.test_block_heads import SLIDING, executor
+from tests.drafting.test_block_heads import NAMES, SLIDING, executor
 from tests.drafting.test_eagle import CLOSE, VOCAB, Texts, Vocabulary
 from vllm_specplus.drafting.block_checkpoint import read_config
 
@@ -93,7 +93,7 @@ def test_logits_are_those_of_speculators(tmp_path, theirs, kind, windows):
     embedding, output = torch.randn(2, VOCAB, HIDDEN, generator=generator)
     run = executor(folder, Vocabulary(embedding, 0.1 * output))
     texts = Texts([30], 2, [[6, 7, 8, 9]])
-    run.follow(texts.rows([(0, 29)]))
+    run.follow(NAMES, texts.tokens, texts.rows([(0, 29)]))
     newest = texts.tokens[:1, 29]
     laws = run.draft(texts.rows([(28, 29)]), np.arange(1), newest, texts.lengths, VOCAB)
     tokens = texts.tokens[0, :30].tolist()

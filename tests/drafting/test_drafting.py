@@ -16,7 +16,7 @@ from tests.model_configs import target
 from vllm_specplus.config import parse
 from vllm_specplus.drafting import model as draft_model
 from vllm_specplus.drafting.cache import PAGE, PagedCache
-from vllm_specplus.drafting.executor import PROMPT_ROWS, DraftExecutor
+from vllm_specplus.drafting.executor import PROMPT_CHUNK, DraftExecutor
 from vllm_specplus.drafting.graphs import Record
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shapes import (
@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict] = {family: {} for family in draft_model.FAMILIES} | {
 }
 
 
-def save_draft(path, family="llama", layers=2, vocab=VOCAB, context=256, **keys) -> str:
+def save_draft(path, family="llama", layers=2, vocab=VOCAB, context=512, **keys) -> str:
     """A random draft of ``family`` in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -75,7 +75,9 @@ def executor(
     folder: str, slots: int = 2000, max_nodes: int = 12, record: Record | None = None
 ) -> DraftExecutor:
     loaded = draft_model.DraftModel(folder, torch.device("cpu"), torch.float32)
-    return DraftExecutor(loaded, slots, max_nodes, record)
+    run = DraftExecutor(loaded, slots, max_nodes, record)
+    run.warm_up((1, 2, 3), 4)
+    return run
 
 
 def logits_of(folder: str, text) -> torch.Tensor:
@@ -97,7 +99,7 @@ def test_logits_are_transformers_own(tmp_path, family, record):
     folder = save_draft(tmp_path, family)
     run = executor(folder, record=record)
     rng = np.random.default_rng(1)
-    texts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (1, 7, PAGE, 3 * PROMPT_ROWS)]
+    texts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (1, 7, PAGE, PROMPT_CHUNK)]
     names = [f"r{i}" for i in range(len(texts))]
     for _ in range(3):
         assert all(run.room(name, len(text)) for name, text in zip(names, texts, strict=True))
@@ -436,7 +438,8 @@ def test_the_draft_law_truncates_like_the_target():
         ({"shape": "rsd_c", "branching": [2, 2]}, "makes 6 nodes"),
         ({"verification": "k_seq"}, "cannot be verified by 'k_seq' \\(allowed: traversal, rec"),
         ({"shape": "topk", "verification": "block"}, "leave verification out"),
-        ({"model": "nowhere"}, "'nowhere' is not a Hugging Face folder"),
+        ({"model": "./nowhere"}, "'./nowhere' is not a Hugging Face folder"),
+        ({"model": "nowhere"}, "'nowhere' is neither a folder nor in the Hugging Face cache"),
     ],
 )
 def test_mistakes_are_named(draft, keys, says):

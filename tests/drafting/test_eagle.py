@@ -71,10 +71,13 @@ class Texts:
 
 
 def executor(
-    folder: str, vocabulary: Vocabulary, pages: int = 40, record: Record | None = None
-) -> HeadExecutor:
+    folder: str, vocabulary: Vocabulary, pages: int = 40, record: Record | None = None,
+    page: int = PAGE,
+) -> HeadExecutor:  # fmt: skip
     head = EagleHead(folder, vocabulary, VOCAB, torch.device("cpu"), torch.float32)
-    return HeadExecutor(head, 6, max_requests=4, pages=pages, page=PAGE, record=record)
+    run = HeadExecutor(head, 6, max_requests=4, pages=pages, page=page, record=record)
+    run.warm_up((1, 2), 4)
+    return run
 
 
 HEADS = {
@@ -90,13 +93,20 @@ HEADS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "record"), [*((name, None) for name in HEADS), ("eagle3", record_on_cpu)]
+    ("name", "record", "page"),
+    [
+        *((name, None, PAGE) for name in HEADS),
+        ("eagle3", record_on_cpu, PAGE),
+        ("eagle3", None, 16),  # packed
+        ("eagle3", record_on_cpu, 16),
+    ],
 )
-def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name, record):
+def test_logits_are_those_of_the_formulas(tmp_path, vocabulary, name, record, page):
     """Prompts in pieces, steps undrafted, rounds of trees, in a batch of different lengths."""
     folder = save_head(tmp_path, vocab=VOCAB, **HEADS[name])
     reference = Reference(folder, vocabulary.embedding, vocabulary.matrix)
-    run = executor(folder, vocabulary, record=record)
+    run = executor(folder, vocabulary, record=record, page=page)
+    assert run.cache.packed == (page == 16)
     pages = [[5, 37, 36, 35], [*range(10, 25)], [6, 7, 8, 9, 25, 26, 27]]
     texts = Texts([3, 70, 30], run.model.config.states, pages)
     names = ["a", "b", "c"]
@@ -232,8 +242,10 @@ def test_an_eagle_head_reads_an_embedding_and_a_hidden_state(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"family": "gpt2"}, "this one is of type 'gpt2'"),
-        ({"tensor_parallel_size": 2}, "set tensor_parallel_size to 1"),
+        (
+            {"family": "gpt2", "gives_layers": lambda: False},
+            "vLLM hands out of some models and not of one of type 'gpt2'",
+        ),
         ({"hidden_size": 65}, "of 64 hidden units, and this one has 65"),
         ({"vocab_size": 51}, "of 50 tokens, and this one has 51"),
         ({"num_layers": 3}, "reads layer 4, and the target has 3"),
@@ -242,7 +254,7 @@ def test_an_eagle_head_reads_an_embedding_and_a_hidden_state(tmp_path):
 def test_targets_that_a_head_was_not_made_for_are_refused(tmp_path, fields, sentence):
     folder = save_head(tmp_path, 3, VOCAB, eagle_aux_hidden_state_layer_ids=[1, 2, 4])
     config = parse({"method": "eagle_tree", "model": folder})
-    fits = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "family": "llama", "num_layers": 8}
+    fits = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": 8}
     config.check_target(target(**fits))
     with pytest.raises(ValueError, match=sentence):
         config.check_target(target(**fits | fields))

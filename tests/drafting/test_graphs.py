@@ -11,9 +11,12 @@ import logging
 import pytest
 import torch
 
-from vllm_specplus.drafting.graphs import MOST_SLOTS, LevelGraphs
+from vllm_specplus.drafting.cache import PageStore
+from vllm_specplus.drafting.graphs import LevelGraphs
+from vllm_specplus.drafting.passes import Rows
 
-PAGE = 4
+PAGE, MAX_NODES, MAX_PAGES = 4, 8, 6
+CPU = torch.device("cpu")
 
 
 def record_on_cpu(run, inputs):
@@ -28,72 +31,93 @@ def record_on_cpu(run, inputs):
 
 
 class Pass:
-    """Stands in for a draft's layers: writes to slots, sums what its rows may see."""
+    """Stands in for a draft's layers: writes to slots, sums what its rows see."""
 
-    def __init__(self, slots: int):
-        self.store = torch.zeros(slots)
-        self.sizes: list[tuple[int, ...]] = []
+    def __init__(self):
+        self.store = torch.zeros(100 * PAGE)
+        self.sizes: list[tuple[int, int]] = []
 
-    def __call__(self, values, slots, table, mask):
-        self.sizes.append((*values.shape[:2], table.shape[1]))
-        self.store[slots.reshape(-1)] = values.reshape(-1)
-        seen = self.store.view(-1, PAGE)[table].flatten(1)
-        assert bool(mask.any(-1).all()), "softmax over nothing"
-        return (mask * seen[:, None]).sum(-1, keepdim=True)
+    def __call__(self, rows: Rows, values: torch.Tensor) -> torch.Tensor:
+        self.sizes.append((len(rows.contexts), len(values)))
+        self.store[rows.slots] = values
+        out = torch.full((len(values), 1), torch.nan)  # rows of nobody are not computed
+        for r, (context, end) in enumerate(zip(rows.contexts, rows.ends, strict=True)):
+            keys = int(rows.key_starts[r + 1] - rows.key_starts[r])
+            seen = self.store.view(-1, PAGE)[rows.table[r].long()].flatten()
+            text, nodes = seen[: int(end)].sum(), seen[int(context) : int(context) + keys]
+            for row in range(int(rows.starts[r]), int(rows.starts[r + 1])):
+                out[row] = text + (rows.related[row, :keys] * nodes).sum()
+        return out
 
 
-def level(requests: int, width: int, pages: int, seed: int):
-    """Random inputs of a level, of requests that own their pages (page 0 is nobody's)."""
+def level(requests: int, width: int, pages: int, seed: int) -> tuple[Rows, torch.Tensor]:
+    """The second level of trees, of requests that own their pages (page 0 is nobody's)."""
     generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=generator, dtype=torch.int32)
+
     table = 1 + torch.randperm(99, generator=generator)[: requests * pages].view(requests, pages)
-    at = torch.stack(
-        [torch.randperm(pages * PAGE, generator=generator)[:width] for _ in range(requests)]
-    )
+    nodes = width + 1
+    contexts = 1 + draw(pages * PAGE - nodes, requests)
+    at = contexts[:, None] + torch.arange(1, nodes)
     slots = table.gather(1, at // PAGE) * PAGE + at % PAGE
-    mask = torch.rand(requests, width, pages * PAGE, generator=generator) < 0.5
-    mask |= torch.zeros_like(mask).scatter_(2, at[..., None], True)
-    return torch.rand(requests, width, generator=generator), slots, table, mask
+    related = torch.zeros(requests * width, MAX_NODES, dtype=torch.bool)
+    related[:, :nodes] = draw(2, requests * width, nodes) > 0
+    each = torch.arange(requests + 1, dtype=torch.int32)
+    rows = Rows(
+        slots.flatten(), slots.flatten(), each * width, contexts, contexts - draw(2, requests),
+        table.int(), each * nodes, draw(3, requests * nodes), related, width, pages * PAGE,
+    )  # fmt: skip
+    return rows, torch.rand(requests * width, generator=generator)
+
+
+def graphs_of(run, record=record_on_cpu) -> LevelGraphs:
+    store = PageStore([], 1, 16, 1, PAGE, torch.float32, CPU)
+    return LevelGraphs(run, record, store, MAX_NODES, MAX_PAGES)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_padding_leaves_no_trace(seed):
-    plain, padded = Pass(100 * PAGE), Pass(100 * PAGE)
-    graphs = LevelGraphs(padded, PAGE, record_on_cpu)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).tolist()
-    sizes = [(requests, pages) for requests in (1, 2, 3, 5) for pages in (1, 3, 6)]
+    plain, padded = Pass(), Pass()
+    graphs = graphs_of(padded)
+    graphs.record((2, 3), 5, (torch.zeros(1),))
+    recorded = {(requests, requests * width) for requests in (1, 2, 4, 8) for width in (2, 3)}
+    assert set(padded.sizes) == recorded
+    sizes = [(r, w, p) for r in (1, 2, 3, 5) for w in (2, 3) for p in (2, 6)]
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed)).tolist()
     for step in [*order, *order[::-1]]:
-        requests, pages = sizes[step]
-        inputs = level(requests, 3, pages, 100 * seed + step)
+        inputs = level(*sizes[step], 100 * seed + step)
         with torch.inference_mode():
             torch.testing.assert_close(graphs(*inputs), plain(*inputs))
         # Page 0 takes the padding.
         torch.testing.assert_close(padded.store[PAGE:], plain.store[PAGE:])
-    rounded = {(requests, 3, pages) for requests in (1, 2, 4, 8) for pages in (1, 4, 8)}
-    assert set(padded.sizes) == rounded
+    assert set(padded.sizes) == recorded
 
 
-def test_large_levels_run_as_they_are():
-    run, recorded = Pass(4 * PAGE), []
-    graphs = LevelGraphs(run, PAGE, lambda *args: recorded.append(1) or record_on_cpu(*args))
-    pages = MOST_SLOTS // PAGE
-    for count, recordings in ((pages, 1), (pages + 1, 1)):
-        table = torch.ones(1, count, dtype=torch.int64)
-        mask = torch.ones(1, 1, count * PAGE, dtype=torch.bool)
-        graphs(torch.ones(1, 1), torch.full((1, 1), PAGE), table, mask)
-        assert len(recorded) == recordings
-    assert run.sizes[-1] == (1, 1, pages + 1)
+def test_levels_that_were_not_recorded_run_as_they_are():
+    """Of more requests, of another width, of longer texts; none is recorded while serving."""
+    run, calls = Pass(), []
+    graphs = graphs_of(run, lambda *args: calls.append(1) or record_on_cpu(*args))
+    graphs.record((2,), 2, (torch.zeros(1),))
+    assert len(calls) == 2
+    for requests, width, pages in ((3, 2, 2), (2, 3, 2), (2, 2, MAX_PAGES + 1)):
+        graphs(*level(requests, width, pages, 0))
+        assert run.sizes[-1] == (requests, requests * width)
+    assert len(calls) == 2
 
 
 def test_a_device_that_cannot_record_drafts_without(caplog):
     def fails(run, inputs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    run = Pass(100 * PAGE)
-    graphs = LevelGraphs(run, PAGE, fails)
+    run = Pass()
+    graphs = graphs_of(run, fails)
     caplog.set_level(logging.WARNING)
+    graphs.record((2, 3), 4, (torch.zeros(1),))
     for seed in range(2):
         inputs = level(3, 2, 2, seed)
-        torch.testing.assert_close(graphs(*inputs), Pass(100 * PAGE)(*inputs))
+        torch.testing.assert_close(graphs(*inputs), Pass()(*inputs))
     assert [record.getMessage() for record in caplog.records] == [
         "tree levels are drafted without CUDA graphs: "
         "operation not permitted when stream is capturing"

@@ -55,10 +55,9 @@ class FakeTarget:
         cache = self._exact.cache
         self.read_positions += len(positions)
         table = cache.table(self._names)
-        slots = table[requests, positions // PAGE] * PAGE + positions % PAGE
-        for layer, keys in cache.keys.items():
-            flat = keys.flatten(0, 1), cache.values[layer].flatten(0, 1)
-            yield tuple(store[slots] for store in flat)
+        slots = table[requests, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+        for layer in cache.layers:
+            yield cache.read(layer, torch.from_numpy(slots))
 
 
 def reference_logits(folder: str, text, skips: Skips) -> torch.Tensor:
@@ -70,8 +69,8 @@ def reference_logits(folder: str, text, skips: Skips) -> torch.Tensor:
         exact.begin(["r"], [text[:-1]])
     run = SelfDraftExecutor(model, 16, 1)
     run.cache, run.skips = exact.cache, skips
-    hidden = run._read(["r"], [text[-1:]], [len(text) - 1])
-    return model.logits(hidden)[0, -1]
+    hidden = run._read(run.cache.table(["r"]), [text], [(0, len(text) - 1, len(text))])
+    return model.logits(hidden)[0]
 
 
 def started(folder, texts, skips) -> tuple[SelfDraftExecutor, list[str], FakeTarget]:
@@ -82,6 +81,14 @@ def started(folder, texts, skips) -> tuple[SelfDraftExecutor, list[str], FakeTar
     assert all(run.room(name, len(text)) for name, text in zip(names, texts, strict=True))
     run.follow(names, texts, np.arange(len(texts)), fake)
     return run, names, fake
+
+
+def cached(run: SelfDraftExecutor, name: str, text: np.ndarray) -> list[torch.Tensor]:
+    """Keys and values of all layers, of all of the text that the target has computed."""
+    here = np.arange(len(text) - 1)
+    slots = run.cache.table([name])[0][here // PAGE].astype(np.int64) * PAGE + here % PAGE
+    slots = torch.from_numpy(slots)
+    return [each for layer in run.cache.layers for each in run.cache.read(layer, slots)]
 
 
 def random_texts(rng, *lengths) -> list[np.ndarray]:
@@ -141,7 +148,7 @@ def test_a_replay_counts_right_first_nodes_and_touches_no_text(folder):
             both = Skips(skips.attention | cut.attention, skips.mlp | cut.mlp)
             text[i] = int(reference_logits(folder, text[:i], both).argmax())
     run, names, _ = started(folder, texts, Skips())
-    before = {layer: keys.clone() for layer, keys in run.cache.keys.items()}
+    before = {name: cached(run, name, text) for name, text in zip(names, texts, strict=True)}
     right, seen = run.replay(names, texts, starts, skips, exits)
     expected, count = np.zeros(len(exits), int), 0
     for start, text in zip(starts, texts, strict=True):
@@ -155,11 +162,7 @@ def test_a_replay_counts_right_first_nodes_and_touches_no_text(folder):
     assert seen == count == 5 + 29 + WINDOW
     assert right[1] >= 20 > right[0]
     for name, text in zip(names, texts, strict=True):
-        pages = run.cache.table([name])[0]
-        here = np.arange(len(text) - 1)
-        slots = pages[here // PAGE] * PAGE + here % PAGE
-        for layer, keys in run.cache.keys.items():
-            now, then = (store.flatten(0, 1)[slots] for store in (keys, before[layer]))
+        for now, then in zip(cached(run, name, text), before[name], strict=True):
             assert torch.equal(now, then)
 
 
@@ -233,7 +236,6 @@ def test_mistakes_in_the_config(keys, words):
 @pytest.mark.parametrize(
     ("keys", "fields", "words"),
     [
-        ({"method": "layer_skip"}, {"tensor_parallel_size": 2}, "tensor_parallel_size to 1"),
         ({"method": "layer_skip"}, {"num_layers": 2}, "the target has 2"),
         (
             {"method": "layer_skip", "skip_mlp": [2, 4]},
@@ -247,13 +249,13 @@ def test_mistakes_in_the_config(keys, words):
         ),
         (
             {"method": "rasd", "sources": ["token_recycling", "early_exit"]},
-            {"tensor_parallel_size": 2},
-            "method 'early_exit' drafts with the target's layers on one rank",
+            {"fp8_cache": True},
+            "method 'early_exit' reads the target's keys and values as they were computed",
         ),
     ],
 )
 def test_a_target_it_cannot_draft_with(keys, fields, words):
     config = parse(keys)
-    config.check_target(target(num_layers=8))
+    config.check_target(target(num_layers=8, tensor_parallel_size=2))
     with pytest.raises(ValueError, match=re.escape(words)):
         config.check_target(target(**fields))

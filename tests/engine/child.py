@@ -32,6 +32,17 @@ def sabotage(kind: str) -> None:
 
     if kind == "no_compaction":
         TreeRunnerMixin._compact = lambda self, step: None
+    elif kind == "chains":
+        # As of structured output: block heads draft their most probable tokens.
+        from vllm_specplus.proposers.block_tree import BlockTree
+
+        propose = BlockTree.propose
+
+        def chains(self, step):
+            step.chain_only[:] = True
+            return propose(self, step)
+
+        BlockTree.propose = chains
     elif kind == "no_depth":
         from vllm_specplus.engine import batch
 
@@ -196,6 +207,10 @@ def main(job_path: str, out_path: str) -> None:
         if "kill_owner_at" in batch:
             kill = (owners[-1][0], signal.SIGKILL)
             llm.collective_rpc(_signal_at_draft, args=(*kill, batch["kill_owner_at"]))
+        if "fail_at" in batch:
+            llm.collective_rpc(_fail_at, args=(batch["fail_at"],))
+        if "apart_at" in batch:
+            llm.collective_rpc(_part_at, args=(batch["apart_at"],))
         if "abort_after" in batch:
             abort(llm, batch["requests"], batch["abort_after"])
             continue
@@ -248,6 +263,50 @@ def _signal_at_draft(worker, pid, number, draft):
         return propose(step)
 
     proposer.propose = signalled
+
+
+def _fail_at(worker, numbers):
+    """On the rank that drafts, drafts of these numbers, from 1, fail: by turns before their first
+    pass, and in its attention."""
+    if not worker.model_runner.drafter._first_rank:
+        return
+    executor, drafts = worker.model_runner.drafter.proposer._executor, itertools.count(1)
+    begin = executor.begin
+
+    def lost(*arguments):
+        raise RuntimeError("planted within a pass")
+
+    def failing(*arguments):
+        number = next(drafts)
+        if number in numbers[::2]:
+            raise RuntimeError("planted before a pass")
+        if number not in numbers:
+            return begin(*arguments)
+        executor.cache.write = lost
+        try:
+            return begin(*arguments)
+        finally:
+            del executor.cache.write
+
+    executor.begin = failing
+
+
+def _part_at(worker, number):
+    """On the rank that drafts, a layer of the target fails in the passes of that draft, from 1."""
+    if not worker.model_runner.drafter._first_rank:
+        return
+    executor, drafts = worker.model_runner.drafter.proposer._executor, itertools.count(1)
+    begin = executor.begin
+
+    def lost(*arguments):
+        raise RuntimeError("planted in a layer of the target")
+
+    def failing(*arguments):
+        if next(drafts) == number:
+            executor.model.mlp = lost
+        return begin(*arguments)
+
+    executor.begin = failing
 
 
 def _await_rebuild(llm):

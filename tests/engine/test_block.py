@@ -9,7 +9,9 @@ import pytest
 
 from tests.block_heads import save_block
 from tests.engine import harness
+from tests.engine.conftest import build_model
 from tests.engine.test_sampling import TOKENS, chi_square, joint_probabilities
+from tests.parallel_heads import save_parallel
 
 pytestmark = pytest.mark.engine
 
@@ -103,9 +105,79 @@ def right_body(vocab: int, positions: int = 1024) -> tuple[dict, dict]:
     return {name: each.clone() for name, each in tensors.items()}, config
 
 
+def right_parallel(vocab: int) -> tuple[dict, dict]:
+    """Tensors and config of P-EAGLE, nearly as above: half of the heads of the first layer take a
+    row's own token, the others the successor of the row before; the target's output layer goes on
+    from there. Hidden states are not read."""
+    import torch
+
+    layers, size = BLOCK - 1, 2 * HEADS * DIM
+    angle = THETA ** (-torch.arange(0, DIM, 2) / DIM)
+    here = torch.cat((torch.ones(DIM // 2), torch.zeros(DIM // 2)))
+    before = torch.cat((angle.cos(), -angle.sin()))
+    biases = {
+        "q": torch.cat((here.repeat(HEADS), before.repeat(HEADS))), "k": here.repeat(2 * HEADS),
+        "v": torch.zeros(size), "o": torch.zeros(HIDDEN),
+    }  # fmt: skip
+    ones, nothing, one = torch.ones(HIDDEN), torch.zeros(HIDDEN, HIDDEN), torch.eye(HIDDEN)
+    tensors = {
+        "fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN), "mask_hidden": torch.zeros(1, 1, 2 * HIDDEN),
+        "norm.weight": ones, "layers.0.hidden_norm.weight": ones,
+        "embed_tokens.weight": torch.eye(HIDDEN)[:vocab],
+    }  # fmt: skip
+    tensors["embed_tokens.weight"][MASK] = 0
+    for i in range(layers):
+        of, reads = f"layers.{i}", HIDDEN if i else 2 * HIDDEN
+        # What a row says itself weighs more than what the row before says of it.
+        values = torch.cat((nothing, 0.4 * successors(vocab)))
+        if not i:
+            values = torch.cat((torch.cat((4 * one, nothing), 1),
+                                torch.cat((successors(vocab), nothing), 1)))  # fmt: skip
+        weights = {
+            "q": torch.zeros(size, reads), "k": torch.zeros(size, reads), "v": values,
+            "o": torch.cat((one, one), 1),
+        }  # fmt: skip
+        for part, weight in weights.items():
+            tensors[f"{of}.self_attn.{part}_proj.weight"] = weight
+            tensors[f"{of}.self_attn.{part}_proj.bias"] = biases[part]
+        tensors |= {f"{of}.self_attn.{part}_norm.weight": torch.full((DIM,), 10.0) for part in "qk"}
+        for part, shape in (("gate", (8, HIDDEN)), ("up", (8, HIDDEN)), ("down", (HIDDEN, 8))):
+            tensors[f"{of}.mlp.{part}_proj.weight"] = torch.zeros(shape)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{of}.{norm}.weight"] = ones
+    layer = {
+        "model_type": "qwen3", "vocab_size": vocab, "hidden_size": HIDDEN, "intermediate_size": 8,
+        "rope_theta": THETA, "num_hidden_layers": layers, "num_attention_heads": 2 * HEADS,
+        "num_key_value_heads": 2 * HEADS, "head_dim": DIM, "attention_bias": True,
+        "max_position_embeddings": 1024,
+    }  # fmt: skip
+    config = {
+        "speculators_model_type": "peagle", "transformer_layer_config": layer,
+        "mask_token_id": MASK, "eagle_aux_hidden_state_layer_ids": [1, 2],
+        "speculators_config": {"proposal_methods": [{"speculative_tokens": BLOCK}]},
+    }  # fmt: skip
+    return {name: each.clone() for name, each in tensors.items()}, config
+
+
+def add_second(tensors: dict, vocab: int) -> dict:
+    """What DFlash-2 has more, such that it changes nothing; the keys of its config."""
+    import torch
+
+    base = torch.stack((torch.ones(HIDDEN), torch.zeros(HIDDEN))).expand(2, -1, -1)
+    for layer in range(BLOCK - 1):
+        for part in ("attention_conv", "mlp_conv"):
+            tensors[f"layers.{layer}.{part}.base_kernel"] = base
+            projection = torch.zeros(4 * HIDDEN // 16, HIDDEN)
+            tensors[f"layers.{layer}.{part}.kernel_projection.weight"] = projection
+    for part in ("predecessor", "successor"):
+        tensors[f"candidate_selector.{part}_codebook"] = torch.zeros(vocab, 8)
+    tensors["candidate_selector.hidden_projection.weight"] = torch.zeros(8, HIDDEN)
+    return {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 8}
+
+
 def right_head(path: Path, kind: str, vocab: int, gain: float, positions: int = 1024) -> str:
-    """A head that knows the successors: DFlash in its authors' format, with embedding and output
-    layer; DSpark as ``speculators`` write it, with the target's; Medusa."""
+    """A head that knows the successors: DFlash and DFlash-2 in their authors' format, with an
+    embedding and an output layer; DSpark and P-EAGLE as ``speculators`` write them; Medusa."""
     import torch
 
     units = torch.eye(HIDDEN)[:vocab]
@@ -117,26 +189,33 @@ def right_head(path: Path, kind: str, vocab: int, gain: float, positions: int = 
         config = {"architectures": ["MedusaModel"], "hidden_size": HIDDEN, "vocab_size": vocab,
                   "num_heads": BLOCK - 1, "num_hidden_layers": 1}  # fmt: skip
         return write(path, tensors, config)
+    if kind == "peagle":
+        return write(path, *right_parallel(vocab))
     tensors, config = right_body(vocab, positions)
-    if kind == "dflash":
+    if kind.startswith("dflash"):
         tensors["lm_head.weight"] = gain * units
         tensors["embed_tokens.weight"] = units.clone()
         tensors["embed_tokens.weight"][MASK] = 0
         known = {"mask_token_id": MASK, "target_layer_ids": [0, 1]}
-        config |= {"architectures": ["DFlashDraftModel"], "block_size": BLOCK,
-                   "dflash_config": known}  # fmt: skip
+        name = "DFlashDraftModel"
+        if kind == "dflash2":
+            name, known = "DFlash2DraftModel", known | add_second(tensors, vocab)
+        config |= {"architectures": [name], "block_size": BLOCK, "dflash_config": known}
         return write(path, tensors, config)
     tensors["mask_embedding"] = torch.zeros(HIDDEN)
     # Which token follows which, as the target's output layer has it.
     tensors["markov_head.markov_w1.weight"] = units
     tensors["markov_head.markov_w2.weight"] = gain * units @ successors(vocab)
+    tensors["confidence_head.proj.weight"] = torch.zeros(1, 2 * HIDDEN)
+    tensors["confidence_head.proj.bias"] = torch.full((1,), 3.0)
     return write(
         path, tensors,
         {
             "speculators_model_type": "dspark", "block_size": BLOCK, "mask_token_id": MASK,
             "transformer_layer_config": config | {"model_type": "qwen3"},
             "draft_vocab_size": vocab, "aux_hidden_state_layer_ids": [1, 2],
-            "sample_from_anchor": True, "markov_rank": HIDDEN, "enable_confidence_head": False,
+            "sample_from_anchor": True, "markov_rank": HIDDEN, "enable_confidence_head": True,
+            "confidence_head_with_markov": True,
         },
     )  # fmt: skip
 
@@ -174,8 +253,11 @@ def plain(tmp_path_factory, engine, requests) -> dict:
 
 @pytest.mark.parametrize(
     ("kind", "control"),
-    [("dflash", FIXED), ("dspark", FIXED), ("medusa", FIXED), ("dspark", GOODPUT)],
-    ids=["dflash", "dspark", "medusa", "goodput"],
+    [
+        *((kind, FIXED) for kind in ("dflash", "dflash2", "dspark", "medusa", "peagle")),
+        ("dspark", GOODPUT),
+    ],
+    ids=["dflash", "dflash2", "dspark", "medusa", "peagle", "goodput"],
 )
 def test_greedy_text_is_the_same(tmp_path, engine, requests, plain, kind, control):
     """Chunked prefill, prefix caching, preemption, penalties; and the head is often right."""
@@ -217,16 +299,18 @@ def test_drafting_stops_where_the_head_has_no_positions(tmp_path, engine, reques
     assert counters["nodes_accepted"] > 100
 
 
-@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "peagle"])
 def test_greedy_text_is_the_same_with_a_head_that_is_wrong(tmp_path, engine, requests, plain, kind):
     """A random one, of few tokens, with windows."""
     sliding = {
         "layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True,
         "sliding_window": 40,
     }  # fmt: skip
-    head = save_block(
-        tmp_path / "head", kind, VOCAB, hidden=HIDDEN, target=HIDDEN, own_tokens=60, **sliding
-    )
+    keys = {"hidden": HIDDEN, "own_tokens": 60}
+    if kind == "peagle":
+        head = save_parallel(tmp_path / "head", VOCAB, **keys)
+    else:
+        head = save_block(tmp_path / "head", kind, VOCAB, target=HIDDEN, **keys, **sliding)
     config = engine | {"speculative_config": spec(head)}
     result = harness.run(tmp_path, config, [{"requests": requests}])
     assert harness.ids(result) == harness.ids(plain)
@@ -234,9 +318,11 @@ def test_greedy_text_is_the_same_with_a_head_that_is_wrong(tmp_path, engine, req
     assert result["counters"]["nodes_drafted"] > 1000
 
 
-@pytest.mark.parametrize("kind", ["dflash", "dspark", "medusa"])
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark", "medusa", "peagle"])
 @pytest.mark.full(
     "vllm_specplus/samplers/*.py", "vllm_specplus/drafting/block_*.py",
+    "vllm_specplus/drafting/dflash2.py", "vllm_specplus/drafting/peagle*.py",
+    "vllm_specplus/drafting/head_executor.py", "vllm_specplus/drafting/passes.py",
     "vllm_specplus/proposers/block_tree.py", "vllm_specplus/engine/verify.py",
 )  # fmt: skip
 def test_sampled_text_has_the_targets_distribution(tmp_path, kind):
@@ -261,3 +347,38 @@ def test_a_head_for_another_target_is_refused_before_the_start(tmp_path, engine)
     config = {"speculative_config": spec(save_block(tmp_path / "head", "dflash", VOCAB))}
     with pytest.raises(RuntimeError, match="of 64 hidden units, and this one has 128"):
         harness.run(tmp_path, engine | config, [{"requests": []}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("dflash", {"method": "dflash"}),
+        ("peagle-llama", {"method": "eagle3", "parallel_drafting": True}),
+        ("peagle-qwen3", {"method": "eagle3", "parallel_drafting": True}),
+    ],
+)
+def test_chains_are_accepted_exactly_as_those_of_vllms_own_heads(tmp_path, kind, own):
+    """By position, over 1,600 tokens, with random heads: so the drafts are the same."""
+    target = build_model(tmp_path / "target", 64, 0.12)
+    keys = {"hidden": HIDDEN, "writer": "authors", "spread": 0.08}
+    if kind == "dflash":
+        head = save_block(tmp_path / "head", kind, 64, target=HIDDEN, **keys)
+    else:
+        family = kind.partition("-")[2]
+        head = save_parallel(tmp_path / "head", 64, family=family, depth=3, head_dim=DIM, **keys)
+    engine = {
+        "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
+        "max_model_len": 256, "enable_prefix_caching": False, "disable_log_stats": False,
+    }  # fmt: skip
+    params = {"temperature": 0.0, "max_tokens": 100, "ignore_eos": True, "detokenize": False}
+    requests = [[[4 + (7 * i + j * j) % 60 for j in range(5 + 7 * i)], params] for i in range(16)]
+    batches, number = [{"requests": requests}], {"num_speculative_tokens": 3}
+    stock = harness.run(
+        tmp_path, engine | {"speculative_config": own | {"model": head} | number}, batches
+    )
+    tree = harness.run(
+        tmp_path, engine | {"speculative_config": spec(head, **number)}, batches, "chains"
+    )
+    assert harness.ids(tree) == harness.ids(stock)
+    assert tree["accepted_per_position"] == stock["accepted_per_position"]
+    assert stock["accepted_per_position"][0] > 10

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
 from tests.engine import harness
@@ -96,6 +100,22 @@ def test_the_target_as_its_own_draft_is_always_right(tmp_path, tiny_engine, tiny
     counters = result["counters"]
     assert counters["request_steps"] == 4 * 10
     assert counters["nodes_accepted"] == counters["nodes_drafted"] == 4 * 50
+
+
+def test_drafting_stops_where_the_draft_has_no_positions(
+    tmp_path, tiny_engine, mixed_requests, plain, near_model
+):
+    """That is no fault; texts end as they would, at the target's own positions."""
+    short = Path(shutil.copytree(near_model, tmp_path / "short")) / "config.json"
+    changed = json.loads(short.read_text()) | {"max_position_embeddings": 100}
+    short.write_text(json.dumps(changed))
+    config = {"speculative_config": spec(str(short.parent), shape="topk", width=4)}
+    result = harness.run(tmp_path, tiny_engine | config, [{"requests": mixed_requests}])
+    assert harness.ids(result) == harness.ids(plain)
+    counters = result["counters"]
+    assert counters["draft_failures"] == 0
+    assert counters["texts_beyond_head"] > 100
+    assert counters["nodes_accepted"] > 50
 
 
 def test_a_draft_without_memory_leaves_requests_undrafted(

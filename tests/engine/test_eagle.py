@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,25 @@ def test_greedy_text_is_the_same(tmp_path, tiny_engine, mixed_requests, single, 
     assert counters["draft_failures"] == 0
     if "control" not in keys:
         assert counters["nodes_accepted"] > 2 * counters["request_steps"]
+
+
+def test_drafting_stops_where_the_head_has_no_positions(
+    tmp_path, tiny_engine, mixed_requests, single, plain_single
+):
+    """With prefixes cached: rows that lie there are a shorter text's too."""
+    target, head = single
+    short = Path(shutil.copytree(head, tmp_path / "short")) / "config.json"
+    changed = json.loads(short.read_text()) | {"max_position_embeddings": 100}
+    short.write_text(json.dumps(changed))
+    config = {"model": target, "speculative_config": spec(str(short.parent))}
+    batches = [{"requests": mixed_requests}] * 2
+    result = harness.run(tmp_path, tiny_engine | config, batches)
+    assert harness.ids(result) == harness.ids(plain_single)
+    assert harness.ids(result, 1) == harness.ids(plain_single, 1)
+    counters = result["counters"]
+    assert counters["draft_failures"] == 0
+    assert counters["texts_beyond_head"] > 100
+    assert counters["nodes_accepted"] > 100
 
 
 @pytest.mark.parametrize("control", [FIXED, GOODPUT], ids=["fixed", "goodput"])

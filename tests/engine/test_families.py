@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.contract import folders
+from tests.eagle_heads import save_head
 from tests.engine import harness
 
 pytestmark = [
@@ -49,6 +50,11 @@ FAMILIES = (
     "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
     "step3_text", "step3p5", "vaultgemma",
 )  # fmt: skip
+#: Of every kind of attention and of experts, and with other embeddings and output layers.
+WITH_HEADS = (
+    "cohere", "deepseek_v3", "falcon", "gemma2", "gpt2", "gpt_oss", "granitemoe", "llama4",
+    "olmoe", "phi",
+)  # fmt: skip
 REFUSED = r"speculative method 'layer_skip'|'layer_skip' reads|cannot draft with the layers"
 #: Of multi-head latent attention: vLLM reads whole prompts then, on a CPU, and misrotates them.
 LATENT = {"long_prefill_token_threshold": 0, "compilation_config": {"custom_ops": ["none"]}}
@@ -63,6 +69,14 @@ def draft(tmp_path) -> dict:
     """A tree of another model, of the same vocabulary."""
     folder = folders.make(tmp_path / "draft", "llama3", weights=True)
     return {"method": "draft_tree", "model": str(folder), "shape": "topk", "width": 3}
+
+
+def head(tmp_path, folder) -> str:
+    """A random EAGLE head, which does not care what the target's layers are."""
+    config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
+    hidden = config.get("hidden_size") or config["n_embd"]
+    return save_head(tmp_path / "head", 1, config["vocab_size"], hidden=hidden)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -87,6 +101,9 @@ def test_family(tmp_path, name):
         draft(tmp_path) | {"num_speculative_tokens": 9},
         {"method": "layer_skip", "num_speculative_tokens": 6},
     ]
+    if name in WITH_HEADS:
+        own = head(tmp_path, folder)
+        specs.append({"method": "eagle_tree", "model": own, "num_speculative_tokens": 9})
     for spec in specs:
         spec["control"] = {"policy": "fixed"}
         pages = int(PAGES * GROUPS.get(name, 1)) * (2 if name in LATENTS else 1)  # of 16 tokens
@@ -102,7 +119,8 @@ def test_family(tmp_path, name):
         counters = got["counters"]
         assert counters["nodes_drafted"] > 100, spec["method"]
         assert counters["draft_failures"] == 0, spec["method"]
-        if spec["method"] != "draft_tree":  # of random weights, whose texts the draft cannot know
+        # Those of random weights cannot know the texts.
+        if spec["method"] not in ("draft_tree", "eagle_tree"):
             assert counters["nodes_accepted"] > 0, spec["method"]
         assert got["preemptions"] > 0 or name in FREED, spec["method"]
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.drafting.test_drafting import save_draft
 from tests.engine import harness
+from tests.engine.conftest import VOCAB
+from tests.engine.test_eagle import single_layer
 
 pytestmark = pytest.mark.engine
 
@@ -136,6 +138,28 @@ def test_two_ranks_agree_on_sampled_drafts(tmp_path, engine, mixed_requests, exp
 
 @pytest.mark.full(
     "vllm_specplus/engine/runner.py", "vllm_specplus/engine/drafter.py",
+    "vllm_specplus/engine/target_vocabulary.py", "vllm_specplus/drafting/**/*.py",
+    "vllm_specplus/proposers/eagle_tree.py",
+)  # fmt: skip
+def test_a_head_drafts_with_the_vocabulary_of_both_ranks(tmp_path, engine, mixed_requests):
+    """It is nearly right if the rows of both are in their places."""
+    target, head = single_layer(tmp_path, VOCAB, 0.25)
+    spec = {
+        "method": "eagle_tree", "model": head, "num_speculative_tokens": 12,
+        "control": {"policy": "fixed"},
+    }  # fmt: skip
+    two = engine | {"model": target, "distributed_executor_backend": "mp"}
+    batches = [{"requests": mixed_requests}] * 2
+    plain = harness.run(tmp_path, two, batches, env=ENV)
+    result = harness.run(tmp_path, two | {"speculative_config": spec}, batches, env=ENV)
+    for batch in range(2):
+        assert harness.ids(result, batch) == harness.ids(plain, batch)
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 2 * result["counters"]["request_steps"]
+
+
+@pytest.mark.full(
+    "vllm_specplus/engine/runner.py", "vllm_specplus/engine/drafter.py",
     "vllm_specplus/drafting/**/*.py", "vllm_specplus/proposers/easyspec.py",
 )  # fmt: skip
 def test_a_draft_in_parallel_shares_the_devices_of_both_ranks(
@@ -157,3 +181,64 @@ def test_a_draft_in_parallel_shares_the_devices_of_both_ranks(
     assert harness.ids(result) == expected[0]
     assert result["counters"]["draft_failures"] == 0
     assert result["counters"]["nodes_drafted"] > 1000
+
+
+FIXED = {"policy": "fixed"}
+SKIPPING = {"method": "layer_skip", "num_speculative_tokens": 9, "control": FIXED}
+EXITING = {
+    "method": "early_exit", "exit_layers": [1, 2], "num_speculative_tokens": 6, "shape": "rsd_s",
+    "control": FIXED,
+}  # fmt: skip
+BOTH = {
+    "method": "rasd", "num_speculative_tokens": 16, "control": FIXED,
+    "sources": [
+        "token_recycling",
+        {"method": "early_exit", "exit_layers": [1, 2], "num_speculative_tokens": 6},
+        {"method": "layer_skip", "num_speculative_tokens": 6},
+    ],
+}  # fmt: skip
+on_all_ranks = pytest.mark.full(
+    "vllm_specplus/engine/runner.py", "vllm_specplus/engine/drafter.py",
+    "vllm_specplus/engine/ranks.py", "vllm_specplus/engine/target_layers.py",
+    "vllm_specplus/drafting/**/*.py", "vllm_specplus/proposers/layer_skip.py",
+    "vllm_specplus/proposers/early_exit.py", "vllm_specplus/proposers/rasd.py",
+    "tests/engine/child.py",
+)  # fmt: skip
+
+
+@on_all_ranks
+@pytest.mark.parametrize("spec", [SKIPPING, EXITING, BOTH], ids=lambda spec: spec["method"])
+def test_both_ranks_draft_with_their_heads(tmp_path, engine, mixed_requests, expected, spec):
+    """The first one decides; layers that are left out change, and requests are preempted."""
+    two = engine | {"distributed_executor_backend": "mp", "speculative_config": spec}
+    result = harness.run(tmp_path, two, [{"requests": mixed_requests}] * 2, env=ENV)
+    assert [harness.ids(result, 0), harness.ids(result, 1)] == expected
+    for rank in result["ranks"]:
+        assert rank["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 100
+
+
+@on_all_ranks
+def test_faults_of_the_rank_that_drafts_cost_drafts_only(
+    tmp_path, engine, mixed_requests, expected
+):
+    """Before a pass and within one: the other rank is let go, and both are in step again."""
+    two = engine | {"distributed_executor_backend": "mp", "speculative_config": SKIPPING}
+    fails = [3, 5, 6, 20]
+    batches = [{"requests": mixed_requests, "fail_at": fails}, {"requests": mixed_requests}]
+    result = harness.run(tmp_path, two, batches, env=ENV)
+    assert [harness.ids(result, 0), harness.ids(result, 1)] == expected
+    assert [rank["draft_failures"] for rank in result["ranks"]] == [len(fails), 0]
+    first, both = (each["nodes_accepted"] for each in result["counted"])
+    assert both > first + 50 > 100
+
+
+@on_all_ranks
+def test_ranks_that_came_apart_end_the_engine(tmp_path, engine, mixed_requests):
+    """With an error, and soon: the other rank would wait for the one that failed."""
+    two = engine | {"distributed_executor_backend": "mp", "speculative_config": SKIPPING}
+    batch = {"requests": mixed_requests, "apart_at": 4}
+    with pytest.raises(RuntimeError, match="engine process failed"):
+        harness.run(tmp_path, two, [batch], env=ENV)
+    (log,) = tmp_path.glob("out*.log")
+    assert "a pass that all ranks draft in broke off on this one" in log.read_text()

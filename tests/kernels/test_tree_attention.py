@@ -15,7 +15,8 @@ import torch
 
 from tests.kernels.tree_batch import CHAIN, DEVICE, ROOT, STAR, Batch, random_tree
 from vllm_specplus.kernels import tree_attention as module
-from vllm_specplus.kernels.tree_attention import tree_attention, tree_attention_reference
+from vllm_specplus.kernels.reference import tree_attention_reference
+from vllm_specplus.kernels.tree_attention import tree_attention
 
 #: Error of an output, absolute and relative. 16-bit kernels round their weights and output; the
 #: interpreter truncates to bfloat16.
@@ -102,6 +103,93 @@ def merge(first, second):
 def middle(batch: Batch) -> torch.Tensor:
     """Of every context."""
     return torch.tensor([n // 2 for n in batch.contexts], dtype=torch.int32, device=DEVICE)
+
+
+def partly(batch: Batch, seed: int) -> tuple[tuple, dict]:
+    """The arguments where only the last rows of each request attend, where texts end before their
+    trees, and where some slots are not to be seen."""
+    query, keys, values, starts, contexts, table, ancestors, scale = batch.arguments
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most: torch.Tensor) -> torch.Tensor:
+        share = torch.rand(len(most), generator=generator).to(DEVICE)
+        return (share * (most + 1)).int().clamp(max=most)
+
+    skipped = draw(starts.diff() - 1)
+    rows = torch.cat(
+        [
+            torch.arange(int(a + n), int(b))
+            for a, n, b in zip(starts[:-1], skipped, starts[1:], strict=True)
+        ]
+    ).to(DEVICE)
+    left = torch.cat((starts[:1], (starts.diff() - skipped).cumsum(0).int()))
+    given = features_of(batch, {}) | {
+        "key_starts": starts,
+        "ends": contexts - draw(contexts),
+        "readable": torch.rand(keys.shape[:2], generator=generator).to(DEVICE) < 0.7,
+    }
+    arguments = (query[rows], keys, values, left, contexts, table, ancestors[rows], scale)
+    return arguments, given
+
+
+PARTS = {"rows": {"key_starts"}, "ends": {"ends"}, "slots": {"readable"},
+         "all": {"key_starts", "ends", "readable"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("features", [{}, {"window": 20}, FEATURES["all"]], ids=str)
+def test_kernel_attends_by_some_rows_to_parts_of_a_context(batch, names, features):
+    arguments, given = partly(batch, 5)
+    if "key_starts" not in names:
+        arguments = batch.arguments
+    given = {name: given[name] for name in {*names, "depths"}}
+    given |= {
+        name: value for name, value in features_of(batch, features).items() if name in features
+    }
+    expected = tree_attention_reference(*arguments, **given)
+    for splits in (1, 3):
+        actual = tree_attention(
+            *arguments, part="all", max_rows=batch.max_rows, num_splits=splits,
+            max_context_len=max(batch.contexts), **given,
+        )  # fmt: skip
+        assert_close(actual, expected, batch.dtype)
+
+
+def test_rows_of_no_tree_see_their_context(batch):
+    """As a draft sees what the target has of a text."""
+    query, keys, values, starts, contexts, table, _, scale = batch.arguments
+    contexts = contexts.clamp(min=1)
+    none = torch.zeros_like(starts)
+    related = torch.zeros(len(query), 1, dtype=torch.bool, device=DEVICE)
+    arguments = query, keys, values, starts, contexts, table, related, scale
+    expected = tree_attention_reference(*arguments, key_starts=none)
+    context = tree_attention_reference(*arguments[:6], batch.arguments[6], scale, part="context")
+    assert_close(context, expected, batch.dtype)
+    for splits in (1, 3):
+        actual = tree_attention(
+            *arguments, part="all", max_rows=batch.max_rows, num_splits=splits,
+            max_context_len=int(contexts.max()), key_starts=none,
+        )  # fmt: skip
+        assert_close(actual, expected, batch.dtype)
+
+
+def test_what_is_said_of_rows_and_contexts_changes_something():
+    """The control of the comparison above, and what the reference makes of it: what is not seen may
+    be anything."""
+    batch = Batch([random_tree(9, 1), CHAIN], [40, 17], group=2)
+    arguments, given = partly(batch, 5)
+    whole, _ = tree_attention_reference(*batch.arguments)
+    for name in ("ends", "readable"):
+        part, _ = tree_attention_reference(*batch.arguments, **{name: given[name]})
+        assert (part - whole).abs().max() > 0.01
+    rows, _ = tree_attention_reference(*arguments, key_starts=given["key_starts"])
+    starts, left = given["key_starts"], arguments[3]
+    for r in range(2):
+        own, kept = whole[starts[r] : starts[r + 1]], rows[left[r] : left[r + 1]]
+        assert torch.equal(own[len(own) - len(kept) :], kept)
+    blind, _ = tree_attention_reference(*batch.arguments, ends=torch.zeros_like(given["ends"]))
+    tree, _ = tree_attention_reference(*batch.arguments, part="tree")
+    torch.testing.assert_close(blind, tree)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -292,10 +380,12 @@ for dtype, size, group, head_size in (("bf16", 2, 4, 128), ("fp16", 2, 3, 80), (
     pointers = dict.fromkeys(["output", "query", "key_cache", "value_cache"], dtype)
     pointers |= dict.fromkeys(["query_start_loc", "context_lens", "first", "block_table"], "i32")
     pointers |= dict(lse="fp32", ancestors="i1", depths="i32", slopes="fp32", sinks=dtype)
+    pointers |= dict(key_starts="i32", ends="i32", readable="i1")
     constants = dict(CONTEXT=True, FIRST=True, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=16)
     constants |= dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d)
     for window, more in ((0, False), (128, True)):
         constants |= dict(WINDOW=window, CHUNK=window, CAPPED=more, ALIBI=more, SINKS=more)
+        constants |= dict(KEYS=more, ENDS=more, READABLE=more)
         kernel = compile(_tree_attention_kernel, pointers, constants, num_warps)
         assert kernel.metadata.shared <= 99 * 1024, (dtype, kernel.metadata.shared)
 

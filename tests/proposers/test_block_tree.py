@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from tests.block_heads import Reference, medusa_reference, save_block, save_medusa
 from tests.drafting.test_block_trees import paths
 from tests.drafting.test_eagle import PAGE, VOCAB, Texts, Vocabulary
+from tests.parallel_heads import ParallelReference, save_parallel
 from vllm_specplus.config import parse
 from vllm_specplus.drafting.block_heads import MedusaHead
 from vllm_specplus.proposer import Services
@@ -36,7 +38,7 @@ def counted() -> Counter:
 
 def proposer(folder: str, vocabulary: Vocabulary, counted: Counter, **keys) -> BlockTree:
     services = Services(
-        VOCAB, count=lambda name: counted.update([name]), target_layers=lambda: vocabulary
+        VOCAB, count=lambda name: counted.update([name]), target_vocabulary=lambda: vocabulary
     )
     made = BlockTree(parse({"method": "block_tree", "model": folder, **keys}), services)
     made.load_draft(torch.device("cpu"), torch.float32)
@@ -141,3 +143,37 @@ def test_a_step_in_which_nobody_drafts_is_followed(tmp_path, vocabulary, counted
             step = replace(step, target_rows=rows, max_nodes=np.full(3, 10, np.int32))
         drafts.append(drafter.propose(step).tokens.tolist())
     assert drafts[0] == drafts[1]
+
+
+def test_p_eagle_goes_on_from_the_text(tmp_path, vocabulary, counted):
+    folder = save_parallel(tmp_path, VOCAB)
+    drafter = proposer(folder, vocabulary, counted)
+    assert drafter.slot_bytes() == 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, size, bytes
+    assert drafter.hidden_layers == ()  # vLLM's choice
+    reference = ParallelReference(folder, vocabulary.embedding, vocabulary.matrix)
+    texts = Texts([3, 70, 30], 3, PAGES)
+    step = first_step(drafter, texts)
+    step.chain_only[:] = True
+    batch = drafter.propose(step)
+    assert batch.counts.tolist() == [4, 4, 4]
+    for r, length in enumerate(texts.lengths.tolist()):
+        text = texts.tokens[r, :length].tolist()
+        logits = reference(text, texts.states[r, : length - 1], 4)
+        assert tree_of(batch, r)[-1] == tuple(logits.argmax(-1).tolist())
+    drafter.forget(step.request_ids[1])
+    assert list(drafter._executor._waiting) == [step.request_ids[0], step.request_ids[2]]
+
+
+def test_p_eagle_has_a_row_less_ahead(tmp_path, vocabulary, counted):
+    """70 tokens: the newest one's row is at 68, and the last of three masks at 71."""
+    for most, drafted in ((72, True), (71, False)):
+        folder = save_parallel(tmp_path / str(most), VOCAB)
+        path = tmp_path / str(most) / "config.json"
+        config = json.loads(path.read_text())
+        config["transformer_layer_config"]["max_position_embeddings"] = most
+        path.write_text(json.dumps(config))
+        drafter = proposer(folder, vocabulary, counted)
+        counted.clear()
+        batch = drafter.propose(first_step(drafter, Texts([3, 70, 30], 3, PAGES)))
+        assert (batch.counts > 0).tolist() == [True, drafted, True]
+        assert counted["texts_beyond_head"] == (not drafted)

@@ -26,6 +26,7 @@ SERVED = {
         "acceptance": {"rule": "judge", "head": "result/head.safetensors"},
     },
     "layerskip": {"method": "early_exit", "exit_layers": [1]},
+    "long_draft": {"method": "long_draft", "model": "result"},
 }  # fmt: skip
 
 

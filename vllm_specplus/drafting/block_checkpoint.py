@@ -1,4 +1,4 @@
-"""What a block head's folder holds, and which targets it fits; see ``drafting/block_heads.py``.
+"""What a block head's folder holds; see ``drafting/block_heads.py``.
 
 Reads shapes, no weights, and imports no torch: for checking a user's configuration. Two writers are
 known: ``speculators`` 0.9 (``speculators_model_type``, the layers' config inside), and the heads'
@@ -7,29 +7,30 @@ authors, as vLLM reads them.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from vllm_specplus.drafting import eagle_checkpoint
+from vllm_specplus.drafting.block_config import BlockConfig, Body, ParallelBody, Second
+from vllm_specplus.drafting.head_tensors import Shapes, check_tensors, read_shapes
 from vllm_specplus.drafting.model import DraftModelError
-from vllm_specplus.files import is_file, positive, read_json, tensor_shapes
+from vllm_specplus.files import is_file, positive, read_json
 from vllm_specplus.strict import quoted
 
-if TYPE_CHECKING:
-    from vllm_specplus.target import Target
-
 #: Kinds of heads that can be run.
-KINDS = ("dflash", "dspark", "medusa")
-#: ``model_type`` of the targets that heads are run for.
-FAMILIES = eagle_checkpoint.FAMILIES
+KINDS = ("dflash", "dflash2", "dspark", "medusa", "peagle")
 _ARCHITECTURES = {
     "DFlashDraftModel": "dflash",
     "DFlash2DraftModel": "dflash2",
     "Qwen3DSparkModel": "dspark",
     "MedusaModel": "medusa",
+    "Eagle3LlamaForCausalLM": "eagle3",
+    "Eagle3Qwen3ForCausalLM": "eagle3",
+    "LlamaForCausalLMEagle3": "eagle3",
+    "PEagleDraftModel": "peagle",
+    "PeagleLlamaForCausalLM": "peagle",
+    "PeagleQwen3ForCausalLM": "peagle",
 }
 #: Keys that describe the layers, beside their sizes, as transformers' ``Qwen3Config`` has them.
 _LAYER_KEYS = (
@@ -41,55 +42,19 @@ _ROPE_THETA = 1e6
 #: Most tokens of a block.
 _LONGEST_BLOCK = 256
 _MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+#: Families that the layers of P-EAGLE may be of.
+_FAMILIES = ("llama", "qwen3")
+#: Keys of its mask token: of ``speculators``, of its authors, of vLLM.
+_MASKS = ("mask_token_id", "ptd_token_id", "pard_token")
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Body:
-    """The transformer of DFlash and DSpark."""
-
-    layer: dict[str, Any]
-    """Keys of ``Qwen3Config``, sizes among them."""
-    queries: int
-    """Rows of a pass: the newest token, and masks."""
-    from_anchor: bool
-    """Does the newest token's own row predict the first token? Else the first mask does."""
-    mask_token: int
-    windows: tuple[int | None, ...]
-    """How far each layer looks back; None: over the whole text."""
-    window_of_anchor: bool
-    """Windows are counted from the newest token for all rows alike; else from each row."""
-    causal: tuple[bool, ...]
-    """Of each layer: does a row see no later one of the block?"""
-
-    @property
-    def hidden_size(self) -> int:
-        return self.layer["hidden_size"]
-
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """What a head's folder says."""
-
-    kind: str
-    depth: int
-    """Tokens that are predicted at once."""
-    target_hidden_size: int
-    vocab_size: int | None
-    """The target's; None: it is not said."""
-    layer_ids: tuple[int, ...] | None
-    """Which of the target's hidden states it reads, as vLLM counts them: ``n`` is what enters layer
-    ``n``. None: those behind the last norm."""
-    max_positions: int | None
-    """None: as many as the target."""
-    body: Body | None
-    """None: of Medusa."""
+_Sizes = dict[str, tuple[int, ...]]
 
 
 def canonical(name: str) -> str:
     """A tensor's name, the same for all writers of checkpoints."""
     name = name.removeprefix("model.").removeprefix("medusa_heads.").removeprefix("medusa_head.")
+    if name.startswith("midlayer."):
+        return "layers.0." + name.removeprefix("midlayer.")
     if found := re.fullmatch(r"(\d+)\.(\d+)\.linear\.(weight|bias)", name):
         return "blocks.{}.layers.{}.{}".format(*found.groups())
     if found := re.fullmatch(r"(\d+)\.\d+\.weight", name):
@@ -108,16 +73,30 @@ def read_config(folder: str) -> BlockConfig:
         raise DraftModelError(str(error)) from None
     try:
         kind = _kind(raw, name)
-        shapes = _shapes(path, name)
-        if raw.get("quantization_config"):
+        shapes = read_shapes(path, name, canonical)
+        if is_file(path / "mask_embedding.pt"):
+            raise DraftModelError(
+                f"{name} has a mask_embedding.pt, and pickled files are not read: save it in the "
+                f"safetensors file as 'mask_embedding'"
+            )
+        if any(each.get("quantization_config") for each in (raw, _inner(raw))):
             raise DraftModelError(f"{name} is quantized: use its unquantized original")
-        return _medusa(raw, shapes, name) if kind == "medusa" else _block(kind, raw, shapes, name)
+        if kind == "medusa":
+            return _medusa(raw, shapes, name)
+        if kind == "peagle":
+            return _parallel(raw, shapes, name)
+        return _block(kind, raw, shapes, name)
     except DraftModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise DraftModelError(
             f"{name}: its config or weights are unreadable: {str(error)[:150]!r}"
         ) from None
+
+
+def _inner(raw: dict[str, Any]) -> dict[str, Any]:
+    """The layers' own config, which `speculators` write inside."""
+    return raw.get("transformer_layer_config") or {}
 
 
 def _kind(raw: dict[str, Any], name: str) -> str:
@@ -126,6 +105,8 @@ def _kind(raw: dict[str, Any], name: str) -> str:
     if kind is None:
         named = [_ARCHITECTURES.get(each) for each in raw.get("architectures") or ()]
         kind = next((each for each in named if each), None)
+        if kind == "eagle3" and any(raw.get(key) is not None for key in _MASKS):
+            kind = "peagle"
     if kind is None and (raw.get("model_type") == "medusa" or "medusa_num_heads" in raw):
         kind = "medusa"
     if kind in ("eagle3", "eagle"):
@@ -136,64 +117,42 @@ def _kind(raw: dict[str, Any], name: str) -> str:
     return kind
 
 
-def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor in the folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DraftModelError(
-            f"{name} holds no .safetensors file: save its weights as one (pickled files are not "
-            f"read)"
-        )
-    if is_file(folder / "mask_embedding.pt"):
-        raise DraftModelError(
-            f"{name} has a mask_embedding.pt, and pickled files are not read: save it in the "
-            f"safetensors file as 'mask_embedding'"
-        )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            found = tensor_shapes(file, quoted(file))
-        except ValueError as error:
-            raise DraftModelError(str(error)) from None
-        shapes |= {canonical(tensor): shape for tensor, shape in found.items()}
-    return shapes
+def _numbers(config: dict[str, Any], keys: tuple[str, ...], name: str) -> list[int]:
+    """Values of ``keys``; DraftModelError unless they are whole numbers above 0."""
+    try:
+        return [positive(config, key, f"{name}: its config.json") for key in keys]
+    except ValueError as error:
+        raise DraftModelError(str(error)) from None
 
 
-def _check_tensors(shapes: Shapes, expected: Shapes, optional: Shapes, name: str) -> None:
-    """DraftModelError unless there are the ``expected`` tensors, of these shapes, perhaps some of
-    the ``optional`` ones, and no others."""
-    missing = sorted(expected.keys() - shapes.keys())
-    if missing:
-        raise DraftModelError(f"{name} is incomplete: it lacks {_some(missing)}")
-    unknown = sorted(shapes.keys() - expected.keys() - optional.keys())
-    if unknown:
-        raise DraftModelError(f"{name} has tensors that are unknown here: {_some(unknown)}")
-    for tensor, shape in {**expected, **optional}.items():
-        if tensor in shapes and shapes[tensor] != shape:
-            raise DraftModelError(
-                f"{name} has a tensor {tensor} of shape {shapes[tensor]}, and {shape} fits the "
-                f"others"
-            )
+def _decoder(
+    of: str, reads: int, hidden: int, heads: tuple[int, int, int | None], inner: int, bias: bool
+) -> _Sizes:
+    """The tensors of a layer ``of`` that name, whose attention reads ``reads`` units; ``heads``:
+    units of its queries, of its keys, and of one head where these are normed, else None."""
+    queries, keys, dim = heads
+    found: _Sizes = {}
+    for part, size in {"q": queries, "k": keys, "v": keys, "o": hidden}.items():
+        found[f"{of}.self_attn.{part}_proj.weight"] = size, queries if part == "o" else reads
+        if bias:
+            found[f"{of}.self_attn.{part}_proj.bias"] = (size,)
+    if dim is not None:
+        found |= {f"{of}.self_attn.{part}_norm.weight": (dim,) for part in "qk"}
+    found |= {f"{of}.mlp.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
+    found[f"{of}.mlp.down_proj.weight"] = (hidden, inner)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        found[f"{of}.{norm}.weight"] = (hidden,)
+    return found
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# -- DFlash and DSpark -------------------------------------------------------------------
+# -- DFlash, DFlash-2 and DSpark ---------------------------------------------------------
 
 
 def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
     theirs = "speculators_model_type" not in raw  # the authors' own format
     extra = raw.get("dflash_config") or {}
-    config = raw | raw.get("transformer_layer_config", {}) | extra
-    try:
-        vocab, block, layers = (
-            positive(config, key, f"{name}: its config.json")
-            for key in ("vocab_size", "block_size", "num_hidden_layers")
-        )
-    except ValueError as error:
-        raise DraftModelError(str(error)) from None
+    config = raw | _inner(raw) | extra
+    vocab, block, layers = _numbers(config, ("vocab_size", "block_size", "num_hidden_layers"), name)
     if "fc.weight" not in shapes:
         raise DraftModelError(f"{name} is incomplete: it lacks fc.weight")
     hidden, reads = shapes["fc.weight"]
@@ -224,11 +183,15 @@ def _block(kind: str, raw: dict[str, Any], shapes: Shapes, name: str) -> BlockCo
     if mask is None:
         raise DraftModelError(f"{name} says nowhere which token is its mask: add 'mask_token_id'")
     layer, expected = _layers(config, shapes, layers, hidden, name)
+    second = _second(config, shapes, block, hidden, expected, name) if kind == "dflash2" else None
     _check_vocabulary(kind, config, shapes, expected, target, name)
     if theirs and not any(config.get(key) for key in ("rope_theta", "rope_parameters")):
         layer["rope_theta"] = _ROPE_THETA
     windows, causal = _attention(config, layers, theirs, name)
-    body = Body(layer, block, from_anchor, int(mask), windows, not theirs, causal)
+    confidence = _confidence(config, shapes) if kind == "dspark" else None
+    body = Body(
+        layer, block, from_anchor, int(mask), windows, not theirs, causal, confidence, second
+    )  # fmt: skip
     most = int(config.get("max_position_embeddings") or 32768)
     return BlockConfig(kind, block - (not from_anchor), target, vocab, layer_ids, most, body)
 
@@ -250,6 +213,10 @@ def _layers(
             raise DraftModelError(f"{name} is incomplete: it lacks {tensor}.weight")
     (dim,) = shapes[f"{attention}.k_norm.weight"]
     queries, keys = (shapes[f"{attention}.{each}_proj.weight"][0] for each in "qk")
+    if queries % dim or keys % dim or (queries // dim) % (keys // dim):
+        raise DraftModelError(
+            f"{name} has queries of {queries} and keys of {keys} units, which are no heads of {dim}"
+        )
     inner = shapes.get("layers.0.mlp.gate_proj.weight", (0,))[0]
     bias = bool(config.get("attention_bias"))
     expected: dict[str, tuple[int, ...]] = {
@@ -258,19 +225,7 @@ def _layers(
     }
     found = {each.split(".")[1] for each in shapes if each.startswith("layers.")}
     for i in range(min(layers, len(found) + 1)):  # one that lacks is enough
-        of = f"layers.{i}"
-        sizes = {"q": queries, "k": keys, "v": keys, "o": hidden}
-        for part, size in sizes.items():
-            expected[f"{of}.self_attn.{part}_proj.weight"] = (
-                size, queries if part == "o" else hidden,
-            )  # fmt: skip
-            if bias:
-                expected[f"{of}.self_attn.{part}_proj.bias"] = (size,)
-        expected |= {f"{of}.self_attn.{part}_norm.weight": (dim,) for part in "qk"}
-        expected |= {f"{of}.mlp.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
-        expected[f"{of}.mlp.down_proj.weight"] = (hidden, inner)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            expected[f"{of}.{norm}.weight"] = (hidden,)
+        expected |= _decoder(f"layers.{i}", hidden, hidden, (queries, keys, dim), inner, bias)
     layer = {key: config[key] for key in _LAYER_KEYS if config.get(key) is not None}
     rope = layer.get("rope_parameters") or {}
     if "sliding_attention" in rope:  # by kinds of layers, of which `speculators` rotate as one
@@ -281,6 +236,42 @@ def _layers(
         "head_dim": dim, "attention_bias": bias,
     }  # fmt: skip
     return layer, expected
+
+
+def _confidence(config: dict[str, Any], shapes: Shapes) -> Literal["row", "token"] | None:
+    """See ``Body.confidence``."""
+    if not config.get("enable_confidence_head") or "confidence_head.proj.weight" not in shapes:
+        return None
+    by_token = config.get("confidence_head_with_markov") and config.get("markov_rank")
+    return "token" if by_token else "row"
+
+
+def _second(
+    config: dict[str, Any], shapes: Shapes, block: int, hidden: int, expected: _Sizes, name: str
+) -> Second:
+    """What DFlash-2 adds; its tensors are added to the ``expected`` ones."""
+    keys = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+    taps, group, rank, candidates = _numbers(config, keys, name)
+    if taps > block or hidden % group:
+        raise DraftModelError(
+            f"{name} has convolutions of {taps} rows and {group} units, which do not fit into "
+            f"blocks of {block} rows and {hidden} units"
+        )
+    if "d2t" in shapes or config.get("sample_from_anchor"):
+        raise DraftModelError(
+            f"{name} has a vocabulary of its own, or predicts from the newest token's row, which "
+            f"DFlash-2 does not"
+        )
+    layers = {each.split(".")[1] for each in expected if each.startswith("layers.")}
+    for part in (f"layers.{i}.{each}_conv" for i in layers for each in ("attention", "mlp")):
+        expected[f"{part}.base_kernel"] = (2, taps, hidden)
+        expected[f"{part}.kernel_projection.weight"] = (2 * taps * hidden // group, hidden)
+    for part in ("predecessor", "successor"):
+        expected[f"candidate_selector.{part}_codebook"] = (int(config["vocab_size"]), rank)
+    expected["candidate_selector.hidden_projection.weight"] = (rank, hidden)
+    scales = [float(config.get(key) or 1) for key in ("input_embedding_scale", "output_multiplier")]
+    cap = float(config.get("final_logit_softcapping") or 0)
+    return Second(taps, group, candidates, *scales, max(cap, 0.0))
 
 
 def _attention(
@@ -334,6 +325,8 @@ def _check_vocabulary(
         "embed_tokens.weight": (vocab, hidden), "lm_head.weight": (own, hidden), "d2t": (own,),
         "t2d": (vocab,), "mask_embedding": (hidden,), "fc.weight": shapes["fc.weight"],
     }  # fmt: skip
+    if kind == "peagle":
+        del optional["mask_embedding"]
     if kind == "dspark":
         head = config.get("markov_head_type", "vanilla")
         if head != "vanilla":
@@ -347,12 +340,100 @@ def _check_vocabulary(
         optional |= {
             "confidence_head.proj.weight": (1, units), "confidence_head.proj.bias": (1,),
         }  # fmt: skip
-    _check_tensors(shapes, expected, optional, name)
+    check_tensors(shapes, expected, optional, name)
     for tensor, use in (("embed_tokens", "embedding"), ("lm_head", "output layer")):
         if f"{tensor}.weight" not in shapes and hidden != target:
             raise DraftModelError(
                 f"{name} has {hidden} units and cannot use the {use} of its target, of {target}"
             )
+
+
+# -- P-EAGLE -------------------------------------------------------------------------------
+
+
+def _parallel(raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
+    config = raw | _inner(raw) | (raw.get("eagle_config") or {})
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise DraftModelError(
+            f"{name} has layers of type {quoted(family)} (supported: {', '.join(_FAMILIES)})"
+        )
+    for tensor in ("fc.weight", "mask_hidden"):
+        if tensor not in shapes:
+            raise DraftModelError(f"{name} is incomplete: it lacks {tensor}")
+    hidden, reads = shapes["fc.weight"]
+    target = int(config.get("target_hidden_size") or hidden)
+    ids = config.get("eagle_aux_hidden_state_layer_ids") or ()
+    states = len(ids or range(3))
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise DraftModelError(
+            f"{name} reads the target's layers {quoted(ids)}, which must be whole numbers"
+        )
+    if reads != target * states or math.prod(shapes["mask_hidden"]) != reads:
+        raise DraftModelError(
+            f"{name} reads {reads} units, and {math.prod(shapes['mask_hidden'])} for a mask, which "
+            f"are not the states of {states} layers of {target} units"
+        )
+    mask = next((config[key] for key in _MASKS if config.get(key) is not None), None)
+    if mask is None:
+        raise DraftModelError(f"{name} says nowhere which token is its mask: add 'mask_token_id'")
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise DraftModelError(f"{name} has layers with windows, which are not supported")
+    layer, expected = _parallel_layers(config, shapes, hidden, name)
+    expected["mask_hidden"] = shapes["mask_hidden"]
+    if "input_norm.weight" in shapes:
+        expected["input_norm.weight"] = (reads,)
+    if "fc_norm.0.weight" in shapes:
+        expected |= {f"fc_norm.{i}.weight": (target,) for i in range(states)}
+    _check_vocabulary("peagle", config, shapes, expected, target, name)
+    # Of heads that `speculators` train, as vLLM reads them: unlike those of EAGLE-3.
+    before = bool(config.get("norm_before_residual", False))
+    body = ParallelBody(family, layer, int(mask), before)
+    most = int(config.get("max_position_embeddings") or 32768)
+    depth = _depth(raw, config, name)
+    return BlockConfig("peagle", depth, target, config["vocab_size"], tuple(ids), most, body)
+
+
+def _parallel_layers(
+    config: dict[str, Any], shapes: Shapes, hidden: int, name: str
+) -> tuple[dict[str, Any], _Sizes]:
+    """Keys of the layers' config, and their tensors."""
+    _, layers, heads, inner = _numbers(
+        config,
+        ("vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        name,
+    )
+    key_heads = int(config.get("num_key_value_heads") or heads)
+    dim = int(config.get("head_dim") or hidden // heads)
+    if heads % key_heads:
+        raise DraftModelError(f"{name} has {heads} heads, which cannot share {key_heads} of keys")
+    bias, normed = bool(config.get("attention_bias")), config["model_type"] == "qwen3"
+    sizes = heads * dim, key_heads * dim, dim if normed else None
+    expected: _Sizes = {"norm.weight": (hidden,), "layers.0.hidden_norm.weight": (hidden,)}
+    found = {each.split(".")[1] for each in shapes if each.startswith("layers.")}
+    for i in range(min(layers, len(found) + 1)):  # one that lacks is enough
+        reads = hidden if i else 2 * hidden
+        expected |= _decoder(f"layers.{i}", reads, hidden, sizes, inner, bias)
+    layer = {key: config[key] for key in _LAYER_KEYS if config.get(key) is not None}
+    layer |= {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": dim,
+        "attention_bias": bias,
+    }  # fmt: skip
+    return layer, expected
+
+
+def _depth(raw: dict[str, Any], config: dict[str, Any], name: str) -> int:
+    """How many tokens a pass was trained to predict."""
+    methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    said = [methods[0].get("speculative_tokens"), config.get("num_depths")]
+    depth = next((each for each in said if each is not None), None)
+    if not isinstance(depth, int) or not 1 <= depth <= _LONGEST_BLOCK:
+        raise DraftModelError(
+            f"{name} predicts {quoted(depth)} tokens at once: say in its config.json how many it "
+            f"was trained for, as 'num_depths', 1 to {_LONGEST_BLOCK}"
+        )
+    return depth
 
 
 # -- Medusa --------------------------------------------------------------------------------
@@ -396,41 +477,5 @@ def _medusa(raw: dict[str, Any], shapes: Shapes, name: str) -> BlockConfig:
             )
     elif rows and own != vocab:
         raise DraftModelError(f"{name} predicts {own} of {vocab} tokens and says not which")
-    _check_tensors(shapes, expected, optional, name)
+    check_tensors(shapes, expected, optional, name)
     return BlockConfig("medusa", heads, hidden, vocab, None, None, None)
-
-
-# -- target ----------------------------------------------------------------------------------
-
-
-def check_target(head: BlockConfig, folder: str, target: Target) -> None:
-    """ValueError unless the head was made for a target like this."""
-    if target.family not in FAMILIES:
-        raise ValueError(
-            f"block heads are run for targets of type {', '.join(FAMILIES)}, and this one is of "
-            f"type {target.family!r}"
-        )
-    if target.tensor_parallel_size > 1:
-        raise ValueError(
-            "a block head uses the target's embedding on one rank: set tensor_parallel_size to 1"
-        )
-    for what, own, others in (
-        ("hidden units", head.target_hidden_size, target.hidden_size),
-        ("tokens", head.vocab_size, target.vocab_size),
-    ):
-        if own is not None and own != others:
-            raise DraftModelError(
-                f"block head {quoted(folder)} was made for a target of {own} {what}, and this one "
-                f"has {others}"
-            )
-    highest = max(head.layer_ids or (0,))
-    if highest > target.num_layers:
-        raise DraftModelError(
-            f"block head {quoted(folder)} reads layer {highest}, and the target has "
-            f"{target.num_layers}"
-        )
-    if head.body is not None and not 0 <= head.body.mask_token < target.vocab_size:
-        raise DraftModelError(
-            f"block head {quoted(folder)} has mask token {head.body.mask_token}, and the target "
-            f"{target.vocab_size} tokens: use a head of this target"
-        )

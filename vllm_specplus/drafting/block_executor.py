@@ -14,7 +14,8 @@ import torch
 
 from vllm_specplus.drafting.block_heads import BlockHead, MedusaHead
 from vllm_specplus.drafting.block_trees import Laws
-from vllm_specplus.drafting.cache import PageStore
+from vllm_specplus.drafting.gathered import GatheredPages
+from vllm_specplus.drafting.peagle import ParallelHead
 from vllm_specplus.step import TargetRows
 
 #: Logits, float32, that are made at once.
@@ -30,21 +31,25 @@ class BlockExecutor:
         # Behind the target's pages those of the blocks, by index in the batch.
         self._pages_per_block = -(-head.body.queries // page)
         self._first_block_page = pages
-        self._cache = PageStore(
+        self._cache = GatheredPages(
             head.attention_layers, head.kv_heads, head.head_dim,
             pages + max_requests * self._pages_per_block, page, head.dtype, head.device,
         )  # fmt: skip
 
     @torch.inference_mode()
-    def follow(self, rows: TargetRows) -> None:
-        """Take what the target has just computed."""
+    def follow(self, requests: list[str], tokens: np.ndarray, rows: TargetRows) -> None:
+        """Take what the target has just computed. A row of context is made of its own states, so
+        that ``requests`` and ``tokens``, see ``HeadExecutor.follow``, do not matter."""
         if not len(rows.positions):
             return
-        requests = np.repeat(np.arange(len(rows.starts) - 1), np.diff(rows.starts))
-        pages = rows.pages[requests, rows.positions // self._page].astype(np.int64)
+        of = np.repeat(np.arange(len(rows.starts) - 1), np.diff(rows.starts))
+        pages = rows.pages[of, rows.positions // self._page].astype(np.int64)
         slots = self._to_device(pages * self._page + rows.positions % self._page)
         positions = self._to_device(rows.positions)
         self._cache.store(slots, self.head.context(rows.states, positions))
+
+    def forget(self, request: str) -> None:
+        """Nothing is kept by request."""
 
     @torch.inference_mode()
     def draft(
@@ -78,7 +83,7 @@ class BlockExecutor:
         self._cache.begin_pass(slots, torch.cat((text, blocks), 1))
         newest = self._to_device(tokens.astype(np.int64))
         hidden = head(newest, head.rotary(queries), masks, self._cache)
-        return _laws(head, hidden, newest, width)
+        return laws_of(head, hidden, newest, width)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.head.device)
@@ -90,8 +95,11 @@ class MedusaExecutor:
     def __init__(self, head: MedusaHead):
         self.head = head
 
-    def follow(self, rows: TargetRows) -> None:
+    def follow(self, requests: list[str], tokens: np.ndarray, rows: TargetRows) -> None:
         """Nothing is kept."""
+
+    def forget(self, request: str) -> None:
+        """As well."""
 
     @torch.inference_mode()
     def draft(
@@ -102,11 +110,14 @@ class MedusaExecutor:
         last = torch.from_numpy(rows.starts[1:][requests] - 1).to(self.head.device)
         newest = torch.from_numpy(tokens.astype(np.int64)).to(self.head.device)
         hidden = self.head(rows.states[last].to(self.head.dtype))
-        return _laws(self.head, hidden, newest, width)
+        return laws_of(self.head, hidden, newest, width)
 
 
-def _laws(
-    head: BlockHead | MedusaHead, hidden: torch.Tensor, tokens: torch.Tensor, width: int
+def laws_of(
+    head: BlockHead | MedusaHead | ParallelHead,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    width: int,
 ) -> Laws:
     """``head.laws``, so many blocks at a time that their logits fit into :data:`MOST_LOGITS`."""
     most = max(MOST_LOGITS // (hidden.shape[1] * head.predicts), 1)

@@ -12,8 +12,11 @@ DFlash (DeepSpec's DSpark has the same body)::
     logits_j = U norm(x_j)           the mask at n + j predicts the token there, and
                                      DSpark's row at n + j the one behind it
 
-DSpark adds ``W2 W1[previous token]`` to the logits. Medusa has no layers: its head i predicts, from
-the target's last hidden state ``h`` of position ``n - 1``, the token at ``n + 1 + i``::
+DSpark adds ``W2 W1[previous token]`` to the logits, and says with ``c = sigmoid(w [x; W1[previous
+token]] + b)`` how far the law is to be trusted: a token counts for c times what the law gives it.
+DFlash-2 has convolutions in its layers, and a selector behind them (``dflash2.py``). Medusa has no
+layers: its head i predicts, from the target's last hidden state ``h`` of position ``n - 1``, the
+token at ``n + 1 + i``::
 
     x = h; x = x + silu(W x + b) ...     logits  U_i x
 
@@ -23,6 +26,7 @@ are written. Read from the checkpoints of ``speculators`` and of the heads' auth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,20 +44,23 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from vllm_specplus.drafting import block_trees
-from vllm_specplus.drafting.block_checkpoint import BlockConfig, canonical, read_config
+from vllm_specplus.drafting.block_checkpoint import canonical, read_config
+from vllm_specplus.drafting.block_config import BlockConfig, Body, Second
 from vllm_specplus.drafting.block_trees import Laws
-from vllm_specplus.drafting.cache import PageStore
+from vllm_specplus.drafting.dflash2 import CandidateSelector, GroupedConv, around, shaped
 from vllm_specplus.drafting.eagle import Vocabulary
+from vllm_specplus.drafting.gathered import GatheredPages
 from vllm_specplus.drafting.model import DraftModelError
+from vllm_specplus.drafting.peagle import ParallelHead
 from vllm_specplus.strict import quoted
 
 
 def load_head(
     folder: str, target: Vocabulary, vocab_size: int, device: torch.device, dtype: torch.dtype
-) -> BlockHead | MedusaHead:
+) -> BlockHead | MedusaHead | ParallelHead:
     """The head of a folder, of whichever kind; DraftModelError if its ids are not the target's."""
     config = read_config(folder)
-    kind = MedusaHead if config.body is None else BlockHead
+    kind = _CLASSES[config.kind]
     weights = {
         canonical(name): weight
         for file in sorted(Path(folder).glob("*.safetensors"))
@@ -74,7 +81,7 @@ def load_head(
 
 
 class BlockHead:
-    """A head of DFlash or DSpark on one device. All calls run without gradients."""
+    """A head of DFlash, DFlash-2 or DSpark on one device. All calls run without gradients."""
 
     predicts: int
     """Tokens of which it gives logits."""
@@ -85,7 +92,7 @@ class BlockHead:
     ):  # fmt: skip
         """``weights`` by canonical names; ``own`` int64 [V']: the ids of the tokens that it
         predicts, None: all of them."""
-        assert config.body is not None
+        assert isinstance(config.body, Body)
         self.config, self.body = config, config.body
         self.device, self.dtype = device, dtype
         self._target = target
@@ -93,13 +100,12 @@ class BlockHead:
         layer = Qwen3Config(**self.body.layer, attn_implementation="sdpa")
         self.attention_layers = list(range(layer.num_hidden_layers))
         self.kv_heads, self.head_dim = layer.num_key_value_heads, layer.head_dim
-        weights = {
-            name: each for name, each in weights.items() if not name.startswith("confidence_head.")
-        }
+        trust = [weights.pop(f"confidence_head.proj.{each}", None) for each in ("weight", "bias")]
+        self._trust = [None if each is None else each.to(device).float() for each in trust]
         mask = weights.pop("mask_embedding", None)
         self._mask = None if mask is None else mask.to(device, dtype)
         with torch.device(device):
-            self.parts = _parts(layer, weights).to(dtype)
+            self.parts = _parts(layer, weights, self.body.second).to(dtype)
             self._rotary = Qwen3RotaryEmbedding(layer)
         self.parts.load_state_dict(weights)
         self.parts.eval().requires_grad_(False)
@@ -160,7 +166,7 @@ class BlockHead:
         return [made[kind] for kind in kinds]
 
     def __call__(
-        self, tokens: torch.Tensor, rotary: tuple, masks: list[torch.Tensor], cache: PageStore
+        self, tokens: torch.Tensor, rotary: tuple, masks: list[torch.Tensor], cache: GatheredPages
     ) -> torch.Tensor:
         """Behind the last norm, [R, D, hidden] of the rows that predict.
 
@@ -169,12 +175,14 @@ class BlockHead:
         """
         hidden = self._embed(tokens)
         for layer, mask in zip(self.parts["layers"], masks, strict=True):
-            attended = layer["self_attn"](
-                hidden_states=layer["input_layernorm"](hidden), position_embeddings=rotary,
-                attention_mask=mask, past_key_values=cache,
-            )[0]  # fmt: skip
-            hidden = hidden + attended
-            hidden = hidden + layer["mlp"](layer["post_attention_layernorm"](hidden))
+            attend = functools.partial(
+                _attended, layer["self_attn"], position_embeddings=rotary, attention_mask=mask,
+                past_key_values=cache,
+            )  # fmt: skip
+            normed = layer["input_layernorm"](hidden)
+            hidden = hidden + around(layer, "attention_conv", attend, normed)
+            normed = layer["post_attention_layernorm"](hidden)
+            hidden = hidden + around(layer, "mlp_conv", layer["mlp"], normed)
         return self.parts["norm"](hidden[:, -self.config.depth :])
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -186,21 +194,36 @@ class BlockHead:
         hidden = hidden.to(self.dtype)
         if self._mask is not None:  # wherever the token is, as in vLLM
             hidden = torch.where((block == self.body.mask_token)[..., None], self._mask, hidden)
-        return hidden
+        return hidden if self.body.second is None else hidden * self.body.second.embedding_scale
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """U of [..., hidden], float32 [..., own tokens]."""
-        if "lm_head" in self.parts:
-            return self.parts["lm_head"](hidden).float()
-        return self._target.output(hidden)
+        own = "lm_head" in self.parts
+        logits = self.parts["lm_head"](hidden).float() if own else self._target.output(hidden)
+        return logits if self.body.second is None else shaped(logits, self.body.second)
 
     def laws(self, hidden: torch.Tensor, tokens: torch.Tensor, width: int) -> Laws:
         """Of blocks with ``hidden`` [R, D, hidden] behind the newest ``tokens`` int64 [R]."""
         logits = self.logits(hidden)
+        if self.body.second is not None:
+            selector = self.parts["candidate_selector"]
+            return selector.laws(logits, self.body.second.candidates, hidden, tokens)
+        trust = functools.partial(self._trusted, hidden) if self.body.confidence else None
         if "markov_head" not in self.parts:
-            return block_trees.factorised(logits, width, self._own)
+            known = None if trust is None else trust()
+            return block_trees.factorised(logits, width, self._own, known)
         rows, columns = (self.parts["markov_head"][f"markov_w{i}"].weight for i in (1, 2))
-        return block_trees.markov(logits, width, tokens, rows, columns, self._own)
+        return block_trees.markov(logits, width, tokens, rows, columns, self._own, trust)
+
+    def _trusted(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """Logarithms, float32 [R, D, K or 1], of how far the laws of rows ``hidden`` [R, D, hidden]
+        can be trusted, behind tokens whose W1 is ``before`` [R, D, K, r]."""
+        (weight,), bias = self._trust
+        size = hidden.shape[-1]
+        score = (hidden.float() @ weight[:size])[..., None]
+        if self.body.confidence == "token" and before is not None:
+            score = score + before.float() @ weight[size:]
+        return nn.functional.logsigmoid(score if bias is None else score + bias)
 
 
 class MedusaHead:
@@ -261,7 +284,20 @@ class MedusaHead:
         return block_trees.factorised(self.logits(hidden), width, self._own)
 
 
-def _parts(config: Qwen3Config, weights: dict[str, torch.Tensor]) -> nn.ModuleDict:
+_CLASSES = {
+    **dict.fromkeys(("dflash", "dflash2", "dspark"), BlockHead),
+    "medusa": MedusaHead,
+    "peagle": ParallelHead,
+}
+
+
+def _attended(attention: nn.Module, normed: torch.Tensor, **given: Any) -> torch.Tensor:
+    return attention(hidden_states=normed, **given)[0]
+
+
+def _parts(
+    config: Qwen3Config, weights: dict[str, torch.Tensor], second: Second | None
+) -> nn.ModuleDict:
     """The head's modules, transformers' own, without weights."""
     hidden, eps = config.hidden_size, config.rms_norm_eps
 
@@ -298,5 +334,12 @@ def _parts(config: Qwen3Config, weights: dict[str, torch.Tensor]) -> nn.ModuleDi
                 "markov_w1": embedding("markov_head.markov_w1"),
                 "markov_w2": linear("markov_head.markov_w2"),
             }
+        )
+    if second is not None:
+        for layer in parts["layers"]:
+            for name in ("attention_conv", "mlp_conv"):
+                layer[name] = GroupedConv(hidden, second)
+        parts["candidate_selector"] = CandidateSelector(
+            hidden, *weights["candidate_selector.predecessor_codebook"].shape
         )
     return nn.ModuleDict(parts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,8 @@ class Laws:
     """int32 [A, D, K]"""
     given: np.ndarray
     """float32 [A, D, P, K] log-probabilities in descending order, by the parent's number among its
-    depth's candidates; P is 1 where it does not matter, else K. The first depth has one parent."""
+    depth's candidates; P is 1 where it does not matter, else K. The first depth has one parent.
+    They sum to less than 1 where a law is not fully trusted: what it gives then counts for less."""
     order: np.ndarray
     """int32 [A, D, P, K] numbers of the candidates in that order."""
 
@@ -129,31 +131,44 @@ def every_prefix(laws: Laws, tree: int) -> dict[tuple[int, ...], float]:
     return found
 
 
-def factorised(logits: torch.Tensor, width: int, tokens: torch.Tensor | None = None) -> Laws:
+def factorised(
+    logits: torch.Tensor, width: int, tokens: torch.Tensor | None = None,
+    trust: torch.Tensor | None = None,
+) -> Laws:  # fmt: skip
     """Laws that do not depend on parents: the ``width`` most probable tokens of each depth.
 
-    ``logits`` float32 [A, D, V']; ``tokens`` int64 [V']: their ids, None: as they are numbered.
+    ``logits`` float32 [A, D, V']; ``tokens`` int64 [V']: their ids, None: as they are numbered;
+    ``trust`` float32 [A, D, 1] logarithms of how far each law can be trusted, None: fully.
     """
     given, ids = logits.log_softmax(-1).topk(min(width, logits.shape[-1]), -1)
+    if trust is not None:
+        given = given + trust
     return Laws.of(ids if tokens is None else tokens[ids], given[:, :, None])
 
 
 def markov(
     logits: torch.Tensor, width: int, anchors: torch.Tensor, rows: torch.Tensor,
     columns: torch.Tensor, tokens: torch.Tensor | None = None,
+    trust: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Laws:  # fmt: skip
     """Laws of a child given its parent, softmax(U + W2 W1[parent]) over the ``width`` candidates of
     each depth: those most probable by U, of the first depth by the law itself.
 
     ``logits`` float32 [A, D, V'] U; ``anchors`` int64 [A] the newest tokens; ``rows`` [V, r] W1,
-    ``columns`` [V', r] W2; ``tokens`` int64 [V'] the ids of the tokens that W2 and U are of.
+    ``columns`` [V', r] W2; ``tokens`` int64 [V'] the ids of the tokens that W2 and U are of;
+    ``trust``: of W1 of the tokens before [A, D, K, r], logarithms float32 [A, D, K or 1] of how far
+    each law can be trusted, None: fully.
     """
     width = min(width, logits.shape[-1])
     first = (logits[:, 0] + (rows[anchors] @ columns.T).float()).log_softmax(-1)
     best, number = first.topk(width, -1)
     own = torch.cat((number[:, None], logits[:, 1:].topk(width, -1).indices), 1)
     ids = own if tokens is None else tokens[own]
-    bias = rows[ids[:, :-1]] @ columns[own[:, 1:]].transpose(-1, -2)  # [A, D - 1, K, K]
+    before = torch.cat((anchors[:, None, None].expand(-1, 1, width), ids[:, :-1]), 1)
+    before = rows[before]  # [A, D, K, r]
+    bias = before[:, 1:] @ columns[own[:, 1:]].transpose(-1, -2)  # [A, D - 1, K, K]
     later = logits[:, 1:].gather(-1, own[:, 1:])[:, :, None] + bias.float()
     given = torch.cat((best[:, None, None].expand(-1, 1, width, -1), later.log_softmax(-1)), 1)
+    if trust is not None:
+        given = given + trust(before)[..., None]
     return Laws.of(ids, given)

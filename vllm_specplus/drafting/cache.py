@@ -10,20 +10,38 @@ compared only where they may have changed, which their version tells.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from vllm_specplus.kernels import native
+from vllm_specplus.kernels.reference import page_offsets
+
 #: Slots per page.
 PAGE = 16
 
-_NO_PAGES = np.empty(0, np.int64)
+#: Of packed pages: that of AMX is for matrix products of more rows than a level has.
+_LAYOUT = "vec"
+
+_NO_PAGES = np.empty(0, np.int32)
+
+
+def _alike(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Do keys and values [n, kv_heads, head_dim] lie in memory as the CPU kernels take them?"""
+    _, _, size = keys.shape
+    return keys.stride() == values.stride() and keys.stride()[1:] == (size, 1)
 
 
 class PageStore:
-    """Keys and values of some layers, in pages that somebody else hands out."""
+    """Keys and values of some layers, in pages that somebody else hands out.
+
+    On a CPU they are *packed* as its kernels read them (``kernels/cpu``), one tensor per layer
+    [pages, kv_heads, 2 * page * head_dim]; elsewhere, or where the kernels cannot serve such
+    pages, keys and values are apart, [pages, page, kv_heads, head_dim] each.
+    """
 
     def __init__(
         self, layers: Iterable[int], kv_heads: int, head_dim: int, pages: int, page: int,
@@ -31,43 +49,77 @@ class PageStore:
     ):  # fmt: skip
         """``layers``: numbers of the draft's layers that are held here; ``page``: slots per
         page."""
-        shape = (pages, page, kv_heads, head_dim)
-        self.pages = pages
-        self.keys, self.values = (
-            {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
-            for layers in [list(layers)] * 2
+        self.layers = list(layers)
+        self.pages, self.page, self.device = pages, page, device
+        self._kv_heads, self._head_dim, self.dtype = kv_heads, head_dim, dtype
+        self._batch = self.batch() if dtype in native.DTYPES else None
+        self.packed = (
+            device.type == "cpu"
+            and self._batch is not None
+            and native.unsupported(self._batch) is None
         )
-        self._slots = self._table = None
+        shape: tuple[int, ...] = (2, pages, page, kv_heads, head_dim)
+        if self.packed:
+            shape = (pages, kv_heads, 2 * page * head_dim)
+        self._held = {
+            layer: torch.zeros(shape, dtype=dtype, device=device) for layer in self.layers
+        }
+
+    def batch(self) -> native.TreeBatch:
+        """Return the CPU kernels' description of packed pages."""
+        both = 2 * self.page * self._head_dim
+        code = native.DTYPES[self.dtype]
+        return native.TreeBatch(
+            num_kv_heads=self._kv_heads, head_size=self._head_dim, value_size=self._head_dim,
+            block_size=self.page, layout=native.LAYOUTS[_LAYOUT], dtype=code, cache_dtype=code,
+            value_scale=1.0, page_stride=self._kv_heads * both, head_stride=both,
+        )  # fmt: skip
+
+    def pages_of(self, layer: int) -> torch.Tensor:
+        """Return keys and values [2, pages, page, kv_heads, head_dim] of pages that are not
+        packed."""
+        return self._held[layer]
+
+    def packed_pages(self, layer: int) -> torch.Tensor:
+        """Return the packed pages of a layer."""
+        return self._held[layer]
+
+    def write(
+        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Write keys and values [n, kv_heads, head_dim] at ``slots`` int64 [n], counted over all
+        pages."""
+        if self.packed:
+            if not _alike(keys, values):
+                keys, values = keys.contiguous(), values.contiguous()
+            native.library().specplus_store_slots(
+                ctypes.byref(self._batch), self._held[layer].data_ptr(), keys.data_ptr(),
+                values.data_ptr(), keys.stride(0), slots.data_ptr(), len(slots),
+            )  # fmt: skip
+            return
+        for store, rows in zip(self._held[layer], (keys, values), strict=True):
+            store.view(-1, *store.shape[2:])[slots] = rows
+
+    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values [n, kv_heads, head_dim] at ``slots`` int64 [n]."""
+        if not self.packed:
+            keys, values = (each.flatten(0, 1)[slots] for each in self._held[layer])
+            return keys, values
+        page, place = slots // self.page, slots % self.page
+        offsets = page_offsets(_LAYOUT, self.page, self._head_dim)
+        keys, values = (
+            self._held[layer][page].gather(2, table[place][:, None].expand(-1, self._kv_heads, -1))
+            for table in offsets
+        )
+        return keys, values
 
     def store(
         self, slots: torch.Tensor, layers: Iterable[tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
         """Write keys and values [n, kv_heads, head_dim], layer by layer, at ``slots`` int64
-        [n], counted over all pages."""
-        stores = zip(self.keys.values(), self.values.values(), strict=True)
-        for both, new in zip(stores, layers, strict=True):
-            for store, rows in zip(both, new, strict=True):
-                store.view(-1, *store.shape[2:])[slots] = rows
-
-    # -- one forward pass -----------------------------------------------------------
-
-    def begin_pass(self, slots: torch.Tensor, table: torch.Tensor) -> None:
-        """The coming :meth:`update` calls write at ``slots`` int64 [R, n], counted over all
-        pages, and read the pages of ``table`` int64 [R, P]."""
-        self._slots, self._table = slots.reshape(-1), table
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__):
-        """Write [R, kv_heads, n, head_dim]; return all the pass may see, in the same
-        layout with the slots of P pages. (The call transformers' attention makes.)"""
-        return self._swap(self.keys[layer], keys), self._swap(self.values[layer], values)
-
-    def _swap(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        pages, page, heads, dim = store.shape
-        flat = store.view(pages * page, heads, dim)
-        flat[self._slots] = new.transpose(1, 2).reshape(-1, heads, dim)
-        requests, width = self._table.shape
-        seen = store.view(pages, -1).index_select(0, self._table.reshape(-1))
-        return seen.view(requests, width * page, heads, dim).transpose(1, 2)
+        [n]."""
+        for layer, (keys, values) in zip(self.layers, layers, strict=True):
+            self.write(layer, slots, keys, values)
 
 
 @dataclass(slots=True)
@@ -100,7 +152,7 @@ class PagedCache(PageStore):
         if pages < 2:
             raise ValueError(f"a draft cache needs at least 2 pages, not {pages}")
         super().__init__(layers, kv_heads, head_dim, pages, PAGE, dtype, device)
-        # Request -> its pages int64, and how many of them are owned: the array may be longer.
+        # Request -> its pages int32, and how many of them are owned: the array may be longer.
         self._pages: dict[str, tuple[np.ndarray, int]] = {}
         self._texts: dict[str, _Text] = {}
         self._free = list(range(pages - 1, 0, -1))
@@ -114,7 +166,7 @@ class PagedCache(PageStore):
             return False
         if missing > 0:
             if wanted > len(pages):
-                longer = np.empty(max(wanted, 2 * len(pages)), np.int64)
+                longer = np.empty(max(wanted, 2 * len(pages)), np.int32)
                 longer[:owned] = pages[:owned]
                 pages = longer
             pages[owned:wanted] = self._free[-1 : -missing - 1 : -1]
@@ -150,9 +202,9 @@ class PagedCache(PageStore):
         self._texts.setdefault(request, _Text()).follow(text, version)
 
     def table(self, requests: list[str]) -> np.ndarray:
-        """int64 [R, pages of the longest] page numbers, padded with 0."""
+        """int32 [R, pages of the longest] page numbers, padded with 0."""
         rows = [self._pages[name] for name in requests]
-        table = np.zeros((len(rows), max(owned for _, owned in rows)), np.int64)
+        table = np.zeros((len(rows), max(owned for _, owned in rows)), np.int32)
         for row, (pages, owned) in zip(table, rows, strict=True):
             row[:owned] = pages[:owned]
         return table

@@ -37,15 +37,16 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from vllm_specplus.drafting.cache import PageStore
 from vllm_specplus.drafting.eagle_checkpoint import HeadConfig, canonical, read_config
+from vllm_specplus.drafting.passes import Attend
+from vllm_specplus.drafting.transformers_layer import PASSED_IN
 
 
 class Vocabulary(Protocol):
     """The target's embedding and output layer."""
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[R, n] -> [R, n, hidden]."""
+        """[T] -> [T, hidden]."""
 
     def output(self, normed: torch.Tensor) -> torch.Tensor:
         """[..., hidden], behind the last norm -> float32 logits [..., vocab]."""
@@ -63,9 +64,9 @@ class EagleHead:
         self.config = head = read_config(folder)
         self.device, self.dtype, self.vocab_size = device, dtype, vocab_size
         self._target = target
-        layer = LlamaConfig(**head.layer, num_hidden_layers=1, attn_implementation="sdpa")
+        layer = LlamaConfig(**head.layer, num_hidden_layers=1, attn_implementation=PASSED_IN)
         self.kv_heads = layer.num_key_value_heads
-        self.head_dim = layer.head_dim
+        self.head_dim, self.max_positions = layer.head_dim, layer.max_position_embeddings
         weights = {
             canonical(name): weight
             for file in sorted(Path(folder).glob("*.safetensors"))
@@ -86,28 +87,20 @@ class EagleHead:
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """f' of the target's hidden states: [n, states * target_hidden] -> [n, hidden]."""
-        if self.config.generation == 1:
-            return states
-        parts = self.parts
-        if "input_norm" in parts:
-            states = parts["input_norm"](states)
-        if "fc_norm" in parts:
-            each = states.chunk(self.config.states, -1)
-            states = torch.cat([n(x) for n, x in zip(parts["fc_norm"], each, strict=True)], -1)
-        return parts["fc"](states)
+        return states if self.config.generation == 1 else fused(self.parts, states)
 
-    def rotary(self, positions: torch.Tensor) -> tuple:
-        """cos and sin [R, n, head_dim] at ``positions`` int64 [R, n]."""
-        return self._rotary(self.parts["fc"].weight, position_ids=positions)
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, head_dim] at ``positions`` int64 [T]."""
+        cos, sin = self._rotary(self.parts["fc"].weight, position_ids=positions[None])
+        return cos[0], sin[0]
 
     def __call__(
-        self, tokens: torch.Tensor, features: torch.Tensor, rotary: tuple, mask: torch.Tensor,
-        cache: PageStore,
-    ) -> torch.Tensor:  # fmt: skip
-        """y [R, n, hidden].
+        self, tokens: torch.Tensor, features: torch.Tensor, rotary: tuple, attend: Attend
+    ) -> torch.Tensor:
+        """y [T, hidden].
 
-        ``tokens`` int64 [R, n]; ``features`` [R, n, hidden] f' (or f) of each row; ``mask``
-        bool [R, 1, n, slots]. Writes the rows' keys and values to ``cache``.
+        ``tokens`` int64 [T]; ``features`` [T, hidden] f' (or f) of each row; ``attend`` also keeps
+        the rows' keys and values.
         """
         parts, layer = self.parts, self.parts["layer"]
         embedded = self._embed(tokens).to(self.dtype)
@@ -117,12 +110,14 @@ class EagleHead:
             normed = layer["hidden_norm"](features)
             residual = normed if self.config.norm_before_residual else features
             entering = torch.cat((layer["input_layernorm"](embedded), normed), -1)
+        cos, sin = rotary
         attended = layer["self_attn"](
-            hidden_states=entering,
-            position_embeddings=rotary,
-            attention_mask=mask,
-            past_key_values=cache,
-        )[0]
+            hidden_states=entering[None],
+            position_embeddings=(cos[None], sin[None]),
+            attention_mask=None,
+            attend=attend,
+            window_of_layer=None,
+        )[0][0]
         hidden = residual + attended
         return hidden + layer["mlp"](layer["post_attention_layernorm"](hidden))
 
@@ -148,6 +143,18 @@ class EagleHead:
         if "embed_tokens" in self.parts:
             return self.parts["embed_tokens"](tokens)
         return self._target.embed(tokens)
+
+
+def fused(parts: nn.ModuleDict, states: torch.Tensor) -> torch.Tensor:
+    """f' [n, hidden] of hidden states [n, states * target_hidden], by the ``parts`` of an EAGLE-3
+    head: ``fc``, and the norms before it that the head has."""
+    if "input_norm" in parts:
+        states = parts["input_norm"](states)
+    if "fc_norm" in parts:
+        norms = list(parts["fc_norm"])
+        each = states.chunk(len(norms), -1)
+        states = torch.cat([norm(x) for norm, x in zip(norms, each, strict=True)], -1)
+    return parts["fc"](states)
 
 
 def _parts(layer: LlamaConfig, head: HeadConfig, weights: dict[str, torch.Tensor]) -> nn.ModuleDict:

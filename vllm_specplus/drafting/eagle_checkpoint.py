@@ -1,4 +1,4 @@
-"""What an EAGLE head's folder holds, and which targets it fits; see ``drafting/eagle.py``.
+"""What an EAGLE head's folder holds; see ``drafting/eagle.py``.
 
 Reads shapes, no weights, and imports no torch: for checking a user's configuration.
 """
@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm_specplus.drafting.head_tensors import read_shapes
 from vllm_specplus.drafting.model import DraftModelError
-from vllm_specplus.files import is_file, read_json, tensor_shapes
+from vllm_specplus.files import is_file, read_json
 from vllm_specplus.strict import quoted
 
-if TYPE_CHECKING:
-    from vllm_specplus.target import Target
-
-#: ``model_type`` of the layers that a head may be made of, and of the targets that it is run for.
+#: ``model_type`` of the layers that a head may be made of.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 #: Keys of ``config.json`` that describe the layer, as transformers' ``LlamaConfig`` has them.
-_LAYER_KEYS = (
+LAYER_KEYS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
     "rope_parameters", "attention_bias", "mlp_bias",
@@ -72,6 +70,10 @@ def read_config(folder: str) -> HeadConfig:
         )
     try:
         raw = read_json(path / "config.json", f"EAGLE head {quoted(folder)}: its config.json")
+        if raw.get("speculators_model_type") == "peagle":
+            raise DraftModelError(
+                f"EAGLE head {quoted(folder)} is a P-EAGLE head: use the method 'block_tree'"
+            )
         if raw.get("speculators_model_type") not in (None, "eagle3"):
             raise DraftModelError(
                 f"EAGLE head {quoted(folder)} is a speculator of type "
@@ -79,7 +81,7 @@ def read_config(folder: str) -> HeadConfig:
             )
         # `speculators` writes the layer's own config inside; some of vLLM's keys as well.
         config = raw | raw.get("transformer_layer_config", {}) | raw.get("eagle_config", {})
-        shapes = _shapes(path)
+        shapes = read_shapes(path, f"EAGLE head {quoted(folder)}", canonical)
         generation = 3 if "layer.hidden_norm.weight" in shapes else 1
         problem = _unrunnable(config, shapes, generation)
         if problem:
@@ -100,7 +102,7 @@ def read_config(folder: str) -> HeadConfig:
             )
         return HeadConfig(
             generation=generation,
-            layer={key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
+            layer={key: config[key] for key in LAYER_KEYS if config.get(key) is not None},
             hidden_size=hidden,
             target_hidden_size=target,
             vocab_size=int(config["vocab_size"]),
@@ -120,24 +122,6 @@ def read_config(folder: str) -> HeadConfig:
         ) from None
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor in the folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DraftModelError(
-            f"EAGLE head {quoted(folder)} holds no .safetensors file: save its weights as one "
-            f"(pickled files are not read)"
-        )
-    shapes = {}
-    for file in files:
-        try:
-            found = tensor_shapes(file, quoted(file))
-        except ValueError as error:
-            raise DraftModelError(str(error)) from None
-        shapes |= {canonical(name): shape for name, shape in found.items()}
-    return shapes
-
-
 def _unrunnable(config: dict, shapes: dict[str, tuple[int, ...]], generation: int) -> str | None:
     """What is wrong with a head, or None."""
     required, optional = {"fc.weight", *_LAYER}, {"embed_tokens.weight", "lm_head.weight"}
@@ -149,6 +133,8 @@ def _unrunnable(config: dict, shapes: dict[str, tuple[int, ...]], generation: in
         optional |= {name for name in shapes if name.startswith("fc_norm.")}
     else:
         optional |= {"fc.bias"}
+    if "mask_hidden" in shapes:
+        return "is a P-EAGLE head: use the method 'block_tree'"
     if config.get("attention_bias"):
         required |= {f"layer.self_attn.{part}_proj.bias" for part in "qkvo"}
     if config.get("quantization_config"):
@@ -170,31 +156,3 @@ def _unrunnable(config: dict, shapes: dict[str, tuple[int, ...]], generation: in
     if "embed_tokens.weight" not in shapes and target not in (None, units):
         return f"has {units} units and cannot use the embedding of its target, of {target}"
     return None
-
-
-def check_target(head: HeadConfig, folder: str, target: Target) -> None:
-    """ValueError unless the head was made for a target like this."""
-    if target.family not in FAMILIES:
-        raise ValueError(
-            f"EAGLE heads are run for targets of type {', '.join(FAMILIES)}, and this one is of "
-            f"type {target.family!r}"
-        )
-    if target.tensor_parallel_size > 1:
-        raise ValueError(
-            "an EAGLE head uses the target's embedding on one rank: set tensor_parallel_size to 1"
-        )
-    for what, own, others in (
-        ("hidden units", head.target_hidden_size, target.hidden_size),
-        ("tokens", head.vocab_size, target.vocab_size),
-    ):
-        if own != others:
-            raise DraftModelError(
-                f"EAGLE head {quoted(folder)} was made for a target of {own} {what}, and this one "
-                f"has {others}"
-            )
-    highest = max(head.layer_ids or (0,))
-    if highest > target.num_layers:
-        raise DraftModelError(
-            f"EAGLE head {quoted(folder)} reads layer {highest}, and the target has "
-            f"{target.num_layers}"
-        )

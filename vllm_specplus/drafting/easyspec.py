@@ -21,6 +21,7 @@ import torch
 from vllm_specplus.drafting.cache import PagedCache
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel
+from vllm_specplus.drafting.passes import PagedAttention, Rows
 
 
 def layer_groups(num_layers: int, size: int) -> list[range]:
@@ -46,14 +47,11 @@ def layers_of(shard: int, num_layers: int, size: int, shards: int) -> list[int]:
 class Attentions(Protocol):
     """Who computes the attentions of a pass."""
 
-    def begin(
-        self, positions: torch.Tensor, slots: torch.Tensor, table: torch.Tensor,
-        mask: torch.Tensor, exact: bool,
-    ) -> None:  # fmt: skip
+    def begin(self, rows: Rows, exact: bool) -> None:
         """The coming calls belong to a pass over these rows."""
 
     def layer_group(self, layers: range, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """A_j of the same input [R, n, d], for every layer of a group."""
+        """A_j of the same input [T, d], for every layer of a group."""
 
     def one_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """A_j of its own input."""
@@ -64,18 +62,17 @@ class LocalAttentions:
 
     def __init__(self, model: DraftModel, cache: PagedCache):
         self._model, self._cache = model, cache
-        self._rotary = self._mask = None
+        self._rotary = self._attend = None
 
-    def begin(self, positions, slots, table, mask, exact):
-        self._cache.begin_pass(slots, table)
-        self._rotary = self._model.rotary(positions)
-        self._mask = mask
+    def begin(self, rows, exact):
+        self._attend = PagedAttention(self._cache, rows)
+        self._rotary = self._model.rotary(rows.positions)
 
     def layer_group(self, layers, hidden):
         return [self.one_layer(layer, hidden) for layer in layers]
 
     def one_layer(self, layer, hidden):
-        return self._model.attention(layer, hidden, self._rotary, self._mask, self._cache)
+        return self._model.attention(layer, hidden, self._rotary, self._attend)
 
 
 class LayerParallelExecutor(DraftExecutor):
@@ -88,9 +85,9 @@ class LayerParallelExecutor(DraftExecutor):
         self._groups = layer_groups(model.num_layers, group_size)
         self.attentions: Attentions = LocalAttentions(model, self.cache)
 
-    def _forward(self, tokens, positions, slots, table, mask, exact):
+    def _forward(self, tokens, rows, exact):
         model, attentions = self.model, self.attentions
-        attentions.begin(positions, slots, table, mask[:, None], exact)
+        attentions.begin(rows, exact)
         hidden = model.embed(tokens)
         for group in self._groups:
             if exact or len(group) == 1:

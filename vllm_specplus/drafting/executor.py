@@ -13,42 +13,63 @@ the first pass, and needs no bookkeeping of which node ended where; a layer-para
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
 from vllm_specplus.drafting.cache import PAGE, PagedCache, PageStore
 from vllm_specplus.drafting.graphs import LevelGraphs, Record
+from vllm_specplus.drafting.growth import Growth
 from vllm_specplus.drafting.model import LayeredModel
+from vllm_specplus.drafting.passes import PagedAttention, Rows
 
-#: A text with more news than this, a prompt, is read by itself, so many tokens at a time.
-PROMPT_ROWS, PROMPT_CHUNK = 32, 256
+#: Rows of text that are read in one pass.
+PROMPT_CHUNK = 256
+#: Slots of a context that several programs of a GPU share.
+LONG_CONTEXT = 1024
 
 
 class TreeExecutor(ABC):
     """Grows the trees of a round behind texts whose keys and values are in ``cache``."""
 
-    def __init__(self, model: LayeredModel, cache: PageStore, page: int, max_nodes: int):
-        """``page``: slots per page of ``cache``; ``max_nodes``: of one request's tree."""
+    def __init__(self, model: LayeredModel, cache: PageStore, max_nodes: int):
+        """``max_nodes``: of one request's tree."""
         self.model = model
         self.cache = cache
         self.max_nodes = max_nodes
-        self._page = page
+        self.graphs: LevelGraphs | None = None
+
+    @torch.inference_mode()
+    def warm_up(self, widths: Iterable[int], max_requests: int) -> None:
+        """Compile and record what serving should not wait for: passes over text, and levels of
+        these ``widths``, of up to ``max_requests`` requests."""
+        device = self.cache.device
+        table = np.zeros((1, -(-(LONG_CONTEXT + PROMPT_CHUNK) // self.cache.page)), np.int32)
+        if device.type != "cpu":  # one more variant of the kernel at most between powers of two
+            sizes = [1 << power for power in range(PROMPT_CHUNK.bit_length())]
+            for first, size in itertools.product((0, LONG_CONTEXT), sizes):
+                if first + size <= self.model.max_positions:
+                    self._try(Rows.of_text(self.cache, table, [(first, first + size)]))
+        if self.graphs is not None:
+            like = self._inputs(Rows.of_text(self.cache, table, [(0, 1)]))
+            self.graphs.record(widths, max_requests, like)
+
+    @abstractmethod
+    def _try(self, rows: Rows) -> None:
+        """Run a pass over ``rows`` of text that lie in page 0, which is nobody's."""
+
+    @abstractmethod
+    def _inputs(self, rows: Rows) -> tuple[torch.Tensor, ...]:
+        """What ``graphs`` are called with beside ``rows``."""
 
     def _start_trees(
-        self, lengths: torch.Tensor, table: torch.Tensor, first_slots: torch.Tensor,
-        text: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """Of R requests: ``lengths`` int64 [R] rows of their texts; ``table`` int64 [R, P]
-        their pages; ``first_slots`` int64 [R] where, in the slots of these, the nodes go;
-        ``text`` bool [R, slots] which of them hold text."""
-        self._length, self._table, self._first_slot, self._text = lengths, table, first_slots, text
-        device = self.model.device
-        size = (len(lengths), self.max_nodes, self.max_nodes)
-        self._ancestors = torch.zeros(size, dtype=torch.bool, device=device)
-        self._depth = torch.zeros(size[:2], dtype=torch.int64, device=device)
-        self._nodes = 0
+        self, lengths: torch.Tensor, table: torch.Tensor, first_slots: torch.Tensor, reach: int
+    ) -> None:
+        """See :class:`Growth`."""
+        self.trees = Growth(self.cache, self.max_nodes, lengths, table, first_slots, reach)
 
     @torch.inference_mode()
     def grow(
@@ -56,47 +77,52 @@ class TreeExecutor(ABC):
     ) -> torch.Tensor:
         """Add a level of ``w`` nodes to some of the trees; float32 [A, w, V] logits.
 
-        ``active`` int64 [A] which requests of the round, always among the active ones of
+        ``active`` int64 [A] which requests of the round, ascending, always among the active ones of
         the level before; ``tokens`` int64 [A, w]; ``parents`` int64 [A, w] nodes in the
         order they were added, -1 for the text's last token.
         """
         count, width = tokens.shape
-        first, self._nodes = self._nodes, self._nodes + width
-        row = active[:, None]
-        top = parents.clamp(min=0)
-        below_root = parents < 0
-        ancestors = self._ancestors[row, top] & ~below_root[..., None]
-        own = torch.arange(first, first + width, device=tokens.device)
-        ancestors[:, torch.arange(width, device=tokens.device), own] = True
-        depth = torch.where(below_root, 0, self._depth[row, top] + 1)
-        self._ancestors[row, own] = ancestors
-        self._depth[row, own] = depth
+        first = self.trees.nodes
+        rows = self.trees.rows(active, parents)
+        own = slice(first, self.trees.nodes)
+        hidden = self._level(active, own, parents, tokens.flatten(), rows)
+        return self._logits(hidden).view(count, width, -1)
 
-        table, first_slot = self._table[active], self._first_slot[active][:, None]
-        cached_at = first_slot + own
-        slots = table.gather(1, cached_at // self._page) * self._page + cached_at % self._page
-        seen = torch.arange(table.shape[1] * self._page, device=tokens.device)
-        node = seen - first_slot  # [A, S]: which node a slot holds, if it holds one
-        is_node = (node >= 0) & (node < self._nodes)
-        index = node.clamp(0, self.max_nodes - 1)[:, None].expand(count, width, len(seen))
-        text = self._text[active][:, None]
-        mask = torch.where(is_node[:, None], ancestors.gather(2, index), text)
-        positions = self._length[active][:, None] + depth
-        return self.model.logits(
-            self._level(active, own, parents, tokens, positions, slots, table, mask)
-        )
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 [T, V] behind the rows whose ``hidden`` states [T, d] a pass has computed."""
+        return self.model.logits(hidden)
 
     @abstractmethod
     def _level(
-        self, active: torch.Tensor, own: torch.Tensor, parents: torch.Tensor,
-        tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
-        table: torch.Tensor, mask: torch.Tensor,
+        self, active: torch.Tensor, own: slice, parents: torch.Tensor, tokens: torch.Tensor,
+        rows: Rows,
     ) -> torch.Tensor:  # fmt: skip
-        """Hidden states [A, w, d] of the nodes ``own`` int64 [w]; see :meth:`grow` and
-        ``DraftExecutor._forward`` for the rest."""
+        """Hidden states [A * w, d] of the nodes ``own`` of some requests, whose ``tokens`` are
+        int64 [A * w]; see :meth:`grow` for the rest."""
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)
+
+
+def pieces(known: list[int], lengths: list[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Divide what is new of R texts into passes of at most PROMPT_CHUNK rows.
+
+    ``known``, ``lengths`` [R]: tokens of each text that are read already, and all of them. Yields
+    (number of the text, first position, end) of a pass, text by text.
+    """
+    piece: list[tuple[int, int, int]] = []
+    room = PROMPT_CHUNK
+    for r, (first, length) in enumerate(zip(known, lengths, strict=True)):
+        while first < length:
+            end = min(length, first + room)
+            piece.append((r, first, end))
+            room -= end - first
+            first = end
+            if not room:
+                yield piece
+                piece, room = [], PROMPT_CHUNK
+    if piece:
+        yield piece
 
 
 class DraftExecutor(TreeExecutor):
@@ -113,8 +139,17 @@ class DraftExecutor(TreeExecutor):
         cache = PagedCache(
             model.attention_layers, model.kv_heads, model.head_dim, pages, model.dtype, model.device
         )
-        super().__init__(model, cache, PAGE, max_nodes)
-        self._level_layers = LevelGraphs(self._layers, PAGE, record) if record else self._layers
+        super().__init__(model, cache, max_nodes)
+        if record is not None:
+            most_pages = -(-model.max_positions // PAGE)
+            self.graphs = LevelGraphs(self._layers, record, cache, max_nodes, most_pages)
+
+    def _inputs(self, rows):
+        tokens = torch.zeros_like(rows.positions)
+        return (tokens, *self.model.rotary(rows.positions))
+
+    def _try(self, rows):
+        self._forward(torch.zeros_like(rows.positions), rows, exact=True)
 
     def forget(self, request: str) -> None:
         self.cache.release(request)
@@ -135,78 +170,60 @@ class DraftExecutor(TreeExecutor):
         ``texts``: int32 [n] each, n >= 1, of requests that have :meth:`room`; ``versions`` [R] as
         ``StepContext.versions``.
         """
-        known = []
         of_version = versions or [None] * len(texts)
-        for name, text, version in zip(requests, texts, of_version, strict=True):
+        known = [
             # The last token is always read, for its logits.
-            done = min(self.cache.cached(name, text, version), len(text) - 1)
-            while len(text) - done > PROMPT_ROWS:
-                end = min(done + PROMPT_CHUNK, len(text) - 1)
-                self._read([name], [text[done:end]], [done])
-                done = end
-            known.append(done)
-        news = [text[done:] for text, done in zip(texts, known, strict=True)]
-        hidden = self._read(requests, news, known)
+            min(self.cache.cached(name, text, version), len(text) - 1)
+            for name, text, version in zip(requests, texts, of_version, strict=True)
+        ]
+        lengths = [len(text) for text in texts]
+        table = self.cache.table(requests)
+        last = []
+        for piece in pieces(known, lengths):
+            hidden = self._read(table, texts, piece)
+            ends = np.cumsum([end - first for _, first, end in piece]) - 1
+            ended = [end == lengths[r] for r, _, end in piece]
+            last.append(hidden[self._to_device(ends[ended])])
         for name, text, version in zip(requests, texts, of_version, strict=True):
             self.cache.remember(name, text, version)
-        lengths = torch.tensor([len(text) for text in texts], device=hidden.device)
-        table = self._to_device(self.cache.table(requests))
-        seen = torch.arange(table.shape[1] * PAGE, device=hidden.device)
-        self._start_trees(lengths, table, lengths, seen < lengths[:, None])
-        last = torch.tensor([len(new) - 1 for new in news], device=hidden.device)
-        return self.model.logits(hidden[torch.arange(len(news), device=hidden.device), last])
+        on_device = self._to_device(np.array(lengths, np.int32))
+        self._start_trees(on_device, self._to_device(table), on_device, max(lengths))
+        return self._logits(torch.cat(last))
 
-    def _read(self, requests: list[str], news: list[np.ndarray], starts: list[int]) -> torch.Tensor:
-        """One exact pass over ``news`` behind positions ``starts``; hidden [R, widest, d]."""
-        width = max(map(len, news))
-        tokens = np.zeros((len(news), width), np.int64)
-        # Padding sits at position 0, writes to page 0 and is never read.
-        positions = np.zeros_like(tokens)
-        slots = np.zeros_like(tokens)
-        table = self.cache.table(requests)
-        for r, (new, start) in enumerate(zip(news, starts, strict=True)):
-            here = np.arange(start, start + len(new))
-            tokens[r, : len(new)] = new
-            positions[r, : len(new)] = here
-            slots[r, : len(new)] = table[r, here // PAGE] * PAGE + here % PAGE
-        reach = -(-int(positions.max() + 1) // PAGE)
-        table = self._to_device(table[:, :reach])
-        positions = self._to_device(positions)
-        seen = torch.arange(reach * PAGE, device=positions.device)
-        mask = seen <= positions[..., None]
-        return self._forward(
-            self._to_device(tokens), positions, self._to_device(slots), table, mask, exact=True
-        )
+    def _read(
+        self, table: np.ndarray, texts: list[np.ndarray], piece: list[tuple[int, int, int]]
+    ) -> torch.Tensor:
+        """One exact pass over a ``piece`` (:func:`pieces`) of the texts, whose pages are ``table``
+        int32 [R, P]; hidden [T, d]."""
+        tokens = np.concatenate([texts[r][first:end] for r, first, end in piece])
+        own = [r for r, *_ in piece]
+        rows = Rows.of_text(self.cache, table[own], [place for _, *place in piece])
+        return self._forward(self._to_device(tokens.astype(np.int64)), rows, exact=True)
 
     # -- layers -------------------------------------------------------------------------
 
-    def _level(self, active, own, parents, tokens, positions, slots, table, mask):
-        return self._forward(tokens, positions, slots, table, mask, exact=False)
+    def _level(self, active, own, parents, tokens, rows):
+        return self._forward(tokens, rows, exact=False)
 
-    def _forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
-        table: torch.Tensor, mask: torch.Tensor, exact: bool,
-    ) -> torch.Tensor:  # fmt: skip
-        """Hidden states [R, n, d] of the last layer.
+    def _forward(self, tokens: torch.Tensor, rows: Rows, exact: bool) -> torch.Tensor:
+        """Hidden states [T, d] of the last layer.
 
-        ``tokens``, ``positions``, ``slots`` int64 [R, n]; ``table`` int64 [R, P]; ``mask``
-        bool [R, n, P * PAGE], which slots a row may see, its own among them; ``exact``: the
-        rows are text. (Only a layer-parallel draft treats nodes otherwise.)
+        ``tokens`` int64 [T] of ``rows``; ``exact``: they are text. (Only a layer-parallel draft
+        treats nodes otherwise.)
         """
         # Outside of graphs: some variants look at the positions' values.
-        cos, sin = self.model.rotary(positions)
-        layers = self._layers if exact else self._level_layers
-        return layers(tokens, cos, sin, slots, table, mask)
+        cos, sin = self.model.rotary(rows.positions)
+        if self.graphs is None or exact:
+            return self._layers(rows, tokens, cos, sin)
+        return self.graphs(rows, tokens, cos, sin)
 
     def _layers(
-        self, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor,
-        table: torch.Tensor, mask: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """As :meth:`_forward`; ``cos``, ``sin`` [R, n, head_dim] of the positions."""
-        model = self.model
-        self.cache.begin_pass(slots, table)
-        hidden, rotary, mask = model.embed(tokens), (cos, sin), mask[:, None]
+        self, rows: Rows, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """As :meth:`_forward`; ``cos``, ``sin`` [T, head_dim] of the positions."""
+        model, attend = self.model, PagedAttention(self.cache, rows)
+        hidden, rotary = model.embed(tokens), (cos, sin)
         for layer in range(model.num_layers):
-            hidden = hidden + model.attention(layer, hidden, rotary, mask, self.cache)
+            hidden = hidden + model.attention(layer, hidden, rotary, attend)
             hidden = hidden + model.mlp(layer, hidden)
         return hidden

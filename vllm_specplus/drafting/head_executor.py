@@ -15,15 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_specplus.drafting.cache import PageStore
 from vllm_specplus.drafting.eagle import EagleHead
-from vllm_specplus.drafting.executor import PROMPT_CHUNK, PROMPT_ROWS, TreeExecutor
+from vllm_specplus.drafting.executor import PROMPT_CHUNK, TreeExecutor
 from vllm_specplus.drafting.graphs import LevelGraphs, Record
+from vllm_specplus.drafting.passes import PagedAttention, Rows
 from vllm_specplus.step import TargetRows
+
+if TYPE_CHECKING:
+    from vllm_specplus.drafting.mtp import MtpHead
+    from vllm_specplus.drafting.peagle import ParallelHead
 
 #: Rows of a request that may wait.
 MOST_WAITING = 16
@@ -54,11 +60,11 @@ class Waiting:
 class HeadExecutor(TreeExecutor):
     """Runs ``head`` for all requests of a step."""
 
-    model: EagleHead
+    model: EagleHead | MtpHead | ParallelHead
 
     def __init__(
-        self, head: EagleHead, max_nodes: int, max_requests: int, pages: int, page: int,
-        record: Record | None = None,
+        self, head: EagleHead | MtpHead | ParallelHead, max_nodes: int, max_requests: int,
+        pages: int, page: int, record: Record | None = None,
     ):  # fmt: skip
         """``pages``, ``page``: how many the target has, and slots per page; ``record``: makes
         graphs of levels."""
@@ -69,11 +75,23 @@ class HeadExecutor(TreeExecutor):
             head.attention_layers, head.kv_heads, head.head_dim, pages + trees, page,
             head.dtype, head.device,
         )  # fmt: skip
-        super().__init__(head, store, page, max_nodes)
-        self._level_layer = LevelGraphs(self._layer, page, record) if record else self._layer
+        super().__init__(head, store, max_nodes)
+        self._page = page
+        if record is not None:
+            most_pages = -(-head.max_positions // page) + self._pages_per_tree
+            self.graphs = LevelGraphs(self._layer, record, store, max_nodes, most_pages)
         self._first_tree_page = pages
         self._read = torch.zeros(pages, page, dtype=torch.bool, device=head.device)
         self._waiting: dict[str, Waiting] = {}
+
+    def _inputs(self, rows):
+        head, tokens = self.model, torch.zeros_like(rows.positions)
+        size = (len(tokens), head.config.hidden_size)
+        features = torch.zeros(size, dtype=head.dtype, device=head.device)
+        return (tokens, features, *head.rotary(rows.positions))
+
+    def _try(self, rows):
+        self._layer(rows, *self._inputs(rows))
 
     def forget(self, request: str) -> None:
         self._waiting.pop(request, None)
@@ -92,6 +110,9 @@ class HeadExecutor(TreeExecutor):
                 continue
             begin = int(rows.starts[r])
             first = int(rows.positions[begin])
+            if first + count > self.model.max_positions:  # nothing is drafted behind them
+                self.forget(name)
+                continue
             waiting = self._waiting.get(name)
             if waiting is None or waiting.first + len(waiting) != first:
                 # New, or computed anew after a preemption.
@@ -103,15 +124,19 @@ class HeadExecutor(TreeExecutor):
     def _read_late(self, requests: list[str]) -> None:
         """Read what waits of requests of which too much does, but for the last row, whose
         logits may be wanted."""
-        late = []
+        late: list[tuple[int, tuple[int, torch.Tensor]]] = []
+        room = PROMPT_CHUNK
         for r, name in enumerate(requests):
             waiting = self._waiting.get(name)
             if waiting is None or len(waiting) <= MOST_WAITING:
                 continue
-            while len(waiting) > PROMPT_ROWS:  # a prompt, by itself
-                self._pass_text([r], [waiting.take(min(PROMPT_CHUNK, len(waiting) - 1))])
-            if len(waiting) > MOST_WAITING:
-                late.append((r, waiting.take(len(waiting) - 1)))
+            while len(waiting) > 1:
+                count = min(room, len(waiting) - 1)
+                late.append((r, waiting.take(count)))
+                room -= count
+                if not room:
+                    self._pass_text(*zip(*late, strict=True))
+                    late, room = [], PROMPT_CHUNK
         if late:
             self._pass_text(*zip(*late, strict=True))
 
@@ -120,6 +145,27 @@ class HeadExecutor(TreeExecutor):
         """Read what waits of some requests, ``rows`` int64 [A] of those of :meth:`follow`,
         with texts of ``lengths`` int64 [A] tokens; float32 [A, V] logits behind their last.
         """
+        news = self.take(requests, lengths)
+        hidden = self._pass_text(rows, news)
+        last = np.cumsum([len(states) for _, states in news]) - 1
+        hidden = hidden[self._to_device(last)]
+        self._features = hidden.new_empty(len(news), 1 + self.max_nodes, hidden.shape[-1])
+        self._features[:, 0] = self.model.feature(hidden)
+
+        width = -(-int(lengths.max()) // self._page)
+        trees = self._first_tree_page + np.arange(len(news) * self._pages_per_tree)
+        table = np.concatenate(
+            (self._pages[rows, :width], trees.reshape(len(news), -1)), 1, dtype=np.int32
+        )
+        text_rows = self._to_device((lengths - 1).astype(np.int32))
+        slots = width * self._page
+        first_slots = torch.full_like(text_rows, slots)
+        self._start_trees(text_rows, self._to_device(table), first_slots, slots)
+        return self.model.logits(hidden)
+
+    def take(self, requests: list[str], lengths: np.ndarray) -> list[tuple[int, torch.Tensor]]:
+        """What waits of some requests with texts of ``lengths`` int64 [A] tokens, which is all that
+        was not read: (position of the first row, states) of each."""
         news = []
         for name, length in zip(requests, lengths.tolist(), strict=True):
             waiting = self._waiting[name]
@@ -127,75 +173,41 @@ class HeadExecutor(TreeExecutor):
             if not len(waiting) or waiting.first + len(waiting) != length - 1:
                 raise RuntimeError(f"no hidden states behind token {length - 2} of {name}")
             news.append(waiting.take(len(waiting)))
-        hidden = self._pass_text(rows, news)
-        every = torch.arange(len(news), device=hidden.device)
-        last = self._to_device(np.array([len(states) - 1 for _, states in news]))
-        hidden = hidden[every, last]
-        self._features = hidden.new_empty(len(news), 1 + self.max_nodes, hidden.shape[-1])
-        self._features[:, 0] = self.model.feature(hidden)
-
-        width = -(-int(lengths.max()) // self._page)
-        table = self._to_device(self._pages[rows, :width].astype(np.int64))
-        trees = torch.arange(len(news) * self._pages_per_tree, device=hidden.device)
-        trees = self._first_tree_page + trees.view(len(news), -1)
-        text_rows = self._to_device(lengths - 1)
-        slots = width * self._page
-        text = torch.zeros(
-            len(news), slots + trees.shape[1] * self._page, dtype=torch.bool, device=table.device
-        )
-        text[:, :slots] = self._visible(table, text_rows[:, None])[:, 0]
-        first_slots = torch.full_like(text_rows, slots)
-        self._start_trees(text_rows, torch.cat((table, trees), 1), first_slots, text)
-        return self.model.logits(hidden)
+        return news
 
     def _slots(self, requests: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """int64 [n] slot of each (request, position)."""
         pages = self._pages[requests, positions // self._page].astype(np.int64)
         return pages * self._page + positions % self._page
 
-    def _visible(self, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """bool [R, n, slots]: which slots of the pages ``table`` int64 [R, P] hold one of the
-        first ``lengths`` int64 [R, n] rows, and were read."""
-        seen = torch.arange(table.shape[1] * self._page, device=table.device)
-        return (seen < lengths[..., None]) & self._read[table].flatten(1)[:, None]
-
     def _pass_text(
-        self, rows: Sequence[int] | np.ndarray, news: Sequence[tuple[int, torch.Tensor]]
+        self, requests: Sequence[int] | np.ndarray, news: Sequence[tuple[int, torch.Tensor]]
     ) -> torch.Tensor:
-        """One pass over new rows of some requests; y [A, widest, hidden]."""
-        width = max(len(states) for _, states in news)
-        shape = (len(news), width)
-        tokens, positions, slots = np.zeros((3, *shape), np.int64)
-        padding = np.ones(shape, bool)
+        """One pass over new rows of some requests, ``news`` [A] of (position of the first one,
+        states); y [T, hidden]."""
+        pieces = [(first, first + len(states)) for first, states in news]
+        table = self._pages[requests, : -(-max(end for _, end in pieces) // self._page)]
+        rows = Rows.of_text(self.cache, table, pieces)
+        tokens = np.concatenate(
+            [self._tokens[r, first + 1 : end + 1]
+             for r, (first, end) in zip(requests, pieces, strict=True)]
+        )  # fmt: skip
+        self._read.view(-1)[rows.slots] = True
         features = self.model.fuse(torch.cat([states for _, states in news]))
-        for a, (r, (first, states)) in enumerate(zip(rows, news, strict=True)):
-            here = np.arange(first, first + len(states))
-            tokens[a, : len(here)] = self._tokens[r, here + 1]
-            positions[a, : len(here)] = here
-            slots[a, : len(here)] = self._slots(np.full(len(here), r), here)
-            padding[a, : len(here)] = False
-        padding = self._to_device(padding)
-        padded = features.new_zeros(*shape, features.shape[-1])
-        padded[~padding] = features
-        reach = -(-int(positions.max() + 1) // self._page)
-        table = self._to_device(self._pages[rows, :reach].astype(np.int64))
-        tokens, positions, slots = map(self._to_device, (tokens, positions, slots))
-        self._read.view(-1)[slots[~padding]] = True
-        mask = self._visible(table, positions + 1)
-        # Padding writes to page 0, which vLLM gives to nobody; it has to see something.
-        mask[..., 0] |= padding
-        cos, sin = self.model.rotary(positions)
-        return self._layer(tokens, padded, cos, sin, slots, table, mask)
+        tokens = self._to_device(tokens.astype(np.int64))
+        return self._layer(rows, tokens, features, *self.model.rotary(rows.positions))
 
     # -- tree -------------------------------------------------------------------------
 
-    def _level(self, active, own, parents, tokens, positions, slots, table, mask):
-        features = self._features[active[:, None], 1 + parents]
-        cos, sin = self.model.rotary(positions)
-        hidden = self._level_layer(tokens, features, cos, sin, slots, table, mask)
-        self._features[active[:, None], 1 + own] = self.model.feature(hidden)
+    def _level(self, active, own, parents, tokens, rows):
+        features = self._features[active[:, None], 1 + parents].flatten(0, 1)
+        inputs = tokens, features, *self.model.rotary(rows.positions)
+        run = self._layer if self.graphs is None else self.graphs
+        hidden = run(rows, *inputs)
+        below = self.model.feature(hidden).unflatten(0, parents.shape)
+        self._features[active, 1 + own.start : 1 + own.stop] = below
         return hidden
 
-    def _layer(self, tokens, features, cos, sin, slots, table, mask):
-        self.cache.begin_pass(slots, table)
-        return self.model(tokens, features, (cos, sin), mask[:, None], self.cache)
+    def _layer(self, rows, tokens, features, cos, sin):
+        attend = PagedAttention(self.cache, rows, self._read)
+        return self.model(tokens, features, (cos, sin), attend)

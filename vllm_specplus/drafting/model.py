@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from vllm_specplus.drafting.cache import PagedCache
+    from vllm_specplus.drafting.passes import Attend
+    from vllm_specplus.drafting.transformers_layer import Given
 
 #: ``model_type`` of the families that are tested. What a layer is made of is found by what it
 #: computes: another family of such layers needs a word here and a line in its test.
@@ -87,24 +88,28 @@ def check_target(folder: str, target_tokenizer: Any, vocab_size: int) -> None:
     if not known <= drafts <= vocab_size:
         raise DraftModelError(
             f"draft model {quoted(folder)} has {drafts} token ids, the target {vocab_size}: "
-            f"use a draft with the target's tokenizer"
+            f"use a draft with the target's tokenizer, or set 'vocabulary' to 'intersection'"
         )
     if target_tokenizer is None:
         return
-    from transformers import AutoTokenizer
-
     from vllm_specplus.retrieval.datastore import tokenizer_fingerprint
 
+    if tokenizer_fingerprint(own_tokenizer(folder)) != tokenizer_fingerprint(target_tokenizer):
+        raise DraftModelError(
+            f"draft model {folder!r} has another tokenizer than the target: "
+            f"use a draft of the target's family, or set 'vocabulary' to 'intersection'"
+        )
+
+
+def own_tokenizer(folder: str) -> Any:
+    """The Hugging Face tokenizer of a draft; DraftModelError if it has none."""
+    from transformers import AutoTokenizer
+
     try:
-        own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DraftModelError(f"draft model {folder!r} has no usable tokenizer: {reason}") from None
-    if tokenizer_fingerprint(own) != tokenizer_fingerprint(target_tokenizer):
-        raise DraftModelError(
-            f"draft model {folder!r} has another tokenizer than the target: "
-            f"use a draft of the target's family"
-        )
 
 
 class LayeredModel(Protocol):
@@ -125,10 +130,14 @@ class LayeredModel(Protocol):
     def embed(self, tokens: torch.Tensor) -> torch.Tensor: ...
     def rotary(self, positions: torch.Tensor) -> Any: ...
     def attention(
-        self, layer: int, hidden: torch.Tensor, rotary: Any, mask: torch.Tensor, cache: PagedCache
+        self, layer: int, hidden: torch.Tensor, rotary: Any, attend: Attend
     ) -> torch.Tensor: ...
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor: ...
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+#: Bytes of angles that a quickened model keeps.
+MOST_ANGLES = 16 << 20
 
 
 class DraftModel:
@@ -152,13 +161,13 @@ class DraftModel:
             trust_remote_code=False, attn_implementation="sdpa",
         ).eval().requires_grad_(False).to(device)  # fmt: skip
         self.config = config = model.config
-        self._soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
-        if self._soft_capped:  # which torch's own attention does not know
-            model.set_attn_implementation("eager")
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            model.set_attn_implementation("eager")  # torch's own attention does not know it
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._embed, self._norm = model.model.embed_tokens, model.model.norm
         self._head = model.lm_head.weight[:head_tokens]
         self._rotary, self._kinds = model.model.rotary_emb, _rotary_kinds(model.model)
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.device, self.dtype = device, dtype
         blocks = model.model.layers
         self.layers = [
@@ -183,26 +192,29 @@ class DraftModel:
         """Take the layers apart; raise UnknownLayers unless all together are the ``model``."""
         import torch
 
+        from vllm_specplus.drafting.dense_attention import DenseAttention
         from vllm_specplus.drafting.layer_parts import TRIED, UnknownLayers, close
+        from vllm_specplus.drafting.transformers_layer import PASSED_IN
 
-        tokens = torch.arange(TRIED, device=self.device)[None] % self.vocab_size
-        known = model(tokens, output_hidden_states=True, use_cache=False)
+        tokens = torch.arange(TRIED, device=self.device) % self.vocab_size
+        known = model(tokens[None], output_hidden_states=True, use_cache=False)
+        model.set_attn_implementation(PASSED_IN)
         rows = known.hidden_states[0]
         embedded = self._embed(tokens)
         # Some multiply what they embed, all by the same.
         factor = float((rows.float() * embedded).sum() / embedded.float().square().sum())
         self._factor = 1.0 if abs(factor - 1) < 1e-3 else factor
         places = torch.arange(TRIED, device=self.device)
-        rotary = self.rotary(places[None])
-        causal = self._mask(places <= places[:, None])[None, None]
+        rotary = self.rotary(places)
+        attend = DenseAttention((places <= places[:, None])[None, None])
         hidden = self.embed(tokens)
         for number, block in enumerate(model.model.layers):
-            layer = self.layers[number]
-            given = {"position_embeddings": self._of_kind(number, rotary), "attention_mask": causal}
-            layer.place(hidden, block(hidden, **given), given)
+            layer, given = self.layers[number], self._given(number, rotary, attend)
+            made = block(hidden[None], **layer.arguments(given))
+            layer.place(hidden, (made if isinstance(made, torch.Tensor) else made[0])[0], given)
             hidden = hidden + layer.attend(hidden, given)
             hidden = hidden + layer.feed(hidden)
-        if not close(self.logits(hidden)[0], known.logits[0, :, : self.vocab_size]):
+        if not close(self.logits(hidden), known.logits[0, :, : self.vocab_size]):
             raise UnknownLayers("more than its layers goes into its logits")
 
     def keep_attention(self, layers: Iterable[int], mlps: bool) -> None:
@@ -214,59 +226,65 @@ class DraftModel:
         if not mlps:
             self._head = self._embed = None
 
+    def quicken(self) -> None:
+        """Run layers of Llama's kind with less beside their matrix products, on the CPU. For a
+        model that is whole, and stays so."""
+        import torch
+
+        from vllm_specplus.drafting.lean_layer import LeanLayer, LeanNorm, is_lean, is_lean_norm
+
+        if self._is_plain_rotary():
+            places = torch.arange(self.max_positions, device=self.device)
+            with torch.inference_mode():
+                self._angles = self.rotary(places)
+        self.layers = [LeanLayer(each) if is_lean(each) else each for each in self.layers]
+        if is_lean_norm(self._norm):
+            self._norm = LeanNorm(self._norm)
+
+    def _is_plain_rotary(self) -> bool:
+        """Are all angles of a position the same whenever they are asked for, and few?"""
+        held = 2 * self.max_positions * self.head_dim * self.dtype.itemsize
+        kind = getattr(self._rotary, "rope_type", None)
+        return not self._kinds and kind == "default" and held <= MOST_ANGLES
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[R, n] -> [R, n, hidden]."""
+        """int64 [T] -> [T, hidden]."""
         rows = self._embed(tokens)
         return rows if self._factor == 1 else rows * self._factor
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin at ``positions`` int64 [R, n]: [R, n, head_dim], or [R, n, kinds, head_dim]
-        where layers differ."""
+        """cos and sin at ``positions`` int64 [T]: [T, head_dim], or [T, kinds, head_dim] where
+        layers differ."""
         import torch
 
+        if self._angles is not None:
+            cos, sin = self._angles
+            return cos[positions], sin[positions]
         # Only the dtype and device of the first argument matter.
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         if not self._kinds:
-            return self._rotary(like, position_ids=positions)
-        each = [self._rotary(like, position_ids=positions, layer_type=k) for k in self._kinds]
-        cos, sin = (torch.stack(parts, 2) for parts in zip(*each, strict=True))
+            cos, sin = self._rotary(like, position_ids=positions[None])
+            return cos[0], sin[0]
+        each = [self._rotary(like, position_ids=positions[None], layer_type=k) for k in self._kinds]
+        cos, sin = (torch.cat(parts).transpose(0, 1) for parts in zip(*each, strict=True))
         return cos, sin
 
-    def _of_kind(
-        self, layer: int, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._kinds:
-            return rotary
-        kind = self._kinds.index(self.config.layer_types[layer])
-        return rotary[0][:, :, kind], rotary[1][:, :, kind]
+    def _given(self, layer: int, rotary: tuple, attend: Attend) -> Given:
+        from vllm_specplus.drafting.transformers_layer import Given
+
+        if self._kinds:
+            kind = self._kinds.index(self.config.layer_types[layer])
+            rotary = rotary[0][:, kind], rotary[1][:, kind]
+        return Given(rotary, attend)
 
     def attention(
-        self, layer: int, hidden: torch.Tensor, rotary: tuple, mask: torch.Tensor, cache: PagedCache
+        self, layer: int, hidden: torch.Tensor, rotary: tuple, attend: Attend
     ) -> torch.Tensor:
-        """A(x): norms, projections, attention over the cache, output projection.
+        """A(x): norms, projections, the attention that is passed in, output projection.
 
-        ``hidden`` [R, n, hidden]; ``mask`` bool [R, 1, n, slots]. Writes the rows' keys and
-        values to ``cache`` where its current pass says.
+        ``hidden`` [T, hidden]; ``attend`` also keeps the rows' keys and values.
         """
-        window = self.layers[layer].window
-        if window is not None:
-            mask = within(mask, window)
-        given = {
-            "position_embeddings": self._of_kind(layer, rotary),
-            "attention_mask": self._mask(mask),
-            "past_key_values": cache,
-        }
-        return self.layers[layer].attend(hidden, given)
-
-    def _mask(self, seen: torch.Tensor) -> torch.Tensor:
-        """bool as transformers' attention takes it, which is added to logits where those are
-        capped."""
-        if not self._soft_capped:
-            return seen
-        import torch
-
-        lowest = torch.finfo(self.dtype).min
-        return seen.new_zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, lowest)
+        return self.layers[layer].attend(hidden, self._given(layer, rotary, attend))
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """M(x): norms and MLP."""
@@ -292,17 +310,3 @@ def _window(config: Any, layer: int) -> int | None:
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
-
-
-def within(mask: torch.Tensor, window: int) -> torch.Tensor:
-    """Narrow ``mask`` bool [R, 1, n, slots] to the ``window`` slots up to the last one that each
-    row sees, which is its own.
-
-    Nodes count for as many positions as there are of them before it, which on other branches than
-    its own are none: of a text longer than the window some oldest tokens are not seen.
-    """
-    import torch
-
-    places = torch.arange(mask.shape[-1], device=mask.device)
-    last = torch.where(mask, places, 0).amax(-1, keepdim=True)
-    return mask & (places > last - window)

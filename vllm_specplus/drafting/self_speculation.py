@@ -13,7 +13,7 @@ values before it, as the first node of a draft would be.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from vllm_specplus.drafting.cache import PAGE
 from vllm_specplus.drafting.executor import DraftExecutor
+from vllm_specplus.drafting.passes import Attend, PagedAttention, Rows
 from vllm_specplus.step import ReadKV
 
 #: Tokens of a text that a replay predicts (SWIFT's context_window).
@@ -56,6 +57,16 @@ class Skips:
 KINDS = ("attention", "mlp")
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Which layers a pass runs."""
+
+    skips: Skips
+    exits: tuple[int, ...] = ()
+    """After how many layers, ascending, logits are wanted; the pass ends behind the last. Empty:
+    all layers run, and hidden states are all that is wanted."""
+
+
 class SelfDraftExecutor(DraftExecutor):
     """A draft executor over the target's layers; ``skips`` may change between rounds."""
 
@@ -88,8 +99,15 @@ class SelfDraftExecutor(DraftExecutor):
         positions = np.concatenate(news)
         if len(positions):
             origin = np.repeat(rows, [len(new) for new in news])
-            self.cache.store(self._to_device(np.concatenate(slots)), read(origin, positions))
+            self._copy(np.concatenate(slots), origin, positions, read)
         self._remember(requests, texts, of_version)
+
+    def _copy(
+        self, slots: np.ndarray, requests: np.ndarray, positions: np.ndarray, read: ReadKV
+    ) -> None:
+        """Copy what the target holds of ``requests`` at ``positions`` to ``slots`` of the cache,
+        int64 [n] each."""
+        self.cache.store(self._to_device(slots), read(requests, positions))
 
     def _remember(
         self, requests: list[str], texts: list[np.ndarray], of_version: Sequence[int | None]
@@ -109,32 +127,37 @@ class SelfDraftExecutor(DraftExecutor):
         ``starts`` int64 [R] (1 or more). Returns how many predictions after the first
         ``e`` layers were right, int64, for each ``e`` of ``exits``; and how many there were.
         """
-        shape = (len(texts), WINDOW)
-        tokens, positions, slots, targets = np.zeros((4, *shape), np.int64)
-        cached_at = np.zeros(shape, np.int64)  # of the rows themselves, counted as text goes on
-        valid = np.zeros(shape, bool)
-        table = self.cache.table(requests)
-        for r, text in enumerate(texts):
-            before = np.arange(max(starts[r], len(text) - WINDOW) - 1, len(text) - 1)
-            here = slice(len(before))
-            tokens[r, here], targets[r, here] = text[before], text[before + 1]
-            positions[r, here], valid[r, here] = before, True
-            cached_at[r, here] = len(text) + np.arange(len(before))
-            slots[r, here] = table[r, cached_at[r, here] // PAGE] * PAGE + cached_at[r, here] % PAGE
-        tokens, positions, slots, targets, cached_at, valid, table = map(
-            self._to_device, (tokens, positions, slots, targets, cached_at, valid, table)
-        )
-        seen = torch.arange(table.shape[1] * PAGE, device=table.device)
-        mask = (seen < positions[..., None]) | (seen == cached_at[..., None])
-        right = []
-        passed = self._pass(skips, tokens, positions, slots, table, mask)
-        for layers, hidden in passed:
-            if layers in exits:
-                guess = self.model.logits(hidden).argmax(-1)
-                right.append(((guess == targets) & valid).sum())
-            if layers == exits[-1]:
-                break
-        return torch.stack(right).cpu().numpy(), int(valid.sum())
+        counts = np.minimum(WINDOW, [len(text) for text in texts] - starts).clip(0)
+        request = np.repeat(np.arange(len(texts)), counts)
+        lengths = np.array([len(text) for text in texts])[request]
+        number = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+        before = lengths - 1 - np.repeat(counts, counts) + number  # whose next tokens are predicted
+        places = list(zip(request.tolist(), before.tolist(), strict=True))
+        tokens = self._to_device(np.array([texts[r][i] for r, i in places], np.int64))
+        targets = self._to_device(np.array([texts[r][i + 1] for r, i in places], np.int64))
+        rows = self._apart(self.cache.table(requests)[request], before, lengths + number)
+        right: list[torch.Tensor] = []
+
+        def count(logits: torch.Tensor) -> None:
+            right.append((logits.argmax(-1) == targets).sum())
+
+        self._pass(Pass(skips, tuple(exits)), tokens, rows, count)
+        return torch.stack(right).cpu().numpy(), len(request)
+
+    def _apart(self, table: np.ndarray, positions: np.ndarray, cached_at: np.ndarray) -> Rows:
+        """T rows at ``positions`` int64 [T] that see the text before them and themselves, each a
+        request of its own with the pages ``table`` int32 [T, P]; ``cached_at`` int64 [T]: where, in
+        the slots of these, their own keys and values go."""
+        page, count = self.cache.page, len(positions)
+        slots = table[np.arange(count), cached_at // page].astype(np.int64) * page
+        each = np.arange(count + 1, dtype=np.int32)
+        related = np.full(count, -1, np.int32) if self.cache.packed else np.ones((count, 1), bool)
+        contexts, ends = cached_at.astype(np.int32), positions.astype(np.int32)
+        tensors = (
+            positions, slots + cached_at % page, each, contexts, ends, table, each,
+            np.zeros(count, np.int32), related,
+        )  # fmt: skip
+        return Rows(*map(self._to_device, tensors), 1, int(cached_at.max()))
 
     @torch.inference_mode()
     def begin(
@@ -144,23 +167,32 @@ class SelfDraftExecutor(DraftExecutor):
         self._remember(requests, texts, versions or [None] * len(texts))
         return logits
 
-    def _forward(self, tokens, positions, slots, table, mask, exact):
-        *_, (_, hidden) = self._pass(self.skips, tokens, positions, slots, table, mask)
-        return hidden
+    def _forward(self, tokens, rows, exact):
+        return self._pass(Pass(self.skips), tokens, rows)
 
     def _pass(
-        self, skips: Skips, tokens, positions, slots, table, mask
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(layers passed, hidden states) after every layer."""
-        model = self.model
-        self.cache.begin_pass(slots, table)
-        hidden, rotary, mask = model.embed(tokens), model.rotary(positions), mask[:, None]
-        for layer in range(model.num_layers):
+        self, which: Pass, tokens: torch.Tensor, rows: Rows,
+        look: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Hidden states [T, d] behind the last layer of a pass over ``tokens`` int64 [T]; ``look``
+        is called with the logits [T, V] behind each of its exits."""
+        return self._run(which, tokens, rows, PagedAttention(self.cache, rows), look)
+
+    def _run(
+        self, which: Pass, tokens: torch.Tensor, rows: Rows, attend: Attend,
+        look: Callable[[torch.Tensor], None] | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """As :meth:`_pass`, by the attention ``attend``."""
+        model, skips = self.model, which.skips
+        hidden, rotary = model.embed(tokens), model.rotary(rows.positions)
+        for layer in range(which.exits[-1] if which.exits else model.num_layers):
             if layer not in skips.attention:
-                hidden = hidden + model.attention(layer, hidden, rotary, mask, self.cache)
+                hidden = hidden + model.attention(layer, hidden, rotary, attend)
             if layer not in skips.mlp:
                 hidden = hidden + model.mlp(layer, hidden)
-            yield layer + 1, hidden
+            if look is not None and layer + 1 in which.exits:
+                look(model.logits(hidden))
+        return hidden
 
 
 class SkipSearch:

@@ -205,7 +205,7 @@ class BestFirst(Shape):
         self._count = 0
 
     def expand(self, q, noise):
-        width = self.sizes[0]
+        width = self.sizes[len(self._seen)]
         best, tokens = q.topk(width, -1)
         phi = (self._phi[..., None] + _log(best)).flatten(1)
         tokens = tokens.flatten(1)
@@ -247,6 +247,14 @@ class BestFirst(Shape):
             of_parents = np.append(phi, np.float32(0))[above[chosen]]
             probabilities.append(np.exp(phi[chosen] - of_parents))
         return tokens, parents, probabilities
+
+
+class Beams(BestFirst):
+    """The same of levels of unequal ``sizes`` (LongSpec, arXiv 2502.17421)."""
+
+    def __init__(self, sizes: tuple[int, ...], greedy: torch.Tensor):
+        super().__init__(1, len(sizes), greedy)
+        self.sizes = sizes
 
 
 def draft_distribution(

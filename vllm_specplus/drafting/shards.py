@@ -6,7 +6,7 @@ and values of their layers, and nothing else. Tensors travel in a ``torch.distri
 group of their own (NCCL on GPUs, gloo elsewhere), apart from vLLM's.
 
 A pass costs two broadcasts of integers (its sizes, from host to host, so that an owner that
-waits for work keeps no device busy; positions, slots, page table and mask), then, fuzzy: one
+waits for work keeps no device busy; what its rows are), then, fuzzy: one
 broadcast of the input and one gather of the results per group with layers elsewhere; exact: two
 point-to-point copies per layer elsewhere.
 """
@@ -23,9 +23,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from vllm_specplus.drafting.cache import PAGE, PagedCache
+from vllm_specplus.drafting.cache import PagedCache
 from vllm_specplus.drafting.easyspec import LocalAttentions, layer_groups, layer_owner, layers_of
 from vllm_specplus.drafting.model import DraftModel
+from vllm_specplus.drafting.passes import Rows
 
 #: A home that waits longer than this for an owner takes it for lost.
 STEP_TIMEOUT = timedelta(seconds=10)
@@ -143,13 +144,11 @@ class RemoteAttentions(LocalAttentions):
         super().__init__(model, cache)
         self._plan, self._group = plan, group
 
-    def begin(self, positions, slots, table, mask, exact):
-        super().begin(positions, slots, table, mask, exact)
-        rows, width = positions.shape
-        sizes = (_EXACT if exact else _FUZZY, rows, width, table.shape[1])
-        self._group.announce(torch.tensor(sizes))
-        numbers = torch.cat([positions.flatten(), slots.flatten(), table.flatten()])
-        raw = torch.cat([_bytes(numbers), _bytes(mask.flatten())])
+    def begin(self, rows, exact):
+        super().begin(rows, exact)
+        kind = _EXACT if exact else _FUZZY
+        sizes, raw = rows.packed()
+        self._group.announce(torch.tensor([kind, *sizes]))
         self._group.broadcast(raw)
 
     def layer_group(self, layers, hidden):
@@ -181,27 +180,18 @@ class RemoteAttentions(LocalAttentions):
 
 
 def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> torch.Tensor:
-    """[count, R, n, d], padded with zeros."""
+    """[count, T, d], padded with zeros."""
     out = like.new_zeros(count, *like.shape)
     for i, result in enumerate(results):
         out[i] = result
     return out
 
 
-def receive_pass(group: Group, device: torch.device) -> tuple:
+def receive_pass(group: Group, device: torch.device) -> tuple[Rows, bool]:
     """What home's :meth:`RemoteAttentions.begin` sends: its arguments."""
-    kind, rows, width, pages = group.announce(torch.zeros(4, dtype=torch.int64)).tolist()
-    numbers = 2 * rows * width + rows * pages
-    raw = torch.empty(8 * numbers + rows * width * pages * PAGE, dtype=torch.uint8, device=device)
-    group.broadcast(raw)
-    positions, slots, table = (
-        raw[: 8 * numbers].view(torch.int64).split([rows * width, rows * width, rows * pages])
-    )
-    mask = raw[8 * numbers :].view(torch.bool).view(rows, 1, width, pages * PAGE)
-    shape = (rows, width)
-    return (
-        positions.view(shape), slots.view(shape), table.view(rows, pages), mask, kind == _EXACT,
-    )  # fmt: skip
+    told = torch.zeros(1 + Rows.SIZES, dtype=torch.int64)
+    kind, *sizes = group.announce(told).tolist()
+    return Rows.received(sizes, device, group.broadcast), kind == _EXACT
 
 
 @torch.inference_mode()
@@ -218,9 +208,9 @@ def serve(
     # Last, when nothing slow is left: home does not wait long within a step.
     group = Group(rank, plan.shards, host, port, device, connect)
     while True:
-        positions, slots, table, mask, exact = receive_pass(group, device)
-        local.begin(positions, slots, table, mask, exact)
-        hidden = torch.empty(*positions.shape, size, dtype=model.dtype, device=device)
+        rows, exact = receive_pass(group, device)
+        local.begin(rows, exact)
+        hidden = torch.empty(len(rows.positions), size, dtype=model.dtype, device=device)
         for layers in layer_groups(model.num_layers, plan.group_size):
             owners = [plan.owner(layer, model.num_layers) for layer in layers]
             own = [layer for layer in layers if layer in own_layers]

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
 from vllm_specplus.drafting.layer_parts import LayerParts
+from vllm_specplus.drafting.passes import Attend
+
+#: transformers' name for attention that is passed in, in its configs.
+PASSED_IN = "specplus_passed_in"
 
 
-class TransformersLayer(LayerParts[dict[str, Any]]):
+def _attend(
+    module: nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: None,
+    *, scaling: float, attend: Attend, window_of_layer: int | None, softcap: float | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """What transformers' attention modules call: [1, heads, T, head_dim] each -> [1, T, heads,
+    head_dim]. Of windows its configs say more than its masks do, so they are passed in as well."""
+    query, keys, values = (each[0].transpose(0, 1) for each in (query, keys, values))
+    layer = module.layer_idx
+    out = attend(layer, query, keys, values, scaling, window_of_layer or 0, softcap or 0.0)
+    return out[None], None
+
+
+AttentionInterface.register(PASSED_IN, _attend)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an attention takes beside the rows."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    """cos and sin [T, head_dim]"""
+    attend: Attend
+
+
+class TransformersLayer(LayerParts[Given]):
     """Its attention and its MLP; those that another device holds are None."""
 
     def __init__(self, block: nn.Module, window: int | None):
@@ -19,10 +49,23 @@ class TransformersLayer(LayerParts[dict[str, Any]]):
         super().__init__(block, lambda each: "Attention" in type(each).__name__)
         self.window = window
 
-    def mix(self, normed: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-        """Return the attention of ``normed`` [R, n, hidden]; ``given``: what else transformers' own
-        is called with, by name."""
-        return self.attention(hidden_states=normed, **given)[0]
+    def arguments(self, given: Given) -> dict[str, object]:
+        """Return what transformers' attention, and a layer of it, is called with, by name."""
+        cos, sin = given.rotary
+        return {
+            "position_embeddings": (cos[None], sin[None]),
+            "attention_mask": None,
+            "attend": given.attend,
+            "window_of_layer": self.window,
+        }
+
+    def mix(self, normed: torch.Tensor, given: Given) -> torch.Tensor:
+        """Return the attention of ``normed`` [T, hidden]."""
+        return self.attention(hidden_states=normed[None], **self.arguments(given))[0][0]
+
+    def transform(self, normed: torch.Tensor) -> torch.Tensor:
+        """Return the MLP of ``normed`` [T, hidden]."""
+        return self.mlp(normed[None])[0]  # experts want a batch
 
     def keep(self, attention: bool, mlp: bool) -> None:
         """Let go of the parts that another device holds."""

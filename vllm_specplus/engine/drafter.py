@@ -6,13 +6,15 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_specplus import registry
 from vllm_specplus.control.allowed import can_be_text
@@ -20,13 +22,16 @@ from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import StepCost
 from vllm_specplus.control.settings import ControlConfig
 from vllm_specplus.drafting.graphs import CudaRecorder
+from vllm_specplus.engine import attention
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
+from vllm_specplus.engine.ranks import lockstep
 from vllm_specplus.engine.target_layers import TargetLayers
+from vllm_specplus.engine.target_vocabulary import load_vocabulary
 from vllm_specplus.metrics import Counters
 from vllm_specplus.proposer import Services
-from vllm_specplus.step import DraftProbs, Observation, Rows, StepContext
+from vllm_specplus.step import DraftProbs, Observation, ReadKV, Rows, StepContext
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:
@@ -50,10 +55,13 @@ class Drafter:
         self._log_fault = FaultLog(logger, self.config.method)
         self._method = proposer
         self._pages: tuple[int, int, int] | tuple[()] = ()
+        self.attention_layers: dict[str, Any] = {}
+        """The target's, by name, from the time on that it has a KV cache."""
         self._cost: StepCost | None = None
         self._begin(self.config.control)
 
     def _begin(self, control: ControlConfig) -> None:
+        self._lockstep = lockstep()
         self.proposer = self._method(self.config, self._services())
         self.controller = Controller(
             control,
@@ -74,10 +82,9 @@ class Drafter:
         self._begin(control or self.config.control)
         if self._cost is not None:
             self.set_cost(self._cost)
-        if self._first_rank:
-            self.load_model(self._model)
-            if self._pages:
-                self.share_pages(*self._pages)
+        self._load_draft()
+        if self._pages:
+            self.share_pages(*self._pages)
 
     def set_cost(self, cost: StepCost) -> None:
         """Tells the controller what a step costs."""
@@ -94,22 +101,46 @@ class Drafter:
             report=self._failed,
             count=self.counters.add,
             target_layers=lambda: TargetLayers(self._model, config),
+            target_vocabulary=lambda: self._vocabulary,
+            load_tokenizer=lambda: cached_tokenizer_from_config(model),
+            context_pages=lambda: attention.context_pages(self.attention_layers),
             record=CudaRecorder() if graphs else None,
+            lockstep=self._lockstep,
         )
 
     def load_model(self, model) -> None:
         """Called by vLLM when the target is loaded."""
+        if self.proposer.borrows_vocabulary:
+            self._vocabulary = load_vocabulary(model)  # of all ranks
+        self._model = model
+        self._load_draft()
+
+    def _load_draft(self) -> None:
+        device = next(self._model.parameters()).device
+        dtype = self._vllm_config.model_config.dtype
         if self._first_rank:  # the one that drafts
-            self._model = model
-            device = next(model.parameters()).device
-            self.proposer.load_draft(device, self._vllm_config.model_config.dtype)
+            self.proposer.load_draft(device, dtype)
             self.proposer.warm_up()
+        else:
+            self.proposer.load_share(device, dtype)
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         """See ``Proposer.share_pages``."""
         self._pages = pages, page, max_requests
-        if self._first_rank:
+        if not self._first_rank:
+            self.accompany(_no_texts)
+            return
+        with self.lead():
             self.proposer.share_pages(pages, page, max_requests)
+
+    def lead(self) -> AbstractContextManager[None]:
+        """On the rank that drafts: within, it may draft with layers that all ranks share."""
+        return nullcontext() if self._lockstep is None else self._lockstep.lead()
+
+    def accompany(self, read_kv: ReadKV) -> None:
+        """On the others: take part in what is drafted while the first one does :meth:`lead`."""
+        if self._lockstep is not None:
+            self._lockstep.accompany(read_kv)
 
     def propose(self, *args, **kwargs):
         """vLLM's plain interface gives a drafter neither logits nor trees."""
@@ -203,3 +234,10 @@ class Drafter:
     def _failed(self, error: Exception) -> None:
         self.counters.add("draft_failures")
         self._log_fault(error)
+
+
+def _no_texts(
+    requests: np.ndarray, positions: np.ndarray
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A ``ReadKV`` of before the first step."""
+    raise RuntimeError("the target has computed nothing yet")

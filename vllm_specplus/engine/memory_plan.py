@@ -8,7 +8,7 @@ full batch ends in the middle of a step for want of memory.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_specplus.control import memory
 from vllm_specplus.engine.row_penalties import CHUNK_BYTES
@@ -99,6 +99,15 @@ def for_kv_cache(
             )
         available -= taken
     return int(available * slot_bytes / (slot_bytes + proposer.slot_bytes()))
+
+
+def common_pages(kv_cache_config: Any, page: int) -> int:
+    """How many pages of ``page`` slots all layers have in vLLM's ``KVCacheConfig``; 0 if groups of
+    them have pages of their own."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return 0
+    return kv_cache_config.num_blocks * groups[0].kv_cache_spec.block_size // page
 
 
 def _sampling(proposer: Proposer) -> memory.Sampling:

@@ -248,6 +248,15 @@ def kept_tokens(model: Any) -> int | None:
     return window if all("sliding" in kind for kind in kinds) else None
 
 
+def gives_layers(model: Any) -> bool:
+    """Does vLLM's class of the model hand out what enters its layers, as EAGLE-3 heads read it?"""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    served, _ = ModelRegistry.resolve_model_cls(model.architectures, model)
+    return supports_eagle3(served)
+
+
 def has_fp8_cache(args: Any, model: Any) -> bool:
     """Are keys and values kept as bytes?"""
     found = _of_kv_dtype(getattr(args, "kv_cache_dtype", "auto"), model)

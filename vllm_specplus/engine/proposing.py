@@ -78,16 +78,18 @@ class Proposing:
         """
 
         self._count(step, decoding)
-        if not step.watched:
-            return DraftBatch.empty(len(decoding))
 
         def look() -> StepContext:
             context = self._context(step, decoding)
             context.target_kv, context.latents = read_kv, latents
+            context.pages = self._batch.pages
             context.target_rows = self._target_rows(step, hidden, layers)
             return context
 
-        return self._drafter.draft(len(decoding), look)
+        with self._drafter.lead():  # also of a step without: the other ranks wait for its end
+            if not step.watched:
+                return DraftBatch.empty(len(decoding))
+            return self._drafter.draft(len(decoding), look)
 
     def _context(self, step: Step, decoding: np.ndarray) -> StepContext:
         options, num_tokens = self._requests_options(), self._batch.num_tokens

@@ -35,7 +35,7 @@ from vllm_specplus.engine.batch import Step, describe, logits_rows
 from vllm_specplus.engine.clock import StepClock, StepProfiler
 from vllm_specplus.engine.counts import hand_over
 from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, ImageRowsMixin
-from vllm_specplus.engine.memory_plan import for_kv_cache
+from vllm_specplus.engine.memory_plan import common_pages, for_kv_cache
 from vllm_specplus.engine.pictures import PictureRows
 from vllm_specplus.engine.profile_trees import profiled_step
 from vllm_specplus.engine.proposing import Proposing
@@ -102,11 +102,9 @@ class TreeRunnerMixin(ImageRowsMixin):
         needs.check_loaded(self._layers, kv_cache_config, self.drafter.config.serves())
         check_groups(chain.from_iterable(self.attn_groups))
         self._caches = attention.page_caches(self._layers, self.kv_cache_config.kv_cache_groups)
-        if self.drafter.proposer.reads_hidden:
-            (group,) = kv_cache_config.kv_cache_groups
-            pages = kv_cache_config.num_blocks * group.kv_cache_spec.block_size
-            page = self.batch.page_size
-            self.drafter.share_pages(pages // page, page, self.max_num_reqs)
+        self.drafter.attention_layers = self._layers
+        page = self.batch.page_size
+        self.drafter.share_pages(common_pages(kv_cache_config, page), page, self.max_num_reqs)
 
     def profile_step_cost(self) -> None:
         """Compile what the first steps should not wait for, and measure (or read) what a step
@@ -272,6 +270,7 @@ class TreeRunnerMixin(ImageRowsMixin):
         self.proposing.show_prompt(self._step, hidden_states)
         decoding = np.array([bool(tokens) for tokens in sampled_token_ids], bool)
         if get_tensor_model_parallel_rank() != 0:
+            self.drafter.accompany(self._read_kv)
             return [[] for _ in decoding]  # vLLM takes rank 0's drafts
         drafts = self.proposing.propose(
             self._step, decoding, hidden_states, aux_hidden_states, self._read_kv, self._latents()

@@ -1,7 +1,7 @@
 """The target's own layers, offered as a draft model (self-speculation).
 
-The modules are vLLM's, with the target's weights, quantised or not. Only their attention is
-another one: it reads and writes the draft's cache.
+The modules are vLLM's, with the target's weights, quantised or not, and its sums over ranks. Only
+their attention is another one: it reads and writes the draft's cache.
 
 They are taken apart as ``drafting/layer_parts.py`` does it: the module that holds vLLM's attention
 is A's, and what is compared is vLLM's own layer. A target with a layer of another kind is refused.
@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models import supports_multimodal
 
-from vllm_specplus.drafting.cache import PagedCache
 from vllm_specplus.drafting.layer_parts import TOLERANCE, TRIED, LayerParts, UnknownLayers, close
+from vllm_specplus.drafting.passes import Attend
 
 
 class _DraftAttention(nn.Module):
-    """Stands where vLLM's ``Attention`` stood: same call, the draft's cache."""
+    """Stands where vLLM's ``Attention`` stood: same call, the attention of a draft's pass."""
+
+    attend: Attend
 
     def __init__(self, layer: int, stock: Attention):
         super().__init__()
@@ -36,29 +37,15 @@ class _DraftAttention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = (
             stock.num_heads, stock.num_kv_heads, stock.head_size
         )  # fmt: skip
-        self.window = stock.sliding_window
-        self.cache: PagedCache | None = None
-        self.mask: torch.Tensor | None = None
+        self._window = stock.sliding_window or 0
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
-        """[rows, heads * head_dim] each; the rows of ``mask`` bool [R, 1, n, slots]."""
-        requests, _, width, _ = self.mask.shape
-
-        def by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
-            return rows.view(requests, width, heads, self.head_dim).transpose(1, 2)
-
-        keys, values = self.cache.update(
-            by_head(key, self.kv_heads), by_head(value, self.kv_heads), self._layer
+        """[T, heads * head_dim] each."""
+        by_head = (
+            each.view(len(each), heads, self.head_dim)
+            for each, heads in ((query, self.heads), (key, self.kv_heads), (value, self.kv_heads))
         )
-        on_gpu = query.device.type == "cuda"
-        if on_gpu:  # with a mask and fewer KV heads, only the slow reference kernel would run
-            group = self.heads // self.kv_heads
-            keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
-        out = scaled_dot_product_attention(
-            by_head(query, self.heads), keys, values,
-            attn_mask=self.mask, scale=self._scale, enable_gqa=not on_gpu,
-        )  # fmt: skip
-        return out.transpose(1, 2).reshape(requests * width, -1)
+        return self.attend(self._layer, *by_head, self._scale, self._window).flatten(1)
 
 
 class _Echo(nn.Module):
@@ -164,9 +151,11 @@ class _Caught(nn.Module):
 
 
 class TargetLayers:
-    """What ``drafting.executor`` asks of a draft model, from the loaded target, on one rank.
+    """What ``drafting.executor`` asks of a draft model, from the loaded target.
 
-    Raises UnknownLayers, with a sentence, for a target of other layers.
+    Of a target on several ranks every one has the keys and values of its heads, and all calls are
+    collective, with the same rows everywhere; making it is as well. Raises UnknownLayers, with a
+    sentence, for a target of other layers.
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig):
@@ -223,31 +212,26 @@ class TargetLayers:
             raise UnknownLayers("more than a norm is behind them")
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[R, n] -> [R, n, hidden]."""
-        rows = self._inner.embed_input_ids(tokens.flatten())
+        """[T] -> [T, hidden]."""
+        rows = self._inner.embed_input_ids(tokens)
         # Some multiply what they embed, all by the same.
-        return (rows if self._factor == 1 else rows * self._factor).view(*tokens.shape, -1)
+        return rows if self._factor == 1 else rows * self._factor
 
     def rotary(self, positions: torch.Tensor) -> torch.Tensor:
-        """vLLM's attention takes the positions, int64 [R * n]."""
-        return positions.flatten()
+        """vLLM's attention takes the positions, int64 [T]."""
+        return positions
 
     def attention(
-        self, layer: int, hidden: torch.Tensor, rotary: torch.Tensor, mask: torch.Tensor,
-        cache: PagedCache,
-    ) -> torch.Tensor:  # fmt: skip
+        self, layer: int, hidden: torch.Tensor, rotary: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         """As ``DraftModel.attention``."""
         block = self._blocks[layer]
-        drafts = block.drafts
-        if drafts.window:  # nodes are as near as their places, which come behind the text's
-            seen = torch.arange(mask.shape[-1], device=mask.device)
-            mask = mask & (seen > rotary.view(mask.shape[0], 1, -1, 1) - drafts.window)
-        drafts.cache, drafts.mask = cache, mask
-        return block.attend(hidden.flatten(0, 1), rotary).view_as(hidden)
+        block.drafts.attend = attend
+        return block.attend(hidden, rotary)
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """As ``DraftModel.mlp``."""
-        return self._blocks[layer].feed(hidden.flatten(0, 1)).view_as(hidden)
+        return self._blocks[layer].feed(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> float32 [..., vocab_size]."""

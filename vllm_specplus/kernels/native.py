@@ -73,6 +73,9 @@ class TreeBatch(ctypes.Structure):
             "depths",
             "slopes",
             "sinks",
+            "query_start",
+            "end",
+            "readable",
         ]
     ]
 
@@ -135,6 +138,14 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.specplus_tree_attention.restype = None
     lib.specplus_move_slots.argtypes = [batch, void_p, int32, void_p, void_p, int32]
     lib.specplus_move_slots.restype = None
+    lib.specplus_store_slots.argtypes = [batch, void_p, void_p, void_p, int64, void_p, int32]
+    lib.specplus_store_slots.restype = None
+    lib.specplus_rms_norm.argtypes = [
+        void_p, void_p, void_p, int32, int64, int32, ctypes.c_float,
+    ]  # fmt: skip
+    lib.specplus_rms_norm.restype = None
+    lib.specplus_rotate.argtypes = [void_p] * 3 + [int32, int64, int64, int32, int32]
+    lib.specplus_rotate.restype = None
     lib.specplus_top_k.argtypes = [void_p, int32, int64, int64, int64, int32, void_p, void_p]
     lib.specplus_top_k.restype = None
     lib.specplus_kv_offset.argtypes = [int32] * 6
@@ -198,3 +209,23 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids.data_ptr(), values.data_ptr(),
     )  # fmt: skip
     return ids, values
+
+
+def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``rows`` [T, d] by the root of their mean square, times ``weight`` [d], as transformers'
+    Llama has it; both contiguous, on the CPU, in one of :data:`DTYPES`. Needs :func:`library`."""
+    out = torch.empty_like(rows)
+    library().specplus_rms_norm(
+        rows.data_ptr(), weight.data_ptr(), out.data_ptr(), DTYPES[rows.dtype], *rows.shape, eps
+    )
+    return out
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Apply rotary positions to ``heads`` [T, H, D] in place, whose heads are contiguous; ``cos``,
+    ``sin`` [T, D], contiguous. As :func:`rms_norm` otherwise."""
+    rows, count, size = heads.shape
+    library().specplus_rotate(
+        heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), DTYPES[heads.dtype], rows,
+        heads.stride(0), count, size,
+    )  # fmt: skip

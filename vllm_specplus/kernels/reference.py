@@ -1,4 +1,4 @@
-"""Torch references of the CPU kernels: the definition of what they compute.
+"""Torch references of the kernels: the definition of what they compute.
 
 Used by the tests as oracles, and by the engine where the C++ kernels cannot be
 built.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
@@ -25,7 +26,7 @@ def top_k_reference(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
 def masked_scores(
     scores: torch.Tensor,
     visible: torch.Tensor,
-    own: torch.Tensor | None,
+    places: torch.Tensor | None,
     window: int,
     chunk: int,
     soft_cap: float,
@@ -35,15 +36,17 @@ def masked_scores(
     """Makes of the ``scores`` [H, n, S] of n rows what the softmax is of: [H, n, S], or
     [H, n, S + 1] with ``sinks``.
 
-    S keys, the last n of which are the rows' own; ``visible`` bool [n, S] as far as the tree says;
-    ``own`` int [n] positions of the rows, needed for ``window``, ``chunk`` and ``slopes``. These
-    and the others as in ``tree_attention.py``. What is not seen is -inf.
+    S keys, the last of which are those of a tree, among them the rows' own as the last n;
+    ``visible`` bool [n, S] as far as the tree says; ``places`` int [>= n] positions of the tree's
+    keys, needed for ``window``, ``chunk`` and ``slopes``. These and the others as in
+    ``tree_attention.py``. What is not seen is -inf.
     """
     if soft_cap:
         scores = soft_cap * (scores / soft_cap).tanh()
-    if own is not None and (window or chunk or slopes is not None):
-        context = scores.shape[-1] - len(own)
-        positions = torch.cat((torch.arange(context, device=own.device), own))
+    if places is not None and (window or chunk or slopes is not None):
+        context = scores.shape[-1] - len(places)
+        own = places[len(places) - scores.shape[-2] :]
+        positions = torch.cat((torch.arange(context, device=own.device), places))
         distance = positions[None] - own[:, None]
         if window:
             visible = visible & (distance > -window)
@@ -56,6 +59,74 @@ def masked_scores(
         beside = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
         scores = torch.cat((scores, beside), -1)
     return scores
+
+
+def tree_attention_reference(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+    part: Literal["context", "tree", "all"] = "all",
+    first: torch.Tensor | None = None,
+    depths: torch.Tensor | None = None,
+    window: int = 0,
+    chunk: int = 0,
+    soft_cap: float = 0.0,
+    slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    key_starts: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+    readable: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of tree attention, computed in float32; arguments and result are as
+    ``tree_attention.py`` has them.
+
+    ``part``: the keys that are attended to, the cached context, the tree rows, or both.
+    A row without any key (``part="context"`` and no context) has output 0 and LSE -inf.
+    """
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    lse = output.new_empty(query.shape[1], query.shape[0])
+
+    starts = query_start_loc.tolist()
+    key_offsets = starts if key_starts is None else key_starts.tolist()
+    root_at = context_lens if ends is None else ends
+    for request, context_len in enumerate(context_lens.tolist()):
+        rows = slice(starts[request], starts[request + 1])
+        nodes = slice(key_offsets[request], key_offsets[request + 1])
+        num_rows, num_nodes = rows.stop - rows.start, nodes.stop - nodes.start
+        positions = torch.arange(context_len + num_nodes, device=query.device)
+        visible = ancestors.new_ones(num_rows, context_len + num_nodes)
+        visible[:, context_len:] = ancestors[rows, :num_nodes]
+        visible[:, int(root_at[request]) : context_len] = False
+        if first is not None:
+            visible[:, : int(first[request])] = False
+        if part == "context":
+            visible[:, context_len:] = False
+        elif part == "tree":
+            visible[:, :context_len] = False
+
+        blocks = block_table[request, positions // block_size].long()
+        if readable is not None:
+            text = positions[:context_len]
+            visible[:, :context_len] &= readable[blocks[:context_len], text % block_size]
+        keys = key_cache[blocks, positions % block_size].float()
+        values = value_cache[blocks, positions % block_size].float()
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+
+        scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
+        places = None if depths is None else root_at[request] + depths[nodes]
+        scores = masked_scores(scores, visible, places, window, chunk, soft_cap, slopes, sinks)
+        lse[:, rows] = torch.logsumexp(scores, dim=-1)
+        # softmax of a row without keys is 0 / 0
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : len(positions)]
+        output[rows] = torch.einsum("hqk,khd->qhd", weights, values)
+    return output, lse
 
 
 @functools.lru_cache
@@ -138,7 +209,7 @@ def packed_tree_attention_reference(
 ) -> None:
     """Writes the attention of all tree rows into ``output``, in float32 arithmetic.
 
-    Over vLLM's packed CPU pages; ``tree_attention.py`` has the one over CUDA pages.
+    Over vLLM's packed CPU pages; :func:`tree_attention_reference` is the one over CUDA pages.
 
     ``query`` and ``output`` [batch rows, query heads, head_size]; ``kv_cache`` and ``layout`` as
     in :func:`gather_kv`; ``window``: positions that a row sees, its own among them (0: all);

@@ -18,12 +18,22 @@ tree rows of all requests, ``N`` at least the largest number of rows of one requ
 ``block_table`` int32 [R, max_blocks]
     Cache blocks of each request.
 ``ancestors`` bool [T, N]
-    May row ``i`` see row ``j`` of its request. True on the diagonal.
+    May row ``i`` see row ``j`` of its request. True where these are the same row.
 ``scale``
     Factor of the scores ``query @ key``.
 ``first`` int32 [R] or None
     First token of the context that is visible, at most ``context_len``; by default all are.
-``depths`` int32 [T] or None
+``key_starts`` int32 [R + 1] or None
+    Offsets of the requests in all K rows of their trees, where some attend to nothing any more,
+    being keys of others only: those of a request come before its rows of ``query``. ``depths`` and
+    the columns of ``ancestors`` are then of all rows. By default ``query_start_loc``. Where a
+    request has none, its rows see its context, of at least one token, and nothing else.
+``ends`` int32 [R] or None
+    End of the context that is visible, at most ``context_len``, which the roots' positions follow;
+    by default that is ``context_len`` itself.
+``readable`` bool [num_blocks, block_size] or None
+    Which slots of a context are visible; by default all are.
+``depths`` int32 [K] or None
     Positions of the rows less those of their roots: for ``window``, ``chunk`` and ``slopes`` only.
 ``window``
     How many positions a row sees, its own among them; 0: all.
@@ -36,7 +46,8 @@ tree rows of all requests, ``N`` at least the largest number of rows of one requ
 ``sinks`` float [H] or None
     A score beside all others, whose key has no value.
 
-They return the output [T, H, D] and the natural logarithm of the sum of the exponentiated scores
+``tree_attention_reference`` of ``reference.py`` is their definition. They return the output
+[T, H, D] and the natural logarithm of the sum of the exponentiated scores
 (LSE), float32 [H, T], the shapes that FlashAttention and vLLM's ``merge_attn_states`` use.
 """
 
@@ -49,67 +60,6 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
-
-from vllm_specplus.kernels.reference import masked_scores
-
-#: The keys that are attended to: the cached context, the tree rows, or both.
-Part = Literal["context", "tree", "all"]
-
-
-def tree_attention_reference(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    ancestors: torch.Tensor,
-    scale: float,
-    part: Part = "all",
-    first: torch.Tensor | None = None,
-    depths: torch.Tensor | None = None,
-    window: int = 0,
-    chunk: int = 0,
-    soft_cap: float = 0.0,
-    slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition of tree attention, computed in float32; see the module for the arguments.
-
-    A row without any key (``part="context"`` and no context) has output 0 and LSE -inf.
-    """
-    block_size, num_kv_heads = key_cache.shape[1:3]
-    group = query.shape[1] // num_kv_heads
-    output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-    lse = output.new_empty(query.shape[1], query.shape[0])
-
-    starts = query_start_loc.tolist()
-    for request, context_len in enumerate(context_lens.tolist()):
-        rows = slice(starts[request], starts[request + 1])
-        num_rows = rows.stop - rows.start
-        positions = torch.arange(context_len + num_rows, device=query.device)
-        visible = ancestors.new_ones(num_rows, context_len + num_rows)
-        visible[:, context_len:] = ancestors[rows, :num_rows]
-        if first is not None:
-            visible[:, : int(first[request])] = False
-        if part == "context":
-            visible[:, context_len:] = False
-        elif part == "tree":
-            visible[:, :context_len] = False
-
-        blocks = block_table[request, positions // block_size].long()
-        keys = key_cache[blocks, positions % block_size].float()
-        values = value_cache[blocks, positions % block_size].float()
-        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-
-        scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
-        own = None if depths is None else context_len + depths[rows]
-        scores = masked_scores(scores, visible, own, window, chunk, soft_cap, slopes, sinks)
-        lse[:, rows] = torch.logsumexp(scores, dim=-1)
-        # softmax of a row without keys is 0 / 0
-        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : len(positions)]
-        output[rows] = torch.einsum("hqk,khd->qhd", weights, values)
-    return output, lse
 
 
 @triton.jit
@@ -195,6 +145,9 @@ def _tree_attention_kernel(
     depths,
     slopes,
     sinks,
+    key_starts,
+    ends,
+    readable,
     scale_log2,
     cap_log2,
     query_row_stride,
@@ -213,6 +166,9 @@ def _tree_attention_kernel(
     CAPPED: tl.constexpr,
     ALIBI: tl.constexpr,
     SINKS: tl.constexpr,
+    KEYS: tl.constexpr,
+    ENDS: tl.constexpr,
+    READABLE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -241,6 +197,10 @@ def _tree_attention_kernel(
     if first_row >= num_rows:
         return
     context_len = tl.load(context_lens + request)
+    end_of_text = tl.load(ends + request) if ENDS else context_len
+    # Of the rows that are keys: the request's first one, and how many.
+    key_start = tl.load(key_starts + request) if KEYS else start
+    num_keys = tl.load(key_starts + request + 1) - key_start if KEYS else num_rows
     block_table += request.to(tl.int64) * block_table_stride
     key_cache += kv_head * cache_head_stride
     value_cache += kv_head * cache_head_stride
@@ -271,24 +231,25 @@ def _tree_attention_kernel(
     slope_log2 = row_sum  # unused without ALiBi
     if ALIBI:
         slope_log2 = tl.load(slopes + heads, mask=row_valid, other=0.0) * LOG2_E
-    own = context_len + row_in_request  # unused without depths
+    own = end_of_text + row_in_request  # unused without depths
     if WINDOW > 0 or CHUNK > 0 or ALIBI:
-        own = context_len + tl.load(depths + rows, mask=row_valid, other=0)
+        own_depths = depths + key_start + num_keys - num_rows + row_in_request
+        own = end_of_text + tl.load(own_depths, mask=row_valid, other=0)
     # The first position that each row sees, and that the root sees, which is before all others'.
     earliest = own * 0
     begin = tl.load(first + request) if FIRST else 0
     if WINDOW > 0:
         earliest = tl.maximum(earliest, own - WINDOW + 1)
-        begin = tl.maximum(begin, context_len - WINDOW + 1)
+        begin = tl.maximum(begin, end_of_text - WINDOW + 1)
     if CHUNK > 0:
         earliest = tl.maximum(earliest, own // CHUNK * CHUNK)
-        begin = tl.maximum(begin, context_len // CHUNK * CHUNK)
+        begin = tl.maximum(begin, end_of_text // CHUNK * CHUNK)
 
     if CONTEXT:
-        seen = tl.cdiv(context_len, BLOCK_N) - begin // BLOCK_N
+        seen = tl.cdiv(end_of_text, BLOCK_N) - begin // BLOCK_N
         span = tl.cdiv(seen, num_splits) * BLOCK_N
         tiles = begin // BLOCK_N * BLOCK_N + split * span
-        end = tl.minimum(tiles + span, context_len)
+        end = tl.minimum(tiles + span, end_of_text)
         for tile in range(tiles, end, BLOCK_N):
             positions = tile + tl.arange(0, BLOCK_N)
             valid = (positions >= begin) & (positions < end)
@@ -305,6 +266,10 @@ def _tree_attention_kernel(
                 BLOCK_SIZE,
             )
             visible = valid[None, :]
+            if READABLE:
+                blocks = tl.load(block_table + positions // BLOCK_SIZE, mask=valid, other=0)
+                slots = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+                visible = visible & (tl.load(readable + slots, mask=valid, other=0) != 0)[None, :]
             if WINDOW > 0 or CHUNK > 0:
                 visible = visible & (positions[None, :] >= earliest[:, None])
             acc, row_max, row_sum = _attend(
@@ -323,10 +288,10 @@ def _tree_attention_kernel(
                 ALIBI,
             )
 
-    tree_end = tl.where(split == num_splits - 1, num_rows, 0)
+    tree_end = tl.where(split == num_splits - 1, num_keys, 0)
     for tile in range(0, tree_end, BLOCK_N):
         nodes = tile + tl.arange(0, BLOCK_N)
-        valid = nodes < num_rows
+        valid = nodes < num_keys
         keys, values = _load_keys_and_values(
             key_cache,
             value_cache,
@@ -345,9 +310,9 @@ def _tree_attention_kernel(
             other=0,
         )
         visible = related != 0
-        places = context_len + nodes
+        places = end_of_text + nodes
         if WINDOW > 0 or CHUNK > 0 or ALIBI:
-            places = context_len + tl.load(depths + start + nodes, mask=valid, other=0)
+            places = end_of_text + tl.load(depths + key_start + nodes, mask=valid, other=0)
         if WINDOW > 0 or CHUNK > 0:
             visible = visible & (places[None, :] >= earliest[:, None])
         acc, row_max, row_sum = _attend(
@@ -446,6 +411,9 @@ def tree_attention(
     soft_cap: float = 0.0,
     slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    key_starts: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+    readable: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tree attention by Triton; see the module for the arguments and the result.
 
@@ -497,6 +465,9 @@ def tree_attention(
         context_lens if depths is None else depths,
         lse if slopes is None else slopes,
         lse if sinks is None else sinks,
+        query_start_loc if key_starts is None else key_starts,
+        context_lens if ends is None else ends,
+        ancestors if readable is None else readable,
         scale * math.log2(math.e),
         soft_cap * math.log2(math.e),
         query.stride(0),
@@ -515,6 +486,9 @@ def tree_attention(
         CAPPED=soft_cap > 0,
         ALIBI=slopes is not None,
         SINKS=sinks is not None,
+        KEYS=key_starts is not None,
+        ENDS=ends is not None,
+        READABLE=readable is not None,
         GROUP=group,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,

@@ -1,10 +1,11 @@
-"""Trees from heads that draft a block in one pass (DFlash, DSpark, Medusa).
+"""Trees from heads that draft a block in one pass (DFlash, DSpark, Medusa, P-EAGLE).
 
 The head is a *block drafter*: from the target's hidden states it predicts the tokens behind the
 newest one (the *anchor*) in parallel, so a draft costs one forward pass, however deep and wide its
 tree is. DFlash fills masks behind the anchor and sees the text through keys and values it makes of
 the target's hidden states; DSpark makes the same block semi-autoregressive by a *Markov head*, a
-bias by the token before; Medusa has a small network per depth on the last hidden state.
+bias by the token before; Medusa has a small network per depth on the last hidden state; P-EAGLE is
+an EAGLE-3 head that goes on from masks.
 
 The *marginals* of the block make a tree as in DDTree: best first, the most probable prefixes, which
 is optimal if the depths are independent. With a Markov head the tree is *path-conditional*: a child
@@ -30,9 +31,15 @@ from vllm_specplus.drafting import block_checkpoint
 from vllm_specplus.drafting.block_executor import BlockExecutor, MedusaExecutor
 from vllm_specplus.drafting.block_heads import BlockHead, MedusaHead, load_head
 from vllm_specplus.drafting.block_trees import Laws, Tree, best_first
+from vllm_specplus.drafting.head_target import check_fits
+from vllm_specplus.drafting.hub import model_folder
+from vllm_specplus.drafting.model import DraftModelError
+from vllm_specplus.drafting.peagle import ParallelHead
+from vllm_specplus.drafting.peagle_executor import ParallelExecutor
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
+from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
 
@@ -49,28 +56,41 @@ class BlockTreeConfig(MethodConfig):
         Need.KV_GROUPS,
         Need.MROPE,
     }
+    takes_speculators: ClassVar[bool] = True
 
     method: Literal["block_tree"] = "block_tree"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
     """Nodes of the whole tree. How deep it can be is the head's to say."""
     model: str
-    """Folder of a DFlash, DSpark or Medusa head that was trained for the target."""
+    """Folder of a DFlash, DSpark, Medusa or P-EAGLE head that was trained for the target, or its
+    name on the Hugging Face hub."""
+
+    @property
+    def folder(self) -> str:
+        """Where the head is on this machine."""
+        return model_folder(self.model, "block head")
 
     @model_validator(mode="after")
     def _head_runs(self):
-        block_checkpoint.read_config(self.model)
+        block_checkpoint.read_config(self.folder)
         return self
 
     def check_target(self, target: Target) -> None:
         target.check_keeps_texts(self.method)
-        head = block_checkpoint.read_config(self.model)
-        block_checkpoint.check_target(head, self.model, target)
+        head = block_checkpoint.read_config(self.folder)
+        name = f"block head {quoted(self.model)}"
+        check_fits(target, name, head.target_hidden_size, head.vocab_size, head.layer_ids)
+        if head.body is not None and not 0 <= head.body.mask_token < target.vocab_size:
+            raise DraftModelError(
+                f"{name} has mask token {head.body.mask_token}, and the target "
+                f"{target.vocab_size} tokens: use a head of this target"
+            )
 
 
 @register_method
 class BlockTree(Proposer):
     config_class = BlockTreeConfig
-    reads_hidden = True
+    reads_hidden = borrows_vocabulary = True
     sources = tuple(
         Source(f"{who} up to {high}", group, prior)
         for who, group, priors in (
@@ -79,18 +99,19 @@ class BlockTree(Proposer):
         )
         for high, prior in zip(PROBABILITY_CLASSES, priors, strict=True)
     )
-    _executor: BlockExecutor | MedusaExecutor
-    _head: BlockHead | MedusaHead
+    _executor: BlockExecutor | MedusaExecutor | ParallelExecutor
+    _head: BlockHead | MedusaHead | ParallelHead | None = None
+    """None on ranks that do not draft."""
 
     def __init__(self, config: BlockTreeConfig, services: Services):
         super().__init__(config, services)
-        self._described = block_checkpoint.read_config(config.model)
+        self._described = block_checkpoint.read_config(config.folder)
         self.hidden_layers = self._described.layer_ids
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = load_head(
-            self.config.model,
-            self.services.target_layers(),
+            self.config.folder,
+            self.services.target_vocabulary(),
             self.services.vocab_size,
             device,
             dtype,
@@ -98,15 +119,19 @@ class BlockTree(Proposer):
 
     def slot_bytes(self) -> int:
         head = self._head
-        if isinstance(head, MedusaHead):
+        if head is None or isinstance(head, MedusaHead):
             return 0
         row = 2 * head.kv_heads * head.head_dim * head.dtype.itemsize
         return len(head.attention_layers) * row
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         head = self._head
+        assert head is not None
         if isinstance(head, MedusaHead):
             self._executor = MedusaExecutor(head)
+        elif isinstance(head, ParallelHead):
+            self._executor = ParallelExecutor(head, pages, page, max_requests)
+            self._executor.warm_up((), max_requests)
         else:
             self._executor = BlockExecutor(head, pages, page, max_requests)
 
@@ -115,9 +140,12 @@ class BlockTree(Proposer):
         token = torch.zeros(1, 2, 2, dtype=torch.int64)
         best_first(Laws.of(token, torch.zeros(1, 2, 1, 2)), 0, 2)
 
+    def forget(self, request_id: str) -> None:
+        self._executor.forget(request_id)
+
     def propose(self, step: StepContext) -> DraftBatch:
         # Every text's, drafted or not: what is passed over never comes again.
-        self._executor.follow(step.target_rows)
+        self._executor.follow(step.request_ids, step.token_ids, step.target_rows)
         requests = self._drafting(step)
         counts = np.zeros(len(step.request_ids), np.int32)
         if not len(requests):
@@ -144,7 +172,7 @@ class BlockTree(Proposer):
         rows, head = step.target_rows, self._described
         may = (step.max_nodes > 0) & (np.diff(rows.starts) > 0)
         if head.body is not None and head.max_positions is not None:
-            beyond = step.num_tokens - 1 + head.body.queries > head.max_positions
+            beyond = step.num_tokens - 1 + head.ahead > head.max_positions
             for _ in range(int((may & beyond).sum())):
                 self.services.count("texts_beyond_head")
             may &= ~beyond

@@ -1,7 +1,8 @@
 """Trees from a draft model (RSD, SpecTr, EAGLE-2's best-first trees, plain chains).
 
-A small model of the target's tokenizer drafts level by level; each level costs one of its
-forward passes over all requests. What a level holds is the shape's choice:
+A small model drafts level by level; each level costs one of its forward passes over all requests.
+It has the target's tokenizer, or drafts the tokens that both have (``drafting/shared_tokens.py``).
+What a level holds is the shape's choice:
 
 * ``rsd_s``: stochastic beam search, sequences without replacement (arXiv 2402.14160);
 * ``rsd_c``: a constant number of children, drawn without replacement (the same paper);
@@ -29,10 +30,12 @@ from pydantic import Field, model_validator
 
 from vllm_specplus.config import Megabytes, MethodConfig
 from vllm_specplus.drafting.executor import DraftExecutor
+from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shapes import (
+    Beams,
     BestFirst,
     ConstantBranching,
     IndependentPaths,
@@ -40,6 +43,7 @@ from vllm_specplus.drafting.shapes import (
     StochasticBeam,
     draft_distribution,
 )
+from vllm_specplus.drafting.shared_tokens import SharedTokens, share
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
@@ -50,6 +54,7 @@ from vllm_specplus.tree import DraftBatch
 SHAPES = {
     "chain": StochasticBeam,
     "topk": BestFirst,
+    "beams": Beams,
     "rsd_c": ConstantBranching,
     "rsd_s": StochasticBeam,
     "spectr": IndependentPaths,
@@ -74,17 +79,24 @@ class DraftTreeConfig(ShapedDraftConfig):
 
     method: Literal["draft_tree"] = "draft_tree"
     model: str
-    """Hugging Face folder of the draft, with the target's tokenizer."""
+    """Folder of the draft, or its name on the Hugging Face hub; with the target's tokenizer."""
     shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "rsd_s"
     head_tokens: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
     """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
     of frequency, and the output layer is most of a small draft (arXiv 2502.14856)."""
+    vocabulary: Literal["same", "intersection"] = "same"
+    """Must the draft have the target's tokenizer, or does it draft the tokens that both have?"""
     kv_memory_mb: Megabytes = 512
     """The draft's own keys and values; requests beyond it go undrafted."""
 
+    @property
+    def folder(self) -> str:
+        """Where the draft is on this machine."""
+        return model_folder(self.model, "draft model")
+
     @model_validator(mode="after")
     def _model_runs(self):
-        tokens = read_config(self.model)["vocab_size"]
+        tokens = read_config(self.folder)["vocab_size"]
         if self.head_tokens is not None and self.head_tokens > tokens:
             raise ValueError(
                 f"'head_tokens' is {quoted(self.head_tokens)}, and the draft has {tokens} token "
@@ -93,13 +105,20 @@ class DraftTreeConfig(ShapedDraftConfig):
         return self
 
     def check_target(self, target: Target) -> None:
-        check_target(self.model, target.load_tokenizer(), target.vocab_size)
+        tokenizer = target.load_tokenizer()
+        if self.vocabulary == "same":
+            check_target(self.folder, tokenizer, target.vocab_size)
+        else:
+            rows = read_config(self.folder)["vocab_size"]
+            share(self.folder, tokenizer, target.vocab_size, rows, self.head_tokens or rows)
 
 
 @register_method
 class DraftTree(Proposer):
     config_class: ClassVar[type[MethodConfig]] = DraftTreeConfig
     sources = (LEVEL, *LIKELY)
+    _shared: SharedTokens | None = None
+    """None: the draft has the target's tokens."""
 
     def __init__(self, config: DraftTreeConfig, services: Services):
         super().__init__(config, services)
@@ -113,10 +132,21 @@ class DraftTree(Proposer):
         self._noise = DraftNoise(device)
 
     def _make_model(self, device: torch.device, dtype: torch.dtype) -> Any:
-        return DraftModel(self.config.model, device, dtype, self.config.head_tokens)
+        config, services = self.config, self.services
+        model = DraftModel(config.folder, device, dtype, config.head_tokens)
+        if config.vocabulary == "intersection":
+            tokenizer, rows = services.load_tokenizer(), model.config.vocab_size
+            shared = share(config.folder, tokenizer, services.vocab_size, rows, model.vocab_size)
+            self._shared = shared.to(device)
+        return model
 
     def _make_executor(self, model: Any, max_slots: int) -> DraftExecutor:
+        model.quicken()
         return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
+
+    def share_pages(self, pages: int, page: int, max_requests: int) -> None:
+        # Of the last level's nodes nobody asks.
+        self._executor.warm_up(self.levels[:-1], max_requests)
 
     def held_bytes(self) -> int:
         return self.config.kv_memory_mb * 2**20
@@ -131,17 +161,35 @@ class DraftTree(Proposer):
         return self._draft(step, np.array(rows))
 
     def _has_room(self, step: StepContext, r: int) -> bool:
-        length = int(step.num_tokens[r])
-        if self._executor.room(step.request_ids[r], length):
+        length = len(self._text(step, r))
+        if not length:  # nothing of it is the draft's
+            return False
+        if self._is_beyond(length):
+            self.services.count("texts_beyond_head")
+            self._executor.forget(step.request_ids[r])  # others have a use for its pages
+            return False
+        if self._holds(step.request_ids[r], length):
             return True
         self.services.report(
             DraftMemoryError(
                 f"the draft cannot hold a text of {length} tokens: raise kv_memory_mb "
-                f"({self.config.kv_memory_mb}), unless the draft's own context of "
-                f"{self._executor.model.max_positions} tokens is the limit"
+                f"({self.config.kv_memory_mb})"
             )
         )
         return False
+
+    def _text(self, step: StepContext, r: int) -> np.ndarray:
+        """A request's text int32 [n] in the draft's tokens."""
+        text = step.token_ids[r, : step.num_tokens[r]]
+        return text if self._shared is None else self._shared.read(text)
+
+    def _is_beyond(self, length: int) -> bool:
+        """Has the draft too few positions for a text of ``length`` tokens and its tree?"""
+        return length + sum(self.levels) > self._executor.model.max_positions
+
+    def _holds(self, request: str, length: int) -> bool:
+        """Is there memory for such a text and its tree? Reserves it."""
+        return self._executor.room(request, length)
 
     @torch.inference_mode()
     def _draft(self, step: StepContext, rows: np.ndarray) -> DraftBatch:
@@ -152,7 +200,7 @@ class DraftTree(Proposer):
         model = self._executor.model
         knobs = Knobs.of(step, rows, self.services.vocab_size, model.device)
         names = [step.request_ids[r] for r in rows]
-        texts = [step.token_ids[r, : step.num_tokens[r]] for r in rows]
+        texts = [self._text(step, r) for r in rows]
         shape = SHAPES[self.config.shape](
             *self.config.shape_arguments(int(depths.max())), knobs.greedy
         )
@@ -169,7 +217,7 @@ class DraftTree(Proposer):
                 shape.select(keep)
                 alive, active, level = alive[going_on], active[keep], grown[-1][1]
                 parents = level.parents[keep] + (int(before[depth - 2]) if depth > 1 else -1)
-                logits = self._executor.grow(active, level.tokens[keep], parents)
+                logits = self._grow(active, level.tokens[keep], parents)
             q = draft_distribution(logits, *knobs.at(active))
             noise = self._noise.uniform(
                 shape.noise_size(q.shape[1]),
@@ -200,8 +248,18 @@ class DraftTree(Proposer):
     def _begin(
         self, step: StepContext, rows: np.ndarray, names: list[str], texts: list[np.ndarray]
     ) -> torch.Tensor:
-        """Logits behind the texts of the requests ``rows``."""
-        return self._executor.begin(names, texts, step.versions_of(rows))
+        """Logits [A, V] behind the texts of the requests ``rows`` int [A], by the target's ids."""
+        logits = self._executor.begin(names, texts, step.versions_of(rows))
+        return logits if self._shared is None else self._shared.logits(logits)
+
+    def _grow(
+        self, active: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
+    ) -> torch.Tensor:
+        """As ``TreeExecutor.grow``, by the target's ids."""
+        if self._shared is None:
+            return self._executor.grow(active, tokens, parents)
+        logits = self._executor.grow(active, self._shared.nodes(tokens), parents)
+        return self._shared.logits(logits)
 
     def _collect(
         self, grown: list[tuple[np.ndarray, Level]], probs_rows: list[int], counts: np.ndarray

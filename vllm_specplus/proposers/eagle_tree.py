@@ -10,7 +10,7 @@ keys and values lie beside the target's (``drafting/head_executor.py``).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,16 +18,22 @@ from pydantic import model_validator
 
 from vllm_specplus.capabilities import TEXT, Need
 from vllm_specplus.drafting import eagle_checkpoint
-from vllm_specplus.drafting.eagle import EagleHead
+from vllm_specplus.drafting.eagle import EagleHead, Vocabulary
 from vllm_specplus.drafting.head_executor import HeadExecutor
+from vllm_specplus.drafting.head_target import check_fits
+from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.noise import DraftNoise
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.draft_tree import DraftTree
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import StepContext
+from vllm_specplus.strict import quoted
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
+
+if TYPE_CHECKING:
+    from vllm_specplus.drafting.mtp import MtpHead
 
 
 class EagleTreeConfig(ShapedDraftConfig):
@@ -38,63 +44,83 @@ class EagleTreeConfig(ShapedDraftConfig):
         Need.KV_GROUPS,
         Need.MROPE,
     }
+    takes_speculators: ClassVar[bool] = True
 
     method: Literal["eagle_tree"] = "eagle_tree"
     model: str
-    """Folder of an EAGLE or EAGLE-3 head that was trained for the target."""
+    """Folder of an EAGLE or EAGLE-3 head that was trained for the target, or its name on the
+    Hugging Face hub."""
+
+    @property
+    def folder(self) -> str:
+        """Where the head is on this machine."""
+        return model_folder(self.model, "EAGLE head")
 
     @model_validator(mode="after")
     def _head_runs(self):
-        eagle_checkpoint.read_config(self.model)
+        eagle_checkpoint.read_config(self.folder)
         return self
 
     def check_target(self, target: Target) -> None:
         target.check_keeps_texts(self.method)
-        head = eagle_checkpoint.read_config(self.model)
-        eagle_checkpoint.check_target(head, self.model, target)
+        head = eagle_checkpoint.read_config(self.folder)
+        check_fits(
+            target, f"EAGLE head {quoted(self.model)}", head.target_hidden_size, head.vocab_size,
+            (head.layer_ids or ()) if head.generation == 3 else None,
+        )  # fmt: skip
 
 
 @register_method
 class EagleTree(DraftTree):
     config_class = EagleTreeConfig
-    reads_hidden = True
+    reads_hidden = borrows_vocabulary = True
     _executor: HeadExecutor | None
+    _head: EagleHead | MtpHead | None = None
+    """None on ranks that do not draft."""
     config: EagleTreeConfig
 
     def __init__(self, config: EagleTreeConfig, services: Services):
         super().__init__(config, services)  # type: ignore[arg-type]
-        head = eagle_checkpoint.read_config(config.model)
-        if head.generation == 3:
-            self.hidden_layers = head.layer_ids or ()
+        self.hidden_layers = self._reads()
+
+    def _reads(self) -> tuple[int, ...] | None:
+        """See ``hidden_layers``."""
+        head = eagle_checkpoint.read_config(self.config.folder)
+        return (head.layer_ids or ()) if head.generation == 3 else None
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._head = EagleHead(
-            self.config.model,
-            self.services.target_layers(),
-            self.services.vocab_size,
-            device,
-            dtype,
-        )
+        self._head = self._load_head(self.services.target_vocabulary(), device, dtype)
         self._noise = DraftNoise(device)
+
+    def _load_head(
+        self, target: Vocabulary, device: torch.device, dtype: torch.dtype
+    ) -> EagleHead | MtpHead:
+        return EagleHead(self.config.folder, target, self.services.vocab_size, device, dtype)
 
     def held_bytes(self) -> int:
         return 0  # it has slots of the target's cache
 
     def slot_bytes(self) -> int:
         head = self._head
-        return 2 * head.kv_heads * head.head_dim * head.dtype.itemsize
+        return 0 if head is None else 2 * head.kv_heads * head.head_dim * head.dtype.itemsize
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
+        assert self._head is not None
         self._executor = HeadExecutor(
             self._head, sum(self.levels), max_requests, pages, page, self.services.record
         )
+        super().share_pages(pages, page, max_requests)
 
     def propose(self, step: StepContext) -> DraftBatch:
         self._executor.follow(step.request_ids, step.token_ids, step.target_rows)
         return super().propose(step)
 
-    def _has_room(self, step: StepContext, r: int) -> bool:
-        return True  # where the target has
+    def _is_beyond(self, length: int) -> bool:
+        # A row behind every token but the newest, and one for each level but the last.
+        return length + len(self.levels) - 2 > self._head.max_positions
+
+    def _holds(self, request: str, length: int) -> bool:
+        return True  # where the target does
 
     def _begin(
         self, step: StepContext, rows: np.ndarray, names: list[str], texts: list[np.ndarray]

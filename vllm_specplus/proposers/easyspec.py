@@ -86,7 +86,7 @@ class EasySpec(DraftTree):
         executor = LayerParallelExecutor(model, max_slots, sum(self.levels), size)
         if shards > 1:
             dtype = str(model.dtype).removeprefix("torch.")
-            self._plan = Plan(self.config.model, dtype, executor.cache.pages, size, shards)
+            self._plan = Plan(self.config.folder, dtype, executor.cache.pages, size, shards)
             self._placement = Placement(
                 self._plan, model.device, self.config.ray_address, self.config.share_target
             )

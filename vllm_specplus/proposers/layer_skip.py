@@ -9,6 +9,8 @@ those of ``draft_tree``.
 SWIFT searches the blocks to leave out while it serves, once per step. Here a candidate is
 tried every eighth round, against the best set so far and on the same tokens, until nearly all
 of them are predicted.
+
+Of a target on several ranks the first one decides, and all draft (``drafting/lockstep.py``).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pydantic import Field, model_validator
 
 from vllm_specplus.capabilities import TEXT, Need
 from vllm_specplus.config import Megabytes
+from vllm_specplus.drafting.lockstep import LockstepExecutor
 from vllm_specplus.drafting.self_speculation import SelfDraftExecutor, Skips, SkipSearch
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.proposers.draft_tree import DraftTree
@@ -57,11 +60,6 @@ class SelfSpeculationConfig(ShapedDraftConfig):
                 f"method {self.method!r} reads the target's keys and values as they were computed: "
                 f"set --kv-cache-dtype to bfloat16, or use another method, such as "
                 f"'token_recycling'"
-            )
-        if target.tensor_parallel_size > 1:
-            raise ValueError(
-                f"method {self.method!r} drafts with the target's layers on one rank: set "
-                f"tensor_parallel_size to 1"
             )
         for key, layers in self.named_layers().items():
             if layers and not self.lowest <= min(layers) <= max(layers) < target.num_layers:
@@ -131,8 +129,15 @@ class SelfSpeculation(DraftTree):
     def _make_model(self, device: torch.device, dtype: torch.dtype):
         return self.services.target_layers()
 
+    def load_share(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.load_draft(device, dtype)
+
     def _make_executor(self, model, max_slots: int) -> SelfDraftExecutor:
-        executor = SelfDraftExecutor(model, max_slots, max_nodes=sum(self.levels))
+        services, most = self.services, sum(self.levels)
+        if services.lockstep is None:
+            executor = SelfDraftExecutor(model, max_slots, most)
+        else:
+            executor = LockstepExecutor(model, max_slots, most, services.lockstep, services.report)
         executor.skips = self.first_choice(model.num_layers)
         return executor
 
@@ -156,6 +161,9 @@ class SelfSpeculation(DraftTree):
             self._executor.skips = chosen
             self.services.count("draft_layer_changes")
             logger.debug("%s now leaves out %s", self.config.method, chosen)
+
+    def _is_beyond(self, length: int) -> bool:
+        return False  # its positions are the target's
 
     @abstractmethod
     def first_choice(self, num_layers: int) -> Skips:

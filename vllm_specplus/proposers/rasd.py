@@ -143,6 +143,7 @@ class Rasd(Proposer):
         self.reads_prompt = any(member.reads_prompt for member in self.members)
         reading = [member for member in self.members if member.reads_hidden]
         self.reads_hidden = bool(reading)
+        self.borrows_vocabulary = any(member.borrows_vocabulary for member in self.members)
         for member in reading:
             self.hidden_layers = member.hidden_layers
             if member.hidden_layers != reading[0].hidden_layers:
@@ -219,6 +220,10 @@ class Rasd(Proposer):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         for member in self.members:
             member.load_draft(device, dtype)
+
+    def load_share(self, device: torch.device, dtype: torch.dtype) -> None:
+        for member in self.members:
+            member.load_share(device, dtype)
 
     def warm_up(self) -> None:
         for member in self.members:

@@ -17,12 +17,10 @@ FlexAttention for modules of its own, which nothing here serves. These are the s
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from vllm_specplus.drafting.cache import PageStore
+from vllm_specplus.drafting.dense_attention import DenseAttention
 from vllm_specplus.drafting.eagle import EagleHead
 
 
@@ -35,7 +33,7 @@ class ChainKeys:
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append [B, kv_heads, rows, head_dim] each; returns [B, kv_heads, steps * rows, head_dim].
-        (The call transformers' attention makes.)"""
+        (A ``Keys`` of ``drafting/dense_attention.py``.)"""
         self._keys.append(keys)
         self._values.append(values)
         return torch.cat(self._keys, 2), torch.cat(self._values, 2)
@@ -60,10 +58,10 @@ class Chains:
         A row whose token is behind the text's end, or padding, is of no use, and disturbs no other.
         """
         head = self._head
-        seen = self._seen.expand(len(tokens), 1, -1, -1)
-        # The head asks of what serving has for pages nothing but this.
-        keys = cast(PageStore, self._keys)
-        y = head(tokens, self._given, head.rotary(self._positions), seen, keys)
+        attend = DenseAttention(self._seen.expand(len(tokens), 1, -1, -1), self._keys)
+        rotary = head.rotary(self._positions.flatten())
+        y = head(tokens.flatten(), self._given.flatten(0, 1), rotary, attend)
+        y = y.unflatten(0, tokens.shape)
         self._given = head.feature(y)
         self._positions = self._positions + 1
         self._seen = torch.cat((self._seen, self._own), 1)

@@ -10,9 +10,11 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends import cpu_attn
 
+from vllm_specplus.drafting.context_pages import ContextRows
 from vllm_specplus.engine import attention
 from vllm_specplus.engine.attention import base, page_cache
 from vllm_specplus.engine.attention.cpu import PictureCPUBackend, TreeCPUBackend
+from vllm_specplus.engine.attention.cpu_latent import CpuLatentCache
 from vllm_specplus.kernels import native
 
 PAGES, BLOCK_SIZE = 6, 32
@@ -167,3 +169,45 @@ def test_layers_that_lie_alike_move_in_one_call(layers, monkeypatch):
     pages = page_cache(layers)
     pages.move(np.array([9], np.int64), np.array([8], np.int64))
     assert len(calls) == len(set(UNLIKE)) < len(layers)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_draft_attends_to_the_pages_as_they_lie(layers, in_place):
+    """Of each layer as if it were the last; two requests, of two rows and of three."""
+    table = torch.tensor([[3, 1, 0], [2, 4, 5]], dtype=torch.int32)
+    contexts = torch.tensor([70, 33], dtype=torch.int32)
+    rows = ContextRows(torch.tensor([0, 2, 5], dtype=torch.int32), contexts, table, 3, 70)
+    for layer in layers.values():
+        pages = attention.context_pages({"a": layer})
+        assert pages.in_place
+        pages.in_place = in_place
+        query = torch.randn(5, 2 * pages.kv_heads, pages.head_dim).to(pages.dtype)
+        out = pages.attend(query, rows, 0.125)
+        for row, request in enumerate((0, 0, 1, 1, 1)):
+            seen = torch.arange(int(contexts[request]))
+            slots = table[request, seen // BLOCK_SIZE].long() * BLOCK_SIZE + seen % BLOCK_SIZE
+            keys, values = (
+                each[slots].float().repeat_interleave(2, 1) for each in (layer.keys, layer.values)
+            )
+            weights = torch.einsum("hd,shd->hs", query[row].float(), keys).mul(0.125).softmax(-1)
+            expected = torch.einsum("hs,shd->hd", weights, values)
+            tolerance = 1e-5 if pages.dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(out[row].float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_draft_attends_to_the_last_layer_of_full_attention():
+    def layer(name: str, **features) -> SimpleNamespace:
+        cache = SimpleNamespace(context_pages=lambda layer: name)
+        backend = SimpleNamespace(page_cache=cache)
+        return SimpleNamespace(get_attn_backend=lambda: backend, **features)
+
+    full, window = layer("full"), layer("window", sliding_window=64)
+    chunk = layer("chunk", sliding_window=None, attention_chunk_size=32)
+    assert attention.context_pages({"a": window, "b": full, "c": window, "d": chunk}) == "full"
+    assert attention.context_pages({"a": full, "b": layer("last")}) == "last"
+    assert attention.context_pages({"a": chunk, "b": window}) == "window"
+
+
+def test_of_latents_there_are_no_keys_to_attend_to():
+    with pytest.raises(ValueError, match="holds latents, and the method attends to keys"):
+        CpuLatentCache.context_pages(None)

@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from tests.kernels.tree_batch import CHAIN, DEVICE, STAR, Batch, random_tree
 from vllm_specplus.capabilities import Need
+from vllm_specplus.drafting.context_pages import ContextRows
 from vllm_specplus.engine.attention import page_cache, warm_up
 from vllm_specplus.engine.attention.base import TREE_ATTRIBUTE, TreeAttentionMetadata
 from vllm_specplus.engine.attention.cuda import kv_views
@@ -20,7 +21,7 @@ from vllm_specplus.engine.attention.flash import TreeFlashAttentionBackend
 from vllm_specplus.engine.attention.triton import PictureTritonBackend, TreeTritonBackend
 from vllm_specplus.kernels import move_slots
 from vllm_specplus.kernels import tree_attention as tree_kernels
-from vllm_specplus.kernels.tree_attention import tree_attention_reference
+from vllm_specplus.kernels.reference import tree_attention_reference
 
 BACKENDS = [TreeFlashAttentionBackend, TreeTritonBackend]
 
@@ -342,3 +343,20 @@ def test_warm_up_compiles_what_trees_of_any_size_run(backend, monkeypatch):
     for kernel, variants in zip(kernels, warm, strict=True):
         assert set(kernel.variants) <= variants
     assert kernels[0].variants
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_draft_attends_to_the_pages_as_they_lie(batch, backend):
+    """Behind contexts of at least one token, and to nothing else."""
+    query, keys, values, starts, contexts, table, ancestors, scale = batch.arguments
+    contexts = contexts.clamp(min=1)
+    layer = SimpleNamespace(kv_cache=batch.kv_cache)
+    pages = backend.page_cache.context_pages(layer)
+    assert (pages.kv_heads, pages.head_dim, pages.page) == (2, 64, batch.block_size)
+    rows = ContextRows(starts, contexts, table, batch.max_rows, int(contexts.max()))
+    expected, _ = tree_attention_reference(
+        query, keys, values, starts, contexts, table, ancestors, scale, "context"
+    )
+    out = pages.attend(query, rows, scale)
+    assert out.dtype == query.dtype
+    torch.testing.assert_close(out.float(), expected, atol=1.6e-2, rtol=1.6e-2)

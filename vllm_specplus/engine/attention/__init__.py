@@ -13,18 +13,20 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_specplus.engine.attention.base import PageCache, attach, ours
+from vllm_specplus.engine.attention.base import PageCache, attach, chunk_of, ours
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
     from vllm_specplus.capabilities import Need
+    from vllm_specplus.drafting.context_pages import ContextPages
 
 __all__ = [
     "BACKENDS",
     "attach",
     "cached_layers",
+    "context_pages",
     "forget_weights",
     "ours",
     "page_caches",
@@ -118,6 +120,21 @@ def page_cache(layers: Mapping[str, Any]) -> PageCache:
             f"{sorted(kind.__qualname__ for kind in kinds)}"
         )
     return kinds.pop()(list(layers.values()))
+
+
+def context_pages(layers: Mapping[str, Any]) -> ContextPages:
+    """Return the pages of the last layer whose rows see all of their texts, or the last one where
+    no layer has such rows; ``layers`` are as of :func:`cached_layers`.
+
+    Raises DraftModelError if a draft cannot attend to them.
+    """
+    full = [
+        layer
+        for layer in layers.values()
+        if not (getattr(layer, "sliding_window", None) or chunk_of(layer))
+    ]
+    last = (full or list(layers.values()))[-1]
+    return last.get_attn_backend().page_cache.context_pages(last)
 
 
 def forget_weights(layers: Mapping[str, Any]) -> None:

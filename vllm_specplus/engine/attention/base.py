@@ -24,6 +24,8 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_specplus.capabilities import Found, Need, of_kv_cache, sentence
+from vllm_specplus.drafting.context_pages import ContextPages
+from vllm_specplus.drafting.model import DraftModelError
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
@@ -171,6 +173,15 @@ class PageCache(ABC):
     @abstractmethod
     def read(self, slots: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield keys and values [n, kv_heads, head_dim] at ``slots`` int64 [n], layer by layer."""
+
+    @staticmethod
+    def context_pages(layer: Any) -> ContextPages:
+        """Return the pages of a layer as drafts attend to them; DraftModelError if they hold
+        something else than keys and values by head."""
+        raise DraftModelError(
+            "the KV cache of this target holds latents, and the method attends to keys and values: "
+            "use another one, such as 'token_recycling'"
+        )
 
     @abstractmethod
     def warm_up(self) -> None:

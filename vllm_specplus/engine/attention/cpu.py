@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_specplus.capabilities import Need
+from vllm_specplus.drafting.context_pages import PackedPages
 from vllm_specplus.engine.attention.base import (
     PageCache,
     PictureAttention,
@@ -167,6 +168,12 @@ class CpuPageCache(PageCache):
             length = cache.untyped_storage().nbytes() // cache.itemsize - begin
             flat = cache.as_strided((length,), (1,), begin)
             yield flat[key_at], flat[value_at]
+
+    @staticmethod
+    def context_pages(layer: Any) -> PackedPages:
+        """Describe the pages, as :meth:`PageCache.context_pages`."""
+        pages = PagesOf.layer(layer)
+        return PackedPages(layer.kv_cache, pages.layout, pages.batch())
 
     def warm_up(self) -> None:
         """Build and load the C++ kernels."""

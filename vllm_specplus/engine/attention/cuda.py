@@ -18,6 +18,7 @@ import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from vllm_specplus.drafting.context_pages import PlainPages
 from vllm_specplus.engine.attention.base import (
     PageCache,
     TreeAttention,
@@ -74,6 +75,11 @@ class CudaPageCache(PageCache):
         page, place = tokens // self.block_size, tokens % self.block_size
         for cache in self._caches:
             yield cache.transpose(1, 2)[page, place].chunk(2, dim=-1)
+
+    @staticmethod
+    def context_pages(layer: Any) -> PlainPages:
+        """Describe the pages, as :meth:`PageCache.context_pages`."""
+        return PlainPages(*kv_views(layer.kv_cache))
 
     def warm_up(self) -> None:
         """Compile the kernel: one run of no moves."""

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.mla.triton_mla import (
     TritonMLAMetadataBuilder,
 )
 
-from vllm_specplus.engine.attention.base import TreeAttentionMetadata, tree_backend
+from vllm_specplus.engine.attention.base import PageCache, TreeAttentionMetadata, tree_backend
 from vllm_specplus.engine.attention.cuda import CudaPageCache, NoFullGraphs, chain_metadata
 from vllm_specplus.engine.attention.latent import SUPPORTS, LatentTreeAttention, RowsAsRequests
 from vllm_specplus.engine.attention.triton import LONG_CONTEXT
@@ -32,6 +32,8 @@ class CudaLatentCache(CudaPageCache):
     def fits(layer: Any) -> bool:
         """Does a layer's cache have one latent for each token?"""
         return layer.kv_cache.dim() == 3 and layer.kv_cache.shape[2] == layer.impl.head_size
+
+    context_pages = staticmethod(PageCache.context_pages)  # refuses
 
     def read(self, slots: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield latents [n, 1, kv_lora_rank] and rotary parts [n, 1, D - kv_lora_rank]."""

@@ -1,5 +1,6 @@
-// CPU kernels of vllm-specplus: tree attention over vLLM's paged KV cache, the
-// move of accepted KV slots, and top-k of logits rows.
+// CPU kernels of vllm-specplus: tree attention over vLLM's paged KV cache and over a draft's, the
+// move of accepted KV slots, what a draft's layers do beside matrix products, and top-k of logits
+// rows.
 //
 // Plain C ABI, called through ctypes (see native.py); compiled as compiler.py says,
 // with -march=native once per machine. torch is not included: every tensor arrives as a pointer
@@ -120,7 +121,7 @@ struct TreeBatch {
   int64_t head_stride;       // elements between KV heads of a page
   int64_t query_stride;      // elements between rows of query
   int64_t output_stride;     // elements between rows of output
-  const int64_t* rows;       // [T] batch row of each tree row
+  const int64_t* rows;       // [T] batch row of each tree row; null: they are the batch's
   const int32_t* row_start;  // [num_requests + 1]
   const int32_t* context;    // [num_requests] cached tokens before the root
   const int32_t* block_table;
@@ -130,6 +131,11 @@ struct TreeBatch {
                              // where nothing goes by positions
   const float* slopes;       // [num_query_heads] ALiBi, times the distance; null: none
   const float* sinks;        // [num_query_heads] a score beside all others; null: none
+  const int32_t* query_start;  // [num_requests + 1] where only the last rows of a request attend,
+                               // and `rows` are theirs; null: all do
+  const int32_t* end;        // [num_requests] end of the visible cached tokens, and position of the
+                             // root; null: `context`
+  const uint8_t* readable;   // [pages * block_size] which slots of a context are seen; null: all
 };
 
 namespace {
@@ -149,15 +155,17 @@ struct Scratch {
   std::vector<float> wide;      // the same
 };
 
-// Hide the positions from `begin` to `first`, the request's rows that are not ancestors of `row`,
-// and the padding; scores then are 0 probability. `scores` starts at token 0 of the context. Where
-// `depths` are null, `first` is in the context.
+constexpr float HIDDEN = -1e30f;
+
+// Hide the positions from `begin` to `first`, those from `end` to the tree, the request's rows that
+// are not ancestors of `row`, and the padding; scores then are 0 probability. `scores` starts at
+// token 0 of the context. Where `depths` are null, `first` is in the context.
 inline void mask_tree(const int32_t* parents, const int32_t* depths, int row, int begin, int first,
-                      int context, int num_rows, int padded, float* scores) {
-  constexpr float HIDDEN = -1e30f;
-  for (int j = begin; j < std::min(first, context); ++j) scores[j] = HIDDEN;
+                      int end, int context, int num_rows, int padded, float* scores) {
+  for (int j = begin; j < std::min(first, end); ++j) scores[j] = HIDDEN;
+  for (int j = std::max(begin, end); j < context; ++j) scores[j] = HIDDEN;
   int next = num_rows;  // rows above `next` are already decided
-  for (int r = row; r >= 0 && (!depths || context + depths[r] >= first); r = parents[r]) {
+  for (int r = row; r >= 0 && (!depths || end + depths[r] >= first); r = parents[r]) {
     for (int j = r + 1; j < next; ++j) scores[context + j] = HIDDEN;
     next = r;
   }
@@ -175,12 +183,23 @@ __attribute__((noinline)) void cap_all(float* s, int n, float cap) {
 }
 
 // ALiBi: the distance of every visible position from the row's own, times the head's slope.
-inline void add_distances(const int32_t* depths, int row, int begin, int context, int num_rows,
-                          float slope, float* scores) {
-  const int own = context + depths[row];
+inline void add_distances(const int32_t* depths, int row, int begin, int end, int context,
+                          int num_rows, float slope, float* scores) {
+  const int own = end + depths[row];
   for (int j = begin; j < context; ++j) scores[j] += slope * float(j - own);
   for (int j = 0; j < num_rows; ++j)
     scores[context + j] += slope * float(depths[j] - depths[row]);
+}
+
+// Hide the slots of a context that are not `readable`.
+inline void mask_slots(const uint8_t* readable, const int32_t* pages, int block_size, int begin,
+                       int end, float* scores) {
+  for (int first = begin / block_size * block_size; first < end; first += block_size) {
+    const uint8_t* seen = readable + int64_t(pages[first / block_size]) * block_size;
+    const int last = std::min(end, first + block_size);
+    for (int j = std::max(begin, first); j < last; ++j)
+      scores[j] = seen[j - first] ? scores[j] : HIDDEN;
+  }
 }
 
 // Out of line: inlined below, GCC 12 no longer vectorises it (5 times slower).
@@ -514,23 +533,27 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const C* cache
   const int D = b.head_size, V = b.value_size, group = b.num_query_heads / b.num_kv_heads;
   const int row0 = b.row_start[task.request];
   const int num_rows = b.row_start[task.request + 1] - row0;
+  const int32_t* starts = b.query_start ? b.query_start : b.row_start;
+  const int query0 = starts[task.request], num_queries = starts[task.request + 1] - query0;
+  const int keys_only = num_rows - num_queries;
   const int context = b.context[task.request], tokens = context + num_rows;
+  const int end = b.end ? b.end[task.request] : context;
   const int first = b.first ? b.first[task.request] : 0;
   const int padded = (tokens + Products::TOKENS - 1) / Products::TOKENS * Products::TOKENS;
-  const int n_queries = std::min(QUERIES, num_rows * group - task.first);
+  const int n_queries = std::min(QUERIES, num_queries * group - task.first);
   const int32_t* pages = b.block_table + int64_t(task.request) * b.max_blocks;
   const int32_t* parents = b.parents + row0;
   const int32_t* depths = b.depths ? b.depths + row0 : nullptr;
   // What each row sees begins there; nothing before the earliest is looked at.
   const auto seen_from = [&](int row) {
     int from = first;
-    if (b.window) from = std::max(from, context + depths[row] - b.window + 1);
-    if (b.chunk) from = std::max(from, (context + depths[row]) / b.chunk * b.chunk);
+    if (b.window) from = std::max(from, end + depths[row] - b.window + 1);
+    if (b.chunk) from = std::max(from, (end + depths[row]) / b.chunk * b.chunk);
     return from;
   };
   int earliest = context;
   for (int row = task.first / group; row <= (task.first + n_queries - 1) / group; ++row)
-    earliest = std::min(earliest, seen_from(row));
+    earliest = std::min(earliest, seen_from(keys_only + row));
   const int begin = earliest / Products::TOKENS * Products::TOKENS;
 
   s.scores.resize(size_t(QUERIES) * padded);
@@ -538,11 +561,12 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const C* cache
   s.out.resize(size_t(QUERIES) * V);
   s.query.assign(size_t(QUERIES) * D * sizeof(T), 0);
   s.wide.resize(size_t(QUERIES) * D);
+  const auto batch_row = [&](int row) { return b.rows ? b.rows[query0 + row] : query0 + row; };
   T* q = reinterpret_cast<T*>(s.query.data());
   for (int m = 0; m < n_queries; ++m) {
     const int row = (task.first + m) / group, head = (task.first + m) % group;
     std::memcpy(q + m * D,
-                query + b.rows[row0 + row] * b.query_stride +
+                query + batch_row(row) * b.query_stride +
                     (task.kv_head * group + head) * int64_t(D),
                 D * sizeof(T));
   }
@@ -550,18 +574,19 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const C* cache
   float sums[QUERIES];
   for (int m = 0; m < n_queries; ++m) {
     float* line = s.scores.data() + int64_t(m) * padded;
-    const int row = (task.first + m) / group;
+    const int row = keys_only + (task.first + m) / group;
     const int head = task.kv_head * group + (task.first + m) % group;
     if (b.soft_cap > 0.f) cap_all(line + begin, tokens - begin, b.soft_cap);
     if (b.slopes)
-      add_distances(depths, row, begin, context, num_rows, b.slopes[head], line);
-    mask_tree(parents, depths, row, begin, seen_from(row), context, num_rows, padded, line);
+      add_distances(depths, row, begin, end, context, num_rows, b.slopes[head], line);
+    mask_tree(parents, depths, row, begin, seen_from(row), end, context, num_rows, padded, line);
+    if (b.readable) mask_slots(b.readable, pages, b.block_size, begin, end, line);
     sums[m] = softmax_numerators(line + begin, padded - begin, b.sinks ? b.sinks + head : nullptr);
   }
   Products::values(b, cache, pages, task.kv_head, n_queries, begin, tokens, padded, s);
   for (int m = 0; m < n_queries; ++m) {
     const int row = (task.first + m) / group, head = (task.first + m) % group;
-    T* out = output + b.rows[row0 + row] * b.output_stride +
+    T* out = output + batch_row(row) * b.output_stride +
              (task.kv_head * group + head) * int64_t(V);
     const float inv = b.value_scale / sums[m];
     for (int d = 0; d < V; ++d) out[d] = T(s.out[m * V + d] * inv);
@@ -571,9 +596,10 @@ void attend(const TreeBatch& b, const Task& task, const T* query, const C* cache
 template <typename T, typename C, typename Products>
 void attend_all(const TreeBatch& b, const void* query, const void* cache, void* output) {
   const int group = b.num_query_heads / b.num_kv_heads;
+  const int32_t* starts = b.query_start ? b.query_start : b.row_start;
   std::vector<Task> tasks;
   for (int r = 0; r < b.num_requests; ++r) {
-    const int queries = (b.row_start[r + 1] - b.row_start[r]) * group;
+    const int queries = (starts[r + 1] - starts[r]) * group;
     for (int h = 0; h < b.num_kv_heads; ++h)
       for (int first = 0; first < queries; first += QUERIES) tasks.push_back({r, h, first});
   }
@@ -681,6 +707,48 @@ void move_all(const TreeBatch& b, void* const* caches, int num_layers, const int
   }
 }
 
+// Write keys and values of n tokens, `stride` elements apart, at their slots.
+template <typename T>
+void store_all(const TreeBatch& b, T* cache, const T* keys, const T* values, int64_t stride,
+               const int64_t* slots, int n) {
+  const int B = b.block_size, D = b.head_size;
+  for (int i = 0; i < n; ++i, keys += stride, values += stride)
+    for (int h = 0; h < b.num_kv_heads; ++h) {
+      T* page = cache + slots[i] / B * b.page_stride + h * b.head_stride;
+      const int t = int(slots[i] % B);
+      for (int d = 0; d < D; ++d) {
+        page[k_offset(b.layout, B, D, t, d)] = keys[h * D + d];
+        page[int64_t(B) * D + v_offset(b.layout, B, D, t, d)] = values[h * D + d];
+      }
+    }
+}
+
+// Calls `run` with a value of the type that `dtype` names.
+template <typename F>
+void by_type(int dtype, const F& run) {
+  dtype == 0 ? run(float()) : dtype == 1 ? run(bf16()) : run(fp16());
+}
+
+// As transformers has it: what is normed is rounded before its weight multiplies it.
+template <typename T>
+void rms_norm(const T* x, const T* weight, T* out, int size, float eps) {
+  float sum = 0.f;
+  for (int i = 0; i < size; ++i) sum += float(x[i]) * float(x[i]);
+  const float scale = 1.f / std::sqrt(sum / float(size) + eps);
+  for (int i = 0; i < size; ++i) out[i] = T(float(T(float(x[i]) * scale)) * float(weight[i]));
+}
+
+// Rotate the halves of one head's elements, in place.
+template <typename T>
+void rotate(T* x, const T* cos, const T* sin, int size) {
+  const int half = size / 2;
+  for (int i = 0; i < half; ++i) {
+    const float a = float(x[i]), b = float(x[half + i]);
+    x[i] = T(a * float(cos[i]) - b * float(sin[i]));
+    x[half + i] = T(b * float(cos[half + i]) + a * float(sin[half + i]));
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -718,6 +786,42 @@ void specplus_move_slots(const TreeBatch* b, void* const* caches, int num_layers
     move_all<uint8_t>(*b, caches, num_layers, src, dst, n);
   else
     move_all<uint16_t>(*b, caches, num_layers, src, dst, n);
+}
+
+// Write keys and values [n, num_kv_heads, head_size], whose rows are `stride` elements apart, at
+// slots [n] of a cache.
+void specplus_store_slots(const TreeBatch* b, void* cache, const void* keys, const void* values,
+                          int64_t stride, const int64_t* slots, int n) {
+  by_type(b->cache_dtype, [&](auto zero) {
+    using T = decltype(zero);
+    store_all(*b, static_cast<T*>(cache), static_cast<const T*>(keys),
+              static_cast<const T*>(values), stride, slots, n);
+  });
+}
+
+// out [rows, size]: x [rows, size] by the root of its mean square, times weight [size].
+void specplus_rms_norm(const void* x, const void* weight, void* out, int dtype, int64_t rows,
+                       int size, float eps) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+#pragma omp parallel for schedule(static) if (rows > 16)
+    for (int64_t r = 0; r < rows; ++r)
+      rms_norm(static_cast<const T*>(x) + r * size, static_cast<const T*>(weight),
+               static_cast<T*>(out) + r * size, size, eps);
+  });
+}
+
+// Rotary positions of x [rows, heads, size], rows `stride` elements apart, in place; cos and sin
+// [rows, size].
+void specplus_rotate(void* x, const void* cos, const void* sin, int dtype, int64_t rows,
+                     int64_t stride, int heads, int size) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int h = 0; h < heads; ++h)
+        rotate(static_cast<T*>(x) + r * stride + int64_t(h) * size,
+               static_cast<const T*>(cos) + r * size, static_cast<const T*>(sin) + r * size, size);
+  });
 }
 
 // ids int32 [rows, k], values float32 [rows, k] of x [rows, n] with row stride.
