@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.drafting.test_drafting import VOCAB, save_draft
 from vllm_specplus.config import parse
 from vllm_specplus.drafting.eagle_checkpoint import read_config
+from vllm_specplus.training.compact import output_layer
 from vllm_specplus.training.export import (
     Eagle3Format,
     eagle3_config,
@@ -28,7 +29,7 @@ def target(tmp_path_factory) -> Path:
     return Path(save_draft(tmp_path_factory.mktemp("target"), layers=4))
 
 
-def written(folder: Path, target: Path) -> Path:
+def written(folder: Path, target: Path, output: torch.Tensor | None = None) -> Path:
     """A random EAGLE-3 head for ``target`` in ``folder``, its output layer the target's."""
     raw = json.loads((target / "config.json").read_text())
     hidden, mlp, wide = raw["hidden_size"], raw["intermediate_size"], raw["num_attention_heads"]
@@ -52,7 +53,7 @@ def written(folder: Path, target: Path) -> Path:
         "layer.mlp.up_proj.weight": random(mlp, hidden),
         "layer.mlp.down_proj.weight": random(hidden, mlp),
         **{f"fc_norm.{number}.weight": random(hidden) for number in range(3)},
-        "lm_head.weight": random(len(IDS), hidden),
+        "lm_head.weight": output_layer(target)[IDS] if output is None else output,
         "d2t": IDS - torch.arange(4),
         "t2d": torch.isin(torch.arange(raw["vocab_size"]), IDS),
     }

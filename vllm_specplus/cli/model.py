@@ -26,6 +26,7 @@ DEMO_MODELS = Path(__file__).parents[2] / "demo_models"
 IMAGE_MODEL = DEMO_MODELS / "digits"
 LATENTS_MODEL = DEMO_MODELS / "latents"
 DRAFT_LAYERS = DEMO_MODELS / "smollm2_draft.safetensors"
+HEAD = DEMO_MODELS / "smollm2_eagle3.safetensors"
 
 
 class ModelError(RuntimeError):
@@ -66,17 +67,14 @@ def prepare_draft(target: Path) -> Path:
     their hash, lest another version's layers are taken for this one's.
     """
     check_demo_models(DRAFT_LAYERS)
-    import hashlib
     import json
 
-    from safetensors.torch import load, load_file, save_file
+    from safetensors.torch import load_file, save_file
 
-    layers_file = DRAFT_LAYERS.read_bytes()
-    digest = hashlib.sha256(layers_file).hexdigest()[:8]
-    folder = target.parent / f"{target.name}-draft-{digest}"
+    folder = _beside(target, "draft", DRAFT_LAYERS)
     if _is_model(folder):
         return folder
-    own = load(layers_file)
+    own = load_file(DRAFT_LAYERS)
     config = json.loads((target / "config.json").read_text())
     layers = 1 + max(int(name.split(".")[2]) for name in own if name.startswith("model.layers."))
     config |= {
@@ -99,6 +97,33 @@ def prepare_draft(target: Path) -> Path:
             if not _is_model(folder):  # as in prepare_model
                 raise ModelError(f"cannot write {folder}: {error.strerror}") from error
     return folder
+
+
+def prepare_head(target: Path) -> Path:
+    """Return the folder of the demo model's EAGLE-3 head, made on first use beside ``target``.
+
+    Trained by ``vllm-specplus train eagle3``; its output layer is the target's, of which the
+    checkout repeats nothing.
+    """
+    check_demo_models(HEAD)
+    folder = _beside(target, "eagle3", HEAD)
+    if not _is_model(folder):
+        from vllm_specplus.training.compact import expand
+
+        try:
+            expand(HEAD, target, folder)
+        except OSError as error:
+            if not _is_model(folder):  # as in prepare_model
+                raise ModelError(f"cannot write {folder}: {error.strerror}") from error
+    return folder
+
+
+def _beside(target: Path, kind: str, file: Path) -> Path:
+    """Where what is made of ``file`` stands: its hash is in the name."""
+    import hashlib
+
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    return target.parent / f"{target.name}-{kind}-{digest}"
 
 
 def check_demo_models(path: Path) -> None:
@@ -163,6 +188,9 @@ def prepare_model_command(
     draft: Annotated[
         bool, typer.Option("--draft", help="Also make its draft model, and print that folder.")
     ] = False,
+    head: Annotated[
+        bool, typer.Option("--head", help="Also make its EAGLE-3 head, and print that folder.")
+    ] = False,
     image: Annotated[
         bool,
         typer.Option("--image", help="Print the folder of the embedded image model instead."),
@@ -177,7 +205,7 @@ def prepare_model_command(
     for option, (asked, folder) in ready.items():
         if not asked:
             continue
-        if draft or out or (image and latents):
+        if draft or head or out or (image and latents):
             typer.echo(f"Error: {option} stands alone: that model is ready to use", err=True)
             raise typer.Exit(2)
         try:
@@ -187,9 +215,13 @@ def prepare_model_command(
             raise typer.Exit(1) from error
         typer.echo(folder)
         return
+    if draft and head:
+        typer.echo("Error: --draft and --head print a folder each: ask for one of them", err=True)
+        raise typer.Exit(2)
     try:
         model = prepare_model(out)
-        typer.echo(prepare_draft(model) if draft else model)
+        made = prepare_draft(model) if draft else prepare_head(model) if head else model
+        typer.echo(made)
     except ModelError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -101,13 +101,14 @@ def write_head(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     in one that is renamed afterwards.
     """
     tensors = {
-        name.replace("layer.", "layers.0.", 1) if name.startswith("layer.") else name: _stored(each)
+        name.replace("layer.", "layers.0.", 1) if name.startswith("layer.") else name: stored(each)
         for name, each in weights.items()
     }
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored(weight: Tensor) -> Tensor:
+def stored(weight: Tensor) -> Tensor:
+    """``weight`` as files have it: bfloat16, if it is floating point."""
     kept = weight.detach().cpu()
     return (kept.to(torch.bfloat16) if kept.is_floating_point() else kept).clone().contiguous()

@@ -1,7 +1,9 @@
 """An EAGLE-3 head (arXiv 2503.01840): three of the target's hidden states in, its own tokens out.
 
-1. *Head.* One layer as wide as the target's, started from the target's last one, behind an ``fc``
-   that fuses the states; an output layer for the most frequent tokens of the texts.
+1. *Head.* One layer as wide as the target's behind an ``fc`` that fuses the states; an output layer
+   for the most frequent tokens of the texts. It starts as a regression: ``fc`` is fitted to what
+   the target's last norm sees one token later, and the layer, which begins as the target's last
+   one, adds nothing yet.
 2. *Objective.* At each step of the training-time test (``training/steps.py``) a divergence of the
    head's distribution from the target's, both over the head's tokens: the target's is renormalised
    among them. What it gives to others no head of that vocabulary could learn, and computing it
@@ -14,6 +16,7 @@ The result is read by ``{"method": "eagle_tree"}``, by ``rasd`` and by vLLM's ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from vllm_specplus.files import read_json
 from vllm_specplus.strict import StrictModel
-from vllm_specplus.training.batch import Batch
+from vllm_specplus.training.batch import Batch, collate
 from vllm_specplus.training.cost_model import Shape, Work
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.export import Eagle3Format, eagle3_config, write_head
@@ -41,10 +44,14 @@ from vllm_specplus.training.recipe import Defaults, Setup
 from vllm_specplus.training.schedules import Phases
 from vllm_specplus.training.slices import backward_in_slices
 from vllm_specplus.training.steps import Chains, ahead, step_weights
+from vllm_specplus.training.texts import Text
 from vllm_specplus.training.vocabulary import OUTSIDE, DraftVocabulary
 
 SUMMARY = "an EAGLE-3 head, served by eagle_tree and rasd, and by vLLM's eagle3"
 DEFAULTS = Defaults(tokens=400_000, epochs=5, batch_tokens=2048, learning_rate=1e-3)
+
+#: Tokens that the start is fitted to, and its ridge, in parts of the mean square of an input.
+FITTED, RIDGE = 20_000, 0.01
 
 
 class Settings(StrictModel):
@@ -90,27 +97,64 @@ def layer_ids(asked: list[int] | None, layers: int) -> tuple[int, ...]:
     return tuple(asked)
 
 
-def start_weights(target: Frozen, read: int, output: Tensor | None) -> dict[str, Tensor]:
-    """Weights of a head that begins as the target's last layer, behind the last of ``read`` states;
-    ``output`` [k, hidden]: its output layer."""
+class Fit(NamedTuple):
+    """What the target computes of a token, foretold from what it has computed of the one before."""
+
+    fc: Tensor
+    """float32 [hidden, states * hidden]."""
+    scale: float
+    """Root mean square of what is foretold, in parts of that of the truth: below 1, as a regression
+    does not foretell what it cannot know."""
+
+
+@torch.no_grad()
+def fit_fc(target: Frozen, layers: tuple[int, ...], texts: Sequence[Text]) -> Fit:
+    """Ridge regression, from the normalised states of ``layers`` at a position to the normalised
+    last state at the next one, over the first ``FITTED`` tokens of ``texts``."""
     size = target.hidden_size
+    width = size * len(layers)
+    squares = torch.zeros(width, width, dtype=torch.float64, device=target.device)
+    products = torch.zeros(width, size, dtype=torch.float64, device=target.device)
+    norm = target.norm_weight.double()
+    count, power = 0, 0.0
+    for text in texts:
+        if count >= FITTED:
+            break
+        states = target.states(collate([text]), layers)
+        each = states.layers[0, :-1].double().unflatten(-1, (len(layers), size))
+        read = (each * each.square().mean(-1, keepdim=True).rsqrt()).flatten(1)
+        truth = torch.where(norm.abs() > 1e-3, states.last[0, 1:].double() / norm, 0.0)
+        squares += read.T @ read
+        products += read.T @ truth
+        count, power = count + len(read), power + float(truth.square().sum())
+    ridge = RIDGE * count * torch.eye(width, dtype=torch.float64, device=target.device)
+    fc = torch.linalg.solve(squares + ridge, products).T
+    foretold = float(((fc @ squares) * fc).sum())
+    return Fit(fc.float().cpu(), (foretold / power) ** 0.5)
+
+
+def start_weights(target: Frozen, fit: Fit, output: Tensor | None) -> dict[str, Tensor]:
+    """Weights of a head that begins as ``fit``, beside the target's last layer without its outputs;
+    ``output`` [k, hidden]: its output layer."""
     given = last_layer(target)
-    eye, none = torch.eye(size), torch.zeros(size, size)
     weights = {
-        "fc.weight": torch.cat([none] * (read - 1) + [eye], 1),
-        "norm.weight": target.norm_weight,
+        "fc.weight": fit.fc,
+        # Else the norm would make what is hardly foretold as sure as what is known.
+        "norm.weight": target.norm_weight * fit.scale,
         "layer.hidden_norm.weight": given["layer.input_layernorm.weight"],
         "layer.input_layernorm.weight": given["layer.input_layernorm.weight"],
         "layer.post_attention_layernorm.weight": given["layer.post_attention_layernorm.weight"],
-        "layer.self_attn.o_proj.weight": given["layer.self_attn.o_proj.weight"],
     }
     for part in "qkv":
         weight = given[f"layer.self_attn.{part}_proj.weight"]
         weights[f"layer.self_attn.{part}_proj.weight"] = torch.cat((weight, weight), 1)
-    for part in ("gate", "up", "down"):
-        weights[f"layer.mlp.{part}_proj.weight"] = given[f"layer.mlp.{part}_proj.weight"]
-    for number in range(read):
-        weights[f"fc_norm.{number}.weight"] = torch.ones(size)
+    for part in ("mlp.gate", "mlp.up"):
+        weights[f"layer.{part}_proj.weight"] = given[f"layer.{part}_proj.weight"]
+    for part in ("self_attn.o", "mlp.down"):
+        # The last layer's own would add, to a state of another size, what belongs to another token.
+        weights[f"layer.{part}_proj.weight"] = torch.zeros_like(given[f"layer.{part}_proj.weight"])
+    for number in range(fit.fc.shape[1] // target.hidden_size):
+        weights[f"fc_norm.{number}.weight"] = torch.ones(target.hidden_size)
     if output is not None:
         weights["lm_head.weight"] = output
     return {name: weight.float() for name, weight in weights.items()}
@@ -142,7 +186,7 @@ class Eagle3Recipe(HeadRecipe):
         needs_output = settings.learn_output or not whole
         output = target.output_weight[own.ids.to(target.device)] if needs_output else None
         self._format = Eagle3Format(size, layers, settings.steps, fc_norm=True)
-        weights = start_weights(target, len(layers), output)
+        weights = start_weights(target, fit_fc(target, layers, setup.texts), output)
         super().__init__(
             load_head(self._config(), weights | self._ids, target), target, layers, setup
         )
