@@ -9,6 +9,7 @@ middle of a draft would cost more than it computes.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -23,8 +24,12 @@ from vllm.model_executor.models import supports_multimodal
 
 from vllm_specplus.drafting.model import DraftModelError
 
-#: How vLLM's models name their embedding.
-_EMBEDDINGS = ("embed_tokens", "embedding")
+#: How vLLM's models name what is between their embedding and the output layer, and the embedding.
+_BODIES = ("model", "transformer", "gpt_neox")
+_EMBEDDINGS = (
+    "embed_tokens", "embedding", "word_embeddings", "wte", "embed_in", "tok_embeddings",
+    "embeddings",
+)  # fmt: skip
 #: Models of vLLM whose ``compute_logits`` begins with the last norm. The states they hand out have
 #: not passed it; what a head computes has passed its own.
 _NORM_LATE = ("MiMoForCausalLM", "Step3p5ForCausalLM")
@@ -100,9 +105,8 @@ def load_vocabulary(model: nn.Module) -> TargetVocabulary | WholeVocabulary | No
 
 
 def _embedding(model: nn.Module) -> VocabParallelEmbedding:
-    inner = getattr(model, "model", None)
-    for name in _EMBEDDINGS:
-        found = getattr(inner, name, None)
+    for body, name in itertools.product(_BODIES, _EMBEDDINGS):
+        found = getattr(getattr(model, body, None), name, None)
         if isinstance(found, VocabParallelEmbedding):
             return found
     raise DraftModelError(
