@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from vllm_specplus.planning.plan import (
     rows,
 )
 from vllm_specplus.planning.rounds import step
-from vllm_specplus.planning.sizes import Shape, check_attention
+from vllm_specplus.planning.sizes import Shape, check_attention, weight_bits
 
 Model = Annotated[Path, typer.Option(help="Folder of the target; its config.json is enough.")]
 Draft = Annotated[
@@ -93,9 +93,9 @@ def _asked(
 
 def _shape(folder: Path) -> Shape:
     name = f"{folder}/config.json"
-    config = read_json(folder / "config.json", name)
+    shape, config = Shape.of(folder), read_json(folder / "config.json", name)
     check_attention(config.get("text_config", config), name)
-    return Shape.of(folder)
+    return replace(shape, weight_bits=weight_bits(config, name))
 
 
 def _report(

@@ -28,7 +28,7 @@ KNOWN = {
     "draft_tree": Known(0.70, MOESD),
     "easyspec": Known(0.70, MOESD),
     "eagle_tree": Known(0.75, EAGLE),
-    "block_tree": Known(0.58, MEDUSA),
+    "block_tree": Known(0.60, MEDUSA),
     "token_recycling": Known(0.46, OURS),
     "layer_skip": Known(0.67, f"{OURS}, a fifth of the blocks left out"),
     "early_exit": Known(0.28, f"{OURS}, a model that was not trained for exits"),

@@ -47,16 +47,15 @@ class Shape:
     def of(cls, folder: Path) -> Self:
         """The sizes in the config.json of a model's folder; ValueError if they are not there."""
         name = f"{folder}/config.json"
-        whole = read_json(folder / "config.json", name)
-        config = whole.get("text_config", whole)
-        if not isinstance(config, Mapping):
-            raise ValueError(f"{name} has a 'text_config' that is no JSON object")
-        heads, hidden, layers, inner, vocab = (positive(dict(config), key, name) for key in KEYS)
+        config = read_json(folder / "config.json", name)
+        config = config.get("text_config", config)
+        if not isinstance(config, dict):
+            raise ValueError(f"{name} has a 'text_config' that is no JSON object: write one")
+        heads, hidden, layers, inner, vocab = (positive(config, key, name) for key in KEYS)
         return cls(
-            layers, hidden, inner, heads, config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or hidden // heads, vocab,
+            layers, hidden, inner, heads, _count(config, "num_key_value_heads", name) or heads,
+            _count(config, "head_dim", name) or hidden // heads, vocab,
             bool(config.get("tie_word_embeddings", True)), **_mixture(config, name),
-            weight_bits=_weight_bits(whole, name),
         )  # fmt: skip
 
     @property
@@ -121,39 +120,48 @@ def check_attention(config: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _mixture(config: Mapping[str, Any], name: str) -> dict[str, int]:
+def _count(config: dict[str, Any], key: str, name: str) -> int:
+    """A number that may be left out; 0 if it is, or is null."""
+    return positive(config, key, name) if config.get(key) else 0
+
+
+def _mixture(config: dict[str, Any], name: str) -> dict[str, int]:
     """The sizes of a mixture of experts; {} of a model without."""
     key = next((key for key in EXPERTS if config.get(key)), None)
     if key is None:
         return {}
-    read = dict(config)
-    width = read.get("moe_intermediate_size") or read["intermediate_size"]
-    shared = read.get("shared_expert_intermediate_size") or (
-        (read.get("n_shared_experts") or 0) * width
-    )
+
+    def read(key: str) -> int:
+        return _count(config, key, name)
+
+    width = read("moe_intermediate_size") or read("intermediate_size")
+    dense = config.get("mlp_only_layers") or []
     return {
-        "experts": positive(read, key, name),
-        "chosen": positive(read, "num_experts_per_tok", name),
+        "experts": read(key),
+        "chosen": positive(config, "num_experts_per_tok", name),
         "expert_width": width,
-        "shared_width": shared,
-        "dense_layers": read.get("first_k_dense_replace") or len(read.get("mlp_only_layers") or []),
+        "shared_width": read("shared_expert_intermediate_size") or read("n_shared_experts") * width,
+        "dense_layers": read("first_k_dense_replace")
+        or (len(dense) if isinstance(dense, list) else 0),
     }
 
 
-def _weight_bits(config: Mapping[str, Any], name: str) -> int:
-    """Bits of a layer's weight by the checkpoint's ``quantization_config``."""
+def weight_bits(config: Mapping[str, Any], name: str) -> int:
+    """Bits of a layer's weight by the ``quantization_config`` in the config.json ``name``;
+    ValueError, in one sentence, if it does not say."""
     scheme = config.get("quantization_config")
     if not scheme:
         return 16
     if isinstance(scheme, Mapping):
-        groups = scheme.get("config_groups") or {}
-        weights = [each.get("weights") or {} for each in groups.values()]
-        found = {scheme.get("bits"), *(each.get("num_bits") for each in weights)} - {None}
-        if not found and scheme.get("quant_method") == "fp8":
-            found = {8}
-        if len(found) == 1 and isinstance(bits := found.pop(), int):
+        groups = scheme.get("config_groups")
+        parts = groups.values() if isinstance(groups, Mapping) else ()
+        weights = [each.get("weights") for each in parts if isinstance(each, Mapping)]
+        found = {each.get("num_bits") for each in weights if isinstance(each, Mapping)}
+        found |= {scheme.get("bits"), 8 if scheme.get("quant_method") == "fp8" else None}
+        found -= {None}
+        if len(found) == 1 and type(bits := found.pop()) is int and 0 < bits <= 16:
             return bits
     raise ValueError(
-        f"{name} has a quantization_config that does not say how many bits a weight has: plan "
-        "without it, for 16"
+        f"{name} has a quantization_config that does not say how many bits a weight has: leave it "
+        "out to plan for 16"
     )

@@ -40,7 +40,7 @@ class Software:
 
 #: vLLM 0.32 on CUDA. Attention: norm, rotary embedding, cache write, attention; MLP: norm,
 #: activation. Drafting loops in Python. ``step``: Llama-3.1-8B on an H100, one request.
-VLLM = Software("vLLM", True, 4, 2, 3, 30, 15, 0.3e-3)
+VLLM = Software("vLLM", True, 4, 2, 3, 30, 15, 0.27e-3)
 #: The reference codes of papers, on transformers in eager mode. A norm is 8 operations, a rotary
 #: embedding 12, attention by products and softmax 6, cache 2, projections 4, MLP 5, sums 1.
 TRANSFORMERS = Software("transformers", False, 34, 14, 22, 30, 40, 0.0)
