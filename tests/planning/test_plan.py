@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,9 @@ import pytest
 from tests.planning.shapes import LLAMA_8B, LLAMA_70B, config
 from vllm_specplus.control import memory
 from vllm_specplus.planning import plan, rounds
-from vllm_specplus.planning.acceptance import KNOWN, expected
+from vllm_specplus.planning.acceptance import KNOWN, expected, expected_overlapped
 from vllm_specplus.planning.devices import DEVICES
-from vllm_specplus.planning.plan import MOST_LEVELS, Wanted, answer, room, rows
+from vllm_specplus.planning.plan import MOST_LEVELS, OVERLAPPED, Wanted, answer, room, rows
 
 WANTED = Wanted(LLAMA_70B, LLAMA_8B, DEVICES["A100-80GB"], 8)
 
@@ -23,6 +25,32 @@ WANTED = Wanted(LLAMA_70B, LLAMA_8B, DEVICES["A100-80GB"], 8)
 )
 def test_tokens_of_a_round(rate, levels, tokens):
     assert expected(rate, levels) == pytest.approx(tokens, abs=5e-4)
+
+
+@pytest.mark.parametrize(("rate", "levels"), [(0.6, 1), (0.6, 5), (0.9, 4)])
+def test_tokens_of_overlapped_rounds_by_playing_them(rate, levels):
+    """PEARL token by token: pre-verify until a first token is right, then blocks."""
+    rng, tokens, played, following = random.Random(1), 0, 60_000, False
+    for _ in range(played):
+        wanted = levels if following else 1
+        right = next((i for i in range(wanted) if rng.random() >= rate), wanted)
+        tokens += right if right == wanted else right + 1
+        following = right == wanted
+    assert expected_overlapped(rate, levels) == pytest.approx(tokens / played, rel=0.02)
+
+
+def test_drafts_that_are_always_or_never_right():
+    assert expected_overlapped(1.0, 5) == 5
+    assert expected_overlapped(0.0, 5) == 1
+
+
+def test_overlapping_hides_the_shorter_of_drafting_and_verifying():
+    found = {row.placement: row for row in rows(WANTED) if row.method == "draft_tree"}
+    row = found[OVERLAPPED]
+    draft = rounds.one_device(WANTED.machine, LLAMA_8B, WANTED.load, row.levels, 1).total
+    verify = rounds.verified(WANTED.machine, LLAMA_70B, WANTED.load, row.levels - 1, 8).total
+    assert row.draft.total + row.verify.total == pytest.approx(max(draft, verify))
+    assert row.ratio > found["one device"].ratio
 
 
 def test_known_rates_are_those_of_their_sources():
@@ -50,18 +78,14 @@ def test_every_row_has_its_best_number_of_levels():
 
 
 def test_from_where_on_a_method_pays():
+    @functools.cache
+    def ratios(rate: float) -> dict[tuple[str, str], float]:
+        found = rows(replace(WANTED, acceptance=rate))
+        return {(row.method, row.placement): row.ratio for row in found}
+
     for row in rows(WANTED):
-        at = {
-            (each.method, each.placement): each.ratio
-            for rate in (row.pays_from, row.pays_from - 0.01)
-            for each in rows(replace(WANTED, acceptance=rate))
-            if rate == row.pays_from
-        }
-        below = {
-            (each.method, each.placement): each.ratio
-            for each in rows(replace(WANTED, acceptance=row.pays_from - 0.01))
-        }
-        assert at[row.method, row.placement] >= 1 > below[row.method, row.placement]
+        name = row.method, row.placement
+        assert ratios(row.pays_from)[name] >= 1 > ratios(row.pays_from - 0.01)[name]
 
 
 def test_what_never_pays_says_so():
@@ -72,7 +96,7 @@ def test_what_never_pays_says_so():
 def test_the_answer_names_what_decided():
     lines = answer(rows(replace(WANTED, acceptance=0.8)))
     told = {line.split(":")[0]: line for line in lines[1:]}
-    assert set(told) == {"tensor parallel", "EasySpec A", "EasySpec B"}
+    assert set(told) == {"tensor parallel", "EasySpec A", "EasySpec B", OVERLAPPED}
     assert "decided by, per level: weights -" in told["EasySpec B"]
     assert "messages +" in told["EasySpec B"]
     assert "so it pays while it keeps" in told["EasySpec B"]
@@ -80,7 +104,8 @@ def test_the_answer_names_what_decided():
 
 def test_one_gpu_has_one_place_for_a_draft_and_a_plan_without_a_draft_none():
     one = replace(WANTED, target=LLAMA_8B, draft=replace(LLAMA_8B, layers=4), ranks=1)
-    assert {r.placement for r in rows(one) if r.method == "draft_tree"} == {"one device"}
+    places = {r.placement for r in rows(one) if r.method == "draft_tree"}
+    assert places == {"one device", OVERLAPPED}
     assert not any(r.method == "easyspec" for r in rows(one))
     alone = rows(replace(WANTED, draft=None))
     assert {row.method for row in alone}.isdisjoint({"draft_tree", "easyspec"})

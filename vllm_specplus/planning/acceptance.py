@@ -39,3 +39,17 @@ def expected(rate: float, levels: int) -> float:
     """Tokens of a round that drafts so many levels, its own one among them: one more than what is
     accepted (arXiv 2211.17192, eq. 1)."""
     return sum(rate**level for level in range(levels + 1))
+
+
+def expected_overlapped(rate: float, levels: int) -> float:
+    """Tokens of a round in which the target verifies while the draft goes on, as PEARL does
+    (arXiv 2408.11850): the mean over its two kinds of rounds.
+
+    A round that follows a rejection verifies the first of the tokens that are being drafted; it
+    brings one token. Where that was right, rounds verify ``levels`` tokens each until one is wrong;
+    a block that is all right brings no token of the target's own.
+    """
+    whole = rate**levels
+    following = rate / (rate + 1 - whole) if rate < 1 else 1.0
+    accepted = sum(rate**level for level in range(levels))
+    return (1 - following) + following * accepted

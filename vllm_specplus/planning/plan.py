@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_specplus.control import memory
 from vllm_specplus.planning import rounds
-from vllm_specplus.planning.acceptance import KNOWN, expected
+from vllm_specplus.planning.acceptance import KNOWN, expected, expected_overlapped
 from vllm_specplus.planning.devices import Device
 from vllm_specplus.planning.passes import Load, Machine, Time
 from vllm_specplus.planning.rounds import PLACEMENTS, Round
@@ -27,7 +27,8 @@ SKIPPING, EXITING = 0.8, 0.5
 #: Nodes of a tree that is looked up, by its levels: as many as ``token_recycling`` drafts alone.
 LOOKED_UP = 3
 
-Draft = Callable[[int], Time]
+#: Where a draft goes on while the target verifies: on a device that the target does not use.
+OVERLAPPED = "its own device, overlapped"
 
 
 @dataclass(frozen=True)
@@ -86,73 +87,75 @@ class Row:
 # -- rows ---------------------------------------------------------------------
 
 
-def candidates(wanted: Wanted) -> Iterator[tuple[str, str, Draft, int]]:
-    """(method, placement, seconds of drafting by levels, nodes per level) of all there is."""
+@dataclass(frozen=True)
+class Candidate:
+    """A method at a place."""
+
+    method: str
+    placement: str
+    drafting: Callable[[int], Time]
+    """By levels."""
+    width: int = 1
+    """Nodes of a level."""
+    overlaps: bool = False
+    """Whether the target verifies meanwhile."""
+
+    def tokens(self, rate: float, levels: int) -> float:
+        """Of a round."""
+        return (expected_overlapped if self.overlaps else expected)(rate, levels)
+
+    def round(self, wanted: Wanted, levels: int) -> Round:
+        """With so many levels."""
+        nodes = levels - 1 if self.overlaps else levels * self.width
+        verify = rounds.verified(wanted.machine, wanted.target, wanted.load, nodes, wanted.ranks)
+        draft = self.drafting(levels)
+        if self.overlaps:  # what is not hidden
+            draft = draft * max(1 - verify.total / draft.total, 0.0)
+        return Round(draft, verify)
+
+
+def candidates(wanted: Wanted) -> Iterator[Candidate]:
+    """All there is."""
     machine, load, target, ranks = wanted.machine, wanted.load, wanted.target, wanted.ranks
-    if wanted.draft is not None:
+    if (draft := wanted.draft) is not None:
         for name, place in PLACEMENTS.items():
-            if ranks == 1 and name != "one device":
-                continue
-            if name.startswith("EasySpec") and wanted.draft.layers < 3:
-                continue
-            method = "easyspec" if name.startswith("EasySpec") else "draft_tree"
-            drafting = partial(_placed, place, machine, wanted.draft, load, ranks)
-            yield method, name, drafting, 1
+            apart = name.startswith("EasySpec")
+            if name == "one device" or (ranks > 1 and not (apart and draft.layers < 3)):
+                method = "easyspec" if apart else "draft_tree"
+                yield Candidate(method, name, partial(place, machine, draft, load, devices=ranks))
+        alone = partial(rounds.one_device, machine, draft, load, devices=1)
+        yield Candidate("draft_tree", OVERLAPPED, alone, overlaps=True)
     one = "one device"
-    yield "eagle_tree", one, partial(rounds.head_drafts, machine, target, load), 1
-    yield "block_tree", one, partial(rounds.medusa_drafts, machine, target, load), 1
-    yield "token_recycling", "host", lambda levels: rounds.look_up(load), LOOKED_UP
+    yield Candidate("eagle_tree", one, partial(rounds.head_drafts, machine, target, load))
+    yield Candidate("block_tree", one, partial(rounds.medusa_drafts, machine, target, load))
+    yield Candidate("token_recycling", "host", lambda levels: rounds.look_up(load), LOOKED_UP)
     for method, share in (("layer_skip", SKIPPING), ("early_exit", EXITING)):
-        drafting = partial(_own_layers, machine, target, load, ranks, share)
-        yield method, "all ranks", drafting, 1
-
-
-def _placed(
-    place: rounds.Placement, machine: Machine, draft: Shape, load: Load, ranks: int, levels: int
-) -> Time:
-    return place(machine, draft, load, levels, ranks)
-
-
-def _own_layers(
-    machine: Machine, target: Shape, load: Load, ranks: int, share: float, levels: int
-) -> Time:
-    return rounds.own_layers(machine, target, load, levels, ranks, share)
+        drafting = partial(rounds.own_layers, machine, target, load, ranks=ranks, share=share)
+        yield Candidate(method, "all ranks", drafting)
 
 
 def rows(wanted: Wanted) -> list[Row]:
     """All methods and placements, the fastest first."""
     plain = rounds.step(wanted.machine, wanted.target, wanted.load, wanted.ranks)
-    found = []
-    for method, placement, drafting, width in candidates(wanted):
-        tried = [
-            (
-                levels,
-                Round(
-                    drafting(levels),
-                    rounds.verified(
-                        wanted.machine, wanted.target, wanted.load, levels * width, wanted.ranks
-                    ),
-                ),
-            )
-            for levels in range(1, MOST_LEVELS + 1)
-        ]
-        found.append(_row(method, placement, wanted.rate(method), plain, tried))
+    found = [_row(wanted, candidate, plain) for candidate in candidates(wanted)]
     return sorted(found, key=lambda row: -row.ratio)
 
 
-def _row(
-    method: str, placement: str, rate: float, plain: Time, tried: list[tuple[int, Round]]
-) -> Row:
-    def speed(rate: float, levels: int, one: Round) -> float:
-        return expected(rate, levels) * plain.total / one.seconds
+def _row(wanted: Wanted, candidate: Candidate, plain: Time) -> Row:
+    tried = {levels: candidate.round(wanted, levels) for levels in range(1, MOST_LEVELS + 1)}
 
-    levels, best = max(tried, key=lambda each: speed(rate, *each))
+    def speed(rate: float, levels: int) -> float:
+        return candidate.tokens(rate, levels) * plain.total / tried[levels].seconds
+
+    rate = wanted.rate(candidate.method)
+    levels = max(tried, key=lambda each: speed(rate, each))
     lowest = next(
-        (at / 100 for at in range(101) if any(speed(at / 100, *each) >= 1 for each in tried)), None
+        (at / 100 for at in range(101) if any(speed(at / 100, each) >= 1 for each in tried)), None
     )
+    best = tried[levels]
     return Row(
-        method, placement, levels, rate, expected(rate, levels), best.draft, best.verify,
-        speed(rate, levels, best), lowest, _heaviest(best, plain),
+        candidate.method, candidate.placement, levels, rate, candidate.tokens(rate, levels),
+        best.draft, best.verify, speed(rate, levels), lowest, _heaviest(best, plain),
     )  # fmt: skip
 
 
@@ -177,18 +180,22 @@ def answer(found: list[Row]) -> list[str]:
         if best.ratio > 1
         else "Nothing here is faster than plain decoding."
     ]
-    single = next((row for row in found if row.placement == "one device"
-                   and row.method == "draft_tree"), None)  # fmt: skip
-    others = [row for row in found if row.placement in PLACEMENTS and row is not single]
-    for row in others if single else ():
-        if row.method in ("draft_tree", "easyspec"):
-            lines.append(_against(row, single))
+    drafts = [row for row in found if row.method in ("draft_tree", "easyspec")]
+    single = next((row for row in drafts if row.placement == "one device"), None)
+    if single is not None:
+        lines += [_against(row, single) for row in drafts if row is not single]
     return lines
 
 
 def _against(row: Row, single: Row) -> str:
     """One placement against the draft on one device."""
     gain = row.ratio / single.ratio
+    if row.placement == OVERLAPPED:
+        hidden = 1e3 * (single.draft.total / single.levels - row.draft.total / row.levels)
+        return (
+            f"{row.placement}: {gain:.2f} times the draft on one device; decided by what verifying "
+            f"hides of a level, {hidden:.2f} ms."
+        )
     per_level = row.draft * (1 / row.levels) + single.draft * (-1 / single.levels)
     terms = {name: 1e3 * value for name, value in per_level.terms().items()}
     decided = sorted(terms, key=lambda name: -abs(terms[name]))[:2]

@@ -88,18 +88,20 @@ def messages(layers: int, devices: int, split: bool) -> dict[str, dict[str, int]
     """How many messages of which kind a fuzzy and an exact pass of EasySpec has, with groups of
     ``devices`` layers; without ``split`` as ``drafting.shards.messages`` says, whose two broadcasts
     describe the rows."""
-    groups, middle = math.ceil((layers - 2) / devices), layers - 2
-    elsewhere = sum(1 for layer in range(middle) if layer % devices)
     if devices == 1:
         return {"fuzzy": {}, "exact": {}}
+    groups, rest = divmod(layers - 2, devices)
     if not split:
+        # The first layer of a group is at home, and may be all of the last group.
+        apart = groups + (rest > 1)
+        elsewhere = groups * (devices - 1) + max(rest - 1, 0)
         return {
-            "fuzzy": {"broadcast": 2 + groups, "gather": groups},
+            "fuzzy": {"broadcast": 2 + apart, "gather": apart},
             "exact": {"broadcast": 2, "copy": 2 * elsewhere},
         }
     # What is left of a group is everywhere after its last MLP's all-reduce.
     return {
-        "fuzzy": {"broadcast": 4, "all-gather": groups + 1, "all-reduce": layers},
+        "fuzzy": {"broadcast": 4, "all-gather": groups + (rest > 0) + 1, "all-reduce": layers},
         "exact": {"broadcast": 2 + layers, "all-gather": 1, "all-reduce": layers},
     }
 
