@@ -198,7 +198,7 @@ def draft_seconds(run: dict, shape: Shape, known: Prices) -> float:
         return passes * chain["draft_ms_per_step"] / setting["setting"]["nodes"] / 1e3
     if method in ("layer_skip", "early_exit"):
         share = 1 - config.get("skip_share", 0.45) if method == "layer_skip" else 0.5
-        return rounds.own_layers(known.machine, shape, load, passes, 1, share).total
+        return rounds.own_layers(known.machine, shape, load, 1, share, passes).total
     return rounds.look_up(load).total
 
 
@@ -295,14 +295,14 @@ def predicted(row: dict, machine: Machine, shapes: dict[str, Shape]) -> float:
         return base.total / more.total
     if row["method"] == "easyspec_stage":
         one, groups = (
-            place(machine, draft, load, levels, devices).total
+            place(machine, draft, load, devices, levels).total
             for place in (rounds.one_device, rounds.layer_parallel)
         )
         return one / groups
     drafts: dict[str, Any] = {
         "eagle": lambda: rounds.head_drafts(machine, target, load, levels, third=False),
         "eagle3": lambda: rounds.head_drafts(machine, target, load, levels),
-        "draft": lambda: rounds.one_device(machine, draft, load, levels, devices),
+        "draft": lambda: rounds.one_device(machine, draft, load, devices, levels),
         "medusa": lambda: rounds.medusa_drafts(machine, target, load, levels),
         "lookup": lambda: rounds.look_up(load),
     }
@@ -335,10 +335,10 @@ def stages() -> Iterator[dict]:
     draft, load = Shape(*shapes["Llama-3-8B"]), Load(1, 1, 1024)
     for running in (software.VLLM, software.TRANSFORMERS):
         machine = Machine(DEVICES["A100-80GB"], running)
-        one = rounds.one_device(machine, draft, load, 5, 1).total
+        one = rounds.one_device(machine, draft, load, 1, 5).total
         for devices in (4, 8):
             for name, place in rounds.PLACEMENTS.items():
-                spent = place(machine, draft, load, 5, devices)
+                spent = place(machine, draft, load, devices, 5)
                 yield {
                     "software": running.name, "devices": devices, "placement": name,
                     "ms": 1e3 * spent.total, "gain": one / spent.total,

@@ -47,7 +47,7 @@ def test_drafts_that_are_always_or_never_right():
 def test_overlapping_hides_the_shorter_of_drafting_and_verifying():
     found = {row.placement: row for row in rows(WANTED) if row.method == "draft_tree"}
     row = found[OVERLAPPED]
-    draft = rounds.one_device(WANTED.machine, LLAMA_8B, WANTED.load, row.levels, 1).total
+    draft = rounds.one_device(WANTED.machine, LLAMA_8B, WANTED.load, 1, row.levels).total
     verify = rounds.verified(WANTED.machine, LLAMA_70B, WANTED.load, row.levels - 1, 8).total
     assert row.draft.total + row.verify.total == pytest.approx(max(draft, verify))
     assert row.ratio > found["one device"].ratio
@@ -70,7 +70,7 @@ def test_every_row_has_its_best_number_of_levels():
             continue
         speeds = {}
         for levels in range(1, MOST_LEVELS + 1):
-            draft = rounds.PLACEMENTS[place](machine, LLAMA_8B, load, levels, 8).total
+            draft = rounds.PLACEMENTS[place](machine, LLAMA_8B, load, 8, levels).total
             verify = rounds.verified(machine, LLAMA_70B, load, levels, 8).total
             speeds[levels] = sum(0.7**i for i in range(levels + 1)) * plain / (draft + verify)
         assert row.ratio == pytest.approx(max(speeds.values()))

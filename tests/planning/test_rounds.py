@@ -54,7 +54,7 @@ def test_messages_of_divided_mlps_by_a_walk_through_the_layers(layers, devices):
 @pytest.mark.parametrize("machine", [GRAPHS, EAGER])
 def test_on_one_device_all_placements_are_the_same(machine):
     spent = {
-        name: place(machine, LLAMA_8B, ONE, 4, 1).total for name, place in rounds.PLACEMENTS.items()
+        name: place(machine, LLAMA_8B, ONE, 1, 4).total for name, place in rounds.PLACEMENTS.items()
     }
     assert all(value == pytest.approx(spent["one device"]) for value in spent.values())
 
@@ -70,17 +70,17 @@ def test_a_fuzzy_pass_waits_for_one_attention_of_each_group():
 
 
 def test_with_graphs_attentions_in_parallel_gain_little_and_divided_mlps_much():
-    one = rounds.one_device(GRAPHS, LLAMA_8B, ONE, 5, 4).total
-    a = one / rounds.layer_parallel(GRAPHS, LLAMA_8B, ONE, 5, 4).total
-    b = one / rounds.layer_parallel_split(GRAPHS, LLAMA_8B, ONE, 5, 4).total
+    one = rounds.one_device(GRAPHS, LLAMA_8B, ONE, 4, 5).total
+    a = one / rounds.layer_parallel(GRAPHS, LLAMA_8B, ONE, 4, 5).total
+    b = one / rounds.layer_parallel_split(GRAPHS, LLAMA_8B, ONE, 4, 5).total
     assert 1 < a < 1.14 < 2 < b
 
 
 def test_without_graphs_layers_in_parallel_gain_what_the_paper_says_and_tensor_parallelism_none():
-    one = rounds.one_device(EAGER, LLAMA_8B, ONE, 5, 4).total
-    gain = one / rounds.layer_parallel(EAGER, LLAMA_8B, ONE, 5, 4).total
+    one = rounds.one_device(EAGER, LLAMA_8B, ONE, 4, 5).total
+    gain = one / rounds.layer_parallel(EAGER, LLAMA_8B, ONE, 4, 5).total
     assert gain == pytest.approx(1.62, rel=0.1)
-    assert rounds.tensor_parallel(EAGER, LLAMA_8B, ONE, 5, 4).total > one
+    assert rounds.tensor_parallel(EAGER, LLAMA_8B, ONE, 4, 5).total > one
 
 
 def test_verifying_nothing_is_a_step_and_its_judging():

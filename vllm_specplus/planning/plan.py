@@ -24,7 +24,7 @@ MOST_LEVELS = 12
 MEMORY_SHARE = 0.92
 #: Of the target's layers that draft: ``layer_skip`` with ``skip_share`` 0.2, and half of them.
 SKIPPING, EXITING = 0.8, 0.5
-#: Nodes of a tree that is looked up, by its levels: as many as ``token_recycling`` drafts alone.
+#: Nodes per level of a tree that is looked up: about what ``token_recycling`` drafts for one request.
 LOOKED_UP = 3
 
 #: Where a draft goes on while the target verifies: on a device that the target does not use.
@@ -122,15 +122,15 @@ def candidates(wanted: Wanted) -> Iterator[Candidate]:
             apart = name.startswith("EasySpec")
             if name == "one device" or (ranks > 1 and not (apart and draft.layers < 3)):
                 method = "easyspec" if apart else "draft_tree"
-                yield Candidate(method, name, partial(place, machine, draft, load, devices=ranks))
-        alone = partial(rounds.one_device, machine, draft, load, devices=1)
+                yield Candidate(method, name, partial(place, machine, draft, load, ranks))
+        alone = partial(rounds.one_device, machine, draft, load, 1)
         yield Candidate("draft_tree", OVERLAPPED, alone, overlaps=True)
     one = "one device"
     yield Candidate("eagle_tree", one, partial(rounds.head_drafts, machine, target, load))
     yield Candidate("block_tree", one, partial(rounds.medusa_drafts, machine, target, load))
     yield Candidate("token_recycling", "host", lambda levels: rounds.look_up(load), LOOKED_UP)
     for method, share in (("layer_skip", SKIPPING), ("early_exit", EXITING)):
-        drafting = partial(rounds.own_layers, machine, target, load, ranks=ranks, share=share)
+        drafting = partial(rounds.own_layers, machine, target, load, ranks, share)
         yield Candidate(method, "all ranks", drafting)
 
 

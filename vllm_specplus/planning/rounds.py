@@ -51,24 +51,24 @@ def verified(machine: Machine, target: Shape, load: Load, nodes: float, ranks: i
 # -- a draft model, by where it runs ------------------------------------------
 
 
-def one_device(machine: Machine, draft: Shape, load: Load, levels: int, devices: int) -> Time:
+def one_device(machine: Machine, draft: Shape, load: Load, devices: int, levels: int) -> Time:
     """All of it on one device; the others wait."""
     return machine.forward(draft, load, 1, draft=True) * levels
 
 
-def tensor_parallel(machine: Machine, draft: Shape, load: Load, levels: int, devices: int) -> Time:
+def tensor_parallel(machine: Machine, draft: Shape, load: Load, devices: int, levels: int) -> Time:
     """Every layer on all devices, as vLLM's own draft models."""
     return machine.forward(draft, load, devices, draft=True) * levels
 
 
-def layer_parallel(machine: Machine, draft: Shape, load: Load, levels: int, devices: int) -> Time:
+def layer_parallel(machine: Machine, draft: Shape, load: Load, devices: int, levels: int) -> Time:
     """EasySpec, variant A: attentions of a group side by side, all else on one device."""
     first = exact_pass(machine, draft, load, devices, split=False)
     return first + fuzzy_pass(machine, draft, load, devices, split=False) * (levels - 1)
 
 
 def layer_parallel_split(
-    machine: Machine, draft: Shape, load: Load, levels: int, devices: int
+    machine: Machine, draft: Shape, load: Load, devices: int, levels: int
 ) -> Time:
     """EasySpec, variant B: the same, MLPs and output layer divided among the devices."""
     first = exact_pass(machine, draft, load, devices, split=True)
@@ -172,7 +172,7 @@ def medusa_drafts(machine: Machine, target: Shape, load: Load, levels: int) -> T
 
 
 def own_layers(
-    machine: Machine, target: Shape, load: Load, levels: int, ranks: int, share: float
+    machine: Machine, target: Shape, load: Load, ranks: int, share: float, levels: int
 ) -> Time:
     """Some of the target's own layers, level by level."""
     layers = share * target.layers
