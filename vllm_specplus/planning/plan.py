@@ -24,7 +24,7 @@ MOST_LEVELS = 12
 MEMORY_SHARE = 0.92
 #: Of the target's layers that draft: ``layer_skip`` with ``skip_share`` 0.2, and half of them.
 SKIPPING, EXITING = 0.8, 0.5
-#: Nodes per level of a tree that is looked up: about what ``token_recycling`` drafts for one request.
+#: Nodes per level of a looked-up tree: about what ``token_recycling`` drafts for one request.
 LOOKED_UP = 3
 
 #: Where a draft goes on while the target verifies: on a device that the target does not use.
