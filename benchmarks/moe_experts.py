@@ -9,7 +9,7 @@ trees behind texts? Beside them the formula for rows that choose independently,
 N (1 - (1 - k / N)^n).
 
 Then the roofline for Qwen3-30B-A3B (48 layers of 128 experts, 8 per token) in bfloat16 on an H200
-(4.8 TB/s, 990 TFLOP/s dense): the bytes of the experts touched and of all else, or the operations,
+(4.8 TB/s, 989 TFLOP/s dense): the bytes of the experts touched and of all else, or the operations,
 whichever takes longer. Nothing of that part is measured.
 """
 
@@ -22,18 +22,14 @@ from pathlib import Path
 
 import torch
 
+from vllm_specplus.planning.devices import DEVICES
+from vllm_specplus.planning.sizes import Shape
+
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 EXPERTS, CHOSEN = 32, 4
-#: Qwen3-30B-A3B, and an H200.
-LAYERS, HIDDEN, EXPERT_WIDTH, N, K = 48, 2048, 768, 128, 8
-ATTENTION = 2 * HIDDEN * 32 * 128 + 2 * HIDDEN * 4 * 128  # q and o; k and v
-VOCAB = 151936
-BYTES_PER_S, FLOPS = 4.8e12, 990e12
-
-
-def touched(n: float, experts: int, chosen: int) -> float:
-    """Experts that n rows touch which choose independently and evenly."""
-    return experts * (1 - (1 - chosen / experts) ** n)
+#: Qwen3-30B-A3B, of whose layers all have experts, and an H200.
+QWEN3 = Shape(48, 2048, 6144, 32, 4, 128, 151936, False, experts=128, chosen=8, expert_width=768)
+H200 = DEVICES["H200"]
 
 
 def tiny():
@@ -79,13 +75,11 @@ def drafted(model, rows: int) -> float:
 
 
 def roofline(rows: int) -> dict[str, float]:
-    expert = 3 * HIDDEN * EXPERT_WIDTH
-    dense = LAYERS * ATTENTION + VOCAB * HIDDEN
-    by_experts = 2 * (dense + LAYERS * touched(rows, N, K) * expert) / BYTES_PER_S
-    compute = 2 * rows * (dense + LAYERS * K * expert) / FLOPS
-    return {
-        "rows": rows, "experts": touched(rows, N, K), "ms": 1e3 * max(by_experts, compute),
-    }  # fmt: skip
+    dense = QWEN3.layers * QWEN3.attention + QWEN3.embedding
+    touched = QWEN3.touched(rows)
+    by_experts = 2 * (dense + QWEN3.layers * touched * QWEN3.expert) / H200.bandwidth
+    compute = 2 * rows * (dense + QWEN3.layers * QWEN3.chosen * QWEN3.expert) / H200.flops
+    return {"rows": rows, "experts": touched, "ms": 1e3 * max(by_experts, compute)}
 
 
 def main() -> None:
@@ -103,7 +97,7 @@ def main() -> None:
                 "one_token": mean_distinct(experts_of(model, one, 1)),
                 "mixed_tokens": mean_distinct(experts_of(model, mixed, 1)),
                 "drafted": drafted(model, rows),
-                "formula": touched(rows, EXPERTS, CHOSEN),
+                "formula": EXPERTS * (1 - (1 - CHOSEN / EXPERTS) ** rows),
             }
         )
         print(table[-1])

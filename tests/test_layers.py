@@ -28,7 +28,7 @@ FLOORS = (
         "registry",
         "preloads",
     ),
-    ("kernels", "retrieval", "control", "samplers"),
+    ("kernels", "retrieval", "control", "samplers", "planning"),
     ("drafting", "image", "config"),
     ("proposer", "proposers"),
     ("engine", "speculative_config"),

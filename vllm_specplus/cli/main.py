@@ -10,6 +10,7 @@ from vllm_specplus.cli.bench import bench
 from vllm_specplus.cli.demo import demo
 from vllm_specplus.cli.doctor import doctor
 from vllm_specplus.cli.model import prepare_model_command
+from vllm_specplus.cli.plan import plan
 from vllm_specplus.cli.train import train
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command("bench")(bench)
 app.add_typer(datastore.app, name="datastore")
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.command("plan")(plan)
 app.command("prepare-model")(prepare_model_command)
 app.command("train")(train)
 

@@ -7,64 +7,27 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import psutil
 import torch
 from rich.table import Table
 
-from vllm_specplus.files import positive, read_json
+from vllm_specplus.planning import sizes
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.frozen import KEPT
 
-KEYS = (
-    "num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"
-)  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Shape:
+class Shape(sizes.Shape):
     """The sizes of a target, from its configuration."""
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-
     @classmethod
-    def of(cls, folder: Path) -> Shape:
+    def of(cls, folder: Path) -> Self:
         """The sizes in the config.json of a model's folder; TrainingError if they are not there."""
-        name = f"{folder}/config.json"
         try:
-            config = read_json(folder / "config.json", name)
-            config = config.get("text_config", config)
-            heads, hidden, layers, inner, vocab = (positive(config, key, name) for key in KEYS)
+            return super().of(folder)
         except ValueError as error:
             raise TrainingError(f"{error}; name the folder of a model") from None
-        return cls(
-            layers, hidden, inner, heads, config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or hidden // heads, vocab,
-            bool(config.get("tie_word_embeddings", True)),
-        )  # fmt: skip
-
-    @property
-    def layer(self) -> int:
-        """Parameters of one decoder layer, its norms left out."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding, and as many of the output layer."""
-        return self.vocab * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole target."""
-        return self.layers * self.layer + self.embedding * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True)
