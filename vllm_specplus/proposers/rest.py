@@ -27,6 +27,7 @@ from vllm_specplus.retrieval import datastore
 from vllm_specplus.retrieval.datastore import Datastore
 from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
 from vllm_specplus.retrieval.search import NEAREST, SAMPLES, continuations_trie, longest_match
+from vllm_specplus.retrieval.watch import Watch
 from vllm_specplus.step import StepContext, bare_step
 from vllm_specplus.target import Target
 from vllm_specplus.tree import DraftBatch
@@ -36,7 +37,7 @@ SHORTEST, LONGEST = 2, 16
 
 @njit(cache=True, nogil=True)
 def retrieve(
-    tokens, order, first, starts, vocab_size, acceptance,
+    tokens, order, first, shards, vocab_size, acceptance,
     token_ids, num_tokens, max_nodes, chain_only, out, counts,
 ):  # fmt: skip
     """Write the drafts of all requests, back to back, to ``out`` int32 [4, >= sum(max_nodes)]
@@ -49,18 +50,18 @@ def retrieve(
     depths = np.empty(capacity, np.int32)
     sources = np.empty(capacity, np.int32)
     drawn_from = np.full(capacity, -1, np.int32)  # nothing is drawn
-    ranges = np.zeros((first.shape[0], 2), np.int64)
+    ranges = np.zeros((shards.shape[0], 2), np.int64)
     total = 0
     for r in range(num_tokens.shape[0]):
         counts[r] = 0
         if max_nodes[r] <= 0 or num_tokens[r] < SHORTEST:
             continue
         text, n = token_ids[r], num_tokens[r]
-        length = longest_match(tokens, order, first, starts, text, n, SHORTEST, LONGEST, ranges)
+        length = longest_match(tokens, order, first, shards, text, n, SHORTEST, LONGEST, ranges)
         if length == 0:
             continue
         nodes, followed = continuations_trie(
-            tokens, order, starts, vocab_size, ranges, trie_tokens, trie_parents, weights
+            tokens, order, shards, vocab_size, ranges, trie_tokens, trie_parents, weights
         )
         for i in range(nodes):
             parent = trie_parents[i]
@@ -107,17 +108,19 @@ class Rest(Proposer):
     def __init__(self, config: RestConfig, services: Services):
         super().__init__(config, services)
         self.datastore = Datastore.open(config.datastore)
+        self._watch = Watch(self.datastore)
         self._out = np.empty((4, 0), np.int32)
 
     def propose(self, step: StepContext) -> DraftBatch:
-        self.datastore.check_intact()
+        if (replaced := self._watch.check()) is not None:
+            self.services.report(replaced)
         store = self.datastore
         capacity = int(step.max_nodes.sum())
         if self._out.shape[1] < capacity:
             self._out = np.empty((4, capacity), np.int32)
         counts = np.empty(len(step.num_tokens), np.int32)
         total = retrieve(
-            store.tokens, store.order, store.first, store.starts, store.manifest.vocab_size,
+            store.tokens, store.order, store.first, store.shards, store.manifest.vocab_size,
             step.acceptance, step.token_ids, step.num_tokens, step.max_nodes, step.chain_only,
             self._out, counts,
         )  # fmt: skip

@@ -30,12 +30,13 @@ def _compare(tokens, base, position, text, n, most):
 
 
 @njit(cache=True, nogil=True)
-def _bound(tokens, order, base, size, low, high, text, n, most, upper):
-    """First index in [low, high) of ``order`` not below (``upper``: above) the context's
-    last ``most`` tokens read backwards."""
+def _bound(tokens, order, shard, low, high, text, n, most, upper):
+    """First index in [low, high) of a shard's part of ``order`` not below (``upper``: above) the
+    context's last ``most`` tokens read backwards. ``shard`` int64 [4]."""
+    base, size, part = shard[0], shard[1] - shard[0], shard[2]
     while low < high:
         middle = (low + high) // 2
-        position = np.int64(order[base + middle])
+        position = np.int64(order[part + middle])
         sign = 1
         if position < size:
             sign, _ = _compare(tokens, base, position, text, n, most)
@@ -47,7 +48,14 @@ def _bound(tokens, order, base, size, low, high, text, n, most, upper):
 
 
 @njit(cache=True, nogil=True)
-def longest_match(tokens, order, first, starts, text, n, shortest, longest, ranges):
+def _of_token(first, shard, token):
+    """[low, high) of a shard's part of ``order``: the places of ``token``."""
+    row, size = shard[3], shard[1] - shard[0]
+    return np.int64(first[row, token]), min(np.int64(first[row, token + 1]), size)
+
+
+@njit(cache=True, nogil=True)
+def longest_match(tokens, order, first, shards, text, n, shortest, longest, ranges):
     """Length of the longest suffix of ``text[:n]``, of at most ``longest`` tokens, that the
     datastore holds, 0 if shorter than ``shortest``.
 
@@ -60,37 +68,34 @@ def longest_match(tokens, order, first, starts, text, n, shortest, longest, rang
         return 0
     most = min(longest, n)
     best = 0
-    found = np.zeros(first.shape[0], np.int64)
-    for s in range(first.shape[0]):
-        base, size = starts[s], starts[s + 1] - starts[s]
-        low, high = np.int64(first[s, newest]), np.int64(first[s, newest + 1])
-        high = min(high, size)
+    found = np.zeros(shards.shape[0], np.int64)
+    for s in range(shards.shape[0]):
+        shard = shards[s]
+        low, high = _of_token(first, shard, newest)
         if low >= high:
             continue
-        rank = _bound(tokens, order, base, size, low, high, text, n, most, False)
+        rank = _bound(tokens, order, shard, low, high, text, n, most, False)
         # The longest match is next to where the context would stand.
         for i in range(max(rank - 1, low), min(rank + 1, high)):
-            position = np.int64(order[base + i])
-            if position < size:
-                _, length = _compare(tokens, base, position, text, n, most)
+            position = np.int64(order[shard[2] + i])
+            if position < shard[1] - shard[0]:
+                _, length = _compare(tokens, shard[0], position, text, n, most)
                 found[s] = max(found[s], length)
         best = max(best, found[s])
     if best < shortest:
         return 0
-    for s in range(first.shape[0]):
+    for s in range(shards.shape[0]):
         if found[s] == best:
-            base, size = starts[s], starts[s + 1] - starts[s]
-            low = np.int64(first[s, newest])
-            high = min(np.int64(first[s, newest + 1]), size)
-            low = _bound(tokens, order, base, size, low, high, text, n, best, False)
+            low, high = _of_token(first, shards[s], newest)
+            low = _bound(tokens, order, shards[s], low, high, text, n, best, False)
             ranges[s, 0] = low
-            ranges[s, 1] = _bound(tokens, order, base, size, low, high, text, n, best, True)
+            ranges[s, 1] = _bound(tokens, order, shards[s], low, high, text, n, best, True)
     return best
 
 
 @njit(cache=True, nogil=True)
 def continuations_trie(
-    tokens, order, starts, vocab_size, ranges, node_tokens, node_parents, node_weights
+    tokens, order, shards, vocab_size, ranges, node_tokens, node_parents, node_weights
 ):  # fmt: skip
     """Trie of what follows the matches in ``ranges``: (nodes, continuations followed).
 
@@ -114,11 +119,11 @@ def continuations_trie(
         while match >= ranges[s, 1] - ranges[s, 0]:
             match -= ranges[s, 1] - ranges[s, 0]
             s += 1
-        size = starts[s + 1] - starts[s]
-        position = np.int64(order[starts[s] + ranges[s, 0] + match]) + 1
+        base, size = shards[s, 0], shards[s, 1] - shards[s, 0]
+        position = np.int64(order[shards[s, 2] + ranges[s, 0] + match]) + 1
         node = -1
         for ahead in range(position, min(position + deepest, size)):
-            token = np.int64(tokens[starts[s] + ahead])
+            token = np.int64(tokens[base + ahead])
             if token >= vocab_size:  # a separator, or damage
                 break
             child = first_child[node + 1]
