@@ -121,7 +121,7 @@ def test_a_trie_counts_its_continuations(tmp_path):
     ) == 2  # fmt: skip
     tokens, parents, weights = (np.zeros(SAMPLES * 8, np.int32) for _ in range(3))
     nodes, followed = continuations_trie(
-        store.tokens, store.order, store.shards, 10, ranges, tokens, parents, weights
+        store.tokens, store.order, store.shards, 10, ranges, SAMPLES, 0, tokens, parents, weights
     )
     assert followed == 4  # one of them ends with its document
     paths = {}
@@ -142,7 +142,7 @@ def test_many_matches_are_sampled_evenly_and_never_cross_documents(tmp_path):
     assert (ranges[:, 1] - ranges[:, 0]).sum() == len(documents)
     tokens, parents, weights = (np.zeros(SAMPLES * 8, np.int32) for _ in range(3))
     nodes, followed = continuations_trie(
-        store.tokens, store.order, store.shards, 100, ranges, tokens, parents, weights
+        store.tokens, store.order, store.shards, 100, ranges, SAMPLES, 0, tokens, parents, weights
     )
     assert followed == SAMPLES
     roots = tokens[:nodes][parents[:nodes] < 0]

@@ -95,21 +95,24 @@ def longest_match(tokens, order, first, shards, text, n, shortest, longest, rang
 
 @njit(cache=True, nogil=True)
 def continuations_trie(
-    tokens, order, shards, vocab_size, ranges, node_tokens, node_parents, node_weights
+    tokens, order, shards, vocab_size, ranges, most, deepest, node_tokens, node_parents,
+    node_weights,
 ):  # fmt: skip
     """Trie of what follows the matches in ``ranges``: (nodes, continuations followed).
 
-    A node's weight is the number of continuations that pass through it. Of more than
-    SAMPLES matches an even sample is followed, not the first ones, whose contexts would
-    be alike. Nodes are written in topological order to int32 arrays of TOTAL or more.
+    A node's weight is the number of continuations that pass through it. Of more than ``most``
+    matches an even sample is followed, not the first ones, whose contexts would
+    be alike; each ``deepest`` tokens far (0: the further, the fewer they are). Nodes are written in
+    topological order to int32 arrays.
     """
     matches = np.int64(0)
     for s in range(ranges.shape[0]):
         matches += ranges[s, 1] - ranges[s, 0]
-    followed = min(matches, SAMPLES)
+    followed = min(matches, most)
     if followed == 0:
         return 0, 0
-    deepest = min(max(TOTAL // followed, NEAREST), FARTHEST)
+    if deepest == 0:
+        deepest = min(max(TOTAL // followed, NEAREST), FARTHEST)
     first_child = np.full(node_tokens.shape[0] + 1, -1, np.int32)  # of node - 1; 0 is the root
     sibling = np.full(node_tokens.shape[0], -1, np.int32)
     nodes = 0
@@ -140,3 +143,38 @@ def continuations_trie(
             node_weights[child] += 1
             node = child
     return nodes, followed
+
+
+@njit(cache=True, nogil=True)
+def heaviest(tokens, parents, weights, depths, choices):
+    """Bool [N]: the nodes of a trie that REST's code verifies (its ``cut_to_choices``).
+
+    The ``choices`` heaviest ones, the shorter first among equals; then the longest of them go, the
+    lightest first, until all their paths together count no more than ``choices`` distinct tokens,
+    each path its own. N nodes in topological order, ``depths`` from 1.
+    """
+    kept = np.zeros(tokens.shape[0], np.bool_)
+    # Both sorts are stable, and weights are below 2^24: one key for weight and depth.
+    by_weight = np.argsort(
+        depths.astype(np.int64) - (weights.astype(np.int64) << 32), kind="mergesort"
+    )
+    kept[by_weight[:choices]] = True
+    distinct = np.zeros(tokens.shape[0], np.int64)
+    size = 0
+    for i in np.flatnonzero(kept):
+        node = i
+        while node >= 0:
+            above = parents[node]
+            while above >= 0 and tokens[above] != tokens[node]:
+                above = parents[above]
+            distinct[i] += above < 0  # no token nearer to the root is the same
+            node = parents[node]
+        size += distinct[i]
+    by_depth = np.argsort(-depths[by_weight[::-1]], kind="mergesort")
+    for i in by_weight[::-1][by_depth]:
+        if size <= choices:
+            break
+        if kept[i]:
+            kept[i] = False
+            size -= distinct[i]
+    return kept
