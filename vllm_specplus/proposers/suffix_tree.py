@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -49,8 +49,7 @@ PLACES = 1000
 _EMPTY = np.empty(0, np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
+class _Draft(NamedTuple):
     """What followed a context in one tree: int32 [N] each."""
 
     tokens: np.ndarray = _EMPTY
