@@ -140,30 +140,29 @@ class Manifest(StrictModel):
         """Names (of generation 0) of the files there are; version 1 had no digests."""
         return (TOKENS, *((DOCUMENTS,) if self.version > 1 else ()), *INDEX)
 
-    def part(self, name: str, number: int) -> tuple[int, int]:
-        """Where shard ``number``'s part of the file ``name`` begins, and its size, in bytes."""
-        shard, before = self.shards[number], self.shards[:number]
-        width = self.dtype.itemsize
-        if name == TOKENS:
-            return width * sum(s.tokens for s in before), width * shard.tokens
-        if name == DOCUMENTS:
-            return DIGEST * sum(s.documents for s in before), DIGEST * shard.documents
+    def parts(self, name: str) -> list[tuple[int, int]]:
+        """Where each shard's part of the file ``name`` begins, and its size, in bytes."""
         if name == ORDER:
-            return 4 * shard.order_at, 4 * shard.tokens
-        return self.row_bytes * shard.first_row, self.row_bytes
+            return [(4 * shard.order_at, 4 * shard.tokens) for shard in self.shards]
+        if name == FIRST:
+            return [(self.row_bytes * shard.first_row, self.row_bytes) for shard in self.shards]
+        # One behind the other.
+        found, begin = [], 0
+        for shard in self.shards:
+            size = DIGEST * shard.documents
+            if name == TOKENS:
+                size = self.dtype.itemsize * shard.tokens
+            found.append((begin, size))
+            begin += size
+        return found
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes up to the end of the datastore's last part of the file."""
-        shards = range(len(self.shards))
-        return {
-            name: max((sum(self.part(name, number)) for number in shards), default=0)
-            for name in self.names()
-        }
+        return {name: max(map(sum, self.parts(name)), default=0) for name in self.names()}
 
     def read_bytes(self) -> int:
         """Bytes of all parts of all files: what :func:`verify` reads."""
-        shards = range(len(self.shards))
-        return sum(self.part(name, number)[1] for name in self.names() for number in shards)
+        return sum(size for name in self.names() for _, size in self.parts(name))
 
 
 @dataclass(frozen=True)
@@ -190,10 +189,10 @@ class Datastore:
 
         Checks names, versions and sizes; :func:`verify` reads every byte.
         """
-        return _steadily(Path(path), functools.partial(cls._map, Path(path)))
+        return _steadily(Path(path), functools.partial(cls._mapped, Path(path)))
 
     @classmethod
-    def _map(cls, path: Path, manifest: Manifest) -> Datastore:
+    def _mapped(cls, path: Path, manifest: Manifest) -> Datastore:
         if not manifest.shards:
             raise DatastoreError(
                 f"datastore {quoted(path)} is empty: its build has not got far yet"
@@ -208,8 +207,8 @@ class Datastore:
             np.int64,
         )
         files: dict[str, BinaryIO] = {}
-        rows, row = manifest.sizes()[FIRST] // manifest.row_bytes, manifest.vocab_size + 1
-        places = manifest.sizes()[ORDER] // 4
+        sizes = manifest.sizes()
+        places, rows = sizes[ORDER] // 4, sizes[FIRST] // manifest.row_bytes
         try:
             for name in (TOKENS, *INDEX):
                 files[name] = open(path / manifest.file(name), "rb")  # noqa: SIM115  open as long as mapped
@@ -219,7 +218,7 @@ class Datastore:
                 files,
                 _map(files[TOKENS], manifest.dtype, (manifest.num_tokens,)),
                 _map(files[ORDER], np.dtype("<u4"), (places,)),
-                _map(files[FIRST], np.dtype("<u4"), (rows, row)),
+                _map(files[FIRST], np.dtype("<u4"), (rows, manifest.vocab_size + 1)),
                 shards,
             )
         except (OSError, ValueError) as error:
@@ -348,9 +347,9 @@ def _verify(path: Path, manifest: Manifest, progress: Callable[[int], None]) -> 
     check_sizes(path, manifest)
     for name in manifest.names():
         with open(path / manifest.file(name), "rb") as file:
-            for number in range(len(manifest.shards)):
+            for number, part in enumerate(manifest.parts(name)):
                 digest = hashlib.sha256()
-                for block in blocks(file, *manifest.part(name, number)):
+                for block in blocks(file, *part):
                     digest.update(block)
                     progress(len(block))
                 check_sum(path, manifest, name, number, digest.hexdigest())

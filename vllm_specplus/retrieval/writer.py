@@ -172,9 +172,9 @@ def merge(path: Path, manifest: Manifest, most: int) -> Manifest:
 
 def tidied(path: Path, manifest: Manifest) -> Manifest:
     """Copy the index without parts that are nobody's once these are more than half of it."""
-    count = range(len(manifest.shards))
-    used = sum(manifest.part(name, number)[1] for name in INDEX for number in count)
-    if sum(manifest.sizes()[name] for name in INDEX) <= 2 * used:
+    used = sum(size for name in INDEX for _, size in manifest.parts(name))
+    sizes = manifest.sizes()
+    if sum(sizes[name] for name in INDEX) <= 2 * used:
         return manifest
     old = [path / manifest.file(name) for name in INDEX]
     shards, place = [], 0
@@ -188,8 +188,8 @@ def tidied(path: Path, manifest: Manifest) -> Manifest:
             open(path / manifest.file(name), "rb") as source,
             open(path / new.file(name), "wb") as copy,
         ):
-            for number in count:
-                for block in blocks(source, *manifest.part(name, number)):
+            for part in manifest.parts(name):
+                for block in blocks(source, *part):
                     copy.write(block)
             copy.flush()
             os.fsync(copy.fileno())
@@ -217,13 +217,13 @@ def _placed(manifest: Manifest, tokens: int, documents: int, parts: dict[str, np
 
 def _checked(path: Path, manifest: Manifest, name: str, first: int) -> bytes:
     """The parts of the shards from ``first`` on, whose checksums are right."""
-    parts = []
+    found = []
     with open(path / manifest.file(name), "rb") as file:
-        for number in range(first, len(manifest.shards)):
-            part = b"".join(blocks(file, *manifest.part(name, number)))
-            check_sum(path, manifest, name, number, hashlib.sha256(part).hexdigest())
-            parts.append(part)
-    return b"".join(parts)
+        for number, part in enumerate(manifest.parts(name)[first:], first):
+            stored = b"".join(blocks(file, *part))
+            check_sum(path, manifest, name, number, hashlib.sha256(stored).hexdigest())
+            found.append(stored)
+    return b"".join(found)
 
 
 def _write(path: Path, manifest: Manifest, parts: dict[str, np.ndarray]) -> None:
