@@ -229,6 +229,15 @@ def test_damage_gets_no_new_checksum(tmp_path, name):
         add(store, more, TOKENIZER)
 
 
+@pytest.mark.parametrize("name", [TOKENS, DOCUMENTS, ORDER, FIRST])
+def test_nothing_is_added_to_what_was_cut_short(tmp_path, name):
+    store = build_datastore(tmp_path / "store", random_documents(1, 5, VOCAB), VOCAB)
+    os.truncate(store / name, os.path.getsize(store / name) - 1)
+    more = of(write_corpus(tmp_path / "more", [[1, 2]]))
+    with pytest.raises(DatastoreError, match=f"damaged: {name} has"):
+        add(store, more, TOKENIZER)
+
+
 def test_what_a_crash_left_is_cut_off(tmp_path):
     store = build_datastore(tmp_path / "store", random_documents(1, 5, VOCAB), VOCAB)
     for name in (TOKENS, DOCUMENTS, ORDER, FIRST):
@@ -277,10 +286,12 @@ def test_a_datastore_of_version_1_is_read_and_added_to(tmp_path):
     documents = random_documents(1, 40, VOCAB)
     store = build_datastore(tmp_path / "store", documents, VOCAB, 100)
     made_version_1(store)
+    before = (store / MANIFEST).read_text()
     assert len(verify(store).shards) > 3
     assert find(Datastore.open(store), [1, 2]) == brute_force(documents, [1, 2])
     with pytest.raises(DatastoreError, match="holds old, and not all of"):
         built(store, tmp_path / "store-text")  # what it holds is not known
+    assert (store / MANIFEST).read_text() == before
     more = random_documents(2, 40, VOCAB)
     manifest = add(store, of(write_corpus(tmp_path / "more", more)), TOKENIZER)
     assert (manifest.version, manifest.num_documents) == (2, 80)

@@ -125,11 +125,11 @@ def _store(path, manifest, corpus, tokenizer, shard_tokens, progress, append) ->
             f"datastore {str(path)!r} was begun by an older vllm-specplus: build it again in "
             f"another folder"
         )
-    manifest = writer.prepared(path, manifest, uuid.uuid4().hex)
     known = Known(writer.known_documents(path, manifest))
     pieces = new_pieces(corpus.pieces(), known, manifest.partial, progress)
     if not append:
         pieces = _allowed(path, manifest, corpus, pieces)
+    manifest = writer.prepared(path, manifest, uuid.uuid4().hex)
     manifest = _with_log(manifest, corpus, complete=False)
     with ThreadPoolExecutor(1, "datastore") as background:
         written: Future[Manifest] | None = None

@@ -106,8 +106,6 @@ def prepared(path: Path, manifest: Manifest, identity: str) -> Manifest:
         update = {"version": VERSION, "id": identity, "shards": shards}
         manifest = manifest.model_copy(update=update)
         write_manifest(path, manifest)
-    if manifest.shards:
-        check_sizes(path, manifest)
     sizes = manifest.sizes()
     named = {MANIFEST, *(manifest.file(name) for name in sizes)}
     for file in path.iterdir():
@@ -236,6 +234,13 @@ def _write(path: Path, manifest: Manifest, parts: dict[str, np.ndarray]) -> None
 
 
 def known_documents(path: Path, manifest: Manifest) -> np.ndarray:
-    """uint64 [documents] digests of what is stored."""
-    size = manifest.sizes()[DOCUMENTS]
+    """uint64 [documents] digests of what is stored; of version 1 none is known.
+
+    DatastoreError if a file of the datastore is shorter than it should be.
+    """
+    if manifest.shards:
+        check_sizes(path, manifest)
+    size = manifest.sizes().get(DOCUMENTS, 0)
+    if not size:
+        return np.empty(0, np.uint64)
     return np.fromfile(path / DOCUMENTS, np.uint64, size // DIGEST)
