@@ -92,7 +92,8 @@ def test_of_two_trees_the_paper_drafts_from_the_one_that_scores_higher():
         draft(tree, {"old": [9, *said]}, prompt=1)
         tree.forget("old")
     both = 0
-    for number, text in enumerate(([A, B, 30, A, B], [A, B, C, 31, A, B, C, 31, A, B, C], [C, D])):
+    asked = [8, A, B, 30, A, B], [8, A, B, C, 31, A, B, C, 31, A, B, C], [8, C, D]
+    for number, text in enumerate(asked):
         name = f"r{number}"
         theirs.start_request(name, np.array(text, np.int32))
         expected = theirs.speculate(name, text, max_spec_tokens=16, use_tree_spec=True)
@@ -100,9 +101,9 @@ def test_of_two_trees_the_paper_drafts_from_the_one_that_scores_higher():
         for token, parent in zip(expected.token_ids, expected.parents, strict=True):
             paths.append((*(paths[parent] if parent >= 0 else ()), token))
         theirs.stop_request(name)
-        mine = draft(ours, {name: [8, *text]}, prompt=len(text))[name]
+        mine = draft(ours, {name: text}, prompt=len(text) - 1)[name]
         assert set(mine) == set(paths), text
-        both += set(draft(fused, {name: [8, *text]}, prompt=len(text))[name]) > set(paths)
+        both += set(draft(fused, {name: text}, prompt=len(text) - 1)[name]) > set(paths)
     assert both
 
 
