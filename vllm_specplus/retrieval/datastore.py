@@ -158,7 +158,8 @@ class Manifest(StrictModel):
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes up to the end of the datastore's last part of the file."""
-        return {name: max(map(sum, self.parts(name)), default=0) for name in self.names()}
+        ends = {name: [sum(part) for part in self.parts(name)] for name in self.names()}
+        return {name: max(each, default=0) for name, each in ends.items()}
 
     def read_bytes(self) -> int:
         """Bytes of all parts of all files: what :func:`verify` reads."""
