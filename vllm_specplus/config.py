@@ -120,6 +120,8 @@ class GsdAcceptance(ImageAcceptance):
     """Members differ in probability by less than this."""
     max_distance: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """And in their codebook vectors by less than this (squared L2), if set."""
+    residual: Literal["optimal", "published"] = "optimal"
+    """What follows a rejection; the other is the reference code's, for parity."""
 
 
 class KlJudgeAcceptance(AcceptanceRule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,3 +212,14 @@ def test_who_found_a_node(seed, budget):
         paths_of(fused.tokens, fused.parents), fusion.finders.tolist(), strict=True
     ):
         assert bits == sum(1 << m for m in range(3) if path in found[m])
+
+
+def test_what_was_retrieved_hangs_below_the_first_of_equal_draws():
+    """No rule accepts a token that it has rejected, so that nodes below its twin are lost."""
+    fusion = Fusion([MEMBER, MEMBER])
+    draws = batch([([7, 7, 8], [-1, -1, -1], [0, 0, 0])])
+    draws.drawn_from, draws.draft_probs = np.zeros(3, np.int32), torch.ones(1, 9)
+    found = batch([([7, 9], [-1, 0], [6, 6])])
+    fused = fusion.fuse([draws, found], step(fusion))
+    assert fused.tokens.tolist() == [7, 7, 8, 9]
+    assert fused.parents.tolist() == [-1, -1, -1, 0]

@@ -216,6 +216,12 @@ def main(job_path: str, out_path: str) -> None:
             continue
         if batch.get("truncate"):
             os.truncate(batch["truncate"], 8)
+        if batch.get("overwrite"):
+            time.sleep(0.05)  # beyond a tick of the file system's clock
+            with open(batch["overwrite"], "r+b") as file:
+                content = file.read()
+                file.seek(0)
+                file.write(bytes(byte ^ 1 for byte in content))
         if "hostile" in batch:
             result.append(hostile.serve(llm, batch["steady"], batch["hostile"], batch["seed"]))
             continue

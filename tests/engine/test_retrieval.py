@@ -59,9 +59,11 @@ def test_under_the_controller(tmp_path, tiny_engine, mixed_requests, plain, data
     assert result["counters"]["nodes_labelled"] > 500
 
 
-@pytest.mark.parametrize("method", ["rest", "rasd"])
-def test_a_datastore_cut_short_under_the_engine(
-    tmp_path, tiny_engine, mixed_requests, plain, method
+@pytest.mark.parametrize(
+    ("method", "damage"), [("rest", "truncate"), ("rasd", "truncate"), ("rest", "overwrite")]
+)
+def test_a_datastore_damaged_under_the_engine(
+    tmp_path, tiny_engine, mixed_requests, plain, method, damage
 ):
     """From then on it drafts nothing, with a warning and a count; texts stay the same."""
     documents = [r["prompt"][-20:] + r["ids"][0] for r in plain["batches"][0]]
@@ -69,7 +71,7 @@ def test_a_datastore_cut_short_under_the_engine(
     engine = tiny_engine | {"speculative_config": config(method, str(store))}
     batches = [
         {"requests": mixed_requests},
-        {"requests": mixed_requests, "truncate": str(store / "order.bin")},
+        {"requests": mixed_requests, damage: str(store / "order.bin")},
     ]
     result = harness.run(tmp_path, engine, batches)
     assert harness.ids(result) == harness.ids(plain)

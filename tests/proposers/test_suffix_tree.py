@@ -59,6 +59,54 @@ def test_it_drafts_trees():
     assert chain[0] == (C,)
 
 
+#: The paper's and the library's defaults.
+PAPERS = {"max_spec_factor": 1.0, "max_spec_offset": 0.0, "min_token_prob": 0.1}
+
+
+def test_a_draft_is_as_long_as_its_match_allows():
+    text = [7, A, B, C, D, 8, 9, 10, 11, A, B]
+    for factor, offset, longest in ((1.0, 0.0, 2), (2.0, 0.0, 4), (0.0, 3.0, 3), (2.0, 2.0, 6)):
+        tree = proposer(max_spec_factor=factor, max_spec_offset=offset)
+        assert max(map(len, draft(tree, {"r": text})["r"])) == longest
+
+
+@pytest.mark.parametrize(("least", "drafted"), [(0.7, []), (0.5, [(C,)]), (0.1, [(C,), (D,)])])
+def test_improbable_nodes_are_not_drafted(least, drafted):
+    """After A B came C twice and D once."""
+    tree = proposer(max_spec_factor=0.0, max_spec_offset=2.0, min_token_prob=least)
+    found = draft(tree, {"r": [A, B, C, A, B, D, A, B, C, 9, A, B]})["r"]
+    assert [path for path in found if len(path) == 1] == drafted
+
+
+def test_of_two_trees_the_paper_drafts_from_the_one_that_scores_higher():
+    """The library's own choice, of the same trees; fused, both are drafted from."""
+    from arctic_inference.suffix_decoding import SuffixDecodingCache
+
+    theirs = SuffixDecodingCache(max_tree_depth=24)
+    ours, fused = proposer(**PAPERS, combine="higher_score"), proposer(**PAPERS)
+    said = [A, B, C, D, 20, A, B, C, D, 21]
+    theirs.start_request("old", np.array([9], np.int32))
+    theirs.add_active_response("old", said)
+    theirs.stop_request("old")
+    for tree in (ours, fused):
+        draft(tree, {"old": [9, *said]}, prompt=1)
+        tree.forget("old")
+    both = 0
+    asked = [8, A, B, 30, A, B], [8, A, B, C, 31, A, B, C, 31, A, B, C], [8, C, D]
+    for number, text in enumerate(asked):
+        name = f"r{number}"
+        theirs.start_request(name, np.array(text, np.int32))
+        expected = theirs.speculate(name, text, max_spec_tokens=16, use_tree_spec=True)
+        paths: list[tuple[int, ...]] = []
+        for token, parent in zip(expected.token_ids, expected.parents, strict=True):
+            paths.append((*(paths[parent] if parent >= 0 else ()), token))
+        theirs.stop_request(name)
+        mine = draft(ours, {name: text}, prompt=len(text) - 1)[name]
+        assert set(mine) == set(paths), text
+        both += set(draft(fused, {name: text}, prompt=len(text) - 1)[name]) > set(paths)
+    assert both
+
+
 @pytest.mark.parametrize("nodes", [0, 1, 3])
 def test_the_budget_is_kept(nodes):
     assert len(draft(proposer(), {"r": [A, B, C, A, B, D, A, B]}, nodes=nodes)["r"]) == nodes

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from tests.datastores import NumberTokenizer, build_datastore, write_corpus
 from vllm_specplus.cli.main import app
 from vllm_specplus.retrieval import datastore
-from vllm_specplus.retrieval.build import add, build, first_positions, sort_backwards
+from vllm_specplus.retrieval.build import add, build
 from vllm_specplus.retrieval.corpus import PIECE, Corpus, CorpusError
 from vllm_specplus.retrieval.datastore import (
+    DOCUMENTS,
     FIRST,
     MANIFEST,
     ORDER,
@@ -32,6 +33,7 @@ from vllm_specplus.retrieval.datastore import (
     verify,
 )
 from vllm_specplus.retrieval.search import SAMPLES, TOTAL, continuations_trie, longest_match
+from vllm_specplus.retrieval.writer import first_positions, sort_backwards
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,12 +48,12 @@ def find(store: Datastore, context: list[int], longest: int = 16) -> tuple[int, 
     ranges = np.zeros((len(store.manifest.shards), 2), np.int64)
     text = np.array(context, np.int32)
     length = longest_match(
-        store.tokens, store.order, store.first, store.starts, text, len(text), 2, longest, ranges
+        store.tokens, store.order, store.first, store.shards, text, len(text), 2, longest, ranges
     )
     rest = []
     for s, (low, high) in enumerate(ranges):
-        begin, end = store.starts[s : s + 2]
-        for place in store.order[begin + low : begin + high]:
+        begin, end, part, _ = store.shards[s]
+        for place in store.order[part + low : part + high]:
             after = store.tokens[begin + int(place) + 1 : end].tolist()
             separator = store.manifest.separator
             rest.append(after[: after.index(separator)] if separator in after else after)
@@ -115,11 +117,11 @@ def test_a_trie_counts_its_continuations(tmp_path):
     ranges = np.zeros((1, 2), np.int64)
     text = np.array([8, 1, 2], np.int32)
     assert longest_match(
-        store.tokens, store.order, store.first, store.starts, text, 3, 2, 16, ranges
+        store.tokens, store.order, store.first, store.shards, text, 3, 2, 16, ranges
     ) == 2  # fmt: skip
     tokens, parents, weights = (np.zeros(SAMPLES * 8, np.int32) for _ in range(3))
     nodes, followed = continuations_trie(
-        store.tokens, store.order, store.starts, 10, ranges, tokens, parents, weights
+        store.tokens, store.order, store.shards, 10, ranges, SAMPLES, 0, tokens, parents, weights
     )
     assert followed == 4  # one of them ends with its document
     paths = {}
@@ -136,11 +138,11 @@ def test_many_matches_are_sampled_evenly_and_never_cross_documents(tmp_path):
     store = Datastore.open(build_datastore(tmp_path / "store", documents, 100, 200))
     ranges = np.zeros((len(store.manifest.shards), 2), np.int64)
     text = np.array([5, 6], np.int32)
-    longest_match(store.tokens, store.order, store.first, store.starts, text, 2, 2, 16, ranges)
+    longest_match(store.tokens, store.order, store.first, store.shards, text, 2, 2, 16, ranges)
     assert (ranges[:, 1] - ranges[:, 0]).sum() == len(documents)
     tokens, parents, weights = (np.zeros(SAMPLES * 8, np.int32) for _ in range(3))
     nodes, followed = continuations_trie(
-        store.tokens, store.order, store.starts, 100, ranges, tokens, parents, weights
+        store.tokens, store.order, store.shards, 100, ranges, SAMPLES, 0, tokens, parents, weights
     )
     assert followed == SAMPLES
     roots = tokens[:nodes][parents[:nodes] < 0]
@@ -153,7 +155,8 @@ def test_many_matches_are_sampled_evenly_and_never_cross_documents(tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (TOKENS, ORDER, FIRST)}
+    manifest = datastore.read_manifest(folder)
+    return {name: (folder / manifest.file(name)).read_bytes() for name in manifest.names()}
 
 
 def test_equal_corpora_make_equal_datastores_in_any_number_of_runs(tmp_path):
@@ -196,12 +199,10 @@ def test_appending_touches_nothing_that_is_stored(tmp_path):
     more = Corpus.find([write_corpus(tmp_path / "more", second)], "*", "")
     manifest = add(store, more, NumberTokenizer(9))
     assert manifest.num_documents == 40
-    assert all(new.startswith(before[name]) for name, new in contents(store).items())
+    assert contents(store)[TOKENS].startswith(before[TOKENS])
     assert find(reader, context) == found  # an engine that runs goes on with what it opened
     assert find(Datastore.open(store), context) == brute_force(first + second, context)
     verify(store)
-    with pytest.raises(DatastoreError, match="already, unchanged: nothing to do"):
-        add(store, more, NumberTokenizer(9))
     with pytest.raises(DatastoreError, match="another tokenizer"):
         add(store, more, NumberTokenizer(8))
 
@@ -234,7 +235,8 @@ def test_an_interrupted_build_goes_on(tmp_path, stop_after):
     verify(part)
 
 
-def test_a_changed_corpus_is_not_taken_for_the_interrupted_one(tmp_path):
+def test_an_interrupted_build_goes_on_with_what_has_changed(tmp_path):
+    """What was stored of a file that is another now stays; the others are not stored again."""
     documents = random_documents(4, 60, 9)
     text = write_corpus(tmp_path / "text", documents)
     tokenizer = NumberTokenizer(9)
@@ -245,12 +247,17 @@ def test_a_changed_corpus_is_not_taken_for_the_interrupted_one(tmp_path):
             raise KeyboardInterrupt
 
     interrupt.calls = 0
-    store = tmp_path / "store"
+    store, corpus = tmp_path / "store", Corpus.find([text], "*", "")
     with pytest.raises(KeyboardInterrupt):
-        build(store, Corpus.find([text], "*", ""), tokenizer, "numbers", 9, 100, interrupt)
+        build(store, corpus, tokenizer, "numbers", 9, 100, interrupt)
+    other = Corpus.find([write_corpus(tmp_path / "other", [[1]])], "*", "")
+    with pytest.raises(DatastoreError, match=r"is unfinished: .* was interrupted"):
+        build(store, other, tokenizer, "numbers", 9, 100)
     (text / "doc00000.txt").write_text("1 2 3 4 5 6 7 8")
-    with pytest.raises(DatastoreError, match=r"is unfinished: .* changed since"):
-        build(store, Corpus.find([text], "*", ""), tokenizer, "numbers", 9, 100)
+    manifest = build(store, corpus, tokenizer, "numbers", 9, 100)
+    assert manifest.num_documents == 61
+    assert [log.complete for log in manifest.corpora] == [True]
+    assert find(Datastore.open(store), [1, 2, 3, 4, 5, 6, 7])[0] == 7
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -338,7 +345,7 @@ def damaged(tmp_path) -> Path:
     return build_datastore(tmp_path / "store", random_documents(5, 40, 9), 9, 200)
 
 
-@pytest.mark.parametrize("name", [TOKENS, ORDER, FIRST])
+@pytest.mark.parametrize("name", [TOKENS, DOCUMENTS, ORDER, FIRST])
 def test_a_truncated_file_is_refused(tmp_path, name):
     store = damaged(tmp_path)
     os.truncate(store / name, os.path.getsize(store / name) - 1)
@@ -349,7 +356,7 @@ def test_a_truncated_file_is_refused(tmp_path, name):
         Datastore.open(store)
 
 
-@pytest.mark.parametrize("name", [TOKENS, ORDER, FIRST])
+@pytest.mark.parametrize("name", [TOKENS, DOCUMENTS, ORDER, FIRST])
 def test_a_changed_byte_is_found(tmp_path, name):
     store = damaged(tmp_path)
     content = bytearray((store / name).read_bytes())
@@ -362,7 +369,10 @@ def test_a_changed_byte_is_found(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "format version 2, this vllm-specplus reads up to 1: update"),
+        ({"version": 3}, "format version 3, this vllm-specplus reads 1 to 2: update"),
+        ({"version": 0}, "format version 0, this vllm-specplus reads 1 to 2: build it again"),
+        ({"version": -1}, "format version -1"),
+        ({"version": True}, r"damaged manifest\.json \(version\)"),
         ({"format": "something"}, "is not a datastore of vllm-specplus"),
         ({"shards": "none"}, r"damaged manifest\.json \(shards\)"),
         ({"unknown": 1}, r"damaged manifest\.json \(unknown\)"),
@@ -380,6 +390,20 @@ def test_strange_manifests(tmp_path, change, message):
         Datastore.open(store)
     with pytest.raises(DatastoreError, match="is not a datastore"):
         Datastore.open(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_a_manifest_that_is_no_file(tmp_path, make):
+    """Reading a pipe would wait for ever."""
+    store = damaged(tmp_path)
+    (store / MANIFEST).unlink()
+    make(store / MANIFEST)
+    corpus = Corpus.find([tmp_path / "store-text"], "*", "")
+    for use in (Datastore.open, verify, lambda path: add(path, corpus, NumberTokenizer(9))):
+        with pytest.raises(DatastoreError, match=r"is not a datastore \(no file manifest"):
+            use(store)
+    with pytest.raises(DatastoreError, match=r"is not a datastore \(no file manifest"):
+        build(store, corpus, NumberTokenizer(9), "numbers", 9)
 
 
 def test_the_model_must_fit(tmp_path):
@@ -439,12 +463,20 @@ def test_the_commands(tmp_path, tokenizer_folder):
     assert "all checksums are right" in invoke("verify", store).stdout
     assert str(tokenizer_folder) in invoke("info", store).stdout.replace("\n", "")
     again = invoke("build", store, text, "--tokenizer", tokenizer_folder)
-    assert again.exit_code == 1
-    assert "nothing to do" in again.stderr
+    assert again.exit_code == 0
+    assert "nothing to do" in again.stdout
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "a zebra and a zebu"}))
+    unsaid = invoke("build", store, other, "--tokenizer", tokenizer_folder)
+    assert unsaid.exit_code == 1
+    assert "add that with --append" in unsaid.stderr
     assert invoke("add", store, other).exit_code == 0
     assert "'z'" in invoke("query", store, "and a").stdout
+    last = tmp_path / "last.txt"
+    last.write_text("the gnu")
+    args = ("build", store, last, "--tokenizer", tokenizer_folder, "--append")
+    assert invoke(*args).exit_code == 0
+    assert re.search(r"documents +3 *\n", invoke("info", store).stdout)
     for args, message in [
         (("info", tmp_path / "none"), "is not a datastore"),
         (("build", tmp_path / "new", other, "--tokenizer", tmp_path), "cannot load the tokenizer"),
@@ -457,6 +489,18 @@ def test_the_commands(tmp_path, tokenizer_folder):
         assert failed.exit_code == 1
         assert message in failed.stderr
         assert "Traceback" not in failed.stderr
+
+
+def test_a_query_trusts_no_damaged_datastore(tmp_path, tokenizer_folder):
+    store, text = tmp_path / "store", tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 3)
+    invoke("build", store, text, "--tokenizer", tokenizer_folder)
+    content = bytearray((store / ORDER).read_bytes())
+    content[0] ^= 1
+    (store / ORDER).write_bytes(content)
+    failed = invoke("query", store, "the cat sat")
+    assert failed.exit_code == 1
+    assert "checksum of order.bin, shard 0, differs" in failed.stderr
 
 
 @pytest.fixture

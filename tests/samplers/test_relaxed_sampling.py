@@ -148,6 +148,9 @@ def test_vectors_of_the_gsd_card(group, rate, distance):
         distance, abs=1e-3
     )
     assert tv(output_probs(rule, p, q), p) <= distance + 1e-3
+    published = {"rule": "gsd", "group": group, "max_gap": 1.0, "residual": "published"}
+    published_rule = rule_of(published, torch.zeros(6, 1))
+    assert tv(output_probs(published_rule, p, q), p) == pytest.approx(distance, abs=1e-3)
 
 
 def test_what_top_k_cut_off_joins_no_group():

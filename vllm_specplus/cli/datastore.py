@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 from vllm_specplus.retrieval import build as building
 from vllm_specplus.retrieval.corpus import Corpus, CorpusError
 from vllm_specplus.retrieval.datastore import (
-    Datastore,
+    MANIFEST,
     DatastoreError,
     Manifest,
     check_target,
@@ -24,6 +25,9 @@ from vllm_specplus.retrieval.datastore import (
 from vllm_specplus.retrieval.datastore import verify as verify_datastore
 
 app = typer.Typer(no_args_is_help=True, help="Datastores of text, for the method rest.")
+
+#: Corpora that are listed.
+MOST_CORPORA = 10
 
 Store = Annotated[Path, typer.Argument(help="Folder of the datastore.", show_default=False)]
 Inputs = Annotated[
@@ -35,7 +39,10 @@ Inputs = Annotated[
 Glob = Annotated[str, typer.Option(help="Which files of a folder to read.")]
 TextKey = Annotated[str, typer.Option(help="Field of .jsonl and column of .parquet to read.")]
 ShardTokens = Annotated[
-    int, typer.Option(min=1024, help="Tokens sorted at a time; about 50 bytes of memory each.")
+    int,
+    typer.Option(
+        min=1024, help="Tokens sorted or merged at a time; about 50 bytes of memory each."
+    ),
 ]
 
 
@@ -65,15 +72,23 @@ def build(
     glob: Glob = "**/*",
     text_key: TextKey = "text",
     shard_tokens: ShardTokens = building.SHARD_TOKENS,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add what a finished datastore does not hold yet.")
+    ] = False,
 ) -> None:
-    """Tokenise a corpus into a new datastore, or finish an interrupted build."""
+    """Tokenise a corpus into a new datastore, or finish an interrupted build.
+
+    What is stored already is not stored again.
+    """
     with _errors():
+        before = _documents(store)
         loaded, vocab_size = _load(tokenizer)
         corpus = Corpus.find(inputs, glob, text_key)
         with _progress(corpus.size) as progress:
             manifest = building.build(
-                store, corpus, loaded, tokenizer, vocab_size, shard_tokens, progress
+                store, corpus, loaded, tokenizer, vocab_size, shard_tokens, progress, append
             )
+    _say_what_came(manifest, before)
     _describe(store, manifest)
 
 
@@ -88,12 +103,14 @@ def add(
     ] = None,
     shard_tokens: ShardTokens = building.SHARD_TOKENS,
 ) -> None:
-    """Append a corpus to a datastore. Engines that use it see it after their next start."""
+    """Append what is new in a corpus. Engines that use it see it after their next start."""
     with _errors():
+        before = _documents(store)
         loaded, _ = _load(tokenizer or read_manifest(store).tokenizer_name)
         corpus = Corpus.find(inputs, glob, text_key)
         with _progress(corpus.size) as progress:
             manifest = building.add(store, corpus, loaded, shard_tokens, progress)
+    _say_what_came(manifest, before)
     _describe(store, manifest)
 
 
@@ -108,10 +125,8 @@ def info(store: Store) -> None:
 @app.command()
 def verify(store: Store) -> None:
     """Read all of a datastore and compare its checksums."""
-    with _errors():
-        size = sum(read_manifest(store).sizes().values())
-        with _progress(size) as progress:
-            manifest = verify_datastore(store, lambda n: progress(n, 0))
+    with _errors(), _progress(read_manifest(store).read_bytes()) as progress:
+        manifest = verify_datastore(store, lambda n: progress(n, 0))
     typer.echo(f"{store}: {manifest.num_tokens} tokens, all checksums are right")
 
 
@@ -133,13 +148,12 @@ def query(
     from vllm_specplus.step import bare_step
 
     with _errors():
-        manifest = read_manifest(store)
+        manifest = verify_datastore(store)  # as an engine's start does
         loaded, vocab_size = _load(tokenizer or manifest.tokenizer_name)
         check_target(manifest, str(store), loaded, vocab_size)
         ids = np.array([loaded.encode(text, add_special_tokens=False)], np.int32)
         if ids.shape[1] < 2:
             _fail("a query needs two tokens of text at least")
-        Datastore.open(store)
         proposer = Rest(RestConfig(datastore=str(store)), Services(vocab_size))
     draft = proposer.propose(bare_step(proposer.sources, ids, nodes))
     if not len(draft.tokens):
@@ -192,6 +206,16 @@ def _progress(size: int) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
+def _documents(store: Path) -> int:
+    """Documents in the datastore, 0 if there is none yet."""
+    return read_manifest(store).num_documents if os.path.lexists(store / MANIFEST) else 0
+
+
+def _say_what_came(manifest: Manifest, before: int) -> None:
+    if manifest.num_documents == before:
+        typer.echo("nothing to do: all of it is stored already")
+
+
 def _describe(store: Path, manifest: Manifest) -> None:
     size = sum(manifest.sizes().values())
     table = Table(show_header=False, box=None)
@@ -200,7 +224,9 @@ def _describe(store: Path, manifest: Manifest) -> None:
     table.add_row("documents", f"{manifest.num_documents:,}")
     table.add_row("on disk", f"{size / 1e6:,.1f} MB")
     table.add_row("tokenizer", f"{manifest.tokenizer_name} ({manifest.vocab_size:,} ids)")
-    for corpus in manifest.corpora:
+    if len(manifest.corpora) > MOST_CORPORA:
+        table.add_row("corpora", f"{len(manifest.corpora):,}, the last of them:")
+    for corpus in manifest.corpora[-MOST_CORPORA:]:
         state = "" if corpus.complete else " (unfinished: run the same command to go on)"
         table.add_row("corpus", f"{corpus.description}{state}")
     Console().print(table)

@@ -27,11 +27,11 @@ def keep_best(tokens, parents, sources, drawn_from, acceptance, budget, chain, o
     see :func:`_best_nodes`.
     """
     kept = _best_nodes(parents, sources, drawn_from, acceptance, budget, chain)
-    return _renumber(kept, (tokens, parents, sources, drawn_from), out)
+    return renumber(kept, (tokens, parents, sources, drawn_from), out)
 
 
 @njit(cache=True, nogil=True)
-def _renumber(kept, nodes, out):
+def renumber(kept, nodes, out):
     """Write the ``kept`` bool [N] nodes to ``out`` int32 [K, >= N], and return how many they are.
 
     ``nodes``: K arrays int32 [N], the second of which are their parents, in topological order.
@@ -118,9 +118,12 @@ def _insert(tree, nodes, member, possible, tokens, parents, sources, drawn_from,
         parent = tree[above]
         at = np.int32(-1)
         if drawn_from[i] < 0:
-            at = parent.child
-            while at >= 0 and tree[at].token != tokens[i]:
-                at = tree[at].sibling
+            # The first that holds it: of draws that came again no rule accepts the later ones.
+            child = parent.child
+            while child >= 0:
+                if tree[child].token == tokens[i]:
+                    at = child
+                child = tree[child].sibling
         p = acceptance[min(parent.depth, acceptance.shape[0] - 1), sources[i]]
         if at < 0:
             at = np.int32(nodes)
@@ -192,7 +195,7 @@ def merge(
         kept = _best_nodes(
             flat[1], flat[2], flat[3], acceptance[r : r + 1], max_nodes[r], chain_only[r]
         )
-        out_counts[r] = _renumber(
+        out_counts[r] = renumber(
             kept, (flat[0], flat[1], flat[2], flat[3], flat[4]), out[:, total:]
         )
         total += out_counts[r]

@@ -2,9 +2,11 @@
 
 "SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications" (arXiv
 2411.04975). Two kinds of suffix trees: one per running request over its prompt and output,
-and one shared over responses (prompts are not stored). vLLM's own ``suffix`` verifies one
-chain, from whichever of the two scores higher; here both are queried for trees, which are
-fused, and the controller decides by learnt acceptance.
+and one shared over responses (prompts are not stored). Each is asked for what follows the longest
+suffixes of the context, at most ``max_spec_factor`` tokens per matched one (sec. 4), and scored by
+the tokens that it may be expected to bring. The paper drafts from the one that scores higher
+(``"combine": "higher_score"``), vLLM's own ``suffix`` a chain of it; here both trees are fused
+by default, and the controller decides by learnt acceptance.
 
 The trees are those of ``arctic-inference``, which vLLM's method uses too: C++, and memory
 that grows with the tokens stored. Responses are kept per *cache salt*, in a shared
@@ -18,7 +20,7 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -32,9 +34,6 @@ from vllm_specplus.retrieval.evidence import evidence_class, evidence_sources
 from vllm_specplus.step import StepContext, bare_step
 from vllm_specplus.tree import DraftBatch
 
-#: A draft has at most FACTOR tokens per matched token plus OFFSET, and none below
-#: LEAST_PROBABILITY: the paper's rule (sec. 4) that short matches deserve short drafts.
-FACTOR, OFFSET, LEAST_PROBABILITY = 2.0, 2.0, 0.05
 #: Tokens of a request's text that its own tree takes in a step, and the share of the memory that
 #: all such trees may have.
 MOST_READ, OWN_SHARE = 4096, 0.5
@@ -48,7 +47,19 @@ REESTIMATE = 0.1
 PLACES = 1000
 
 _EMPTY = np.empty(0, np.int32)
-_NOTHING = (_EMPTY, _EMPTY, _EMPTY)
+
+
+class _Draft(NamedTuple):
+    """What followed a context in one tree: int32 [N] each."""
+
+    tokens: np.ndarray = _EMPTY
+    parents: np.ndarray = _EMPTY
+    sources: np.ndarray = _EMPTY
+    score: float = 0.0
+    """Tokens that it is expected to bring, by the tree's frequencies."""
+
+
+_NOTHING = _Draft()
 
 
 @dataclass(slots=True)
@@ -106,6 +117,14 @@ class SuffixTreeConfig(MethodConfig):
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 32
     max_depth: Annotated[int, Field(ge=2, le=256)] = 24
     """Longest match plus continuation the trees hold."""
+    max_spec_factor: Annotated[float, Field(ge=0, le=256)] = 2.0
+    """Most tokens drafted per matched token (the paper's is 1), ..."""
+    max_spec_offset: Annotated[float, Field(ge=0, le=256)] = 2.0
+    """... and beside these (0)."""
+    min_token_prob: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Nodes whose path the tree finds less probable are not drafted (the library's is 0.1)."""
+    combine: Literal["fuse", "higher_score"] = "fuse"
+    """Draft what both trees find, or, as the paper, that of the one with the higher score."""
     max_memory_mb: Megabytes = 256
     """Of all trees; finished responses are forgotten, oldest first, beyond this."""
 
@@ -259,7 +278,8 @@ class SuffixTree(Proposer):
 
     def propose(self, step: StepContext) -> DraftBatch:
         self._extend(step)
-        local, shared = [], []
+        local: list[_Draft] = []
+        shared: list[_Draft] = []
         for r, name in enumerate(step.request_ids):
             request, budget = self._requests.get(name), int(step.max_nodes[r])
             if request is None or budget <= 0:
@@ -268,9 +288,25 @@ class SuffixTree(Proposer):
                 continue
             text = step.token_ids[r, : step.num_tokens[r]]
             context = text[-self.config.max_depth :]
-            local.append(_query(request.local, context, budget))
-            shared.append(_query(self._shared_of(request.salt).tree, context, budget))
+            local.append(self._query(request.local, context, budget))
+            shared.append(self._query(self._shared_of(request.salt).tree, context, budget))
+            if self.config.combine == "higher_score":
+                worse = shared if local[-1].score >= shared[-1].score else local
+                worse[-1] = _NOTHING
         return self._fusion.fuse([_batch(local), _batch(shared)], step)
+
+    def _query(self, tree: Any, context: np.ndarray, budget: int) -> _Draft:
+        """What followed ``context`` int32 [n] in a tree, at most ``budget`` nodes."""
+        config = self.config
+        found = tree.speculate_ndarray(
+            context, budget, config.max_spec_factor, config.max_spec_offset,
+            config.min_token_prob, True,
+        )  # fmt: skip
+        if not found.token_ids:
+            return _NOTHING
+        parents = np.array(found.parents, np.int32)
+        sources = _classes(parents, np.array(found.probs, np.float32), found.match_len)
+        return _Draft(np.array(found.token_ids, np.int32), parents, sources, found.score)
 
     def warm_up(self) -> None:
         """Compile the loops (or load them from numba's cache); the trees stay empty."""
@@ -283,17 +319,10 @@ class SuffixTree(Proposer):
         )
 
 
-def _query(tree, context: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, parents, sources) int32 [N] of what followed the context in ``tree``."""
-    draft = tree.speculate_ndarray(context, budget, FACTOR, OFFSET, LEAST_PROBABILITY, True)
-    if not draft.token_ids:
-        return _NOTHING
-    parents = np.array(draft.parents, np.int32)
-    sources = _classes(parents, np.array(draft.probs, np.float32), draft.match_len)
-    return np.array(draft.token_ids, np.int32), parents, sources
-
-
-def _batch(trees: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> DraftBatch:
-    tokens, parents, sources = (np.concatenate(arrays) for arrays in zip(*trees, strict=True))
-    counts = np.array([len(tree[0]) for tree in trees], np.int32)
+def _batch(drafts: list[_Draft]) -> DraftBatch:
+    tokens, parents, sources = (
+        np.concatenate([getattr(draft, name) for draft in drafts])
+        for name in ("tokens", "parents", "sources")
+    )
+    counts = np.array([len(draft.tokens) for draft in drafts], np.int32)
     return DraftBatch(tokens, parents, counts, sources)

@@ -1,14 +1,15 @@
 """What a datastore is built from: files, folders, JSON lines and parquet, as text.
 
-A corpus is read in *pieces* in a fixed order, so that an interrupted build can go on
-after the last piece it has stored. Long texts come in several pieces, cut at line ends,
-which bounds memory whatever the file.
+A corpus is read in *pieces* in a fixed order. Long texts come in several of them, cut at line
+ends, which bounds memory whatever the file. Each knows the digest of its whole document, by which
+text that is stored already is recognised.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ class Piece:
     ends_document: bool
     size: int
     """Bytes of input it accounts for, for progress."""
+    digest: int
+    """64 bits of the SHA-256 of its document: of a text file's bytes, of other text as UTF-8."""
+    number: int
+    """Of the document's pieces."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,11 @@ class Corpus:
         first = str(self.files[0])
         return first if len(self.files) == 1 else f"{first} and {len(self.files) - 1} more files"
 
-    def fingerprint(self) -> str:
-        """Changes when a file is added, removed or changed, or is read differently."""
-        digest = hashlib.sha256(f"{PIECE} {self.text_key}\0".encode())
+    def inputs(self) -> str:
+        """Names the files and how they are read, whatever they hold."""
+        digest = hashlib.sha256(f"{self.text_key}\0".encode())
         for path in self.files:
-            stat = path.stat()
-            digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\0".encode())
+            digest.update(os.fsencode(path.resolve()) + b"\0")
         return digest.hexdigest()[:32]
 
     def pieces(self) -> Iterator[Piece]:
@@ -120,21 +124,29 @@ class Corpus:
 
 def _text(path: Path) -> Iterator[Piece]:
     """A text file is one document. Bytes that are not UTF-8 become replacement marks."""
+    with open(path, "rb") as file:
+        digest = _shortened(hashlib.file_digest(file, "sha256").digest())
     with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(PIECE) + file.readline()
+        number, text = 0, file.read(PIECE) + file.readline()
         while text:
             ahead = file.read(PIECE)
             if ahead:
                 ahead += file.readline()
-            yield Piece(text, not ahead, len(text))
-            text = ahead
+            yield Piece(text, not ahead, len(text), digest, number)
+            number, text = number + 1, ahead
 
 
 def _split(text: str, size: int) -> Iterator[Piece]:
     """One document as pieces; the last one accounts for its ``size``."""
-    begin = 0
+    # JSON knows half surrogates, which have no UTF-8.
+    digest = _shortened(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    begin = number = 0
     while len(text) - begin > 2 * PIECE:
         end = text.find("\n", begin + PIECE) + 1 or begin + PIECE
-        yield Piece(text[begin:end], False, 0)
-        begin = end
-    yield Piece(text[begin:], True, size)
+        yield Piece(text[begin:end], False, 0, digest, number)
+        begin, number = end, number + 1
+    yield Piece(text[begin:], True, size, digest, number)
+
+
+def _shortened(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little")

@@ -174,9 +174,10 @@ class Gsd(RelaxedSampling):
 
     def __init__(
         self, *, group: int, max_gap: float, max_distance: float | None,
-        codebook: torch.Tensor,
+        residual: Literal["optimal", "published"], codebook: torch.Tensor,
     ):  # fmt: skip
         self._group, self._max_gap, self._max_distance = group, max_gap, max_distance
+        self._residual = residual
         self.codebook = codebook.float()
         # As many below as above in rank, and the odd one below, as in the reference code.
         below, above = group // 2, (group - 1) // 2
@@ -231,7 +232,10 @@ class Gsd(RelaxedSampling):
         return group, inside | (self._offsets == 0)
 
     def residual(self, p, q, drawn, tokens):
-        """In full: a group may accept less than the token alone would."""
+        """In full, since a group may accept less than the token alone would; or, for parity, the
+        reference code's, which is per token (its ``jacobi_iteration_lumina_mgpt.py``)."""
+        if self._residual == "published":
+            return super().residual(p, q, drawn, tokens)
         order = p.argsort(dim=-1, stable=True)
         ranks = torch.arange(p.shape[1], device=p.device).expand_as(p)
         group, inside = self._groups(p, order, ranks)
