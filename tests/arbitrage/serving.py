@@ -23,10 +23,11 @@ QUESTION = "q"
 
 
 def scores(**of_steps: float) -> Callable[[str], float]:
-    """A router's score of a candidate, by the word it begins with."""
+    """A router's score of a candidate, by the word it begins with, which may be cut short."""
 
     def says(text: str) -> float:
-        return of_steps[text.rpartition("Model 0: ")[2].split()[0]]
+        first = text.rpartition("Model 0: ")[2].split()[0]
+        return next(each for word, each in of_steps.items() if word.startswith(first))
 
     return says
 

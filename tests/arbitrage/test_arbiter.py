@@ -95,7 +95,7 @@ def test_a_draft_that_ends_too_early_may_be_corrected():
 
 
 def test_tokens_of_all_steps_are_bounded_together():
-    made = world(d0=0.0, d1=1.0, d=0.0)
+    made = world(d0=0.0, d1=1.0)
     steps = made.steps(0.5, max_tokens=9)
     assert text_of(steps) == "d0\n\nt1\n\nd"
     assert steps[-1].end is End.LENGTH
@@ -120,7 +120,7 @@ def test_steps_are_bounded():
 
 
 def test_where_the_drafts_context_ends_the_target_goes_on():
-    made = world(d0=0.0, d=0.0)
+    made = world(d0=0.0)
     made.draft.context = len("q\nd0\n\nd")
     steps = made.steps(0.5)
     assert writers(steps) == "ddttt"

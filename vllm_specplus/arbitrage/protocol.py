@@ -151,9 +151,8 @@ class Output:
         return self._up_to(len(self._text))
 
     def _up_to(self, end: int) -> str:
-        new = self._text[self._sent : end]
-        self._sent = max(self._sent, end)
-        return new
+        begin, self._sent = self._sent, max(self._sent, end)
+        return self._text[begin : self._sent]
 
 
 class Tally:
