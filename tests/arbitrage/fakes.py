@@ -93,6 +93,7 @@ class FakeRouter:
     def __init__(self, says: Callable[[str], float]):
         self.says = says
         self.asked: list[str] = []
+        self.salts: list[str | None] = []
         self.faults: list[int] = []
         self.app = FastAPI()
         self.app.add_api_route("/classify", self.classify, methods=["POST"], response_model=None)
@@ -104,6 +105,7 @@ class FakeRouter:
     async def classify(self, request: Request):
         body = await request.json()
         self.asked.append(body["input"])
+        self.salts.append(body.get("cache_salt"))
         if self.faults and (status := self.faults.pop(0)) != 200:
             return error(status, f"fault {status}")
         share = self.says(body["input"])

@@ -126,7 +126,7 @@ def test_a_reward_model_reads_the_steps_without_names():
     read = []
 
     class Judge:
-        async def probability(self, text: str) -> float:
+        async def probability(self, text: str, cache_salt: str | None = None) -> float:
             read.append(text)
             return 0.5
 

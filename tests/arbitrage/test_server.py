@@ -155,6 +155,12 @@ def test_a_request_may_have_a_threshold_of_its_own(world):
     assert not world.router.asked
 
 
+def test_a_cache_salt_goes_wherever_the_text_does(world):
+    assert world.ask(body(cache_salt="mine")).status_code == 200
+    asked = world.draft.asked + world.target.asked
+    assert {each["cache_salt"] for each in asked} == set(world.router.salts) == {"mine"}
+
+
 WRONG = [
     (b"{", "the body is no JSON"),
     (b"[]", "the body is []: it must be a JSON object"),
@@ -170,6 +176,7 @@ WRONG = [
     (body(temperature="hot"), "'temperature' is 'hot'"),
     (body(seed=1 << 63), "'seed' is 9223372036854775808"),
     (body(frequency_penalty=0.1), "unknown key 'frequency_penalty'"),
+    (body(cache_salt=""), "'cache_salt' is ''"),
     (body(stop=["a", ""]), "'stop' has an empty string"),
     (body(arbitrage={"tau": 0.1}), "unknown key 'arbitrage.tau'"),
     (chat(), "unknown key 'messages'"),

@@ -161,6 +161,8 @@ class Answer:
             # Steps of one seed would repeat its first draws.
             own = random.Random(f"{job.seed} {len(self._steps)} {writer}")
             sampling["seed"] = own.getrandbits(63)
+        if job.cache_salt is not None:
+            sampling["cache_salt"] = job.cache_salt
         text = job.prompts[writer] + "".join(step.text for step in self._steps)
         began = time.perf_counter()
         try:

@@ -38,7 +38,8 @@ class Engine(Protocol):
         self, prompt: str, most: int | None, stop: Sequence[str], sampling: Mapping[str, Any],
         special_tokens: bool,
     ) -> Written:  # fmt: skip
-        """One step behind ``prompt``, of at most ``most`` tokens (None: as its context has room
+        """One step behind ``prompt``, by vLLM's sampling parameters, among which may be a
+        ``cache_salt``; of at most ``most`` tokens (None: as its context has room
         for), to the separator, one of the strings ``stop``, which is in the text then, or the
         model's own end. Refused or EngineError; a task that is cancelled stops the model."""
 
@@ -46,8 +47,8 @@ class Engine(Protocol):
 class Classifier(Protocol):
     """A model that says how likely the second of two labels is for a text."""
 
-    async def probability(self, text: str) -> float:
-        """In [0, 1], read at the text's last token. EngineError."""
+    async def probability(self, text: str, cache_salt: str | None = None) -> float:
+        """In [0, 1], read at the text's last token; ``cache_salt`` as in ``Job``. EngineError."""
 
 
 class Client:
@@ -175,12 +176,14 @@ class EndpointClassifier:
         """Learns the model's name; EngineError."""
         self._name = (await self._client.first_model())["id"]
 
-    async def probability(self, text: str) -> float:
+    async def probability(self, text: str, cache_salt: str | None = None) -> float:
         # Of a text that is too long, the end is what is judged.
         body = {
             "model": self._name, "input": text, "truncate_prompt_tokens": -1,
             "truncation_side": "left",
         }  # fmt: skip
+        if cache_salt is not None:
+            body["cache_salt"] = cache_salt
         answer = await self._client.post("/classify", body)
         try:
             first = answer["data"][0]["probs"]

@@ -48,6 +48,8 @@ class LocalEngine:
                 f"{self.name} reads {self._context} tokens, and the text has {len(tokens)}", 400
             )
         try:
+            sampling = dict(sampling)
+            salt = sampling.pop("cache_salt", None)
             params = SamplingParams(
                 max_tokens=room if most is None else min(most, room),
                 stop=[self._separator, *stop], include_stop_str_in_output=True,
@@ -59,6 +61,8 @@ class LocalEngine:
         try:
             name = f"step-{uuid.uuid4().hex}"
             read = TokensPrompt(prompt_token_ids=tokens)
+            if salt is not None:
+                read["cache_salt"] = salt
             async for output in self._engine.generate(read, params, name):
                 last = output
         except ValueError as error:
@@ -107,7 +111,8 @@ class LocalClassifier:
         # One forward pass takes all cores: others wait.
         self._free = asyncio.Lock()
 
-    async def probability(self, text: str) -> float:
+    async def probability(self, text: str, cache_salt: str | None = None) -> float:
+        # Nothing is cached here.
         async with self._free:
             return await asyncio.to_thread(self._probability, text)
 

@@ -59,6 +59,7 @@ class Ask(StrictModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     user: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     arbitrage: Own = Own()
 
     @field_validator("stop")

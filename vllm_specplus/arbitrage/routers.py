@@ -25,7 +25,8 @@ class Learnt:
 
     async def score(self, job: Job, steps: Sequence[Step], candidate: Written) -> float:
         told = [(step.writer, step.text) for step in steps]
-        return await self._classifier.probability(router_text(job.problem, told, candidate.text))
+        text = router_text(job.problem, told, candidate.text)
+        return await self._classifier.probability(text, job.cache_salt)
 
 
 class Drawn:

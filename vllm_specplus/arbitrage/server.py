@@ -103,7 +103,8 @@ class Server:
         return Job(
             problem=ask.problem, prompts=prompts, max_tokens=ask.most or serving.max_tokens,
             threshold=serving.threshold if own is None else own, sampling=ask.sampling,
-            seed=ask.seed, stop=ask.stops, special_tokens=not isinstance(ask, Chat),
+            seed=ask.seed, stop=ask.stops, cache_salt=ask.cache_salt,
+            special_tokens=not isinstance(ask, Chat),
         )  # fmt: skip
 
     async def _whole(self, ask: Ask) -> Response:

@@ -74,6 +74,8 @@ class Job:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Strings that end the answer, besides a model's own end."""
+    cache_salt: str | None = None
+    """Keeps what the engines cache of this text apart from the texts of others."""
     special_tokens: bool = True
     """Do the models' tokenizers put special tokens before the prompt? Not if a template did."""
 

@@ -2,48 +2,28 @@
 
 import asyncio
 import logging
-from typing import Annotated
 
 import typer
 
-FAILED = 2
+from vllm_specplus.cli import arbitrate_options as options
 
-Model = "http://host:port of a vllm serve, or a model's folder for an engine in this process."
+FAILED = 2
 
 
 def arbitrate(
-    draft: Annotated[str, typer.Option(help=f"The model that writes first: {Model}")],
-    target: Annotated[str, typer.Option(help=f"The better one: {Model}")],
-    router: Annotated[
-        str,
-        typer.Option(
-            help="The classifier between them (train router): http://host:port of a vllm serve "
-            "--runner pooling, or its folder."
-        ),
-    ],
-    threshold: Annotated[
-        float,
-        typer.Option(help="Scores above it are written anew: below 0 all steps, from 1 on none."),
-    ] = 0.7,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Of answers whose clients say nothing.")
-    ] = 2048,
-    max_steps: Annotated[int, typer.Option(min=1, help="Most steps of an answer.")] = 150,
-    step_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most tokens of a step.", show_default="those of the answer"),
-    ] = None,
-    separator: Annotated[str, typer.Option(help="What ends a step.")] = r"\n\n",
-    draft_arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Of an engine here, as LLM(...) has it."),
-    ] = None,
-    target_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="The same for the target.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Of the pair, for clients.")] = "arbitrage",
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    draft: options.Draft,
+    target: options.Target,
+    router: options.Router,
+    threshold: options.Threshold = 0.7,
+    max_tokens: options.MaxTokens = 2048,
+    max_steps: options.MaxSteps = 150,
+    step_tokens: options.StepTokens = None,
+    separator: options.Separator = r"\n\n",
+    draft_arg: options.DraftArgs = None,
+    target_arg: options.TargetArgs = None,
+    name: options.Name = "arbitrage",
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8080,
 ) -> None:
     """Serve a draft and a target as one model: the draft writes steps, and the target those that
     the router expects it to improve. Lossy: answers are neither model's."""

@@ -26,6 +26,15 @@ class AuxiliaryStates:
         """Does a judge read them?"""
         self._warned = False
 
+    @classmethod
+    def of(cls, drafter: Any, model_config: Any) -> AuxiliaryStates:
+        """What our ``drafter`` and its acceptance rule ask of a model of vLLM's
+        ``model_config``."""
+        return cls(
+            drafter.proposer.hidden_layers, drafter.config.acceptance.reads_before_norm,
+            model_config.get_total_num_hidden_layers(),
+        )  # fmt: skip
+
     @property
     def wanted(self) -> bool:
         """Is anything asked for?"""
@@ -48,6 +57,15 @@ class AuxiliaryStates:
         if self._proposer is None:
             return None
         return states[: len(self._proposer)]  # they come in the order of layers
+
+    def of_rows(self, state: Any, size: int) -> torch.Tensor | None:
+        """States [L, size] of the verified rows of vLLM's ``ExecuteModelState``, as a judge reads
+        them; None: there are none."""
+        if self.judged:
+            rows = state.spec_decode_metadata.logits_indices
+            return self.before_norm(state.aux_hidden_states, rows)
+        # Image models may have more than the hidden units in a row.
+        return state.sample_hidden_states[:, :size]
 
     def before_norm(
         self, states: list[torch.Tensor] | None, rows: torch.Tensor

@@ -67,10 +67,7 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._aux = AuxiliaryStates(
-            self.drafter.proposer.hidden_layers, self.drafter.config.acceptance.reads_before_norm,
-            self.model_config.get_total_num_hidden_layers(),
-        )  # fmt: skip
+        self._aux = AuxiliaryStates.of(self.drafter, self.model_config)
         if self._aux.wanted:
             self.use_aux_hidden_state_outputs = True
         self.batch.serve_processors()
@@ -253,20 +250,13 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def sample_tokens(self, grammar_output):
         if self.verifier.reads_hidden and self.execute_model_state is not None:
-            self._hidden = self._judged_states(self.execute_model_state)
+            size = self.model_config.get_hidden_size()
+            self._hidden = self._aux.of_rows(self.execute_model_state, size)
         try:
             output = super().sample_tokens(grammar_output)
             return hand_over(output, self.drafter.counters, self._step)
         finally:
             self._step = self._trees = self._hidden = None
-
-    def _judged_states(self, state) -> torch.Tensor | None:
-        """[L, hidden] of the verified rows, as the acceptance rule reads them."""
-        if self._aux.judged:
-            rows = state.spec_decode_metadata.logits_indices
-            return self._aux.before_norm(state.aux_hidden_states, rows)
-        # Image models may have more than the hidden units in a row.
-        return state.sample_hidden_states[:, : self.model_config.get_hidden_size()]
 
     # -- drafting ---------------------------------------------------------------
 
