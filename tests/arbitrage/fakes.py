@@ -23,6 +23,7 @@ class FakeModel:
     ):
         self.name, self.says, self.context, self.template = name, says, context, template
         self.asked: list[dict] = []
+        self.keys: list[str | None] = []
         self.faults: list[int] = []
         self.seconds = 0.0
         self.running = self.most_running = self.left_alone = 0
@@ -55,6 +56,7 @@ class FakeModel:
     async def completions(self, request: Request):
         body = await request.json()
         self.asked.append(body)
+        self.keys.append(request.headers.get("Authorization"))
         status = self.faults.pop(0) if self.faults else 200
         if status != 200:
             return error(status, f"fault {status}")
@@ -70,7 +72,8 @@ class FakeModel:
         if len(text) > (most := min(most, room)):
             text, reason = text[:most], "length"
         choice = {"index": 0, "text": text, "finish_reason": reason}
-        return {"choices": [choice], "usage": {"completion_tokens": len(text)}}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(text)}
+        return {"choices": [choice], "usage": usage}
 
     async def busy(self, request: Request) -> bool:
         """Takes its time; False if the client has left meanwhile, which is counted."""

@@ -57,11 +57,14 @@ def test_servers_are_connected_by_their_addresses():
             listening(world.draft.app) as draft, listening(world.target.app) as target,
             listening(world.router.app) as router,
         ):  # fmt: skip
-            parts = arbiter(Named(draft), Named(f"{target}/v1"), router, Limits())
+            place = Named(f"{target}/v1")
+            parts = arbiter(Named(draft), place, router, Limits(), api_key="secret")
             async with parts as connected:
+                await connected.draft.write("q", 5, (), {}, True)
                 return connected.draft.name, connected.target.name
 
     assert asyncio.run(run()) == ("small", "large")
+    assert world.draft.keys == ["Bearer secret"]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,10 @@ def test_an_answer_as_a_whole(world):
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == (WHOLE, "stop")
     assert (answer["object"], answer["model"]) == ("text_completion", "pair")
-    assert answer["usage"]["completion_tokens"] == len(WHOLE)
+    assert answer["usage"] == {
+        "prompt_tokens": len("q\n"), "completion_tokens": len(WHOLE),
+        "total_tokens": len("q\n") + len(WHOLE),
+    }  # fmt: skip
     told = answer["arbitrage"]["steps"]
     assert [step["writer"] for step in told] == ["draft", "target", "draft"]
     assert [step["score"] for step in told] == [0.1, 0.9, 0.2]
@@ -159,6 +162,27 @@ def test_a_cache_salt_goes_wherever_the_text_does(world):
     assert world.ask(body(cache_salt="mine")).status_code == 200
     asked = world.draft.asked + world.target.asked
     assert {each["cache_salt"] for each in asked} == set(world.router.salts) == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("shown", "status"), [("Bearer secret", 200), ("Bearer s", 401), ("", 401)]
+)
+def test_a_key_is_asked_of_clients(world, shown, status):
+    async def run() -> list[int]:
+        async with world.arbiter() as arbiter:
+            app = application(arbiter, Serving("pair", 0.5, 100, "secret"))
+            transport, headers = httpx.ASGITransport(app=app), {"Authorization": shown}
+            async with httpx.AsyncClient(transport=transport, base_url="http://pair") as client:
+                answers = [
+                    await client.post("/v1/completions", json=body(), headers=headers),
+                    await client.get("/v1/models", headers=headers),
+                    await client.get("/health"),
+                ]
+        if status == 401:
+            assert "wants its API key" in answers[0].json()["error"]["message"]
+        return [each.status_code for each in answers]
+
+    assert asyncio.run(run()) == [status, status, 200]
 
 
 WRONG = [

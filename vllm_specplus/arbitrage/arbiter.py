@@ -98,7 +98,9 @@ class Answer:
         # The target's context may have room where the draft's has none.
         self._drafting &= not is_full(candidate, most)
         self._ended = written.end is End.ANSWER or (not kept and is_full(written, most))
-        step = Step(writer, written.text, written.tokens, written.end, score, self._seconds)
+        step = Step(
+            writer, written.text, written.tokens, written.end, written.read, score, self._seconds
+        )
         self._steps.append(step)
         self._left -= written.tokens
         return step

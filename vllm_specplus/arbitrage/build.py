@@ -73,10 +73,11 @@ async def classifier(what: str, place: str, http: httpx.AsyncClient) -> Classifi
 
 @asynccontextmanager
 async def arbiter(
-    draft: Named, target: Named, router: str, limits: Limits, separator: str = SEPARATOR
-) -> AsyncIterator[Arbiter]:
-    """All parts, connected; they are closed afterwards."""
-    async with http_client() as http:
+    draft: Named, target: Named, router: str, limits: Limits, separator: str = SEPARATOR,
+    api_key: str | None = None,
+) -> AsyncIterator[Arbiter]:  # fmt: skip
+    """All parts, connected; they are closed afterwards. ``api_key`` is shown to servers."""
+    async with http_client(api_key) as http:
         with ExitStack() as open_engines:
             parts = [
                 await engine(what, named, separator, http, open_engines)

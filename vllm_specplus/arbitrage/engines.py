@@ -102,11 +102,12 @@ def _message(response: httpx.Response) -> str:
         return quoted(response.text).strip("'\"")
 
 
-def http_client(**options: Any) -> httpx.AsyncClient:
+def http_client(api_key: str | None = None) -> httpx.AsyncClient:
     """A client for any number of requests at once: how many run, the engines decide."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     timeout = httpx.Timeout(ANSWER, connect=CONNECT)
-    return httpx.AsyncClient(limits=limits, timeout=timeout, **options)
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    return httpx.AsyncClient(limits=limits, timeout=timeout, headers=headers)
 
 
 class Endpoint:
@@ -145,14 +146,15 @@ class Endpoint:
         )  # fmt: skip
         try:
             choice = answer["choices"][0]
-            text, tokens = choice["text"], answer["usage"]["completion_tokens"]
+            text, usage = choice["text"], answer["usage"]
+            tokens, read = usage["completion_tokens"], usage["prompt_tokens"]
             end = end_of(choice["finish_reason"], text, self._separator)
         except (KeyError, IndexError, TypeError):
             raise EngineError(
                 f"the {self._client.what} at {self._client.url} answers without text or usage: it "
                 f"must be a server of vLLM"
             ) from None
-        return Written(text, tokens, end)
+        return Written(text, tokens, end, read)
 
 
 def end_of(reason: str | None, text: str, separator: str) -> End:

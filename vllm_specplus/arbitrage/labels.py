@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def main(
     """Have two models write the same steps, and score them."""
 
     async def run() -> int:
-        async with http_client() as http:
+        async with http_client(os.environ.get("VLLM_API_KEY")) as http:
             with ExitStack() as open_engines:
                 models = [
                     await engine(what, Named(place), SEPARATOR, http, open_engines)

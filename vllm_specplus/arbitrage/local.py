@@ -73,7 +73,7 @@ class LocalEngine:
             raise EngineError(f"the engine of {self.name} has written nothing")
         made = last.outputs[0]
         end = end_of(made.finish_reason, made.text, self._separator)
-        return Written(made.text, len(made.token_ids), end)
+        return Written(made.text, len(made.token_ids), end, len(tokens))
 
     def close(self) -> None:
         """Ends its process."""

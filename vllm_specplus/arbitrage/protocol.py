@@ -170,9 +170,12 @@ class Tally:
             self.finish = "stop"
 
     def usage(self) -> dict[str, int]:
-        """Of what was written: whose prompts were read how often, clients cannot use."""
+        """What was written, and the prompt as the first step's writer has counted it."""
         tokens = sum(step.tokens for step in self.steps)
-        return {"prompt_tokens": 0, "completion_tokens": tokens, "total_tokens": tokens}
+        read = self.steps[0].read if self.steps else 0
+        return {
+            "prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens,
+        }  # fmt: skip
 
     def told(self) -> dict[str, Any]:
         """Of the key ``arbitrage``: who wrote what."""

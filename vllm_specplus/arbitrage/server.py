@@ -7,6 +7,7 @@ that leaves ends what is being written for it in both engines.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
@@ -14,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -50,6 +51,8 @@ class Serving:
     threshold: float
     max_tokens: int
     """Of answers whose clients say nothing."""
+    api_key: str | None = None
+    """That clients must show."""
 
 
 class Server:
@@ -90,8 +93,16 @@ class Server:
             self._arbiter.metrics.ended("gone")
             return Response(status_code=CLIENT_GONE)
         except (Wrong, EngineError) as error:
-            status = status_of(error)
-            return JSONResponse(error_body(str(error), status), status)
+            if isinstance(error, EngineError):
+                self._arbiter.metrics.ended("error")
+            return refusal(error)
+
+    async def check_key(self, request: Request) -> None:
+        """Lets nobody in without the key, if there is one."""
+        key = self._serving.api_key
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+            raise Wrong("this server wants its API key: send it as a bearer token", 401)
 
     async def _job(self, ask: Ask) -> Job:
         arbiter, serving = self._arbiter, self._serving
@@ -220,6 +231,17 @@ def status_of(error: Wrong | EngineError) -> int:
     return error.status if isinstance(error, Wrong | Refused) else 502
 
 
+def refusal(error: Wrong | EngineError) -> JSONResponse:
+    """The answer to a request that has none."""
+    status = status_of(error)
+    return JSONResponse(error_body(str(error), status), status)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Wrong)
+    return refusal(error)
+
+
 def event(content: dict[str, Any]) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(content)}\n\n"
@@ -229,15 +251,16 @@ def application(arbiter: Arbiter, serving: Serving) -> FastAPI:
     """The ASGI application; its engines are connected."""
     server = Server(arbiter, serving)
     app = FastAPI(title="vllm-specplus arbitrate")
-    for path, route in (
-        ("/v1/completions", server.completions),
-        ("/v1/chat/completions", server.chats),
+    app.add_exception_handler(Wrong, _refused)
+    key = [Depends(server.check_key)]
+    for path, route, method, dependencies in (
+        ("/v1/completions", server.completions, "POST", key),
+        ("/v1/chat/completions", server.chats, "POST", key),
+        ("/v1/models", server.models, "GET", key),
+        ("/metrics", server.metrics, "GET", []),
+        ("/health", server.health, "GET", []),
     ):
-        app.add_api_route(path, route, methods=["POST"], response_model=None)
-    for path, route in (
-        ("/v1/models", server.models),
-        ("/metrics", server.metrics),
-        ("/health", server.health),
-    ):
-        app.add_api_route(path, route, response_model=None)
+        app.add_api_route(
+            path, route, methods=[method], dependencies=dependencies, response_model=None
+        )
     return app

@@ -40,6 +40,8 @@ class Written:
     tokens: int
     """Of the engine's own tokenizer."""
     end: End
+    read: int = 0
+    """Tokens of the text before it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Step:
     text: str
     tokens: int
     end: End
+    read: int = 0
+    """Tokens that its writer has read before it."""
     score: float | None = None
     """The router's, of the draft's step, in [0, 1]; None: it was not asked."""
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 
 import typer
 
@@ -34,6 +35,9 @@ def arbitrate(
     from vllm_specplus.bench import InputError
     from vllm_specplus.bench.methods import parse_pairs
 
+    # As vLLM's servers read it.
+    key = os.environ.get("VLLM_API_KEY")
+
     async def serve() -> None:
         import uvicorn
 
@@ -41,12 +45,13 @@ def arbitrate(
             Named(draft, parse_pairs(draft_arg or [], "--draft-arg")),
             Named(target, parse_pairs(target_arg or [], "--target-arg")),
             router, Limits(max_steps=max_steps, step_tokens=step_tokens),
-            separator.replace(r"\n", "\n"),
+            separator.replace(r"\n", "\n"), key,
         )  # fmt: skip
         async with parts as connected:
-            app = application(connected, Serving(name, threshold, max_tokens))
+            app = application(connected, Serving(name, threshold, max_tokens, key))
             await uvicorn.Server(uvicorn.Config(app, host, port)).serve()
 
+    typer.echo("arbitrate is lossy: answers are neither model's", err=True)
     logging.basicConfig(level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every step
     try:
