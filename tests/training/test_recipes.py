@@ -53,11 +53,12 @@ def target(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Texts of whose tokens some are known to be wrong."""
+    """Texts of whose tokens some are known to be wrong, and every second of their last ones."""
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
     lines = []
-    for text in some_texts(40):
+    for number, text in enumerate(some_texts(40)):
         labels = tuple(-1 if i < 4 else int(token > 9) for i, token in enumerate(text.tokens))
+        labels = (*labels[:-1], number % 2)
         lines.append(to_line(Text(text.id, text.tokens, text.start, "traffic", labels)))
     path.write_text("".join(f"{line}\n" for line in lines))
     return path

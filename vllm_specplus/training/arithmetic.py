@@ -212,7 +212,7 @@ def main(
     found = {}
     for name in SIZES:
         model, found[name] = fit(name, tokenizer, 60 * minutes, seed)
-        model.save_pretrained(out / name, safe_serialization=True)
+        model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
     settings = {"minutes": minutes, "seed": seed, "batch": BATCH}
     (out / "log.json").write_text(json.dumps(found | {"settings": settings}, indent=1) + "\n")
