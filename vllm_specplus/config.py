@@ -275,12 +275,12 @@ class MethodConfig(StrictModel):
                     f"'head' {quoted(self.acceptance.head)} reads {size} hidden units, and "
                     f"the target has {target.hidden_size}: train it on this target"
                 )
-        if self.acceptance.reads_before_norm and not target.gives_layers():
-            raise ValueError(
-                f"'head' {quoted(self.acceptance.head)} reads states before the last norm, which "
-                f"vLLM does not hand out of a target of type {target.family!r}: train it with "
-                f"--set states=after_norm"
-            )
+            if self.acceptance.reads_before_norm and not target.gives_layers():
+                raise ValueError(
+                    f"'head' {quoted(self.acceptance.head)} reads states before the last norm, "
+                    f"which vLLM does not hand out of a target of type {target.family!r}: train it "
+                    f"with --set states=after_norm"
+                )
 
     def check_kind(self, target: Target) -> None:
         """Raise ValueError if what is drafted is not what the target model generates."""

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from pydantic import Field
@@ -56,7 +56,7 @@ class Arbiter:
         self.paused_until = 0.0
         """By the monotonic clock: the draft is not asked before."""
 
-    async def answer(self, job: Job) -> AsyncIterator[Step]:
+    async def answer(self, job: Job) -> AsyncGenerator[Step, None]:
         """The steps of an answer, each as soon as it stands. Refused or EngineError where the
         target cannot go on."""
         answer = Answer(self, job)

@@ -79,9 +79,9 @@ async def arbiter(
     """All parts, connected; they are closed afterwards. ``api_key`` is shown to servers."""
     async with http_client(api_key) as http:
         with ExitStack() as open_engines:
-            parts = [
+            first, second = [
                 await engine(what, named, separator, http, open_engines)
                 for what, named in (("draft", draft), ("target", target))
             ]
             learnt = Learnt(await classifier("router", router, http))
-            yield Arbiter(*parts, learnt, Metrics(), limits)
+            yield Arbiter(first, second, learnt, Metrics(), limits)

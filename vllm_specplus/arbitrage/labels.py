@@ -147,7 +147,8 @@ async def label(
 
     async def one(question: Question, problem: Problem | None) -> None:
         nonlocal count
-        messages = list(question.messages or [{"role": "user", "content": question.prompt}])
+        own = {"role": "user", "content": question.prompt or ""}
+        messages = list(question.messages or [own])
         text = "\n".join(each["content"] for each in messages if each["role"] == "user")
         if judge is not None:
             reward = rewards_of(judge, text)
@@ -198,12 +199,12 @@ def main(
     async def run() -> int:
         async with http_client(os.environ.get("VLLM_API_KEY")) as http:
             with ExitStack() as open_engines:
-                models = [
+                first, second = [
                     await engine(what, Named(place), SEPARATOR, http, open_engines)
                     for what, place in (("draft", draft), ("target", target))
                 ]
                 judge = None if reward is None else await classifier("reward model", reward, http)
-                pair = Pair(*models, max_steps, max_tokens, samples, temperature)
+                pair = Pair(first, second, max_steps, max_tokens, samples, temperature)
                 return await label(pair, judge, questions, out, limit, chat)
 
     try:

@@ -101,7 +101,7 @@ class LocalClassifier:
         except Exception as error:  # of transformers, safetensors or the file system
             reason = (str(error).splitlines() or [""])[0][:200]
             raise EngineError(f"the router {folder} cannot be loaded: {reason}") from None
-        self._score = getattr(self._model, "score", None)
+        self._score: Any = getattr(self._model, "score", None)
         if self._score is None or self._model.config.num_labels != 2:
             raise EngineError(
                 f"the router {folder} must be a decoder with a score of two labels: train one by "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -81,7 +82,17 @@ class Ask(StrictModel):
 
     @property
     def most(self) -> int | None:
+        """Tokens of the answer."""
         return self.max_tokens
+
+    @property
+    @abstractmethod
+    def problem(self) -> str:
+        """The question, as the router knows it."""
+
+    @abstractmethod
+    def own(self) -> str | list[dict[str, Any]]:
+        """What the models read: a text, or messages."""
 
 
 class Completion(Ask):
@@ -92,6 +103,9 @@ class Completion(Ask):
 
     @property
     def problem(self) -> str:
+        return self.prompt
+
+    def own(self) -> str:
         return self.prompt
 
 
@@ -107,10 +121,10 @@ class Chat(Ask):
 
     @property
     def problem(self) -> str:
-        """What the user has said: the question, as the router knows it."""
+        """What the user has said."""
         return "\n".join(each.content for each in self.messages if each.role == "user")
 
-    def conversation(self) -> list[dict[str, Any]]:
+    def own(self) -> list[dict[str, Any]]:
         return [each.model_dump(exclude_none=True) for each in self.messages]
 
 

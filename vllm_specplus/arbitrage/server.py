@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -105,17 +105,17 @@ class Server:
             raise Wrong("this server wants its API key: send it as a bearer token", 401)
 
     async def _job(self, ask: Ask) -> Job:
-        arbiter, serving = self._arbiter, self._serving
-        if isinstance(ask, Chat):
-            prompts = await chat_prompts(arbiter, ask)
+        serving, read = self._serving, ask.own()
+        if isinstance(read, str):
+            prompts = dict.fromkeys(Writer, read)
         else:
-            prompts = dict.fromkeys(Writer, ask.prompt)
+            prompts = await chat_prompts(self._arbiter, read)
         own = ask.arbitrage.threshold
         return Job(
             problem=ask.problem, prompts=prompts, max_tokens=ask.most or serving.max_tokens,
             threshold=serving.threshold if own is None else own, sampling=ask.sampling,
             seed=ask.seed, stop=ask.stops, cache_salt=ask.cache_salt,
-            special_tokens=not isinstance(ask, Chat),
+            special_tokens=isinstance(read, str),
         )  # fmt: skip
 
     async def _whole(self, ask: Ask) -> Response:
@@ -207,10 +207,9 @@ async def _body(request: Request) -> Any:
         raise Wrong("the body is no JSON: send an object") from None
 
 
-async def chat_prompts(arbiter: Arbiter, ask: Chat) -> dict[Writer, str]:
+async def chat_prompts(arbiter: Arbiter, messages: Sequence[dict[str, Any]]) -> dict[Writer, str]:
     """The text behind which each model answers a conversation; without the draft's where it has
     none to give. EngineError if the target has none."""
-    messages = ask.conversation()
     draft, target = await asyncio.gather(
         arbiter.draft.chat_prompt(messages), arbiter.target.chat_prompt(messages),
         return_exceptions=True,

@@ -124,7 +124,8 @@ def is_held_out(text: str) -> bool:
 
 def problems(seed: int, held_out: bool, steps: Sequence[int] = (2, 3, 4)) -> Iterator[Problem]:
     """Different questions without end, of as many ``steps`` in turn, of the wanted kind."""
-    rng, seen = random.Random(f"arithmetic {seed}"), set()
+    rng = random.Random(f"arithmetic {seed}")
+    seen: set[str] = set()
     while True:
         problem = _draw(rng, steps[len(seen) % len(steps)])
         if problem.text not in seen and is_held_out(problem.text) == held_out:

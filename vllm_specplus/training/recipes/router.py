@@ -152,7 +152,7 @@ def load(folder: Path, device: torch.device) -> nn.Module:
         raise TrainingError(
             f"target {quoted(folder)} cannot be a classifier ({reason}): name another decoder"
         ) from None
-    two = len(config.get("id2label") or {}) == 2
+    two = len(config.get("id2label") or LABELS) == 2  # two need not be named
     classifies = any("SequenceClassification" in name for name in config.get("architectures") or ())
     if not (two and classifies):
         nn.init.zeros_(model.score.weight)
