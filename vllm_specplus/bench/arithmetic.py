@@ -35,8 +35,8 @@ import typer
 from vllm_specplus.bench import InputError
 
 SEPARATOR = "\n\n"
-#: Numbers stay in [0, MOST].
-MOST = 99
+#: Numbers stay in [0, MOST], what is added or taken away in [1, CHANGE], factors in [2, TIMES].
+MOST, CHANGE, TIMES = 99, 30, 5
 #: One of so many questions is held out.
 HELD_OUT_SHARE = 20
 
@@ -124,7 +124,7 @@ def is_held_out(text: str) -> bool:
 
 def problems(seed: int, held_out: bool, steps: Sequence[int] = (2, 3, 4)) -> Iterator[Problem]:
     """Different questions without end, of as many ``steps`` in turn, of the wanted kind."""
-    rng = random.Random(f"arithmetic {seed}")
+    rng = random.Random(f"arithmetic {seed} {tuple(steps)}")
     seen: set[str] = set()
     while True:
         problem = _draw(rng, steps[len(seen) % len(steps)])
@@ -139,11 +139,13 @@ def _draw(rng: random.Random, count: int) -> Problem:
     sentences, events = [f"{name} has {start} {things}."], []
     for _ in range(count):
         ops = [op for op, fits in (("+", total < MOST), ("-", total > 1)) if fits]
-        if 2 <= total <= MOST // 3:
+        if 2 <= total <= MOST // 2:
             ops.append("*")
         op = rng.choice(ops)
-        most = {"+": MOST - total, "-": total, "*": min(MOST // max(total, 1), 5)}[op]
-        amount = rng.randint(2 if op == "*" else 1, most)
+        room = {"+": MOST - total, "-": total, "*": MOST // max(total, 1)}[op]
+        amount = (
+            rng.randint(2, min(room, TIMES)) if op == "*" else rng.randint(1, min(room, CHANGE))
+        )
         total = {"+": total + amount, "-": total - amount, "*": total * amount}[op]
         sentences.append(rng.choice(EVENTS[op]).format(name, amount))
         events.append((op, amount))

@@ -33,7 +33,9 @@ from vllm_specplus.training.sampling import draw
 TARGET_RIGHT, DRAFT_RIGHT = 0.7, (0.2, 0.5)
 #: The share of right answers that the draft is wanted at.
 DRAFT_GOAL = 0.35
-BATCH, CONTEXT, LONGEST = 64, 512, 96
+BATCH, CONTEXT, LONGEST = 48, 512, 96
+#: Events of the questions of a batch, in turn: answers of one length are padded little.
+EVENTS = (2, 3, 4)
 #: Questions that a look during the training asks, and those that the end asks.
 LOOK, EXAM = 100, 500
 #: Questions whose words make the vocabulary: all words there are, with certainty.
@@ -58,7 +60,7 @@ class Size:
 
 #: Depth makes the target slow beside the draft, as a large model is; width costs training time.
 SIZES = {
-    "target": Size(128, 10, 3000, 1.5e-3, 0.76, "plain"),
+    "target": Size(128, 8, 4000, 1.5e-3, 0.76, "plain"),
     "draft": Size(64, 2, 2500, 2e-3, 0.12, "wordy"),
 }
 
@@ -109,10 +111,10 @@ def prompt_of(problem: Problem, tokenizer: Any) -> list[int]:
 
 def batches(tokenizer: Any, dialect: str, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and labels int64 [BATCH, n] without end; labels are -100 on prompts and padding."""
-    drawn, rng = problems(seed, False), random.Random(seed)
-    while True:
+    drawn, rng = [problems(seed, False, (count,)) for count in EVENTS], random.Random(seed)
+    for turn in itertools.count():
         rows = []
-        for problem in itertools.islice(drawn, BATCH):
+        for problem in itertools.islice(drawn[turn % len(drawn)], BATCH):
             prompt = prompt_of(problem, tokenizer)
             own = tokenizer.encode(answer(problem, rng, dialect), add_special_tokens=False)
             rows.append((prompt, [*own, tokenizer.eos_token_id]))
