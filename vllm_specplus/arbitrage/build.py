@@ -23,6 +23,7 @@ from vllm_specplus.arbitrage.engines import (
 from vllm_specplus.arbitrage.metrics import Metrics
 from vllm_specplus.arbitrage.routers import Learnt
 from vllm_specplus.arbitrage.steps import SEPARATOR
+from vllm_specplus.strict import MOST_TOLD
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ async def engine(
         return endpoint
     from vllm_specplus.arbitrage.local import LocalEngine
 
-    local = LocalEngine(named.place, separator, named.arguments)
+    try:
+        local = LocalEngine(named.place, separator, named.arguments)
+    except Exception as error:  # of vLLM, whatever it is
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:MOST_TOLD]
+        raise EngineError(f"the {what} {named.place} cannot be started: {reason}") from error
     open_engines.callback(local.close)
     return local
 

@@ -17,7 +17,7 @@ class LocalEngine:
     """A model of a folder, or of the hub."""
 
     def __init__(self, model: str, separator: str, arguments: Mapping[str, Any]):
-        """``arguments`` are vLLM's engine arguments. What vLLM says of them is raised as it is."""
+        """``arguments`` are vLLM's engine arguments; what vLLM says of them is raised as it is."""
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
