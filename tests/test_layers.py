@@ -33,7 +33,7 @@ FLOORS = (
     ("proposer", "proposers"),
     ("engine", "speculative_config"),
     ("plugin",),
-    ("training", "bench", "cli", "testing"),
+    ("training", "bench", "cli", "testing", "arbitrage"),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 #: Nouns that know nothing of ours.

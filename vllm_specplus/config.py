@@ -40,6 +40,11 @@ class AcceptanceRule(StrictModel):
     needs_draws: ClassVar[bool] = False
     """Does it say nothing about nodes that were not drawn?"""
 
+    @property
+    def reads_before_norm(self) -> bool:
+        """Does it go by what leaves the target's last layer, before the final norm?"""
+        return False
+
 
 class ImageAcceptance(AcceptanceRule):
     """Of image codes: they are known to be interchangeable, so nobody has to allow the loss."""
@@ -79,13 +84,18 @@ class JudgeAcceptance(AcceptanceRule):
     rule: Literal["judge"]
     head: str
     """File of the head, written by ``vllm-specplus train judge``."""
-    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Score above which a node is accepted; 1 accepts none."""
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Score above which a node is accepted; 1 accepts none. None: what the head was calibrated to,
+    or the paper's 0.5."""
 
     @model_validator(mode="after")
     def _head_opens(self):
-        judge.head_size(self.head)
+        judge.read_head(self.head)
         return self
+
+    @property
+    def reads_before_norm(self) -> bool:
+        return judge.read_head(self.head).before_norm
 
 
 class LanternAcceptance(ImageAcceptance):
@@ -266,6 +276,12 @@ class MethodConfig(StrictModel):
                 raise ValueError(
                     f"'head' {quoted(self.acceptance.head)} reads {size} hidden units, and "
                     f"the target has {target.hidden_size}: train it on this target"
+                )
+            if self.acceptance.reads_before_norm and not target.gives_layers():
+                raise ValueError(
+                    f"'head' {quoted(self.acceptance.head)} reads states before the last norm, "
+                    f"which vLLM does not hand out of a target of type {target.family!r}: train it "
+                    f"with --set states=after_norm"
                 )
 
     def check_kind(self, target: Target) -> None:

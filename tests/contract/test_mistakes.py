@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.block_heads import save_block
 from tests.contract import folders, launches
@@ -60,6 +61,8 @@ def names(tmp_path_factory) -> dict[str, str]:
         "DRAFT": str(draft),
         "EMPTY_FILE": file("empty", b""),
         "GARBAGE_WEIGHTS": folder("garbage", json.dumps(config), noise),
+        "JUDGE": judge(root / "judge", {"states": "before_norm"}),
+        "JUDGE_OF_NOTHING": judge(root / "nothing", {"states": "embeddings"}),
         "JSON_LIST": file("list", b"[1, 2]"),
         "JSON_OF_OTHER_KEYS": file("keys", b'{"a": 1}'),
         "LONG_NAME": "x" * 5000,
@@ -70,6 +73,13 @@ def names(tmp_path_factory) -> dict[str, str]:
         "SPECULATOR_OF_NOBODY": speculator(homeless, None),
         "TEXT_VOCABULARY": folder("text", json.dumps(config | {"vocab_size": "256"})),
     }
+
+
+def judge(path: Path, told: dict[str, str]) -> str:
+    """The head of an acceptance rule, for the targets' 512 units."""
+    weights = {"weight": np.zeros(512, np.float32), "bias": np.zeros(1, np.float32)}
+    save_file(weights, path, metadata=told)
+    return str(path)
 
 
 def speculator(folder: str, target: str | None) -> str:

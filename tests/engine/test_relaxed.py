@@ -52,7 +52,10 @@ def test_what_is_accepted_is_what_the_rule_allows(
     assert 0.7 * relaxed < (ranks > 0).sum() <= relaxed
 
 
-def test_a_judge_reads_the_states_of_the_nodes(tmp_path, tiny_engine, tiny_model, mixed_requests):
+@pytest.mark.parametrize("states", ["after_norm", "before_norm"])
+def test_a_judge_reads_the_states_of_the_nodes(
+    tmp_path, tiny_engine, tiny_model, mixed_requests, states
+):
     """With a head that likes some tokens, by a direction of their hidden states: every token that
     is not the model's own choice has a score above the threshold, by a plain forward pass."""
     import torch
@@ -61,7 +64,7 @@ def test_a_judge_reads_the_states_of_the_nodes(tmp_path, tiny_engine, tiny_model
 
     torch.manual_seed(0)
     weight, bias = torch.randn(128), torch.zeros(1)
-    save_file({"weight": weight, "bias": bias}, tmp_path / "head")
+    save_file({"weight": weight, "bias": bias}, tmp_path / "head", {"states": states})
     config = {
         "method": "token_recycling", "num_speculative_tokens": 24, "allow_lossy": True,
         "acceptance": {"rule": "judge", "head": str(tmp_path / "head"), "threshold": 0.9},
@@ -75,13 +78,16 @@ def test_a_judge_reads_the_states_of_the_nodes(tmp_path, tiny_engine, tiny_model
     result = harness.run(tmp_path, engine, [{"requests": requests}])
     assert result["counters"]["relaxed_tokens"] > 50
     llama = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    before = []
+    llama.model.norm.register_forward_pre_hook(lambda _, given: before.append(given[0]))
     others = 0
     for request in result["batches"][0]:
         prompt, tokens = request["prompt"], request["ids"][0]
         with torch.inference_mode():
             out = llama(torch.tensor([prompt + tokens]), output_hidden_states=True)
         rows = out.logits[0, len(prompt) - 1 : -1]
-        scores = torch.sigmoid(out.hidden_states[-1][0, len(prompt) :] @ weight + bias)
+        read = before[-1] if states == "before_norm" else out.hidden_states[-1]
+        scores = torch.sigmoid(read[0, len(prompt) :] @ weight + bias)
         own = rows.argmax(-1) == torch.tensor(tokens)
         others += int((~own).sum())
         assert (scores[~own] > 0.9 - 1e-3).all()

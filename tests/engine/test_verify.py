@@ -275,6 +275,12 @@ def test_a_judge_wants_hidden_states(tmp_path):
         certain([0, 0, 0, 7, 6], least=-2.0), batch_of([0.0, 0.0], hidden=hidden)
     )
     assert texts(verdict) == [[5, 2, 7], [6]]
+    # Of a target that hands no states out, it accepts nothing.
+    counters = Counters()
+    verifier = made({"rule": "judge", "head": str(tmp_path / "head")}, counters=counters)
+    verdict = verifier.verify(certain([0, 0, 0, 7, 6], least=-2.0), batch_of([0.0, 0.0]))
+    assert counters["relaxed_tokens"] == 0
+    assert texts(verdict)[0][0] == 0
 
 
 def test_relaxed_sampling_spares_greedy_requests_and_words():

@@ -11,7 +11,7 @@ from tests.model_configs import target
 from tests.samplers.test_relaxed import make_rows
 from vllm_specplus.config import parse
 from vllm_specplus.samplers import relaxed
-from vllm_specplus.samplers.judge import JudgeHead, head_size
+from vllm_specplus.samplers.judge import JudgeHead, head_size, read_head
 
 
 @pytest.fixture
@@ -61,6 +61,47 @@ def test_what_is_no_head_is_refused(tmp_path, tensors, words):
         parse(config(str(path)))
     with pytest.raises(ValueError, match="is not a file"):
         parse(config(str(tmp_path / "nowhere")))
+
+
+def written(path, told: dict[str, str]) -> str:
+    save_file({"weight": torch.ones(8), "bias": torch.zeros(1)}, path, metadata=told)
+    return str(path)
+
+
+def test_a_head_says_what_it_reads_and_from_where_it_accepts(tmp_path, head):
+    """The user's threshold comes first, then the head's, then the paper's."""
+    assert (read_head(head).before_norm, read_head(head).threshold) == (False, 0.5)
+    path = written(tmp_path / "told", {"states": "before_norm", "threshold": "0.875"})
+    assert (read_head(path).before_norm, read_head(path).threshold) == (True, 0.875)
+    assert parse(config(path)).acceptance.reads_before_norm
+    assert not parse(config(head)).acceptance.reads_before_norm
+    made = relaxed.Judge(head=path, threshold=None, device=torch.device("cpu"))
+    own = relaxed.Judge(head=path, threshold=0.6, device=torch.device("cpu"))
+    # sigmoid(1) and sigmoid(2) are .73 and .88
+    for rule, right in ((made, [False, True]), (own, [True, True])):
+        scores = rule.head.scores(torch.tensor([[1.0], [2.0]]) / 8 * torch.ones(8))
+        assert (scores.numpy() > rule._threshold).tolist() == right
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"states": "between"}, "reads states 'between' .allowed: before_norm, after_norm"),
+        ({"threshold": "1.5"}, "has the threshold '1.5': it must be in .0, 1."),
+        ({"threshold": "high"}, "has the threshold 'high'"),
+        ({"threshold": "nan"}, "has the threshold 'nan'"),
+    ],
+)
+def test_what_a_head_says_must_make_sense(tmp_path, told, words):
+    with pytest.raises(ValueError, match=words):
+        parse(config(written(tmp_path / "head", told)))
+
+
+def test_a_head_before_the_norm_wants_a_target_that_hands_it_out(tmp_path):
+    path = written(tmp_path / "head", {"states": "before_norm"})
+    parse(config(path)).check_acceptance(target(hidden_size=8))
+    with pytest.raises(ValueError, match="which vLLM does not hand out of a target of type"):
+        parse(config(path)).check_acceptance(target(hidden_size=8, gives_layers=lambda: False))
 
 
 def config(head: str, **keys) -> dict:

@@ -123,4 +123,15 @@ def test_weights_that_are_missing_or_cut_short(folder, tmp_path):
 
 def test_layers_that_it_has_not_got(target):
     with pytest.raises(TrainingError, match="they count from 0 on"):
-        target.states(batch_of(some_texts(1)), (3,))
+        target.states(batch_of(some_texts(1)), (4,))
+
+
+def test_what_leaves_the_last_layer_is_what_the_norm_reads(target):
+    """It is one more, as vLLM counts; behind the norm it is the last state."""
+    batch = batch_of(some_texts(2))
+    read = target.states(batch, (1, 3))
+    assert read.layers.shape[-1] == 2 * target.hidden_size
+    before = read.layers[..., target.hidden_size :]
+    here = batch.mask
+    torch.testing.assert_close(target.body.norm(before)[here], read.last[here])
+    assert not torch.allclose(before[here], read.last[here])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.training.tiny import CPU, batch_of, fit, save_target, setup
-from vllm_specplus.samplers.judge import JudgeHead, head_size
+from vllm_specplus.samplers.judge import JudgeHead, read_head
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.recipes.judge import Judge, Settings, build
 from vllm_specplus.training.texts import Text
@@ -41,25 +41,29 @@ def answers(count: int, seed: int) -> list[Text]:
     return texts
 
 
-def test_a_head_learns_what_the_states_show(folder, tmp_path):
+@pytest.mark.parametrize("states", ["before_norm", "after_norm"])
+def test_a_head_learns_what_the_states_show(folder, tmp_path, states):
     """Both classes, though one of them is rare; on answers that it has not seen."""
     texts, unseen = answers(40, 0), answers(20, 1)
-    recipe = build(folder, Settings(), setup(texts))
+    recipe = build(folder, Settings(states=states, risk=0.3), setup(texts))
     assert recipe.measure(unseen).others["right_told"] == 0  # undecided
     losses = []
     fit(recipe, texts, 200, rate=0.1, seen=lambda figures: losses.append(figures["loss"]))
     assert losses[-1] < losses[0]
     found = recipe.measure(unseen)
-    assert min(found.others.values()) > 0.85
+    assert min(found.others["right_told"], found.others["wrong_told"]) > 0.85
     assert found.positions == 20 * 19
     assert (found.tvd_acceptance, found.by_depth) == (None, ())
     recipe.export(tmp_path)
     file = tmp_path / "head.safetensors"
-    assert head_size(file) == 64
+    told = read_head(file)
+    assert (told.size, told.before_norm) == (64, states == "before_norm")
+    assert told.threshold == found.others["threshold"] == JudgeHead(str(file), CPU).threshold
     # What is served scores the row of the token itself.
     head = JudgeHead(str(file), CPU)
-    states = recipe.target.states(batch_of(unseen)).last
-    right = head.scores(states[:, 4:].reshape(-1, 64)) > 0.5
+    read = recipe.target.states(batch_of(unseen), (1,))
+    rows = (read.layers if states == "before_norm" else read.last)[:, 4:]
+    right = head.scores(rows.reshape(-1, 64)) > 0.5
     truth = torch.tensor([int(token not in WRONG) for text in unseen for token in text.tokens[4:]])
     assert float((right == truth.bool()).float().mean()) > 0.85
 
@@ -85,7 +89,7 @@ def test_batches_lead_where_the_whole_does(folder):
 
 def test_a_step_is_the_balanced_mean_by_hand(folder):
     texts = answers(3, 0)
-    recipe = build(folder, Settings(decay=0.5), setup(texts))
+    recipe = build(folder, Settings(decay=0.5, states="after_norm"), setup(texts))
     with torch.no_grad():
         recipe.weight += 0.1 * torch.randn(64, generator=torch.Generator().manual_seed(0))
         recipe.bias += 0.3
@@ -94,6 +98,13 @@ def test_a_step_is_the_balanced_mean_by_hand(folder):
     found = recipe.weight.grad.clone()
     weight = recipe.weight.detach().clone().requires_grad_()
     states = recipe.target.states(batch).last
+    seen = torch.stack([
+        states[row, i]
+        for row, text in enumerate(texts)
+        for i, label in enumerate(text.labels)
+        if label >= 0
+    ])  # fmt: skip
+    states = (states - seen.mean(0)) / seen.std(0, correction=0)
     labels = [label for text in texts for label in text.labels]
     right = labels.count(1) / (labels.count(1) + labels.count(0))
     total = 0.0
@@ -108,6 +119,43 @@ def test_a_step_is_the_balanced_mean_by_hand(folder):
     (mean + 0.5 * weight.square().sum()).backward()
     assert figures["loss"] == pytest.approx(mean.item(), rel=1e-5)
     torch.testing.assert_close(found, weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_head_that_is_written_reads_states_as_they_are(folder):
+    """It was learnt on standardised ones."""
+    texts = answers(3, 0)
+    recipe = build(folder, Settings(), setup(texts))
+    fit(recipe, texts, 5)
+    weight, bias = recipe.head()
+    batch = batch_of(texts)
+    rows = recipe.target.states(batch, (1,)).layers[:, 4:].reshape(-1, 64)
+    standard = (rows - recipe._mean) / recipe._deviation
+    torch.testing.assert_close(
+        rows @ weight + bias, standard @ recipe.weight + recipe.bias, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_risk_is_of_the_first_error_of_each_text(folder):
+    """A threshold below all that is known of them accepts none; too few errors promise nothing."""
+    texts = answers(40, 0)
+    recipe = build(folder, Settings(risk=0.9), setup(texts))
+    fit(recipe, texts, 50, rate=0.1)
+    unseen = answers(10, 1)
+    erring = sum(0 in text.labels for text in unseen)
+    assert recipe.measure(unseen).others["errors"] == erring
+    assert recipe.measure(unseen).others["errors_accepted_high"] <= 0.9
+    strict = build(folder, Settings(risk=0.01), setup(texts))
+    assert set(strict.measure(unseen).others) == {"right_told", "wrong_told"}
+
+
+def test_without_balance_every_token_counts_alike(folder):
+    texts, batch = answers(3, 0), batch_of(answers(3, 0))
+    losses = [
+        build(folder, Settings(balance=balance), setup(texts)).step(batch, 0.0, torch.Generator())
+        for balance in (True, False)
+    ]
+    # Undecided, each token costs log 2, whatever its weight; the weights' mean is 1 in both.
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"])
 
 
 def test_it_goes_on_from_a_checkpoint(folder):

@@ -15,7 +15,15 @@ from vllm_specplus.config import parse
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.samplers.judge import head_size
 from vllm_specplus.training import run as run_module
-from vllm_specplus.training.recipes import distill, eagle, eagle3, judge, layerskip, long_draft
+from vllm_specplus.training.recipes import (
+    distill,
+    eagle,
+    eagle3,
+    judge,
+    layerskip,
+    long_draft,
+    router,
+)
 from vllm_specplus.training.run import Options, run
 from vllm_specplus.training.texts import Text, to_line
 
@@ -33,6 +41,8 @@ RUNS = {
     "eagle": ("eagle", {}, eagle.EagleRecipe),
     "eagle3": ("eagle3", {"draft_vocabulary": 30, "noise": 0.1}, eagle3.Eagle3Recipe),
     "long_draft": ("long_draft", {"reach": 2000, "window": 9}, long_draft.LongDraftRecipe),
+    "router": ("router", {}, router.Router),
+    "router's head": ("router", {"learn": "head", "balance": False}, router.Router),
 }  # fmt: skip
 
 
@@ -43,11 +53,12 @@ def target(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Texts of whose tokens some are known to be wrong."""
+    """Texts of whose tokens some are known to be wrong, and every second of their last ones."""
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
     lines = []
-    for text in some_texts(40):
+    for number, text in enumerate(some_texts(40)):
         labels = tuple(-1 if i < 4 else int(token > 9) for i, token in enumerate(text.tokens))
+        labels = (*labels[:-1], number % 2)
         lines.append(to_line(Text(text.id, text.tokens, text.start, "traffic", labels)))
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
@@ -105,6 +116,8 @@ def check_result(result: Path, name: str) -> None:
 
     if name == "judge":
         assert head_size(result / "head.safetensors") == 64
+    elif name.startswith("router"):
+        assert json.loads((result / "config.json").read_text())["id2label"]["1"] == "target"
     elif name == "layerskip":
         method = {"method": "early_exit", "exit_layers": [1]}
         assert parse(method).exit_layers == [1]

@@ -81,11 +81,16 @@ def _parse_method(text: str) -> MethodSpec:
 
 def parse_engine_args(pairs: Iterable[str]) -> dict[str, Any]:
     """Parse the repeated `--engine-arg key=value` into arguments of `vllm.LLM`."""
-    args = dict(_parse_pair(pair, "--engine-arg") for pair in pairs)
+    args = parse_pairs(pairs, "--engine-arg")
     for key in RESERVED_ENGINE_ARGS:
         if key in args:
             raise InputError(f"--engine-arg: {key} is set by the benchmark itself")
     return args
+
+
+def parse_pairs(pairs: Iterable[str], option: str) -> dict[str, Any]:
+    """Parse the `key=value` of a repeated option; a value is JSON if it parses as JSON."""
+    return dict(_parse_pair(pair, option) for pair in pairs)
 
 
 def parse_concurrencies(text: str) -> list[int]:

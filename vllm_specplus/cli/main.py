@@ -6,6 +6,7 @@ import typer
 
 from vllm_specplus import __version__
 from vllm_specplus.cli import datastore
+from vllm_specplus.cli.arbitrate import arbitrate
 from vllm_specplus.cli.bench import bench
 from vllm_specplus.cli.demo import demo
 from vllm_specplus.cli.doctor import doctor
@@ -39,6 +40,7 @@ def main(
     """Draft-tree speculative decoding in stock vLLM."""
 
 
+app.command("arbitrate")(arbitrate)
 app.command("bench")(bench)
 app.add_typer(datastore.app, name="datastore")
 app.command("demo")(demo)

@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_specplus.engine import attention, needs
 from vllm_specplus.engine.attention.base import PageCache
+from vllm_specplus.engine.aux_states import AuxiliaryStates
 from vllm_specplus.engine.batch import Step, describe, logits_rows
 from vllm_specplus.engine.clock import StepClock, StepProfiler
 from vllm_specplus.engine.counts import hand_over
@@ -66,7 +67,8 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.drafter.proposer.hidden_layers is not None:
+        self._aux = AuxiliaryStates.of(self.drafter, self.model_config)
+        if self._aux.wanted:
             self.use_aux_hidden_state_outputs = True
         self.batch.serve_processors()
         self.proposing = Proposing(
@@ -88,7 +90,7 @@ class TreeRunnerMixin(ImageRowsMixin):
             self._pictures = PictureRows(layout, self.batch.upload)
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
-        return self.drafter.proposer.hidden_layers or None
+        return self._aux.layers(self.get_model())
 
     def memory_for_kv_cache(self, available: int) -> int:
         """See ``memory_plan.for_kv_cache``."""
@@ -248,9 +250,8 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def sample_tokens(self, grammar_output):
         if self.verifier.reads_hidden and self.execute_model_state is not None:
-            # Image models may have more than the hidden units in a row.
             size = self.model_config.get_hidden_size()
-            self._hidden = self.execute_model_state.sample_hidden_states[:, :size]
+            self._hidden = self._aux.of_rows(self.execute_model_state, size)
         try:
             output = super().sample_tokens(grammar_output)
             return hand_over(output, self.drafter.counters, self._step)
@@ -272,8 +273,9 @@ class TreeRunnerMixin(ImageRowsMixin):
         if get_tensor_model_parallel_rank() != 0:
             self.drafter.accompany(self._read_kv)
             return [[] for _ in decoding]  # vLLM takes rank 0's drafts
+        layers = self._aux.for_proposer(aux_hidden_states)
         drafts = self.proposing.propose(
-            self._step, decoding, hidden_states, aux_hidden_states, self._read_kv, self._latents()
+            self._step, decoding, hidden_states, layers, self._read_kv, self._latents()
         ).split()
         return drafts if self._pictures is None else self._pictures.cut(drafts, self.batch)
 

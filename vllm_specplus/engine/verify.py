@@ -80,7 +80,8 @@ class VerifyBatch:
     """bool [R] requests that are not in a picture, whose tokens are not compared by a codebook
     then; None: all may be."""
     hidden: torch.Tensor | None = None
-    """[L, hidden] hidden states of the rows, if the verifier ``reads_hidden``."""
+    """[L, hidden] hidden states of the rows, if the verifier ``reads_hidden``; None: there are
+    none, and nothing is accepted by them."""
 
 
 @dataclass(slots=True)
@@ -232,9 +233,9 @@ class Substitution:
     def statistics(self, logits: torch.Tensor, batch: VerifyBatch) -> CandidateStatistics | None:
         """Computes what the rule goes by, before sampling changes ``logits`` in place; None
         where there are no nodes."""
-        if not (batch.rows.parents >= 0).any():
-            return None
         head = self._rule.head
+        if not (batch.rows.parents >= 0).any() or (head is not None and batch.hidden is None):
+            return None
         scores = None if head is None else head.scores(batch.hidden)
         return candidate_statistics(logits, batch.rows, batch.temperature, scores)
 

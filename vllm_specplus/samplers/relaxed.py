@@ -151,9 +151,9 @@ class Judge(SubstitutionRule):
     name = "judge"
     needs = ("device",)
 
-    def __init__(self, *, head: str, threshold: float, device: torch.device):
+    def __init__(self, *, head: str, threshold: float | None, device: torch.device):
         self.head = JudgeHead(head, device)
-        self._threshold = threshold
+        self._threshold = self.head.threshold if threshold is None else threshold
 
     def accepts(self, statistics):
         return statistics.score > self._threshold

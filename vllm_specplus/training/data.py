@@ -8,6 +8,9 @@ Each row is one of
 * a response of vLLM's server, as it comes with ``"return_token_ids": true``: served traffic;
 * ``{"prompt": ..., "answer": ...}``, for ``judge`` with ``"error": [first, behind] or null``,
   characters of the answer that are wrong;
+* ``{"problem": ..., "steps": [{"writer": ..., "text": ...}], "candidate": ..., "draft_score": ...,
+  "target_score": ...}``, for ``router``: a step that two models have written, as
+  ``vllm_specplus.arbitrage.labels`` keeps them;
 * ``{"messages": [...]}`` that end with the assistant's: only that last one is learnt from;
 * without an answer, a question: ``{"prompt": ...}``, ``{"messages": [...]}``, ShareGPT's
   ``{"conversations": [...]}``, or Spec-Bench's ``{"question_id": ..., "turns": [...]}``.
@@ -21,17 +24,27 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, ValidationError
+
+from vllm_specplus.arbitrage.steps import Writer, router_text
 from vllm_specplus.bench import InputError
 from vllm_specplus.bench.dataset import Question, parse_row
 from vllm_specplus.files import positive, read_json
-from vllm_specplus.strict import quoted
+from vllm_specplus.strict import StrictModel, quoted, sentences, told
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.splits import HeldOut
 from vllm_specplus.training.texts import UNKNOWN, Text, prompt_id
 
 ERROR_WANTED = "it must be null, or [first, behind], characters of the answer"
+
+
+class WrittenStep(StrictModel):
+    """A step of an answer, for routers."""
+
+    writer: Writer
+    text: str
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,9 @@ def _take(row: Any, data: Data, language: Language, held_out: HeldOut) -> None:
         raise TrainingError(
             "it has no tokens, and the target's folder no tokenizer: write tokens, or add one"
         )
+    elif "candidate" in row:
+        text, asked = of_step(row, language)
+        keep_or_drop(data, held_out, text.id, asked, text)
     elif "answer" in row or _last_role(row) == "assistant":
         text, asked = answered(row, language)
         keep_or_drop(data, held_out, text.id, asked, text)
@@ -237,6 +253,41 @@ def of_traffic(row: dict, language: Language) -> list[Text]:
         tokens = before + checked_tokens(own, "token_ids", language)
         texts.append(Text(prompt_id(before), tokens, len(before), "traffic"))
     return texts
+
+
+class StepRow(StrictModel):
+    """A step that a draft and a target have written behind the same text."""
+
+    id: str | None = None
+    problem: Annotated[str, Field(min_length=1)]
+    steps: list[WrittenStep]
+    """Those before it."""
+    candidate: str
+    """The draft's."""
+    draft_score: float
+    target_score: float
+
+
+def of_step(row: dict, language: Language) -> tuple[Text, str]:
+    """What a router reads of a step, labelled at its last token: 1 where the target's step was the
+    better one; and the question."""
+    try:
+        # As JSON, in which an enumeration is its values.
+        step = StepRow.model_validate_json(json.dumps(row))
+    except ValidationError as error:
+        raise TrainingError(told("the step", sentences(error, StepRow))) from None
+    before = [(each.writer, each.text) for each in step.steps]
+    # With special tokens: as vLLM and transformers read texts that are to be classified.
+    tokens, start = (
+        language.tokenizer(text)["input_ids"]
+        for text in (router_text(step.problem, before, step.candidate), f"{step.problem}\n")
+    )
+    label = int(step.target_score > step.draft_score)
+    labels = (*[UNKNOWN] * (len(tokens) - 1), label)
+    name = step.id or prompt_id(start)
+    # The end of the question's tokens is its own, whatever follows.
+    known = min(len(start), len(tokens) - 1)
+    return Text(name, tuple(tokens), known, "given", labels), step.problem
 
 
 def answered(row: dict, language: Language) -> tuple[Text, str]:

@@ -7,7 +7,8 @@ computed again whenever they are asked for. Distributions are never kept: of one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,20 @@ class States(NamedTuple):
     last: Tensor
     """[B, n, hidden], behind the last norm."""
     layers: Tensor | None
-    """[B, n, layers * hidden], side by side, what enters each of the layers that were asked for."""
+    """[B, n, layers * hidden], side by side, what enters each of the layers that were asked for.
+
+    What leaves the last one, where it was asked for, is not normed."""
+
+
+@contextmanager
+def entering_norm(body: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """What enters the last norm of a model's ``body`` meanwhile, [1, n, hidden] each time."""
+    seen: list[Tensor] = []
+    watch = body.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        yield seen
+    finally:
+        watch.remove()
 
 
 class Frozen(LanguageModel):
@@ -55,8 +69,9 @@ class Frozen(LanguageModel):
 
     @torch.no_grad()
     def states(self, batch: Batch, layers: Sequence[int] = ()) -> States:
-        """``layers`` counts as vLLM does: ``n`` is what enters layer ``n``, from 0 on."""
-        if not all(0 <= n < len(self.layers) for n in layers):
+        """``layers`` counts as vLLM does: ``n`` is what enters layer ``n``, from 0 on; of as many
+        layers as there are, what leaves the last one, before the norm."""
+        if not all(0 <= n <= len(self.layers) for n in layers):
             raise TrainingError(
                 f"layers {list(layers)} of a target of {len(self.layers)}: they count from 0 on"
             )
@@ -86,10 +101,13 @@ class Frozen(LanguageModel):
         kept = self._kept.get((text, layers))
         if kept is not None:
             return kept
-        read = self.outputs(
-            torch.tensor([text.tokens], device=self.device), output_hidden_states=bool(layers)
-        )
-        entering = [read.hidden_states[n] for n in layers]
+        with entering_norm(self.body) if len(self.layers) in layers else nullcontext([]) as seen:
+            read = self.outputs(
+                torch.tensor([text.tokens], device=self.device), output_hidden_states=bool(layers)
+            )
+        # transformers' last state is the normed one.
+        states = (*read.hidden_states[:-1], *seen) if layers else ()
+        entering = [states[n] for n in layers]
         rows = torch.cat([read.last_hidden_state, *entering], -1)[0]
         size = rows.numel() * rows.element_size()
         if size <= self._room:
