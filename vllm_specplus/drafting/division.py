@@ -10,7 +10,7 @@ every MLP and every divided attention are summed once, and must be the whole.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -210,27 +210,23 @@ def check_divisible(whole: DraftModel, placement: Placement, shards: int) -> Non
     hidden = whole.embed(places % whole.vocab_size)
     for number, layer in enumerate(whole.layers):
         given = whole._given(number, rotary, attend)
-        mlps = (layer.with_parts(None, divide_mlp(layer.mlp, r, shards)) for r in range(shards))
-        _check_sum(layer.transformed(hidden), mlps, lambda each: each.transformed(hidden))
+        shares = (layer.with_parts(None, divide_mlp(layer.mlp, r, shards)) for r in range(shards))
+        _check_sum(layer.transformed(hidden), (each.transformed(hidden) for each in shares))
         if placement == "tensor_parallel":
-            heads = (
+            shares = (
                 layer.with_parts(divide_heads(layer.attention, r, shards), None)
                 for r in range(shards)
             )
-            wanted = layer.mixed(hidden, given)
-            _check_sum(wanted, heads, lambda each, given=given: each.mixed(hidden, given))
+            _check_sum(layer.mixed(hidden, given), (each.mixed(hidden, given) for each in shares))
         hidden = hidden + layer.attend(hidden, given)
         hidden = hidden + layer.feed(hidden)
 
 
-def _check_sum(
-    wanted: torch.Tensor, shares: Iterable[TransformersLayer],
-    compute: Callable[[TransformersLayer], torch.Tensor],
-) -> None:  # fmt: skip
+def _check_sum(wanted: torch.Tensor, addends: Iterable[torch.Tensor]) -> None:
     total = torch.zeros_like(wanted, dtype=torch.float32)
     try:
-        for each in shares:
-            total += compute(each)
+        for each in addends:
+            total += each
     except (RuntimeError, TypeError, ValueError) as error:  # some shape is not what it seemed
         raise UnknownLayers(f"a share of a divided layer fails: {error}") from error
     if not close(total, wanted):

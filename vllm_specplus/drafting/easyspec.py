@@ -116,9 +116,7 @@ class LayerParallelExecutor(DraftExecutor):
 
     model: DraftModel
 
-    def __init__(
-        self, parts: Parts, max_slots: int, max_nodes: int, record: Record | None = None
-    ):
+    def __init__(self, parts: Parts, max_slots: int, max_nodes: int, record: Record | None = None):
         super().__init__(parts.model, max_slots, max_nodes, record)
         self.parts = parts
         self._level_hidden: torch.Tensor | None = None
@@ -139,6 +137,13 @@ class LayerParallelExecutor(DraftExecutor):
         """Record this shard's part, which the others do at the same time."""
         like = self._inputs(Rows.of_text(self.cache, np.zeros((1, 1), np.int32), [(0, 1)]))
         self.graphs.record(widths, max_requests, like)
+
+    def attach(self, parts: Parts) -> None:
+        """Go on with other shards, which have read no text: nothing of a cache holds."""
+        self.parts = parts
+        self.cache.forget_texts()
+        if self.graphs is not None:
+            self.graphs.forget()  # they hold messages of the group that is gone
 
     def _level(self, active, own, parents, tokens, rows):
         self._level_hidden = self._forward(tokens, rows, exact=False)

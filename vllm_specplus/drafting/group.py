@@ -1,8 +1,8 @@
 """The process group in which a step's tensors travel, apart from vLLM's.
 
-NCCL on GPUs, where messages are ordered by streams and may be recorded in CUDA graphs; gloo on CPUs,
-and for what hosts tell each other. No wait polls: gloo's block in the kernel, and NCCL's are the
-device's. A lost peer ends gloo's waits in an error; those of a device are ended by a watchdog.
+NCCL on GPUs, where messages are ordered by streams and may be recorded in CUDA graphs; gloo on
+CPUs, and for what hosts tell each other. No wait polls: gloo's block in the kernel, and NCCL's are
+the device's. A lost peer ends gloo's waits in an error; those of a device are ended by a watchdog.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def _gloo(
 
 
 def _nccl(store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
-    """A group whose lost peers are our watchdog's: torch's own ends the process. It learns that from
-    the environment, which is vLLM's otherwise, when the group is made."""
+    """A group whose lost peers are our watchdog's: torch's own ends the process. It learns that
+    from the environment, which is vLLM's otherwise, when the group is made."""
     name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
     before = os.environ.get(name)
     os.environ[name] = "0"

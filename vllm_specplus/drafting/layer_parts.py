@@ -67,7 +67,7 @@ class LayerParts(ABC, Generic[Given]):
         """Return M(x) of ``rows`` x [..., hidden]."""
         return self.behind_transform(self.transformed(rows))
 
-    # The two halves of each: an attention or MLP that is divided among devices is summed in between.
+    # The two halves of each: what is divided among devices is summed in between.
 
     def mixed(self, rows: torch.Tensor, given: Given) -> torch.Tensor:
         """Return A(x) of ``rows`` x [..., hidden] without a norm behind the attention."""

@@ -29,19 +29,19 @@ def check_same(folder: str, expected: str, node: str) -> None:
         found = fingerprint(folder)
     except (OSError, ValueError) as error:
         raise DraftModelError(
-            f"draft model {quoted(folder)} cannot be read on node {node} ({error}): put it there, in "
-            f"the same folder as on the engine's node"
+            f"draft model {quoted(folder)} cannot be read on node {node} ({error}): put it "
+            f"there, in the same folder as on the engine's node"
         ) from None
     if found != expected:
         raise DraftModelError(
-            f"draft model {quoted(folder)} is another one on node {node} than on the engine's: copy "
-            f"the same model to both"
+            f"draft model {quoted(folder)} is another one on node {node} than on the engine's: "
+            f"copy the same model to both"
         )
 
 
 def check_fits(folder: str, dtype: torch.dtype, device: torch.device, key_bytes: int) -> None:
-    """Raise DraftModelError unless ``device`` has memory for the whole draft, which is loaded before
-    it is divided, and for ``key_bytes`` of keys and values."""
+    """Raise DraftModelError unless ``device`` has memory for the whole draft, which is loaded
+    before it is divided, and for ``key_bytes`` of keys and values."""
     numbers = sum(
         math.prod(shape)
         for file in Path(folder).glob("*.safetensors")
@@ -50,9 +50,9 @@ def check_fits(folder: str, dtype: torch.dtype, device: torch.device, key_bytes:
     needed, free = numbers * dtype.itemsize + key_bytes, _free(device)
     if needed > free:
         raise DraftModelError(
-            f"draft model {quoted(folder)} takes {needed / 1e9:.1f} GB with its keys and values, and "
-            f"{device} has {free / 1e9:.1f} GB left: use a smaller draft, lower 'kv_memory_mb', or "
-            f"leave it more memory"
+            f"draft model {quoted(folder)} takes {needed / 1e9:.1f} GB with its keys and values, "
+            f"and {device} has {free / 1e9:.1f} GB left: use a smaller draft, lower 'kv_memory_mb', "
+            f"or leave it more memory"
         )
 
 

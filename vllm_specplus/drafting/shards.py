@@ -1,14 +1,14 @@
 """A draft on several shards: what each computes of a pass, and what home tells the others.
 
-Shard 0, *home*, is the process of the target; the others, *owners*, hold what ``division.py`` gives
-them, and the keys and values of their attentions. Home announces what is next, from host to host, so
-that an owner that waits for work keeps no device busy; the integers of a pass' rows follow, and then
-its hidden states:
+Shard 0, *home*, is the process of the target; the others, *owners*, hold what ``division.py``
+gives them, and the keys and values of their attentions. Home announces what is next, from host to
+host, so that an owner that waits for work keeps no device busy; the integers of a pass' rows
+follow, and then its hidden states:
 
 * ``attentions``: fuzzy, one broadcast of the input and one gather of the results per group with
   layers elsewhere; exact, two point-to-point copies per layer elsewhere;
-* ``attentions_and_mlps``: all shards hold the hidden states. Fuzzy, one all-gather per group; exact,
-  one broadcast per layer; and in both one all-reduce per MLP and for the embedding;
+* ``attentions_and_mlps``: all shards hold the hidden states. Fuzzy, one all-gather per group;
+  exact, one broadcast per layer; and in both one all-reduce per MLP and for the embedding;
 * ``tensor_parallel``: two all-reduces per layer, and one for the embedding.
 
 Where the vocabulary is divided, home gathers the logits.

@@ -67,8 +67,8 @@ class Verdict:
         ]
         for name, loads in self.rounds.items():
             times = ", ".join(
-                f"{load} texts {1e3 * each.round:.2f} ms a round, {1e3 * self.step(name, load):.2f} "
-                f"ms a token"
+                f"{load} texts {1e3 * each.round:.2f} ms a round, "
+                f"{1e3 * self.step(name, load):.2f} ms a token"
                 for load, each in loads.items()
             )
             lines.append(f"  {name}: {times}; worth {self.worth[name]:.2f} tokens a step")
@@ -106,8 +106,8 @@ def try_all(
     model: DraftModel, shards: int, group_size: int, levels: tuple[int, ...], target_bytes: int,
     place: Callable[[Placement, int], LayerParallelExecutor],
 ) -> Verdict:  # fmt: skip
-    """Try what is possible with the whole ``model``. ``place``: a placement, with a cache of so many
-    slots, on all shards, in the place of that before; ``levels``: nodes of a tree's levels."""
+    """Try what is possible with the whole ``model``. ``place``: a placement, with a cache of so
+    many slots, on all shards, in the place of that before; ``levels``: nodes of a tree's levels."""
     allowed, refused = possible(model, shards)
     length = min(BEGIN + 2 * (ROUNDS + 2), model.max_positions - sum(levels))
     slots = max(LOADS) * (length + sum(levels) + 32)
@@ -120,6 +120,7 @@ def try_all(
         ):
             worth[placement] = fuzzy
         executor = place(placement, slots)
+        executor.record(sorted(set(levels[:-1])), max(LOADS))
         rounds[placement] = {load: time_rounds(executor, load, length, levels) for load in LOADS}
         del executor
     one_level = rounds["one_device"][1].level
@@ -144,25 +145,25 @@ def time_rounds(
     names = [f"trial {i}" for i in range(load)]
     texts = rng.integers(0, executor.model.vocab_size, (load, length)).astype(np.int32)
     active = torch.arange(load, device=device)
+    # Of the last level's nodes nobody asks; all nodes of a level lie below the first of the other.
+    parents = [-1, *np.cumsum((0, *levels[:-2]))][: len(levels) - 1]
     timed: list[tuple[float, float]] = []
-    for end in range(max(length - 2 * (ROUNDS + 1), 1), length + 1, 2):
+    for end in range(length - 2 * (ROUNDS + 1), length + 1, 2):
         for name in names:
             if not executor.room(name, end):
                 raise ValueError(f"the trial's cache has no room for {load} texts of {length}")
         seconds = [_now(device)]
         executor.begin(names, list(texts[:, :end]))
         seconds.append(_now(device))
-        above = -1
-        for width in levels[:-1]:  # of the last level's nodes nobody asks
+        for above, width in zip(parents, levels[:-1], strict=True):
             tokens = torch.zeros(load, width, dtype=torch.int64, device=device)
             executor.grow(active, tokens, torch.full_like(tokens, above))
-            above += width if above >= 0 else 1
             seconds.append(_now(device))
         passes = np.diff(seconds)
         timed.append((float(passes.sum()), float(np.median(passes[1:] if levels[1:] else passes))))
     for name in names:
         executor.forget(name)
-    rounds, level = zip(*timed[1:], strict=True)
+    rounds, level = zip(*timed[2:], strict=True)
     return Rounds(statistics.median(rounds), statistics.median(level))
 
 
@@ -174,8 +175,8 @@ def _now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def followed(model: DraftModel, group_size: int, depth: int) -> list[float]:
-    """Shares of chains of ``depth`` most probable tokens that fuzzy passes make as exact ones do, up
-    to each depth. The first token is always the same: text is read exactly."""
+    """Shares of chains of ``depth`` most probable tokens that fuzzy passes make as exact ones do,
+    up to each depth. The first token is always the same: text is read exactly."""
     length = min(TOKENS, model.max_positions - depth - 1)
     slots = DRAWN * (length + depth + 32)
     exact, fuzzy = (
