@@ -51,7 +51,7 @@ def check_fits(folder: str, dtype: torch.dtype, device: torch.device, key_bytes:
     if needed > free:
         raise DraftModelError(
             f"draft model {quoted(folder)} takes {needed / 1e9:.1f} GB with its keys and values, "
-            f"and {device} has {free / 1e9:.1f} GB left: use a smaller draft, lower 'kv_memory_mb', "
+            f"and {device} has {free / 1e9:.1f} GB left: use a smaller draft, lower 'kv_memory_mb' "
             f"or leave it more memory"
         )
 
