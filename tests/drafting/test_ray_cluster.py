@@ -236,6 +236,6 @@ def test_another_draft_on_the_other_node_is_refused(draft, cluster, tmp_path):
     cluster.add_node(num_cpus=2)
     other = fingerprint(save_draft(tmp_path, layers=4))
     plan = replace(plan_of(draft, "attentions", 3), fingerprint=other)
-    with pytest.raises(PlacementError, match="is another one on node .* than on the engine's"):
+    with pytest.raises(PlacementError, match=r"is another one on node .* than on the engine's"):
         Placement(plan, CPU, cluster.address, targets=[])
     assert groups_left(cluster) == []

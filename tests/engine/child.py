@@ -205,7 +205,7 @@ def main(job_path: str, out_path: str) -> None:
             end = (batch["end_process"], signal.SIGTERM)
             llm.collective_rpc(_signal_at_draft, args=(*end, batch["end_at"]))
         if "kill_owner_at" in batch:
-            kill = (owners[-1][0], signal.SIGKILL)
+            kill = (owners[-1][0], getattr(signal, batch.get("signal", "SIGKILL")))
             llm.collective_rpc(_signal_at_draft, args=(*kill, batch["kill_owner_at"]))
         if "fail_at" in batch:
             llm.collective_rpc(_fail_at, args=(batch["fail_at"],))
