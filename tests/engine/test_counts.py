@@ -28,7 +28,7 @@ from vllm_specplus.engine.counts import (
     serve,
 )
 from vllm_specplus.engine.names import CONFIG_KEY
-from vllm_specplus.metrics import Counters
+from vllm_specplus.metrics import COUNTERS, Counters
 
 LABELS = ["model_name", "engine"]
 ENGINES = {0: ["smol", "0"], 1: ["smol", "1"]}
@@ -138,6 +138,31 @@ def test_loggers_for_ray_show_our_counters_too(monkeypatch):
     front_end.observe(delivered(stats).perf_stats, engine_idx=1)
     labels = {"model_name": "smol", "engine": "1", "method": "token_recycling"}
     assert made == {"vllm_specplus_nodes_drafted": [(5.0, labels | {"ReplicaId": "r1"})]}
+
+
+def test_the_number_of_series_does_not_depend_on_what_is_served():
+    """A thousand replicas are a thousand times as many series, and no more."""
+    registry = CollectorRegistry()
+
+    class Apart(CountingPerfMetrics):
+        def _counter_cls(self, **fields):
+            return Counter(registry=registry, **fields)
+
+    def series() -> set[tuple[str, ...]]:
+        samples = (sample for family in registry.collect() for sample in family.samples)
+        return {(s.name, *sorted(s.labels.items())) for s in samples if s.name.endswith("_total")}
+
+    front_end, counts = Apart(config(), LABELS, ENGINES), StepCounts()
+    before = series()
+    ours = {each for each in before if each[0].startswith("vllm:specplus_")}
+    assert len(ours) == len(ENGINES) * len(COUNTERS)
+    for step in range(50):
+        for name in COUNTERS:
+            counts.own.add(name, step)
+        stats = SchedulerStats()
+        counts.put(stats)
+        front_end.observe(delivered(stats).perf_stats, engine_idx=step % 2)
+    assert series() == before
 
 
 def test_vllms_own_performance_counters_stay(shown):
