@@ -23,6 +23,7 @@ from vllm_specplus.drafting.division import (
     check_divisible,
     divide_heads,
     divide_mlp,
+    heads_of,
     layer_owner,
     layers_of,
     share_of,
@@ -186,9 +187,30 @@ def test_a_share_that_does_not_add_up_is_refused(draft, monkeypatch):
         check_divisible(model, "attentions_and_mlps", 2)
 
 
-def test_heads_that_shards_cannot_divide_are_refused(draft):
-    with pytest.raises(UnknownLayers, match="2 heads of keys, which 3 shards"):
+def test_fewer_heads_than_shards_are_refused(draft):
+    with pytest.raises(UnknownLayers, match="2 heads of keys, too few for 3 shards"):
         share_of(model_of(draft), "tensor_parallel", 0, 3, 4)
+
+
+def test_heads_need_not_be_as_many_on_every_shard(tmp_path):
+    """As of SmolLM2-135M, which has 9 heads and 3 of keys."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=144, intermediate_size=99, num_hidden_layers=4,
+        num_attention_heads=9, num_key_value_heads=3, initializer_range=0.2,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    assert [list(heads_of(rank, 3, 2)) for rank in range(2)] == [[0, 1], [2]]
+    plan = plan_of(folder, "tensor_parallel", 2)
+    with in_threads(plan) as (home, _):
+        run = home.place("tensor_parallel", SLOTS)
+        assert run.model.kv_heads == 2
+        for theirs, mine in zip(rounds(run), rounds(plain(folder)), strict=True):
+            torch.testing.assert_close(theirs, mine, atol=1e-4, rtol=1e-4)
 
 
 def test_a_bias_is_added_once(tmp_path):
@@ -200,10 +222,8 @@ def test_a_bias_is_added_once(tmp_path):
     with torch.inference_mode():
         total = sum(divide_mlp(mlp, rank, 3)(rows) for rank in range(3))
         torch.testing.assert_close(total, mlp(rows), atol=1e-5, rtol=1e-5)
-    assert [divide_heads(attention, rank, 2).o_proj.bias is None for rank in range(2)] == [
-        False,
-        True,
-    ]
+    biases = [divide_heads(attention, heads_of(r, 2, 2), 2).o_proj.bias for r in range(2)]
+    assert [bias is None for bias in biases] == [False, True]
 
 
 def numbers(model: DraftModel) -> dict[str, int]:

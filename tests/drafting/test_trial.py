@@ -65,7 +65,7 @@ def test_an_impossible_placement_is_not_tried(tmp_path):
     assert list(refused) == ["attentions_and_mlps", "tensor_parallel"]
     allowed, refused = possible(model_of(save_draft(tmp_path / "dense", layers=4)), 3)
     assert allowed == ["one_device", "attentions", "attentions_and_mlps"]
-    assert "3 shards cannot divide" in refused["tensor_parallel"]
+    assert "too few for 3 shards" in refused["tensor_parallel"]
 
 
 def test_groups_of_one_are_followed_to_the_end(tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ from torch import nn
 from vllm_specplus.drafting.dense_attention import DenseAttention
 from vllm_specplus.drafting.layer_parts import TRIED, UnknownLayers, close
 from vllm_specplus.drafting.model import DraftModel
-from vllm_specplus.drafting.transformers_layer import TransformersLayer
+
+if TYPE_CHECKING:
+    from vllm_specplus.drafting.transformers_layer import TransformersLayer
 
 Placement = Literal["one_device", "attentions", "attentions_and_mlps", "tensor_parallel"]
 """What the devices of a draft share, see ``drafting/easyspec.py``."""
@@ -102,13 +104,11 @@ def share_of(
         return ModelShare(whole, list(whole.layers), whole.attention_layers)
     if placement == "tensor_parallel":
         attentions = list(whole.attention_layers)
-        if whole.kv_heads % shards:
-            raise UnknownLayers(
-                f"they have {whole.kv_heads} heads of keys, which {shards} shards cannot divide"
-            )
+        heads = heads_of(rank, whole.kv_heads, shards)
         layers = [
             each.with_parts(
-                divide_heads(each.attention, rank, shards), divide_mlp(each.mlp, rank, shards)
+                divide_heads(each.attention, heads, whole.kv_heads),
+                divide_mlp(each.mlp, rank, shards),
             )
             for each in whole.layers
         ]
@@ -122,7 +122,7 @@ def share_of(
             layers.append(each.with_parts(each.attention if number in attentions else None, mlp))
     share = ModelShare(whole, layers, attentions)
     if placement == "tensor_parallel":
-        share.kv_heads //= shards
+        share.kv_heads = len(heads)
     if placement != "attentions":
         share.divide_vocabulary(rank, shards)
     elif rank:
@@ -147,16 +147,39 @@ def divide_mlp(mlp: nn.Module, rank: int, shards: int) -> nn.Module:
     return _remade(mlp, parts)
 
 
-def divide_heads(attention: nn.Module, rank: int, shards: int) -> nn.Module:
-    """The heads of one shard. Norms of single heads stay as they are."""
+def heads_of(rank: int, kv_heads: int, shards: int) -> range:
+    """The heads of keys that a shard holds, as many on each as possible; UnknownLayers if there are
+    fewer than shards."""
+    if kv_heads < shards:
+        raise UnknownLayers(f"they have {kv_heads} heads of keys, too few for {shards} shards")
+    own, more = divmod(kv_heads, shards)
+    first = rank * own + min(rank, more)
+    return range(first, first + own + (rank < more))
+
+
+def divide_heads(attention: nn.Module, heads: range, kv_heads: int) -> nn.Module:
+    """These heads of keys, of ``kv_heads``, and the query heads that read them. Norms of single
+    heads stay as they are."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     children = dict(attention.named_children())
     others = [part for name, part in children.items() if name not in names]
     sizes = {parameter.numel() for part in others for parameter in part.parameters()}
     if not children.keys() >= set(names) or sizes - {attention.head_dim}:
         raise UnknownLayers(f"{type(attention).__name__} has projections of several heads at once")
-    parts = {name: _rows(children[name], 1, rank, shards) for name in names[:3]}
-    return _remade(attention, parts | {"o_proj": _columns(children["o_proj"], rank, shards)})
+    own = slice(heads.start, heads.stop)
+
+    def rows(whole: torch.Tensor) -> torch.Tensor:
+        return whole.unflatten(0, (kv_heads, -1))[own].flatten(0, 1)
+
+    parts = {}
+    for name in names[:3]:
+        linear = children[name]
+        bias = None if linear.bias is None else rows(linear.bias)
+        parts[name] = _linear(linear, rows(linear.weight), bias)
+    out = children["o_proj"]
+    columns = out.weight.unflatten(1, (kv_heads, -1))[:, own].flatten(1)
+    parts["o_proj"] = _linear(out, columns, None if heads.start else out.bias)
+    return _remade(attention, parts)
 
 
 def _rows(linear: nn.Linear, joined: int, rank: int, shards: int) -> nn.Linear:
@@ -202,8 +225,8 @@ def check_divisible(whole: DraftModel, placement: Placement, shards: int) -> Non
     to those of ``whole``. Needs memory for one layer more."""
     if placement not in ("attentions_and_mlps", "tensor_parallel"):
         return
-    if placement == "tensor_parallel" and whole.kv_heads % shards:
-        share_of(whole, placement, 0, shards, 1)  # says so
+    divides_heads = placement == "tensor_parallel"
+    heads = [heads_of(r, whole.kv_heads, shards) for r in range(shards)] if divides_heads else []
     places = torch.arange(TRIED, device=whole.device)
     rotary = whole.rotary(places)
     attend = DenseAttention((places <= places[:, None])[None, None])
@@ -212,10 +235,10 @@ def check_divisible(whole: DraftModel, placement: Placement, shards: int) -> Non
         given = whole._given(number, rotary, attend)
         shares = (layer.with_parts(None, divide_mlp(layer.mlp, r, shards)) for r in range(shards))
         _check_sum(layer.transformed(hidden), (each.transformed(hidden) for each in shares))
-        if placement == "tensor_parallel":
+        if divides_heads:
             shares = (
-                layer.with_parts(divide_heads(layer.attention, r, shards), None)
-                for r in range(shards)
+                layer.with_parts(divide_heads(layer.attention, own, whole.kv_heads), None)
+                for own in heads
             )
             _check_sum(layer.mixed(hidden, given), (each.mixed(hidden, given) for each in shares))
         hidden = hidden + layer.attend(hidden, given)

@@ -108,7 +108,7 @@ class Owner:
         import ray
         import torch
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(1)
         here, dtype = ray.util.get_node_ip_address(), getattr(torch, plan.dtype)

@@ -98,10 +98,10 @@ class EasySpecConfig(DraftTreeConfig):
                 f"{quoted(self.model)} are experts: use 'attentions', or 'auto'"
             )
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        if self.placement == "tensor_parallel" and heads % self.shards:
+        if self.placement == "tensor_parallel" and heads < self.shards:
             raise ValueError(
                 f"placement 'tensor_parallel' divides the {heads} heads of keys of draft model "
-                f"{quoted(self.model)} among {self.shards} 'shards': use a divisor, or another "
+                f"{quoted(self.model)} among {self.shards} 'shards': lower these, or use another "
                 f"placement"
             )
         return self
