@@ -37,7 +37,7 @@ import torch
 from vllm_specplus.bench.report import describe_run
 from vllm_specplus.drafting.division import PLACEMENTS, ModelShare, share_of
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, Parts, groups_of
-from vllm_specplus.drafting.executor import DraftExecutor
+from vllm_specplus.drafting.executor import PROMPT_CHUNK, DraftExecutor
 from vllm_specplus.drafting.group import Group, join_store, open_store
 from vllm_specplus.drafting.memory import fingerprint
 from vllm_specplus.drafting.model import DraftModel
@@ -220,20 +220,25 @@ def time_placement(
         owner.wait()
     return summary(passes) | {
         "messages_per_turn": dict(counted),
-        "messages_as_formula": counted == expected_messages(plain, placement, levels, groups),
+        "messages_as_formula": counted
+        == expected_messages(plain, placement, len(texts), levels, groups),
     }
 
 
 def expected_messages(
-    plain: DraftExecutor, placement: str, levels: int, groups: int
+    plain: DraftExecutor, placement: str, texts: int, levels: int, groups: int
 ) -> Counter[str]:
-    """Of a turn, whose first reading is one pass too: texts are short."""
+    """Of a turn: its rounds, and one before, whose texts may take several passes."""
     counted = messages(plain.model.num_layers, groups, SHARDS, placement)
+    first, others = (-(-texts * rows // PROMPT_CHUNK) for rows in (CONTEXT, GROWTH))
+    times = {
+        "text": first + ROUNDS * others,
+        "output": ROUNDS + 1,
+        "level": (ROUNDS + 1) * (levels - 1),
+    }
     total: Counter[str] = Counter()
-    for _ in range(ROUNDS + 1):
-        total += counted["text"] + counted["output"]
-        for _ in range(levels - 1):
-            total += counted["level"]
+    for kind, number in times.items():
+        total.update({name: number * each for name, each in counted[kind].items()})
     return total
 
 

@@ -250,6 +250,8 @@ def _check_sum(wanted: torch.Tensor, addends: Iterable[torch.Tensor]) -> None:
     try:
         for each in addends:
             total += each
+    except UnknownLayers:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:  # some shape is not what it seemed
         raise UnknownLayers(f"a share of a divided layer fails: {error}") from error
     if not close(total, wanted):

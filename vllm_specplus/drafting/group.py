@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -83,7 +83,8 @@ class Group:
         """Let go of the peers: whoever waits for this rank gets an error."""
         if self._watchdog is not None:
             self._watchdog.close()
-            self._group.abort()
+            with suppress(RuntimeError):  # it may have been ended already
+                self._group.abort()
         self._group = self._hosts = None
 
     # -- messages -------------------------------------------------------------------------
