@@ -4,8 +4,8 @@
         [--texts 1,16] [--levels 5] [--groups 2] [--turns 7] [--json OUT.json]
 
 First it is counted, for a round of one pass over new text and ``levels - 1`` levels of a chain: the
-bytes of weights and of keys and values that every shard reads, its floating-point operations, and
-the messages of home (``--count``: nothing else). Then it is timed. Every placement on two processes
+bytes of weights and of keys and values that every shard reads, its floating-point operations, the
+messages of home, and the weights on the critical path (``--count``: nothing else). Then it is timed. Every placement on two processes
 of one core each is run in turns with the whole draft on one core, and with the whole draft on both
 cores, so that a ratio is one of neighbours in time: medians over the turns, with quartiles. Last,
 what fuzzy groups cost with a draft that would otherwise be right: the drafted tokens that are, of
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from vllm_specplus.bench.report import describe_run
-from vllm_specplus.drafting.division import PLACEMENTS, ModelShare, share_of
+from vllm_specplus.drafting.division import PLACEMENTS, ModelShare, layer_owner, share_of
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, Parts, groups_of
 from vllm_specplus.drafting.executor import PROMPT_CHUNK, DraftExecutor
 from vllm_specplus.drafting.group import Group, join_store, open_store
@@ -87,31 +87,55 @@ def work_of(
     }
 
 
+def critical_mb(whole: DraftModel, placement: str, levels: int, groups: int) -> float:
+    """Megabytes of weights that are read one after the other in a round, on whichever shard: what
+    a round takes at least where reading them takes all the time, and messages none."""
+
+    def of(part) -> int:
+        return sum(parameter.nbytes for parameter in part.parameters())
+
+    attention = max(of(each.attention) for each in whole.layers)
+    mlps, head = sum(of(each.mlp) for each in whole.layers), whole._head.nbytes
+    divided = 1 if placement in ("one_device", "attentions") else SHARDS
+    text = level = whole.num_layers * attention
+    if placement == "tensor_parallel":
+        most = -(-whole.kv_heads // SHARDS) / whole.kv_heads
+        text, level = most * text, most * level
+    elif placement in FUZZY:
+        owners = [
+            [layer_owner(layer, whole.num_layers, groups, SHARDS) for layer in group]
+            for group in groups_of(placement, whole.num_layers, groups)
+        ]
+        level = attention * sum(max(map(each.count, each)) for each in owners)
+    return (text + (levels - 1) * level + levels * (mlps + head) / divided) / 1e6
+
+
 def count(folder: str, texts: int, levels: int, groups: int, dtype: torch.dtype) -> dict:
-    """Work of each shard, by placement."""
+    """Work of each shard, by placement, and what is on the critical path."""
     whole = DraftModel(folder, CPU, dtype)
+    alone = critical_mb(whole, "one_device", levels, groups)
     found = {}
     for placement in PLACEMENTS:
         ranks = range(1 if placement == "one_device" else SHARDS)
-        found[placement] = [
+        shards = [
             work_of(share_of(whole, placement, rank, SHARDS, groups), placement, rank, texts,
                     levels, groups)
             for rank in ranks
         ]  # fmt: skip
+        critical = critical_mb(whole, placement, levels, groups)
+        found[placement] = {"shards": shards, "critical_mb": critical, "bound": alone / critical}
     return found
 
 
 def say_counts(counts: dict, texts: int) -> None:
     print(f"a round of {texts} texts, counted:")
-    alone = counts["one_device"][0]
-    for placement, shards in counts.items():
-        busiest = {key: max(s[key] for s in shards) for key in ("read_mb", "gflop")}
+    for placement, counted in counts.items():
+        shards = counted["shards"]
         sent = ", ".join(f"{n} {kind}" for kind, n in sorted(shards[0]["messages"].items()))
         each = "; ".join(f"{s['read_mb']:.0f} MB, {s['gflop']:.2f} GFLOP" for s in shards)
         print(
-            f"  {placement}: {each}; the busiest reads {busiest['read_mb'] / alone['read_mb']:.2f} "
-            f"and computes {busiest['gflop'] / alone['gflop']:.2f} of one device's"
-            + (f"; {sent}" if sent else "")
+            f"  {placement}: {each}; one after the other {counted['critical_mb']:.0f} MB, so at "
+            f"most {counted['bound']:.2f} times as fast" + (f"; {sent}" if sent else "")
         )
 
 
