@@ -5,11 +5,11 @@
 
 First it is counted, for a round of one pass over new text and ``levels - 1`` levels of a chain: the
 bytes of weights and of keys and values that every shard reads, its floating-point operations, the
-messages of home, and the weights on the critical path (``--count``: nothing else). Then it is timed.
-Every placement on two processes of one core each is run in turns with the whole draft on one core,
-and with the whole draft on both cores, so that a ratio is one of neighbours in time: medians over
-the turns, with quartiles. Last, what fuzzy groups cost with a draft that would otherwise be right:
-the drafted tokens that are, of recorded texts (SmolLM2-135M as its own draft).
+messages of home, and the weights on the critical path (``--count``: nothing else). Then it is
+timed. Every placement on two processes of one core each is run in turns with the whole draft on one
+core, and with the whole draft on both cores, so that a ratio is one of neighbours in time: medians
+over the turns, with quartiles. Last, what fuzzy groups cost with a draft that would otherwise be
+right: the drafted tokens that are, of recorded texts (SmolLM2-135M as its own draft).
 
 ``--shape wide`` times a random draft of fewer and wider layers instead, in which several texts
 compute more than they read.
