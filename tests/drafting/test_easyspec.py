@@ -38,7 +38,7 @@ from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.group import Group, open_store
 from vllm_specplus.drafting.layer_parts import UnknownLayers
 from vllm_specplus.drafting.model import DraftModel
-from vllm_specplus.drafting.shards import Shard, messages
+from vllm_specplus.drafting.shards import Shard, messages, rejoin
 from vllm_specplus.drafting.watchdog import LostPeer, Watchdog
 
 LAYERS = 8
@@ -363,15 +363,13 @@ def test_levels_are_replayed_on_all_shards(draft, placement, shards):
 
 def test_other_shards_go_on_where_the_lost_ones_were(draft):
     """The draft's share stays; texts are read again, graphs recorded again."""
-    from vllm_specplus.drafting.shards import parts_of
-
     plan = plan_of(draft, "attentions_and_mlps", 2)
     with in_threads(plan, record_on_cpu) as (home, _):
         run = home.place("attentions_and_mlps", SLOTS)
         run.warm_up([2], 4)
         before = rounds(run)
     with in_threads(plan, record_on_cpu) as (_, group):
-        run.attach(parts_of("attentions_and_mlps", run.model, group, 3))
+        rejoin(run, plan, group)
         assert run.graphs._graphs == {}
         run.record([2], 4)
         for a, b in zip(rounds(run), before, strict=True):
@@ -419,7 +417,8 @@ def test_a_watchdog_ends_what_is_not_over_once():
     dog.watch(lambda: False)
     assert ended.wait(30)
     dog._thread.join(30)
-    with pytest.raises(LostPeer, match="did not answer within 0 s"):
+    dog.seconds = 3
+    with pytest.raises(LostPeer, match="did not answer within 3 s"):
         dog.check()
     dog.close()
 

@@ -25,7 +25,7 @@ from tests.drafting.test_drafting import save_draft
 from tests.drafting.test_easyspec import local, rounds
 from vllm_specplus.drafting.placement import Placement
 from vllm_specplus.drafting.ray_owners import PlacementError
-from vllm_specplus.drafting.shards import Shard
+from vllm_specplus.drafting.shards import Shard, rejoin
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.full(
@@ -158,9 +158,7 @@ def test_a_lost_node_is_an_error_and_another_takes_its_place(draft, cluster):
             placed.restart(placed.plan)
         cluster.add_node(num_cpus=2)
         placed.restart(placed.plan)
-        from vllm_specplus.drafting.shards import parts_of
-
-        run.attach(parts_of(placed.plan.placement, run.model, placed.group, 3))
+        rejoin(run, placed.plan, placed.group)
         check_rounds(draft, run)
     finally:
         placed.close()

@@ -91,7 +91,7 @@ class Lost:
 
     def __init__(self, plan, *attempts: bool):
         self.plan, self._attempts, self.started, self.closed = plan, list(attempts), 0, 0
-        self.group = SimpleNamespace(check=lambda: None)
+        self.group = SimpleNamespace(check=lambda: None, hurry=lambda: None)
 
     def restart(self, plan):
         self.started += 1
@@ -115,7 +115,9 @@ def drafter(draft, monkeypatch):
     made.load_draft(CPU, torch.float32)
     made._chosen = "attentions"
     monkeypatch.setattr(easyspec, "RETRY_SECONDS", (0, 0))
-    monkeypatch.setattr(easyspec, "parts_of", lambda *args: made._executor.parts)
+    monkeypatch.setattr(
+        easyspec, "rejoin", lambda executor, plan, group: executor.attach(executor.parts)
+    )
     yield made, reported, counted
     made.close()
 

@@ -20,6 +20,8 @@ from vllm_specplus.drafting.watchdog import Watchdog
 
 #: A home that waits longer than this for an owner takes it for lost.
 STEP_TIMEOUT = timedelta(seconds=10)
+#: The same while kernels are compiled, which the first passes on a device do.
+START_TIMEOUT = timedelta(seconds=60)
 #: An owner waits for work as long as its connection lives; an engine may be idle for days.
 IDLE_TIMEOUT = timedelta(days=365)
 #: Between two looks at those who start the owners, while these load their weights.
@@ -44,13 +46,13 @@ class Group:
         host: str = "127.0.0.1", check: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """``host``: an address of this process' host that the others reach. A RuntimeError if not
-        all are there after ``connect``; ``check`` is called every second until then, and may raise.
-        """
-        store = dist.PrefixStore("specplus", store)
-        if rank:
-            store.set(f"ready {rank}", "")
+        all are there after ``connect``; ``check`` is called every second of that, here and where
+        they :meth:`meet`, and may raise."""
+        self.rank, self.size = rank, size
+        self._store = store = dist.PrefixStore("specplus", store)
+        self._connect, self._check, self._meetings = connect, check, 0
         # The group itself forms in an instant, and must: its timeout is a step's.
-        _wait(store, [f"ready {other}" for other in range(1, size)], connect, check)
+        self.meet()
         timeout = IDLE_TIMEOUT if rank else STEP_TIMEOUT
         self._hosts = self._group = _gloo(store, rank, size, timeout, host)
         self._watchdog: Watchdog | None = None
@@ -58,14 +60,26 @@ class Group:
             self._group = _nccl(dist.PrefixStore("nccl", store), rank, size)
             self._group.eager_connect_single_device(device)
             if not rank:
-                self._watchdog = Watchdog(self._group.abort, STEP_TIMEOUT.total_seconds())
-        self.rank, self.size = rank, size
+                self._watchdog = Watchdog(self._group.abort, START_TIMEOUT.total_seconds())
         self.counts: Counter[str] = Counter()
         """Messages by kind, as this rank has taken part in them."""
         self.sent: Counter[str] = Counter()
         """Bytes by kind, of the tensors that were handed over."""
 
     # -- waiting --------------------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Wait until all ranks have called this as often: none of them is held up by weights any
+        more. A RuntimeError if they are not there in the time to connect."""
+        self._meetings += 1
+        self._store.set(f"{self._meetings} {self.rank}", "")
+        keys = [f"{self._meetings} {rank}" for rank in range(self.size)]
+        _wait(self._store, keys, self._connect, self._check)
+
+    def hurry(self) -> None:
+        """The first passes are over: from now on waits on a device are a step's."""
+        if self._watchdog is not None:
+            self._watchdog.seconds = STEP_TIMEOUT.total_seconds()
 
     def watch(self) -> None:
         """What has been asked of the device has to be over in time."""

@@ -239,7 +239,10 @@ class Shard:
             self._whole = None
         share.quicken()
         parts = parts_of(placement, share, self._group, plan.group_size)
-        return LayerParallelExecutor(parts, max_slots, plan.max_nodes, self._record)
+        executor = LayerParallelExecutor(parts, max_slots, plan.max_nodes, self._record)
+        if placement != "one_device":
+            self._group.meet()
+        return executor
 
     @torch.inference_mode()
     def serve(self) -> None:
@@ -271,6 +274,13 @@ class Shard:
                 hidden = executor.run(tokens, rows, exact=kind == _TEXT)
                 if kind == _LEVEL:
                     executor.parts.logits(hidden, behind_level=True)
+
+
+def rejoin(executor: LayerParallelExecutor, plan: Plan, group: Group) -> None:
+    """Let home's executor, which keeps its share, go on with new owners: those of ``group``, which
+    settle on what ``plan`` says."""
+    group.meet()
+    executor.attach(parts_of(plan.placement, executor.model, group, plan.group_size))
 
 
 def tell(group: Group, kind: int, *numbers: int) -> None:

@@ -21,7 +21,7 @@ class Watchdog:
 
     def __init__(self, end: Callable[[], None], seconds: float):
         """``end`` makes whoever waits go on; it is called in another thread."""
-        self._end, self._seconds = end, seconds
+        self._end, self.seconds = end, seconds
         self._changed = threading.Condition()
         self._watched: tuple[float, Callable[[], bool]] | None = None
         self._closed = self._lost = False
@@ -34,14 +34,14 @@ class Watchdog:
         with self._changed:
             # The thread sleeps until the time of what was watched first, and looks then.
             idle = self._watched is None
-            self._watched = (time.monotonic() + self._seconds, is_over)
+            self._watched = (time.monotonic() + self.seconds, is_over)
             if idle:
                 self._changed.notify()
 
     def check(self) -> None:
         """Raise LostPeer if something had to be ended."""
         if self._lost:
-            raise LostPeer(f"a shard of the draft did not answer within {self._seconds:.0f} s")
+            raise LostPeer(f"a shard of the draft did not answer within {self.seconds:.0f} s")
 
     def close(self) -> None:
         """Watch nothing more."""

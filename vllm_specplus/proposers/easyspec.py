@@ -27,7 +27,7 @@ from vllm_specplus.drafting.layer_parts import UnknownLayers
 from vllm_specplus.drafting.memory import check_fits, fingerprint
 from vllm_specplus.drafting.model import DraftModel, DraftModelError, read_config
 from vllm_specplus.drafting.placement import Placement
-from vllm_specplus.drafting.shards import Plan, Shard, parts_of
+from vllm_specplus.drafting.shards import Plan, Shard, rejoin
 from vllm_specplus.drafting.trial import try_all
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.draft_tree import DraftTree, DraftTreeConfig
@@ -198,11 +198,12 @@ class EasySpec(DraftTree):
         try:
             if self._is_new and self._recorded is not None:
                 self._executor.record(*self._recorded)
-            self._is_new = False
             drafts = super().propose(step)
             if self._placement is not None:
                 # A wait that had to be ended has left anything in the tensors.
                 self._placement.group.check()
+                self._placement.group.hurry()
+            self._is_new = False
             return drafts
         except Exception:
             # A peer is gone, or waits for the rest of a pass that broke off.
@@ -223,18 +224,14 @@ class EasySpec(DraftTree):
             self._attempts += 1
             try:
                 self._placement.restart(plan)
+                rejoin(self._executor, plan, self._placement.group)
             except Exception as error:
                 self.services.report(error)
-            else:
-                self._attach(plan)
-                return
+                continue
+            self._built, self._is_new = time.monotonic(), True
+            self.services.count("draft_group_rebuilds")
+            return
         self._give_up()
-
-    def _attach(self, plan: Plan) -> None:
-        model, group = self._executor.model, self._placement.group
-        self._executor.attach(parts_of(plan.placement, model, group, plan.group_size))
-        self._built, self._is_new = time.monotonic(), True
-        self.services.count("draft_group_rebuilds")
 
     def _give_up(self) -> None:
         self._given_up = True
