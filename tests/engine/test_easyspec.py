@@ -40,19 +40,19 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.full("vllm_specplus/drafting/**/*.py", "vllm_specplus/proposers/easyspec.py")
 @pytest.mark.parametrize(
-    ("number", "placement"),
+    ("key", "placement"),
     [
-        ("SIGKILL", "attentions"),
-        ("SIGSTOP", "attentions_and_mlps"),
-        ("SIGKILL", "tensor_parallel"),
+        ("kill_owner_at", "attentions"),
+        ("stop_owner_at", "attentions_and_mlps"),
+        ("kill_owner_at", "tensor_parallel"),
     ],
 )
 def test_a_lost_or_hung_owner_costs_drafts_and_nothing_else(
-    tmp_path, tiny_engine, mixed_requests, plain, deep_draft, number, placement
+    tmp_path, tiny_engine, mixed_requests, plain, deep_draft, key, placement
 ):
     """In the middle of the second batch; built anew before the third."""
     batch = {"requests": mixed_requests}
-    lost = batch | {"kill_owner_at": 5, "signal": number}
+    lost = batch | {key: 5}
     config = spec(deep_draft, shards=2, placement=placement)
     if placement == "tensor_parallel":
         del config["group_size"]

@@ -72,7 +72,9 @@ class Shared(Parts):
         self._group.check()
         sizes, raw = rows.packed()
         tell(self._group, _TEXT if exact else _LEVEL, *sizes)
-        self._group.broadcast(torch.cat([tokens.view(torch.uint8), raw]))
+        # A copy, as in ``Rows.packed``: one token of any stride passes for contiguous.
+        own = tokens.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        self._group.broadcast(torch.cat([own, raw]))
 
     def end(self):
         self._group.watch()
