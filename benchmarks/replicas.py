@@ -2,12 +2,12 @@
 
     python benchmarks/replicas.py [--replicas 1000] [--in-flight 8] [--requests 120] [--json OUT]
 
-Every replica is an engine of ``simulator.py``: recorded texts, measured step times, the product's own
-proposer and controller, which decide by the load of their replica and nothing else. A router spreads
-``replicas * in-flight`` requests evenly or at random; replicas of the same load are alike, so each load
-is simulated once and counted as often as it occurs. Printed and written are the tokens per second of
-all replicas, undrafted and under the controller, how much is drafted where, and the metrics that one
-scrape of all replicas brings: series, and bytes as Prometheus reads them.
+Every replica is an engine of ``simulator.py``: recorded texts, measured step times, the product's
+own proposer and controller, which decide by the load of their replica and nothing else. A router
+spreads ``replicas * in-flight`` requests evenly or at random; replicas of the same load are alike,
+so each load is simulated once and counted as often as it occurs. Printed and written are the tokens
+per second of all replicas, undrafted and under the controller, how much is drafted where, and the
+metrics that one scrape of all replicas brings: series, and bytes as Prometheus reads them.
 """
 
 from __future__ import annotations
@@ -110,12 +110,8 @@ def scraped(replicas: int) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--replicas", type=int, default=1000)
-    parser.add_argument(
-        "--in-flight", type=int, default=8, help="requests per replica, in the mean"
-    )
-    parser.add_argument(
-        "--requests", type=int, default=120, help="that a simulated replica answers"
-    )
+    parser.add_argument("--in-flight", type=int, default=8, help="requests per replica, mean")
+    parser.add_argument("--requests", type=int, default=120, help="that one simulated answers")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     loads = {how: routed(how, args.replicas, args.in_flight) for how in ("evenly", "at random")}

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import replicas
 
+from vllm_specplus.metrics import COUNTERS
+
 OF_LOAD = {
     2: {"none": 10.0, "controller": 15.0, "nodes_per_request": 8.0},
     4: {"none": 18.0, "controller": 18.0, "nodes_per_request": 0.0},
@@ -33,8 +35,8 @@ def test_replicas_are_summed_as_often_as_there_are():
     assert found["least_and_most_in_flight"] == [0, 4]
 
 
-def test_metrics_grow_with_replicas_only():
-    one, many = replicas.scraped(1), replicas.scraped(1000)
-    assert many["series_per_engine"] == one["series_per_engine"] == one["series"]
-    assert many["series"] == 1000 * one["series"]
-    assert many["bytes"] == 1000 * one["bytes"]
+def test_metrics_are_a_series_per_counter_and_replica():
+    found = replicas.scraped(1000)
+    assert found["series_per_engine"] == len(COUNTERS)
+    assert found["series"] == 1000 * len(COUNTERS)
+    assert found["bytes"] > 50 * found["series"]
