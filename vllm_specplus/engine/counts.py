@@ -109,13 +109,13 @@ class CountingPerfMetrics(PerfMetricsProm):
 
 
 def serve() -> None:
-    """Let vLLM's Prometheus loggers of this process show our counters, and where Ray is in use its
-    loggers for Ray, of which every replica of Ray Serve has one. Harmless for engines without a
-    method of ours; may be called again."""
+    """Let vLLM's Prometheus loggers of this process show our counters, and in a replica of Ray Serve
+    its loggers for Ray. Harmless for engines without a method of ours; may be called again."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     PrometheusStatLogger._perf_metrics_cls = CountingPerfMetrics
-    if "ray" in sys.modules:  # to import it for nothing would take seconds
+    # To import Ray Serve for nothing would take seconds.
+    if sys.modules.keys() & {"ray.serve", "vllm.v1.metrics.ray_wrappers"}:
         from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayPrometheusStatLogger
 
         class CountingRayPerfMetrics(CountingPerfMetrics):
