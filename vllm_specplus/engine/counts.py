@@ -109,8 +109,9 @@ class CountingPerfMetrics(PerfMetricsProm):
 
 
 def serve() -> None:
-    """Let vLLM's Prometheus loggers of this process show our counters, and in a replica of Ray Serve
-    its loggers for Ray. Harmless for engines without a method of ours; may be called again."""
+    """Let vLLM's Prometheus loggers of this process show our counters, and in a replica of Ray
+    Serve its loggers for Ray. Harmless for engines without a method of ours; may be called
+    again."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     PrometheusStatLogger._perf_metrics_cls = CountingPerfMetrics
