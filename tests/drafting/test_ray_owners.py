@@ -31,7 +31,7 @@ def draft(tmp_path_factory) -> str:
 @pytest.fixture
 def order(draft) -> ray_owners.Order:
     plan = plan_of(draft, "attentions", 3)
-    return ray_owners.Order(plan, "GPU", None, 1234, 1.0, ["5", "6"], {"NCCL_DEBUG": "WARN"})
+    return ray_owners.Order(plan, "GPU", None, 1234, 1, ["5", "6"], {"NCCL_DEBUG": "WARN"})
 
 
 def targets(*names: str, host: str = HERE) -> list[TargetDevice]:

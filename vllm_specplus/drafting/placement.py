@@ -42,7 +42,7 @@ class Placement:
 
     def __init__(
         self, plan: Plan, device: torch.device, address: str | None = None, *,
-        targets: list[TargetDevice], share: bool = False, reserve_seconds: float = 30,
+        targets: list[TargetDevice], share: bool = False, reserve_seconds: int = 30,
     ):  # fmt: skip
         """Starts everything; PlacementError in bounded time if it cannot.
 

@@ -26,7 +26,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -64,7 +63,7 @@ class Order:
     """Of a Ray cluster; None: a local one, for as long as this process lives."""
     port: int
     """Of the store in which home and owners meet, on this host."""
-    reserve_seconds: float
+    reserve_seconds: int
     """How long the cluster may take to find the devices, or to start nodes that have them."""
     shared: list[str] | None = None
     """Names, for ``CUDA_VISIBLE_DEVICES``, of this node's GPUs that owners share with the target
@@ -206,20 +205,21 @@ class Owners:
             _soft_target_node_id=ray.get_runtime_context().get_node_id(),
         )  # fmt: skip
         asked = f"{count} free {order.resource}s on one node of the Ray cluster"
-        begin = time.monotonic()
+        waited = 0
         while True:
-            left = begin + order.reserve_seconds - time.monotonic()
-            if self._bundles.wait(max(min(NOTE_SECONDS, left), 0)):
+            # Ray takes whole seconds.
+            now = min(NOTE_SECONDS, order.reserve_seconds - waited)
+            if self._bundles.wait(now):
                 return
+            waited += now
             there = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-            if left <= NOTE_SECONDS:
+            if waited >= order.reserve_seconds:
                 raise PlacementError(
                     f"easyspec asks for {asked}, which has {there or 'none'} left after "
-                    f"{order.reserve_seconds:.0f} s: lower 'shards', free some, or raise "
-                    f"'placement_timeout_s' where the cluster starts nodes by itself"
+                    f"{waited} s: lower 'shards', free some, or raise 'placement_timeout_s' where "
+                    f"the cluster starts nodes by itself"
                 )
-            waited = time.monotonic() - begin
-            self._say("note", f"waits for {asked}, {waited:.0f} s so far: it has {there or 'none'}")
+            self._say("note", f"waits for {asked}, {waited} s so far: it has {there or 'none'}")
 
     def _check_places(self) -> None:
         """What Ray has made of the order."""
