@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -280,38 +281,42 @@ def throughput(
     return result
 
 
+def deep_draft(setting: Setting) -> str:
+    """Folder of a draft for layers in parallel; of a rehearsal it has layers that make groups."""
+    if not setting.rehearse:
+        return setting.draft or setting.model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tempfile.mkdtemp()
+    LlamaForCausalLM(LlamaConfig(**TINY | {"num_hidden_layers": 6})).save_pretrained(folder)
+    return folder
+
+
 def easyspec(setting: Setting, keep: Keep) -> dict[str, Any]:
     """A draft's exact and fuzzy passes by layers per group, on this device alone: what of a pass
     would be left if the attentions of a group ran at once is its critical path."""
     import torch
 
-    from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layer_groups
+    from vllm_specplus.drafting.easyspec import LayerParallelExecutor, Parts, layer_groups
     from vllm_specplus.drafting.model import DraftModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    draft = setting.draft or setting.model
-    if setting.rehearse:  # the first and the last layer are no part of a group
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        draft = tempfile.mkdtemp()
-        config = LlamaConfig(**TINY | {"num_hidden_layers": 6})
-        LlamaForCausalLM(config).save_pretrained(draft)
-    model = DraftModel(draft, device, dtype)
+    model = DraftModel(deep_draft(setting), device, dtype)
     levels, rows = 5, []
     for size in (1, 2) if setting.rehearse else (1, 2, 4, 8):
-        executor = LayerParallelExecutor(model, 4096, levels, size)
-        attentions = executor.attentions
+        parts = Parts(model, layer_groups(model.num_layers, size))
         group_s: list[float] = []
-        inner = attentions.layer_group
+        inner = parts.together
 
-        def timed(layers, hidden, inner=inner, group_s=group_s):
+        def timed(layers, hidden, given, inner=inner, group_s=group_s):
             begin = _now(device)
-            out = inner(layers, hidden)
+            out = inner(layers, hidden, given)
             group_s.append((_now(device) - begin) / len(layers))
             return out
 
-        attentions.layer_group = timed
+        parts.together = timed
+        executor = LayerParallelExecutor(parts, 4096, levels)
         passes = _chain_passes(executor, prompts(model.config.vocab_size)[0][:64], levels, device)
         exact, fuzzy = (1e3 * float(np.median(part)) for part in zip(*passes, strict=True))
         one = 1e3 * float(np.median(group_s)) if group_s else None
@@ -322,6 +327,132 @@ def easyspec(setting: Setting, keep: Keep) -> dict[str, Any]:
             "one attention ms": one and round(one, 4), "critical path ms": round(fuzzy - saved, 3),
         })  # fmt: skip
         keep({"rows": rows})
+    return {"rows": rows}
+
+
+def placed_draft(setting: Setting, placement: str):
+    """A draft on all devices here (four at most), its owners placed by a Ray cluster of its own:
+    (its whole model, home's shard, their placement), or why that is not possible."""
+    import socket
+
+    import torch
+
+    from vllm_specplus.drafting.graphs import CudaRecorder
+    from vllm_specplus.drafting.memory import fingerprint
+    from vllm_specplus.drafting.model import DraftModel
+    from vllm_specplus.drafting.placement import Placement
+    from vllm_specplus.drafting.shards import Plan, Shard
+    from vllm_specplus.target import TargetDevice
+
+    on_gpus = torch.cuda.is_available()
+    shards = min(torch.cuda.device_count(), 4) if on_gpus else 2
+    if shards < 2 or importlib.util.find_spec("ray") is None:
+        return "one GPU" if shards < 2 else "Ray is not installed"
+    device = torch.device("cuda:0" if on_gpus else "cpu")
+    dtype = torch.bfloat16 if on_gpus else torch.float32
+    name = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if on_gpus else ""
+    uuid = str(torch.cuda.get_device_properties(0).uuid) if on_gpus else ""
+    folder = deep_draft(setting)
+    plan = Plan(
+        folder, fingerprint(folder), str(dtype).removeprefix("torch."), None, 16384, 15, shards,
+        shards, placement, on_gpus,
+    )  # fmt: skip
+    home = TargetDevice(socket.gethostname(), name, uuid)
+    placed = Placement(plan, device, targets=[home])
+    record = CudaRecorder() if on_gpus else None
+    model = DraftModel(folder, device, dtype)
+    return model, Shard(plan, model, placed.group, record), placed
+
+
+def easyspec_shards(setting: Setting, keep: Keep) -> dict[str, Any]:
+    """Every placement of a draft on several devices, as the method itself tries them at its start:
+    rounds, levels, what they are worth, and what is chosen beside a target of 70B on as many."""
+    from vllm_specplus.drafting.trial import try_all
+
+    found = placed_draft(setting, "auto")
+    if isinstance(found, str):
+        return {"skipped": found}
+    model, shard, placed = found
+    try:
+        target = 140 * 10**9 // placed.plan.shards
+        verdict = try_all(
+            model, placed.plan.shards, placed.plan.group_size, (3,) * 5, target,
+            lambda placement, slots: shard.place(placement, slots, settle=False),
+        )  # fmt: skip
+    finally:
+        placed.close()
+    rows = [
+        {"placement": name, "texts": load, "round ms": round(1e3 * each.round, 3),
+         "level ms": round(1e3 * each.level, 3), "worth": round(verdict.worth[name], 2),
+         "chosen": name == verdict.placement}
+        for name, loads in verdict.rounds.items()
+        for load, each in loads.items()
+    ]  # fmt: skip
+    return {"rows": rows, "shards": placed.plan.shards, "refused": verdict.refused}
+
+
+def easyspec_faults(setting: Setting, keep: Keep) -> dict[str, Any]:
+    """What a stopped and a killed owner cost: one bounded wait, and nothing left behind."""
+    rows: list[dict[str, Any]] = []
+    for what in ("SIGSTOP", "SIGKILL"):
+        found = placed_draft(setting, "attentions_and_mlps")
+        if isinstance(found, str):
+            return {"skipped": found}
+        model, shard, placed = found
+        device, pids = model.device, placed.pids()
+        try:
+            executor = shard.place("attentions_and_mlps", placed.plan.max_slots)
+            text = prompts(model.config.vocab_size)[0][:64]
+            _chain_passes(executor, text, 5, device)
+            os.kill(pids[0], getattr(signal, what))
+            begin = time.perf_counter()
+            try:
+                _chain_passes(executor, text, 5, device)
+                placed.group.check()
+                error = "none"
+            except RuntimeError as lost:
+                error = f"{type(lost).__name__}: {str(lost)[:120]}"
+            took = time.perf_counter() - begin
+        finally:
+            placed.close()
+        left = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        rows.append({"what": what, "error": error, "seconds": round(took, 1), "left": len(left)})
+        keep({"rows": rows})
+        if error == "none" or left:
+            raise RuntimeError(f"a lost owner did not end as it should: {rows}")
+    return {"rows": rows}
+
+
+def easyspec_ray(setting: Setting, keep: Keep) -> dict[str, Any]:
+    """vLLM's Ray executor on two GPUs, and the draft's shards beside its ranks: the texts of the
+    same target without drafts."""
+    import torch
+    from vllm import SamplingParams, TokensPrompt
+
+    if torch.cuda.device_count() < 2:
+        return {"skipped": "vLLM's Ray executor takes GPUs only, and needs two"}
+    draft = setting.draft or setting.model
+    config = {"method": "easyspec", "model": draft, "shards": 2, "group_size": 2, "shape": "topk",
+              "share_target": True, "control": {"policy": "fixed"},
+              "num_speculative_tokens": DRAFTED}  # fmt: skip
+    asked = [TokensPrompt(prompt_token_ids=text[:128]) for text in prompts(512)[:8]]
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, detokenize=False)
+    answers, rows = [], []
+    for spec in (None, config):
+        llm = engine(
+            "small", spec, setting, tensor_parallel_size=2, dtype="float32", max_num_seqs=8,
+            distributed_executor_backend="ray", gpu_memory_utilization=0.5,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        rows.append({"drafts": bool(spec), "seconds": round(time.perf_counter() - begin, 2)})
+        rows[-1] |= counted(llm)
+        answers.append([list(each.outputs[0].token_ids) for each in outputs])
+        llm.llm_engine.engine_core.shutdown()
+        keep({"rows": rows})
+    same = sum(a == b for a, b in zip(*answers, strict=True))
+    if same < len(asked):
+        raise RuntimeError(f"not lossless: {same} of {len(asked)} answers are the same")
     return {"rows": rows}
 
 
@@ -403,7 +534,9 @@ def parts_of(setting: Setting) -> dict[str, Part]:
             found[f"{target}-{name}"] = served(target, config)
     for name, config in setting.shapes().items():
         found[f"shape-{name}"] = served("small", config)
-    return found | {"easyspec": easyspec, "profile": profile}
+    found |= {"easyspec": easyspec, "easyspec-shards": easyspec_shards}
+    found |= {"easyspec-faults": easyspec_faults, "easyspec-ray": easyspec_ray}
+    return found | {"profile": profile}
 
 
 # -- carrying them out -----------------------------------------------------------------------------

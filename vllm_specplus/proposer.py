@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_specplus.step import Observation, Source, StepContext
+from vllm_specplus.target import TargetDevice
 from vllm_specplus.tree import DraftBatch
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class Services:
     """Returns the pages of the target's last layer of full attention
     (``drafting.context_pages.ContextPages``), for a method that ``reads_context``; from
     :meth:`Proposer.share_pages` on."""
+    target_devices: Callable[[], list[TargetDevice]] = list
+    """Returns the devices of the target's ranks, in their order, for a method that
+    ``places_processes``; from :meth:`Proposer.load_draft` on."""
+    target_bytes: Callable[[], int] = lambda: 0
+    """Returns the bytes of the target's weights on this rank, from :meth:`Proposer.load_draft`
+    on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
     lockstep: Lockstep | None = None
@@ -91,6 +98,8 @@ class Proposer(ABC):
     """Does it draft from what a layer of the target has in its KV cache?"""
     borrows_vocabulary: bool = False
     """Does it draft with the target's embedding or output layer, and none of its layers?"""
+    places_processes: bool = False
+    """Does it start processes on other devices, which have to know those of the target?"""
     hidden_layers: tuple[int, ...] | None = None
     """It reads those entering these layers, as vLLM counts for EAGLE-3; empty: vLLM's choice for
     the target; None: those behind the target's last norm."""

@@ -8,6 +8,18 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class TargetDevice:
+    """What one rank of the target runs on."""
+
+    host: str
+    """Name of its node."""
+    name: str
+    """How ``CUDA_VISIBLE_DEVICES`` names it there; "" on the CPU."""
+    uuid: str
+    """What all processes call it; "" on the CPU."""
+
+
+@dataclass(frozen=True)
 class Target:
     """Described by the engine's configuration; nothing is loaded."""
 

@@ -119,6 +119,7 @@ def test_the_rehearsal(tmp_path):
     """A part of each kind, in processes of their own, as on the day; but doctor, kernels and
     lossless, which are tests already."""
     names = ["attention", "steps-8b", "shape-tree", "easyspec", "profile"]
+    several = ["easyspec-faults", "easyspec-ray", "easyspec-shards"]  # begin with easyspec
     command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path)]
     done = subprocess.run(
         [*command, "--parts", ",".join(names), "--minutes", "9"],
@@ -126,9 +127,15 @@ def test_the_rehearsal(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     parts = json.loads((tmp_path / "day_one.json").read_text())["parts"]
-    assert {name: parts[name].get("error") for name in names} == dict.fromkeys(names)
+    assert {name: parts[name].get("error") for name in names + several} == dict.fromkeys(
+        names + several
+    )
     for name in ("steps-8b", "shape-tree", "easyspec", "profile"):
         assert parts[name]["result"]["rows"]
+    assert "GPUs only" in parts["easyspec-ray"]["result"]["skipped"]
+    if importlib.util.find_spec("ray"):
+        assert sum(row["chosen"] for row in parts["easyspec-shards"]["result"]["rows"]) == 2
+        assert [row["left"] for row in parts["easyspec-faults"]["result"]["rows"]] == [0, 0]
     alone, grouped = parts["easyspec"]["result"]["rows"]
     assert alone["one attention ms"] is None
     assert grouped["critical path ms"] < grouped["fuzzy ms"]

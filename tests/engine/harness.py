@@ -38,7 +38,7 @@ def run(
     * "truncate": that file is cut short; "overwrite": that one gets other bytes
     * "renew": the engine forgets all, see ``engine.renewal``
     * "kill_owner_at": a process of that draft is killed when the draft of that number is asked
-      for; "end_process": that one, at the draft "end_at"
+      for, "stop_owner_at": stopped; "end_process": that one, at the draft "end_at"
     * "fail_at": drafting with the target's layers fails at these drafts, "apart_at": within them
     * "weights": the folder of a model whose weights the engine takes from now on
     * "adapters": the folder of each request's LoRA adapter, None for none

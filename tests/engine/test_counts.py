@@ -20,9 +20,15 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from tests.engine.test_serve import serving, vllm_serve
-from vllm_specplus.engine.counts import COUNTS, CountingPerfMetrics, StepCounts, hand_over
+from vllm_specplus.engine.counts import (
+    COUNTS,
+    CountingPerfMetrics,
+    StepCounts,
+    hand_over,
+    serve,
+)
 from vllm_specplus.engine.names import CONFIG_KEY
-from vllm_specplus.metrics import Counters
+from vllm_specplus.metrics import COUNTERS, Counters
 
 LABELS = ["model_name", "engine"]
 ENGINES = {0: ["smol", "0"], 1: ["smol", "1"]}
@@ -102,6 +108,61 @@ def test_counts_of_a_worker_on_another_machine_reach_the_front_end(shown):
     assert value("vllm:specplus_nodes_drafted_total", labels | {"engine": "0"}) == 0
     reason = {"reason": "structured_output"}
     assert value("vllm:specplus_chain_fallbacks_total", labels | reason) == 0
+
+
+def test_loggers_for_ray_show_our_counters_too(monkeypatch):
+    """Replicas of Ray Serve have those in the place of vLLM's own: by Ray's names, which know no
+    colons, with the replica beside vLLM's labels."""
+    pytest.importorskip("ray")
+    from vllm.v1.metrics import ray_wrappers
+
+    made: dict[str, list] = {}
+
+    class RayCounter:
+        def __init__(self, name, description, tag_keys):
+            self._tag_keys, self._name = tag_keys, name
+
+        def inc(self, value, tags):
+            assert set(tags) == set(self._tag_keys)
+            made.setdefault(self._name, []).append((value, tags))
+
+    monkeypatch.setattr(ray_wrappers.ray_metrics, "Counter", RayCounter)
+    monkeypatch.setattr(ray_wrappers, "_get_replica_id", lambda: "r1")
+    serve()
+    logger = ray_wrappers.RayPrometheusStatLogger
+    assert issubclass(logger._perf_metrics_cls, CountingPerfMetrics)
+    front_end = logger._perf_metrics_cls(config(), LABELS, ENGINES)
+    counts, stats = StepCounts(), SchedulerStats()
+    counts.own.add("nodes_drafted", 5)
+    counts.put(stats)
+    front_end.observe(delivered(stats).perf_stats, engine_idx=1)
+    labels = {"model_name": "smol", "engine": "1", "method": "token_recycling"}
+    assert made == {"vllm_specplus_nodes_drafted": [(5.0, labels | {"ReplicaId": "r1"})]}
+
+
+def test_the_number_of_series_does_not_depend_on_what_is_served():
+    """A thousand replicas are a thousand times as many series, and no more."""
+    registry = CollectorRegistry()
+
+    class Apart(CountingPerfMetrics):
+        def _counter_cls(self, **fields):
+            return Counter(registry=registry, **fields)
+
+    def series() -> set[tuple[str, ...]]:
+        samples = (sample for family in registry.collect() for sample in family.samples)
+        return {(s.name, *sorted(s.labels.items())) for s in samples if s.name.endswith("_total")}
+
+    front_end, counts = Apart(config(), LABELS, ENGINES), StepCounts()
+    before = series()
+    ours = {each for each in before if each[0].startswith("vllm:specplus_")}
+    assert len(ours) == len(ENGINES) * len(COUNTERS)
+    for step in range(50):
+        for name in COUNTERS:
+            counts.own.add(name, step)
+        stats = SchedulerStats()
+        counts.put(stats)
+        front_end.observe(delivered(stats).perf_stats, engine_idx=step % 2)
+    assert series() == before
 
 
 def test_vllms_own_performance_counters_stay(shown):

@@ -39,15 +39,27 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.full("vllm_specplus/drafting/**/*.py", "vllm_specplus/proposers/easyspec.py")
-def test_a_killed_owner_costs_drafts_and_nothing_else(
-    tmp_path, tiny_engine, mixed_requests, plain, deep_draft
+@pytest.mark.parametrize(
+    ("key", "placement"),
+    [
+        ("kill_owner_at", "attentions"),
+        ("stop_owner_at", "attentions_and_mlps"),
+        ("kill_owner_at", "tensor_parallel"),
+    ],
+)
+def test_a_lost_or_hung_owner_costs_drafts_and_nothing_else(
+    tmp_path, tiny_engine, mixed_requests, plain, deep_draft, key, placement
 ):
-    """Killed in the middle of the second batch; built anew before the third."""
+    """In the middle of the second batch; built anew before the third."""
     batch = {"requests": mixed_requests}
+    lost = batch | {key: 5}
+    config = spec(deep_draft, shards=2, placement=placement)
+    if placement == "tensor_parallel":
+        del config["group_size"]
     result = harness.run(
         tmp_path,
-        tiny_engine | {"speculative_config": spec(deep_draft, shards=2)},
-        [batch, batch | {"kill_owner_at": 5}, batch | {"await_rebuild": True}],
+        tiny_engine | {"speculative_config": config},
+        [batch, lost, batch | {"await_rebuild": True}],
         env=ENV,
     )
     for i in range(3):
@@ -58,6 +70,27 @@ def test_a_killed_owner_costs_drafts_and_nothing_else(
     first, second = result["owners"]
     assert first != second
     assert all(gone(pid) for pid in first + second)
+
+
+@pytest.mark.full("vllm_specplus/drafting/**/*.py", "vllm_specplus/proposers/easyspec.py")
+def test_the_placement_is_found_at_the_start(
+    tmp_path, tiny_engine, mixed_requests, plain, deep_draft
+):
+    """And said; whichever it is, texts are those of plain decoding."""
+    result = harness.run(
+        tmp_path,
+        tiny_engine | {"speculative_config": spec(deep_draft, shards=2)},
+        [{"requests": mixed_requests}],
+        env=ENV,
+    )
+    assert harness.ids(result) == harness.ids(plain)
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_drafted"] > 100
+    (log,) = tmp_path.glob("out*.log")
+    said = log.read_text()
+    assert "the draft's placement is" in said
+    for placement in ("one_device", "attentions", "attentions_and_mlps", "tensor_parallel"):
+        assert f"  {placement}: 1 texts" in said
 
 
 @pytest.fixture
@@ -89,7 +122,7 @@ def test_a_stopped_cluster_costs_drafts_and_nothing_else(
     """Its head is stopped in the middle of the second batch and stays away."""
     batch = {"requests": mixed_requests}
     address, head = cluster
-    config = spec(deep_draft, shards=2, ray_address=address)
+    config = spec(deep_draft, shards=2, ray_address=address, placement="attentions_and_mlps")
     result = harness.run(
         tmp_path,
         tiny_engine | {"speculative_config": config},

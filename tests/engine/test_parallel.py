@@ -162,21 +162,27 @@ def test_a_head_drafts_with_the_vocabulary_of_both_ranks(tmp_path, engine, mixed
     "vllm_specplus/engine/runner.py", "vllm_specplus/engine/drafter.py",
     "vllm_specplus/drafting/**/*.py", "vllm_specplus/proposers/easyspec.py",
 )  # fmt: skip
+@pytest.mark.parametrize("backend", ["mp", "ray"])
 def test_a_draft_in_parallel_shares_the_devices_of_both_ranks(
-    tmp_path, engine, mixed_requests, expected
+    tmp_path, engine, mixed_requests, expected, backend, request
 ):
-    """The second shard of the draft beside the target's second rank."""
+    """The second shard of the draft beside the target's second rank. On vLLM's Ray executor the
+    shard joins the cluster that the ranks run on, whose devices are all given away."""
     pytest.importorskip("ray")
+    env = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    if backend == "ray":
+        env = request.getfixturevalue("ray_env")
     draft = save_draft(tmp_path / "draft", layers=6, vocab=512, context=1024)
     spec = {
         "method": "easyspec", "model": draft, "group_size": 2, "shards": 2, "share_target": True,
-        "shape": "chain", "num_speculative_tokens": 3, "control": {"policy": "fixed"},
+        "placement": "attentions_and_mlps", "shape": "chain", "num_speculative_tokens": 3,
+        "control": {"policy": "fixed"},
     }  # fmt: skip
     result = harness.run(
         tmp_path,
-        engine | {"distributed_executor_backend": "mp", "speculative_config": spec},
+        engine | {"distributed_executor_backend": backend, "speculative_config": spec},
         [{"requests": mixed_requests}],
-        env=ENV | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
+        env=ENV | env,
     )
     assert harness.ids(result) == expected[0]
     assert result["counters"]["draft_failures"] == 0

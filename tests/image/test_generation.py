@@ -70,6 +70,15 @@ class Mortal(ray_generation.Worker):
         return super().make(labels, seeds)
 
 
+class Poisoned(ray_generation.Worker):
+    """Dies of one seed, whoever makes it."""
+
+    def make(self, labels, seeds):
+        if 107 in seeds:
+            os._exit(1)
+        return super().make(labels, seeds)
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """A cluster of this test's own, gone with it."""
@@ -95,3 +104,20 @@ def test_many_devices_make_what_one_makes_even_if_one_is_lost(cluster, tmp_path,
     alone = PictureMaker(MASKED, FAST)(labels, seeds)
     assert made.shape == alone.shape
     assert np.abs(made.astype(int) - alone).max() <= 2
+
+
+@pytest.mark.slow
+def test_a_batch_that_loses_every_device_is_not_tried_for_ever(cluster, monkeypatch):
+    monkeypatch.setattr(ray_generation, "Worker", Poisoned)
+    monkeypatch.setattr(ray_generation, "RETRIES", 1)
+    monkeypatch.setattr(ray_generation, "RESTARTS", 1)
+    labels, seeds = [i % 10 for i in range(15)], list(range(100, 115))
+    with pytest.raises(ray_generation.PicturesLost, match="pictures 5 to 9 could not be made"):
+        make_pictures(MASKED, FAST, labels, seeds, workers=1, batch=5)
+
+
+@pytest.mark.slow
+def test_workers_that_find_no_device_are_one_clear_error(cluster, monkeypatch):
+    monkeypatch.setattr(ray_generation, "START_SECONDS", 3)
+    with pytest.raises(ray_generation.PicturesLost, match="none of 2 workers could be started"):
+        make_pictures(MASKED, FAST, [1], [1], workers=2, gpus_per_worker=1)

@@ -94,6 +94,10 @@ class LevelGraphs:
                 return
             self._graphs[requests, width] = graph
 
+    def forget(self) -> None:
+        """Drop what is recorded: levels are run as they are until they are recorded again."""
+        self._graphs.clear()
+
     def __call__(self, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
         graph = self._graphs.get((1 << _bits(len(rows.contexts)), rows.most_rows))
         if graph is None or rows.table.shape[1] > self._max_pages:

@@ -61,14 +61,32 @@ class LayerParts(ABC, Generic[Given]):
 
     def attend(self, rows: torch.Tensor, given: Given) -> torch.Tensor:
         """Return A(x) of ``rows`` x [..., hidden]."""
-        before, behind, *_ = self.placed
-        out = self.mix(rows if before is None else before(rows), given)
-        return out if behind is None else behind(out)
+        return self.behind_mix(self.mixed(rows, given))
 
     def feed(self, rows: torch.Tensor) -> torch.Tensor:
         """Return M(x) of ``rows`` x [..., hidden]."""
-        *_, before, behind = self.placed
-        out = self.transform(rows if before is None else before(rows))
+        return self.behind_transform(self.transformed(rows))
+
+    # The two halves of each: what is divided among devices is summed in between.
+
+    def mixed(self, rows: torch.Tensor, given: Given) -> torch.Tensor:
+        """Return A(x) of ``rows`` x [..., hidden] without a norm behind the attention."""
+        before = self.placed[0]
+        return self.mix(rows if before is None else before(rows), given)
+
+    def behind_mix(self, out: torch.Tensor) -> torch.Tensor:
+        """Return A(x) of what :meth:`mixed` returned."""
+        behind = self.placed[1]
+        return out if behind is None else behind(out)
+
+    def transformed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return M(x) of ``rows`` x [..., hidden] without a norm behind the MLP."""
+        before = self.placed[2]
+        return self.transform(rows if before is None else before(rows))
+
+    def behind_transform(self, out: torch.Tensor) -> torch.Tensor:
+        """Return M(x) of what :meth:`transformed` returned."""
+        behind = self.placed[3]
         return out if behind is None else behind(out)
 
     def place(self, rows: torch.Tensor, wanted: torch.Tensor, given: Given) -> None:

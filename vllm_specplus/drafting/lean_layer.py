@@ -44,13 +44,22 @@ class LeanNorm:
 
 
 class LeanLayer:
-    """What a :class:`TransformersLayer` of Llama's kind computes."""
+    """What a :class:`TransformersLayer` of Llama's kind computes, or what is here of it."""
 
     def __init__(self, layer: TransformersLayer):
         """Take over ``layer``, whose norms have their places; see :func:`is_lean`."""
-        attention, mlp = layer.attention, layer.mlp
         before, _, between, _ = layer.placed
-        self._before, self._between = LeanNorm(before), LeanNorm(between)
+        if layer.attention is not None:
+            self._take_attention(layer, layer.attention, before)
+        if layer.mlp is not None:
+            self._between = LeanNorm(between)
+            self._gate_up, _ = joined(layer.mlp.gate_proj, layer.mlp.up_proj)
+            self._down = layer.mlp.down_proj
+
+    def _take_attention(
+        self, layer: TransformersLayer, attention: nn.Module, norm: nn.Module
+    ) -> None:
+        self._before = LeanNorm(norm)
         self._number, self._scale = attention.layer_idx, attention.scaling
         self._window, self._size = layer.window or 0, attention.head_dim
         self._qkv, self._qkv_bias = joined(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -59,8 +68,6 @@ class LeanLayer:
             for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
         self._out = attention.o_proj
-        self._gate_up, _ = joined(mlp.gate_proj, mlp.up_proj)
-        self._down = mlp.down_proj
 
     def attend(self, rows: torch.Tensor, given: Given) -> torch.Tensor:
         """Return A(x) of ``rows`` x [T, hidden]."""
@@ -76,21 +83,30 @@ class LeanLayer:
         gate, up = linear(self._between(rows), self._gate_up).chunk(2, 1)
         return linear(silu(gate).mul_(up), self._down.weight)
 
+    # Nothing comes behind its parts.
+    mixed, transformed = attend, feed
+
+    def behind_mix(self, out: torch.Tensor) -> torch.Tensor:
+        """As ``LayerParts.behind_mix``."""
+        return out
+
+    behind_transform = behind_mix
+
 
 def is_lean(layer: TransformersLayer) -> bool:
     """Can a :class:`LeanLayer` take over ``layer``?"""
     before, behind, between, last = layer.placed
     attention, mlp = layer.attention, layer.mlp
-    return (
-        behind is None
-        and last is None
-        and is_lean_norm(before)
-        and is_lean_norm(between)
-        and type(attention).__name__ in ATTENTIONS
+    if behind is not None or last is not None or attention is mlp is None:
+        return False
+    lean_attention = is_lean_norm(before) and type(attention).__name__ in ATTENTIONS
+    lean_mlp = (
+        is_lean_norm(between)
         and type(mlp).__name__ in MLPS
         and mlp.config.hidden_act == "silu"
         and mlp.gate_proj.bias is mlp.up_proj.bias is mlp.down_proj.bias is None
     )
+    return (attention is None or lean_attention) and (mlp is None or lean_mlp)
 
 
 def is_lean_norm(norm: nn.Module | None) -> bool:

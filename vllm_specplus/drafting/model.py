@@ -9,7 +9,6 @@ left early, or have their attention on another device (EasySpec, arXiv 2502.0249
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -217,18 +216,9 @@ class DraftModel:
         if not close(self.logits(hidden), known.logits[0, :, : self.vocab_size]):
             raise UnknownLayers("more than its layers goes into its logits")
 
-    def keep_attention(self, layers: Iterable[int], mlps: bool) -> None:
-        """Hold the attention of ``layers`` only, and the MLPs (with embedding and output
-        layer) or none of them: the rest is another device's."""
-        self.attention_layers = sorted(layers)
-        for number, layer in enumerate(self.layers):
-            layer.keep(number in self.attention_layers, mlps)
-        if not mlps:
-            self._head = self._embed = None
-
     def quicken(self) -> None:
         """Run layers of Llama's kind with less beside their matrix products, on the CPU. For a
-        model that is whole, and stays so."""
+        model that stays as it is: of one that shards hold, each quickens its own share."""
         import torch
 
         from vllm_specplus.drafting.lean_layer import LeanLayer, LeanNorm, is_lean, is_lean_norm
@@ -285,6 +275,12 @@ class DraftModel:
         ``hidden`` [T, hidden]; ``attend`` also keeps the rows' keys and values.
         """
         return self.layers[layer].attend(hidden, self._given(layer, rotary, attend))
+
+    def mixed(
+        self, layer: int, hidden: torch.Tensor, rotary: tuple, attend: Attend
+    ) -> torch.Tensor:
+        """As :meth:`attention`, without a norm that comes behind the output projection."""
+        return self.layers[layer].mixed(hidden, self._given(layer, rotary, attend))
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """M(x): norms and MLP."""

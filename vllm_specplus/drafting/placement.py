@@ -1,4 +1,4 @@
-"""Owners of a layer-parallel draft: the engine's end.
+"""Owners of a draft on several shards: the engine's end.
 
 Ray finds the devices, starts an owner on each and knows when one is gone, for a process of
 its own (``ray_owners.py``); the engine listens to that process and forms the group in which
@@ -8,20 +8,28 @@ a step's tensors travel.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from vllm_specplus.drafting.ray_owners import CONNECT_SECONDS, Order, PlacementError, gpu_id
-from vllm_specplus.drafting.shards import Group, Plan
+from vllm_specplus.drafting.group import Group, open_store
+from vllm_specplus.drafting.ray_owners import CONNECT_SECONDS, Order, PlacementError, forwarded
+from vllm_specplus.drafting.shards import Plan
+from vllm_specplus.target import TargetDevice
 
-#: For bundles to be reserved; for a cluster to be reached or started; for an end.
-RESERVE_SECONDS, CLUSTER_SECONDS, END_SECONDS = 30, 60, 20
+logger = logging.getLogger("vllm.specplus")
+
+#: For a cluster to be reached or started; for an end.
+CLUSTER_SECONDS, END_SECONDS = 60, 30
 
 
 class Placement:
@@ -30,45 +38,55 @@ class Placement:
     _ray: subprocess.Popen | None = None
     _starting: subprocess.Popen | None = None
     _cancelled = False
+    group: Group | None = None
 
-    def __init__(self, plan: Plan, device: torch.device, address: str | None, share: bool = False):
+    def __init__(
+        self, plan: Plan, device: torch.device, address: str | None = None, *,
+        targets: list[TargetDevice], share: bool = False, reserve_seconds: int = 30,
+    ):  # fmt: skip
         """Starts everything; PlacementError in bounded time if it cannot.
 
         ``address``: of a Ray cluster; None: the one this process belongs to, else the one
-        RAY_ADDRESS names, else a local one that lives as long as this object; ``share``: on the
-        other devices of this process' node that the target runs on.
+        RAY_ADDRESS names, else a local one that lives as long as this object; ``targets``: devices
+        of the target's ranks, this process' first; ``share``: are the owners on those of them that
+        are on this node? ``reserve_seconds``: how long the cluster may take to find devices.
         """
-        self._device = device
+        self.plan, self._device, self._targets = plan, device, targets
         self._order = Order(
-            plan,
-            "GPU" if device.type == "cuda" else "CPU",
-            address or _own_cluster(),
-            RESERVE_SECONDS,
-            _other_devices(device, plan.shards - 1) if share else None,
+            plan=plan,
+            resource="GPU" if device.type == "cuda" else "CPU",
+            address=address or _own_cluster(),
+            port=0,
+            reserve_seconds=reserve_seconds,
+            shared=_shared_devices(targets, plan.shards - 1) if share else None,
+            environment=forwarded(dict(os.environ), _kept_back()),
         )
-        self.restart()
+        self.restart(plan)
 
-    def restart(self) -> None:
+    def restart(self, plan: Plan) -> None:
         """Owners anew, with empty caches, in the place of those there are."""
         self.close()
-        command = [sys.executable, "-m", "vllm_specplus.drafting.ray_owners", self._order.dump()]
+        connect = timedelta(seconds=CONNECT_SECONDS)
+        store = open_store(connect)
+        self.plan, order = plan, replace(self._order, plan=plan, port=store.port)
+        command = [sys.executable, "-m", "vllm_specplus.drafting.ray_owners", order.dump()]
         self._ray = self._starting = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             # Ctrl-C is for the engine, which then closes.
-            start_new_session=True, env=_environment(self._order),
+            start_new_session=True, env=_environment(order, self._targets),
         )  # fmt: skip
         try:
             if self._cancelled:
                 raise PlacementError("the engine is closing")
-            placed = self._hear(CLUSTER_SECONDS + RESERVE_SECONDS + CONNECT_SECONDS)
+            placed = self._hear(CLUSTER_SECONDS + order.reserve_seconds + CONNECT_SECONDS)
             if placed is None:
                 raise PlacementError("the Ray cluster did not answer in time")
             self._pids = placed["pids"]
-            if self._order.shared is None and self._device.type == "cuda":
-                _check_apart(placed["gpus"])
+            if order.shared is None:
+                check_apart(placed["gpus"], self._targets)
             self.group = Group(
-                0, self._order.plan.shards, placed["host"], placed["port"], self._device,
-                timedelta(seconds=CONNECT_SECONDS), check=lambda: self._hear(0),
+                0, plan.shards, store, self._device, connect, placed["host"],
+                check=lambda: self._hear(0),
             )  # fmt: skip
         except PlacementError:
             self.close()
@@ -81,17 +99,19 @@ class Placement:
 
     def _hear(self, seconds: float) -> dict | None:
         """What the process that talks to Ray has placed, None if it is silent that long;
-        raises what failed."""
-        out = self._ray.stdout
-        if not select.select([out], [], [], seconds)[0]:
-            return None
-        line = out.readline()
-        if not line:
-            raise PlacementError(f"the process that talks to Ray ended ({self._ray.wait()})")
-        said = json.loads(line)
-        if "failed" in said:
-            raise PlacementError(said["failed"])
-        return said["placed"]
+        raises what failed. Its notes go to the log."""
+        out, end = self._ray.stdout, time.monotonic() + seconds
+        while select.select([out], [], [], max(end - time.monotonic(), 0))[0]:
+            line = out.readline()
+            if not line:
+                raise PlacementError(f"the process that talks to Ray ended ({self._ray.wait()})")
+            said = json.loads(line)
+            if "failed" in said:
+                raise PlacementError(said["failed"])
+            if "placed" in said:
+                return said["placed"]
+            logger.info("easyspec: %s", said["note"])
+        return None
 
     def pids(self) -> list[int]:
         """Process ids of the owners, on their node."""
@@ -105,6 +125,9 @@ class Placement:
 
     def close(self) -> None:
         """End the owners, and the cluster if it was started for them."""
+        if self.group is not None:
+            self.group.close()
+            self.group = None
         if self._ray is None:
             return
         self._ray.stdin.close()
@@ -117,47 +140,49 @@ class Placement:
         self._ray = None
 
 
-def _environment(order: Order) -> dict[str, str]:
+def _environment(order: Order, targets: list[TargetDevice]) -> dict[str, str]:
     """Of the process that talks to Ray. A cluster of its own must not give away the GPUs of the
     target, of which Ray knows nothing."""
     if order.resource == "CPU" or order.address is not None or order.shared is not None:
         return dict(os.environ)
-    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(_visible_gpus()[_target_ranks() :])}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+    taken = {each.name for each in targets if each.host == socket.gethostname()}
+    left = ",".join(name for name in names if name not in taken)
+    return os.environ | {"CUDA_VISIBLE_DEVICES": left}
 
 
-def _check_apart(owners: list[str]) -> None:
-    """That no owner runs on a GPU of the target's, by the ids of the owners' GPUs. Ray gives away
-    those as well where vLLM does not run on Ray."""
-    target = [gpu_id(rank) for rank in range(min(_target_ranks(), torch.cuda.device_count()))]
-    if common := sorted(set(owners) & set(target)):
+def check_apart(owners: list[str], targets: list[TargetDevice]) -> None:
+    """Raise PlacementError if an owner runs on a GPU of the target's, by the ids of the owners'
+    GPUs. Ray gives away those as well where vLLM does not run on Ray."""
+    if common := sorted(set(owners) & {each.uuid for each in targets} - {""}):
         raise PlacementError(
             f"Ray has put owners of the draft on GPUs of the target ({', '.join(common)}): start "
             "that cluster with CUDA_VISIBLE_DEVICES set to the other GPUs, or set 'share_target'"
         )
 
 
-def _target_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _other_devices(device: torch.device, count: int) -> list[str]:
-    """Ids of ``count`` GPUs of this node beside ``device``, where vLLM has put the other ranks;
-    on the CPU all ranks share one device, which has no id."""
-    if device.type == "cpu":
-        return [""] * count
-    others = [name for number, name in enumerate(_visible_gpus()) if number != (device.index or 0)]
+def _shared_devices(targets: list[TargetDevice], count: int) -> list[str]:
+    """Names of ``count`` devices of this node that the target's other ranks run on."""
+    here = socket.gethostname()
+    others = [each.name for each in targets[1:] if each.host == here]
     if len(others) < count:
         raise PlacementError(
-            f"'share_target' needs {count} more GPUs of the target on this node, which has "
+            f"'share_target' needs {count} more devices of the target on this node, which has "
             f"{len(others)}: lower 'shards'"
         )
     return others[:count]
 
 
-def _visible_gpus() -> list[str]:
-    """Ids of the GPUs this process may use; vLLM's ranks use the first ones."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+def _kept_back() -> set[str]:
+    """Variables that a user keeps from Ray's workers, in vLLM's own file."""
+    configs = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    root = os.environ.get("VLLM_CONFIG_ROOT") or Path(configs) / "vllm"
+    try:
+        names = json.loads((Path(root) / "ray_non_carry_over_env_vars.json").read_text())
+        return {name for name in names if isinstance(name, str)}
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def _own_cluster() -> str | None:

@@ -2,17 +2,19 @@
 
 Ray ends a process whose cluster is lost, and stopping a cluster's head must not end an
 engine. So this process joins the cluster in the engine's place: it reserves the devices (one
-placement group, STRICT_PACK: all on one node), starts an actor on each, and watches them.
-Owners that share the target's devices reserve nothing, since Ray has given those away: they are
-bound to this node.
+placement group, STRICT_PACK: all on one node, the engine's if it has them), starts an actor on
+each, and waits for the end of one. Owners that share the target's devices reserve nothing, since
+Ray has given those away: they are bound to this node.
 
 ORDER is the JSON of an :class:`Order`. The process answers with JSON lines on standard output::
 
-    {"placed": {"host": ..., "port": ..., "pids": [...], "gpus": [...]}}
-                                                            owners wait for home there
-    {"failed": "one sentence"}                              now or later; then it ends
+    {"note": "one sentence"}     what it waits for, or what the user should know
+    {"placed": {"host": ..., "pids": [...], "gpus": [...], "nodes": [...]}}
+                                 owners wait for home; addresses of nodes
+    {"failed": "one sentence"}   now or later; then it ends
 
-and ends, with everything it started, when its standard input does.
+and ends, with everything it started, when its standard input does. An owner that does not end when
+Ray asks it to, because it is stopped or hangs, is killed.
 """
 
 from __future__ import annotations
@@ -20,22 +22,30 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
-import socket
+import queue
+import signal
 import sys
-from dataclasses import asdict, dataclass
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from vllm_specplus.drafting.shards import Plan, serve
+from vllm_specplus.drafting.group import Group, join_store
+from vllm_specplus.drafting.hub import model_folder
+from vllm_specplus.drafting.memory import check_fits, check_same
+from vllm_specplus.drafting.model import DraftModel, DraftModelError
+from vllm_specplus.drafting.shards import Plan, Shard
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 #: For owners to load their weights and connect.
 CONNECT_SECONDS = 120
-#: Between two looks at the owners.
-WATCH_SECONDS = 0.5
+#: Between two notes while a cluster looks for devices.
+NOTE_SECONDS = 10
+#: For Ray to end an owner or a placement group.
+END_SECONDS = 5
 
 
 class PlacementError(RuntimeError):
@@ -51,11 +61,15 @@ class Order:
     """"CPU" or "GPU", one for every owner."""
     address: str | None
     """Of a Ray cluster; None: a local one, for as long as this process lives."""
-    reserve_seconds: float
-    """How long the cluster may take to find the devices."""
+    port: int
+    """Of the store in which home and owners meet, on this host."""
+    reserve_seconds: int
+    """How long the cluster may take to find the devices, or to start nodes that have them."""
     shared: list[str] | None = None
-    """Ids of this node's GPUs that owners share with the target ("" on the CPU), one for each;
-    None: Ray finds devices for them."""
+    """Names, for ``CUDA_VISIBLE_DEVICES``, of this node's GPUs that owners share with the target
+    ("" on the CPU), one for each; None: Ray finds devices for them."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables that owners have unless their node sets them (``forwarded``)."""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -69,20 +83,50 @@ class Order:
 class Owner:
     """A Ray actor: one shard."""
 
-    def run(self, plan: Plan, rank: int, host: str, port: int) -> None:
-        """Serve until home stops or is gone."""
+    def __init__(self, environment: dict[str, str]):
+        """``environment``: variables that are set unless the node has them."""
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+
+    def where(self) -> dict[str, Any]:
+        """This process' id and start, its GPU's id ("" on a CPU), and its node."""
+        import psutil
+        import ray
         import torch
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return {
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "gpu": gpu_id(0) if torch.cuda.is_available() else "",
+            "node": ray.get_runtime_context().get_node_id(),
+            "host": ray.util.get_node_ip_address(),
+        }
+
+    def run(self, plan: Plan, rank: int, host: str, port: int) -> None:
+        """Serve until home stops, is gone or keeps the draft for itself."""
+        import ray
+        import torch
+
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(1)
-        serve(plan, rank, host, port, device, timedelta(seconds=CONNECT_SECONDS))
+        here, dtype = ray.util.get_node_ip_address(), getattr(torch, plan.dtype)
+        folder = model_folder(plan.model, "draft model")
+        check_same(folder, plan.fingerprint, here)
+        check_fits(folder, dtype, device, 0)
+        whole = DraftModel(folder, device, dtype, plan.head_tokens)
+        connect = timedelta(seconds=CONNECT_SECONDS)
+        # Last, when nothing slow is left: home does not wait long within a step.
+        store = join_store(host, port, connect)
+        group = Group(rank, plan.shards, store, device, connect, here)
+        record = None
+        if plan.graphs and device.type == "cuda":
+            from vllm_specplus.drafting.graphs import CudaRecorder
 
-    def where(self) -> tuple[int, str]:
-        """Process id, and the id of the GPU ("" on a CPU)."""
-        import torch
-
-        return os.getpid(), gpu_id(0) if torch.cuda.is_available() else ""
+            record = CudaRecorder()
+        shard = Shard(plan, whole, group, record)
+        del whole  # let go when the shard has its share
+        shard.serve()
 
 
 def gpu_id(number: int) -> str:
@@ -92,7 +136,155 @@ def gpu_id(number: int) -> str:
     return str(torch.cuda.get_device_properties(number).uuid)
 
 
+class Owners:
+    """The owners of one order, from their placement to their end."""
+
+    def __init__(self, order: Order, say: Any):
+        """``say(key, what)`` answers home."""
+        self._order, self._say = order, say
+        self._bundles: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._places: list[dict[str, Any]] = []
+
+    def start(self) -> list:
+        """Place them and tell home; what they run. PlacementError if that is impossible."""
+        import ray
+
+        order, actor = self._order, ray.remote(Owner)
+        self._actors = [
+            actor.options(
+                max_concurrency=2, max_restarts=0,
+                runtime_env={"env_vars": variables(order, owner)}, **options,
+            ).remote(order.environment)
+            for owner, options in enumerate(self._placements())
+        ]  # fmt: skip
+        asked = [each.where.remote() for each in self._actors]
+        self._places = ray.get(asked, timeout=CONNECT_SECONDS)
+        self._check_places()
+        host = ray.util.get_node_ip_address()
+        told = {"host": host, "pids": [each["pid"] for each in self._places],
+                "gpus": [each["gpu"] for each in self._places],
+                "nodes": [each["host"] for each in self._places]}  # fmt: skip
+        runs = [
+            each.run.remote(order.plan, rank, host, order.port)
+            for rank, each in enumerate(self._actors, start=1)
+        ]
+        self._say("placed", told)
+        return runs
+
+    def _placements(self) -> list[dict[str, Any]]:
+        """Ray's options of each owner: where it runs, and on what."""
+        import ray
+        from ray.util.scheduling_strategies import (
+            NodeAffinitySchedulingStrategy,
+            PlacementGroupSchedulingStrategy,
+        )
+
+        order = self._order
+        if order.shared is None:
+            self._reserve()
+            return [
+                {"num_cpus": 0, f"num_{order.resource.lower()}s": 1,
+                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                     self._bundles, placement_group_bundle_index=bundle
+                 )}
+                for bundle in range(order.plan.shards - 1)
+            ]  # fmt: skip
+        here = ray.get_runtime_context().get_node_id()
+        bound = NodeAffinitySchedulingStrategy(here, soft=False)
+        return [{"num_cpus": 0, "scheduling_strategy": bound}] * len(order.shared)
+
+    def _reserve(self) -> None:
+        """Get the devices, near the target if its node has them."""
+        import ray
+        from ray.util.placement_group import placement_group
+
+        order, count = self._order, self._order.plan.shards - 1
+        self._bundles = placement_group(
+            [{order.resource: 1}] * count, strategy="STRICT_PACK",
+            _soft_target_node_id=ray.get_runtime_context().get_node_id(),
+        )  # fmt: skip
+        asked = f"{count} free {order.resource}s on one node of the Ray cluster"
+        waited = 0
+        while True:
+            # Ray takes whole seconds.
+            now = min(NOTE_SECONDS, order.reserve_seconds - waited)
+            if self._bundles.wait(now):
+                return
+            waited += now
+            there = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            if waited >= order.reserve_seconds:
+                raise PlacementError(
+                    f"easyspec asks for {asked}, which has {there or 'none'} left after "
+                    f"{waited} s: lower 'shards', free some, or raise 'placement_timeout_s' where "
+                    f"the cluster starts nodes by itself"
+                )
+            self._say("note", f"waits for {asked}, {waited} s so far: it has {there or 'none'}")
+
+    def _check_places(self) -> None:
+        """What Ray has made of the order."""
+        import ray
+
+        nodes = {each["node"] for each in self._places}
+        if len(nodes) > 1:
+            raise PlacementError("Ray has put the owners of the draft on several nodes")
+        gpus = [each["gpu"] for each in self._places if each["gpu"]]
+        if len(set(gpus)) < len(gpus):
+            raise PlacementError("Ray has put several owners of the draft on one GPU")
+        if self._order.resource == "GPU" and len(gpus) < len(self._places):
+            raise PlacementError("Ray has put an owner of the draft where torch sees no GPU")
+        if nodes and nodes != {ray.get_runtime_context().get_node_id()}:
+            self._say(
+                "note",
+                f"the owners of the draft are on node {self._places[0]['host']}, not on the "
+                f"target's: its devices are taken, and a pass' messages go through the network",
+            )
+
+    def end(self) -> None:
+        """Leave nothing behind, also of an owner that hangs and of a cluster that is gone."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for each in self._actors:
+            with suppress(Exception):  # the cluster may be gone
+                ray.kill(each)
+        self._kill_processes()
+        if self._bundles is not None:
+            with suppress(Exception):
+                remove_placement_group(self._bundles)
+
+    def _kill_processes(self) -> None:
+        import ray
+
+        with suppress(Exception):
+            here = ray.get_runtime_context().get_node_id()
+            others = [each for each in self._places if each["node"] != here]
+            ray.get([_kill_there(each) for each in others], timeout=END_SECONDS)
+        for each in self._places:
+            kill(each["pid"], each["started"])  # elsewhere a process of this id started otherwise
+
+
+def _kill_there(place: dict[str, Any]) -> Any:
+    """End an owner's process by a task on its node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    bound = NodeAffinitySchedulingStrategy(place["node"], soft=False)
+    task = ray.remote(kill).options(num_cpus=0, max_retries=0, scheduling_strategy=bound)
+    return task.remote(place["pid"], place["started"])
+
+
+def kill(pid: int, started: float) -> None:
+    """End the process of this id, if it is the one that ``started`` then."""
+    import psutil
+
+    with suppress(psutil.Error, ProcessLookupError):
+        if abs(psutil.Process(pid).create_time() - started) < 0.5:
+            os.kill(pid, signal.SIGKILL)
+
+
 def connect(address: str | None) -> None:
+    """Join the cluster at ``address``, or start a local one."""
     import ray
 
     try:
@@ -106,91 +298,74 @@ def connect(address: str | None) -> None:
         raise PlacementError(f"cannot reach a Ray cluster at {address!r}: {reason}") from error
 
 
-def reserve(order: Order) -> PlacementGroup:
-    import ray
-    from ray.util.placement_group import placement_group
-
-    count = order.plan.shards - 1
-    bundles = placement_group([{order.resource: 1}] * count, strategy="STRICT_PACK")
-    if not bundles.wait(order.reserve_seconds):
-        there = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-        raise PlacementError(
-            f"easyspec asks for {count} free {order.resource}s on one node of the Ray cluster, "
-            f"which has {there or 'none'} left: lower 'shards' or free some"
-        )
-    return bundles
+#: Of the serving shell's variables, those that owners need as the engine does: what vLLM copies to
+#: its own Ray workers, of communication and model files, with what the user adds for these.
+PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_")
+MORE_PREFIXES, MORE_NAMES = (
+    "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY",
+)  # fmt: skip
 
 
-def placements(order: Order) -> list[dict[str, Any]]:
-    """Ray's options of each owner: where it runs, and on what."""
-    import ray
-    from ray.util.scheduling_strategies import (
-        NodeAffinitySchedulingStrategy,
-        PlacementGroupSchedulingStrategy,
-    )
+def forwarded(environment: dict[str, str], kept_back: set[str]) -> dict[str, str]:
+    """Variables of ``environment`` that owners get, unless their node sets them; ``kept_back``:
+    names that are no other node's."""
 
-    if order.shared is None:
-        bundles, kind = reserve(order), f"num_{order.resource.lower()}s"
-        return [
-            {"num_cpus": 0, kind: 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                bundles, placement_group_bundle_index=bundle
-            )}
-            for bundle in range(order.plan.shards - 1)
-        ]  # fmt: skip
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return [{"num_cpus": 0, "scheduling_strategy": here}] * len(order.shared)
+    def listed(name: str) -> tuple[str, ...]:
+        return tuple(filter(None, (each.strip() for each in environment.get(name, "").split(","))))
+
+    prefixes, names = PREFIXES + listed(MORE_PREFIXES), listed(MORE_NAMES)
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name.startswith(prefixes) or name in names) and name not in kept_back
+    }
 
 
-def environment(order: Order, owner: int) -> dict[str, str]:
-    """Variables of the process of the ``owner``-th owner."""
-    variables = {"OMP_NUM_THREADS": "1"}
+def variables(order: Order, owner: int) -> dict[str, str]:
+    """Variables that the process of the ``owner``-th owner has in any case."""
+    fixed = {"OMP_NUM_THREADS": "1"}
     if order.shared is not None and order.resource == "GPU":
         # It sees that GPU, though Ray has given it none.
-        variables |= {
+        fixed |= {
             "CUDA_VISIBLE_DEVICES": order.shared[owner],
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         }
-    return variables
+    return fixed
 
 
-def start(order: Order) -> tuple[dict[str, Any], list]:
-    """Start the owners: where they wait for home, and what they run."""
-    import ray
-
-    host, port = ray.util.get_node_ip_address(), _free_port()
-    actor = ray.remote(Owner)
-    owners = [
-        actor.options(
-            max_concurrency=2, runtime_env={"env_vars": environment(order, number)}, **options
-        ).remote()
-        for number, options in enumerate(placements(order))
-    ]  # fmt: skip
-    runs = [
-        owner.run.remote(order.plan, rank, host, port) for rank, owner in enumerate(owners, start=1)
-    ]
-    where = ray.get([owner.where.remote() for owner in owners], timeout=CONNECT_SECONDS)
-    pids, gpus = zip(*where, strict=True)
-    # The references keep the actors alive.
-    return {"host": host, "port": port, "pids": pids, "gpus": gpus}, [owners, runs]
+def sentence(error: Exception) -> str:
+    """What ended an owner, without the traceback that Ray makes of it."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, DraftModelError):
+        return str(cause)
+    lines = [line.strip() for line in str(cause or error).splitlines() if line.strip()]
+    return f"an owner of the draft failed: {lines[-1] if lines else type(error).__name__}"
 
 
 def watch(runs: list) -> None:
     """Return when home is gone; raise what ended an owner."""
     import ray
 
-    while True:
-        if select.select([sys.stdin], [], [], WATCH_SECONDS)[0] and not sys.stdin.readline():
-            return
-        ended, _ = ray.wait(runs, num_returns=1, timeout=0)
-        if ended:
-            ray.get(ended)
-            raise PlacementError("an owner of the draft ended")
+    first: queue.SimpleQueue[str] = queue.SimpleQueue()
 
+    def listen() -> None:
+        while sys.stdin.buffer.raw.read(1024):  # type: ignore[attr-defined]
+            pass
+        first.put("home")
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    def wait() -> None:
+        ray.wait(runs, num_returns=1)
+        first.put("owner")
+
+    for target in (listen, wait):
+        threading.Thread(target=target, daemon=True).start()
+    if first.get() == "home":
+        return
+    ended, _ = ray.wait(runs, num_returns=1, timeout=0)
+    ray.get(ended)
+    # Without an error they end when home keeps the draft for itself, which then stops this process.
+    while first.get() != "home":
+        pass
 
 
 def main() -> None:
@@ -199,17 +374,21 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     import ray
 
+    def say(key: str, what: Any) -> None:
+        print(json.dumps({key: what}), file=answers)
+
     order = Order.load(sys.argv[1])
+    owners = Owners(order, say)
     try:
         connect(order.address)
-        placed, (_owners, runs) = start(order)
-        print(json.dumps({"placed": placed}), file=answers)
-        watch(runs)
+        watch(owners.start())
     except PlacementError as error:
-        print(json.dumps({"failed": str(error)}), file=answers)
+        say("failed", str(error))
     except ray.exceptions.RayError as error:
-        print(json.dumps({"failed": f"an owner of the draft failed: {error}"}), file=answers)
-    # Ends actors and placement group with this process' job, and a local cluster.
+        say("failed", sentence(error))
+    finally:
+        owners.end()
+    # Ends this process' job, and a local cluster.
     ray.shutdown()
 
 

@@ -1,182 +1,209 @@
-"""Attentions of a draft on several processes: the group that carries a step's tensors.
+"""A draft on several shards: what each computes of a pass, and what home tells the others.
 
-Shard 0, *home*, is the process of the target: embedding, MLPs, output layer and its own
-share of the attentions. The other shards, *owners*, hold the attention weights and the keys
-and values of their layers, and nothing else. Tensors travel in a ``torch.distributed``
-group of their own (NCCL on GPUs, gloo elsewhere), apart from vLLM's.
+Shard 0, *home*, is the process of the target; the others, *owners*, hold what ``division.py``
+gives them, and the keys and values of their attentions. Home announces what is next, from host to
+host, so that an owner that waits for work keeps no device busy; the integers of a pass' rows
+follow, and then its hidden states:
 
-A pass costs two broadcasts of integers (its sizes, from host to host, so that an owner that
-waits for work keeps no device busy; what its rows are), then, fuzzy: one
-broadcast of the input and one gather of the results per group with layers elsewhere; exact: two
-point-to-point copies per layer elsewhere.
+* ``attentions``: fuzzy, one broadcast of the input and one gather of the results per group with
+  layers elsewhere; exact, two point-to-point copies per layer elsewhere;
+* ``attentions_and_mlps``: all shards hold the hidden states. Fuzzy, one all-gather per group;
+  exact, one broadcast per layer; and in both one all-reduce per MLP and for the embedding;
+* ``tensor_parallel``: two all-reduces per layer, and one for the embedding.
+
+Where the vocabulary is divided, home gathers the logits.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 
-from vllm_specplus.drafting.cache import PagedCache
-from vllm_specplus.drafting.easyspec import LocalAttentions, layer_groups, layer_owner, layers_of
+from vllm_specplus.drafting.division import (
+    PLACEMENTS,
+    Placement,
+    layer_owner,
+    layers_of,
+    share_of,
+)
+from vllm_specplus.drafting.easyspec import LayerParallelExecutor, Parts, groups_of
+from vllm_specplus.drafting.graphs import Record
+from vllm_specplus.drafting.group import Group
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.passes import Rows
 
-#: A home that waits longer than this for an owner takes it for lost.
-STEP_TIMEOUT = timedelta(seconds=10)
-#: An owner waits for work as long as its connection lives; an engine may be idle for days.
-IDLE_TIMEOUT = timedelta(days=365)
-_FUZZY, _EXACT = 0, 1
+#: What home announces: passes over levels and over text, logits of rows that only home has, graphs
+#: to record, another placement, and the last one.
+_LEVEL, _TEXT, _OUTPUT, _RECORD, _PLACE, _SETTLE = range(6)
+_TOLD = 1 + Rows.SIZES
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What all shards know in advance."""
 
-    folder: str
+    model: str
+    """Folder or name on the hub, as the user wrote it."""
+    fingerprint: str
+    """Of the draft (``memory.fingerprint``): all nodes must have the same."""
     dtype: str
-    pages: int
+    head_tokens: int | None
+    max_slots: int
+    max_nodes: int
     group_size: int
     shards: int
-
-    def owner(self, layer: int, num_layers: int) -> int:
-        return layer_owner(layer, num_layers, self.group_size, self.shards)
-
-
-class Group:
-    """The shards' process group. Every call is a collective or a copy, and is counted."""
-
-    def __init__(
-        self, rank: int, size: int, host: str, port: int, device: torch.device,
-        connect: timedelta, check: Callable[[], None] = lambda: None,
-    ):  # fmt: skip
-        """Rank 0 listens at ``host``:``port``. A RuntimeError if not all are there after
-        ``connect``; ``check`` is called now and then meanwhile and may raise."""
-        store = dist.TCPStore(
-            host, port, size, is_master=rank == 0, timeout=connect, wait_for_workers=False
-        )
-        store = dist.PrefixStore("specplus", store)
-        if rank:
-            store.set(f"ready {rank}", "")
-        # The group itself forms in an instant, and must: its timeout is a step's.
-        others = [f"ready {other}" for other in range(1, size)]
-        end = time.monotonic() + connect.total_seconds()
-        while not store.check(others):
-            check()
-            if time.monotonic() > end:
-                raise RuntimeError(f"not all of {size} shards were there in {connect}")
-            time.sleep(0.2)
-        timeout = IDLE_TIMEOUT if rank else STEP_TIMEOUT
-        self._hosts = self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
-        if device.type == "cuda":
-            self._group = _nccl(dist.PrefixStore("nccl", store), rank, size)
-        self.rank, self.size = rank, size
-        self.counts: Counter[str] = Counter()
-
-    def announce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """From home to all, from host to host; fills ``tensor`` elsewhere."""
-        return self._broadcast(self._hosts, tensor)
-
-    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """From home to all; fills ``tensor`` elsewhere."""
-        return self._broadcast(self._group, tensor)
-
-    def _broadcast(self, group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        group.broadcast([_bytes(tensor)], options).wait()
-        self.counts["broadcast"] += 1
-        return tensor
-
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Of every rank's ``tensor``, to home; [] elsewhere."""
-        options = dist.GatherOptions()
-        options.rootRank = 0
-        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
-        outputs = [[_bytes(part) for part in parts]] if parts else []
-        self._group.gather(outputs, [_bytes(tensor)], options).wait()
-        self.counts["gather"] += 1
-        return parts
-
-    def send(self, tensor: torch.Tensor, rank: int) -> None:
-        self._group.send([_bytes(tensor)], rank, 0).wait()
-        self.counts["copy"] += 1
-
-    def receive(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
-        self._group.recv([_bytes(tensor)], rank, 0).wait()
-        self.counts["copy"] += 1
-        return tensor
+    placement: Placement | Literal["auto"]
+    """"auto": home tries several (``trial.py``) and says."""
+    graphs: bool = False
+    """Are levels recorded as CUDA graphs?"""
 
 
-def _nccl(store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
-    """A group in which waiting for a lost peer ends in an error, as with gloo, and not with the
-    process. NCCL learns that from the environment, which is vLLM's otherwise."""
-    wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = STEP_TIMEOUT
-        return dist.ProcessGroupNCCL(store, rank, size, options)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+class Shared(Parts):
+    """Home's side of passes that owners take part in."""
 
+    def __init__(self, model: DraftModel, groups: list[range], group: Group):
+        super().__init__(model, groups)
+        self._group = group
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in a type every back end carries."""
-    return tensor.view(torch.uint8)
-
-
-class RemoteAttentions(LocalAttentions):
-    """Home's side: its own attentions, and the owners'."""
-
-    def __init__(self, model: DraftModel, cache: PagedCache, plan: Plan, group: Group):
-        super().__init__(model, cache)
-        self._plan, self._group = plan, group
-
-    def begin(self, rows, exact):
-        super().begin(rows, exact)
-        kind = _EXACT if exact else _FUZZY
+    def begin(self, tokens, rows, exact):
+        self._group.check()
         sizes, raw = rows.packed()
-        self._group.announce(torch.tensor([kind, *sizes]))
-        self._group.broadcast(raw)
+        tell(self._group, _TEXT if exact else _LEVEL, *sizes)
+        # A copy, as in ``Rows.packed``: one token of any stride passes for contiguous.
+        own = tokens.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        self._group.broadcast(torch.cat([own, raw]))
 
-    def layer_group(self, layers, hidden):
-        owners = [self._plan.owner(layer, self._model.num_layers) for layer in layers]
+    def end(self):
+        self._group.watch()
+
+    def begin_recording(self, widths, max_requests):
+        tell(self._group, _RECORD, max_requests, len(widths))
+        self._group.announce(torch.tensor(widths))
+
+
+class ApartAttentions(Shared):
+    """``attentions``, home's side."""
+
+    def __init__(self, model: DraftModel, groups: list[range], group: Group, group_size: int):
+        super().__init__(model, groups, group)
+        self._group_size = group_size
+
+    def _owner(self, layer: int) -> int:
+        return layer_owner(layer, self.model.num_layers, self._group_size, self._group.size)
+
+    def together(self, layers, hidden, given):
+        owners = [self._owner(layer) for layer in layers]
         if not any(owners):
-            return super().layer_group(layers, hidden)
+            return super().together(layers, hidden, given)
         self._group.broadcast(hidden.contiguous())
         own = [
-            super(RemoteAttentions, self).one_layer(layer, hidden)
+            super(ApartAttentions, self).alone(layer, hidden, given)
             for layer, owner in zip(layers, owners, strict=True)
             if owner == 0
         ]
-        # Every shard sends as many results as the busiest one has.
-        most = max(owners.count(shard) for shard in range(self._plan.shards))
-        parts = self._group.gather(_stacked(own, most, hidden))
-        taken = [0] * self._plan.shards
-        out = []
-        for owner in owners:
-            out.append(own[taken[0]] if owner == 0 else parts[owner][taken[owner]])
-            taken[owner] += 1
-        return out
+        parts = self._group.gather(_stacked(own, _most(owners), hidden))
+        return _in_order(owners, [own, *parts[1:]])
 
-    def one_layer(self, layer, hidden):
-        owner = self._plan.owner(layer, self._model.num_layers)
+    def alone(self, layer, hidden, given):
+        owner = self._owner(layer)
         if owner == 0:
-            return super().one_layer(layer, hidden)
+            return super().alone(layer, hidden, given)
         self._group.send(hidden.contiguous(), owner)
         return self._group.receive(torch.empty_like(hidden), owner)
+
+
+class ServedAttentions(ApartAttentions):
+    """``attentions``, an owner's side: its attentions and no more."""
+
+    def layers(self, tokens, given, exact):
+        model, rank = self.model, self._group.rank
+        hidden = torch.empty(
+            len(tokens), model.config.hidden_size, dtype=model.dtype, device=model.device
+        )
+        for layers in self._groups:
+            owners = [self._owner(layer) for layer in layers]
+            own = [layer for layer, owner in zip(layers, owners, strict=True) if owner == rank]
+            if exact or len(layers) == 1:
+                for layer in own:
+                    self._group.receive(hidden, 0)
+                    out = model.attention(layer, hidden, given.rotary, given.attend)
+                    self._group.send(out.contiguous(), 0)
+            elif any(owners):
+                self._group.broadcast(hidden)
+                out = [model.attention(each, hidden, given.rotary, given.attend) for each in own]
+                self._group.gather(_stacked(out, _most(owners), hidden))
+        return hidden
+
+    def logits(self, hidden, behind_level):
+        return hidden  # home's alone
+
+
+class DividedMlps(ApartAttentions):
+    """``attentions_and_mlps``: the same on every shard, all of which hold the hidden states."""
+
+    def embed(self, tokens):
+        return self._group.all_reduce(self.model.embed_share(tokens))
+
+    def together(self, layers, hidden, given):
+        owners = [self._owner(layer) for layer in layers]
+        own = [
+            self.model.attention(layer, hidden, given.rotary, given.attend)
+            for layer, owner in zip(layers, owners, strict=True)
+            if owner == self._group.rank
+        ]
+        parts = self._group.all_gather(_stacked(own, _most(owners), hidden))
+        return _in_order(owners, parts)
+
+    def alone(self, layer, hidden, given):
+        owner = self._owner(layer)
+        if owner == self._group.rank:
+            out = self.model.attention(layer, hidden, given.rotary, given.attend).contiguous()
+        else:
+            out = torch.empty_like(hidden)
+        return self._group.broadcast(out, owner)
+
+    def feed(self, layer, hidden):
+        total = self._group.all_reduce(self.model.mlp_share(layer, hidden).contiguous())
+        return self.model.behind_mlp(layer, total)
+
+    def logits(self, hidden, behind_level):
+        home = self._group.rank == 0
+        if home and not behind_level:
+            tell(self._group, _OUTPUT, len(hidden))
+            self._group.broadcast(hidden.contiguous())
+        shares = self._group.gather(self.model.logits_share(hidden).contiguous())
+        if not home:
+            return hidden
+        self._group.watch()
+        return self.model.whole_logits(shares)
+
+
+class DividedLayers(DividedMlps):
+    """``tensor_parallel``: attentions are divided by heads too."""
+
+    def alone(self, layer, hidden, given):
+        share = self.model.mixed(layer, hidden, given.rotary, given.attend)
+        return self.model.behind_attention(layer, self._group.all_reduce(share.contiguous()))
+
+
+def parts_of(placement: Placement, model: DraftModel, group: Group, group_size: int) -> Parts:
+    """One shard's side of a placement, with its share of the draft."""
+    groups = groups_of(placement, model.num_layers, group_size)
+    if placement == "one_device":
+        return Parts(model, groups)
+    if placement == "attentions":
+        kind = ServedAttentions if group.rank else ApartAttentions
+        return kind(model, groups, group, group_size)
+    kind = DividedMlps if placement == "attentions_and_mlps" else DividedLayers
+    return kind(model, groups, group, group_size)
+
+
+def _most(owners: list[int]) -> int:
+    """Every shard sends as many results as the busiest one has."""
+    return max(map(owners.count, owners))
 
 
 def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> torch.Tensor:
@@ -187,49 +214,120 @@ def _stacked(results: list[torch.Tensor], count: int, like: torch.Tensor) -> tor
     return out
 
 
-def receive_pass(group: Group, device: torch.device) -> tuple[Rows, bool]:
-    """What home's :meth:`RemoteAttentions.begin` sends: its arguments."""
-    told = torch.zeros(1 + Rows.SIZES, dtype=torch.int64)
-    kind, *sizes = group.announce(told).tolist()
-    return Rows.received(sizes, device, group.broadcast), kind == _EXACT
+def _in_order(owners: list[int], parts) -> list[torch.Tensor]:
+    """Results in the order of the layers: of each owner's ``parts`` one after the other."""
+    taken = [iter(part) for part in parts]
+    return [next(taken[owner]) for owner in owners]
 
 
-@torch.inference_mode()
-def serve(
-    plan: Plan, rank: int, host: str, port: int, device: torch.device, connect: timedelta
-) -> None:
-    """An owner's life: attentions for home, until home is gone (RuntimeError)."""
-    model = DraftModel(plan.folder, device, getattr(torch, plan.dtype))
-    own_layers = layers_of(rank, model.num_layers, plan.group_size, plan.shards)
-    model.keep_attention(own_layers, mlps=False)
-    cache = PagedCache(own_layers, model.kv_heads, model.head_dim, plan.pages, model.dtype, device)
-    local = LocalAttentions(model, cache)
-    size = model.config.hidden_size
-    # Last, when nothing slow is left: home does not wait long within a step.
-    group = Group(rank, plan.shards, host, port, device, connect)
-    while True:
-        rows, exact = receive_pass(group, device)
-        local.begin(rows, exact)
-        hidden = torch.empty(len(rows.positions), size, dtype=model.dtype, device=device)
-        for layers in layer_groups(model.num_layers, plan.group_size):
-            owners = [plan.owner(layer, model.num_layers) for layer in layers]
-            own = [layer for layer in layers if layer in own_layers]
-            if exact:
-                for layer in own:
-                    group.receive(hidden, 0)
-                    group.send(local.one_layer(layer, hidden).contiguous(), 0)
-            elif any(owners):
-                group.broadcast(hidden)
-                most = max(owners.count(shard) for shard in range(plan.shards))
-                group.gather(_stacked(local.layer_group(own, hidden), most, hidden))
+class Shard:
+    """One shard's share of a draft and its executor, whichever placement it is."""
+
+    def __init__(self, plan: Plan, whole: DraftModel, group: Group, record: Record | None):
+        """``record`` as ``DraftExecutor``'s."""
+        self._plan, self._whole, self._group, self._record = plan, whole, group, record
+
+    def place(
+        self, placement: Placement, max_slots: int, settle: bool = True
+    ) -> LayerParallelExecutor:
+        """Take this shard's share, with a cache of ``max_slots``. ``settle``: for good, the whole
+        draft is let go. Home tells the others, unless the plan does."""
+        plan, rank = self._plan, self._group.rank
+        if not rank and plan.placement == "auto":
+            kind = _SETTLE if settle else _PLACE
+            tell(self._group, kind, PLACEMENTS.index(placement), max_slots)
+        share = share_of(self._whole, placement, rank, plan.shards, plan.group_size)
+        if settle:
+            self._whole = None
+        share.quicken()
+        parts = parts_of(placement, share, self._group, plan.group_size)
+        executor = LayerParallelExecutor(parts, max_slots, plan.max_nodes, self._record)
+        if placement != "one_device":
+            self._group.meet()
+        return executor
+
+    @torch.inference_mode()
+    def serve(self) -> None:
+        """An owner's life: what home announces, until home is gone (RuntimeError) or keeps the
+        draft for itself."""
+        plan, group = self._plan, self._group
+        executor = None
+        if plan.placement != "auto":
+            executor = self.place(plan.placement, plan.max_slots)
+        while True:
+            kind, *numbers = group.announce(torch.zeros(_TOLD, dtype=torch.int64)).tolist()
+            if kind in (_PLACE, _SETTLE):
+                executor = None  # frees its memory first
+                placement = PLACEMENTS[numbers[0]]
+                if placement != "one_device":
+                    executor = self.place(placement, numbers[1], kind == _SETTLE)
+                elif kind == _SETTLE:
+                    return
+            elif kind == _RECORD:
+                widths = group.announce(torch.zeros(numbers[1], dtype=torch.int64)).tolist()
+                executor.record_here(widths, numbers[0])
+            elif kind == _OUTPUT:
+                model = executor.model
+                size = (numbers[0], model.config.hidden_size)
+                hidden = torch.empty(size, dtype=model.dtype, device=model.device)
+                executor.parts.logits(group.broadcast(hidden), behind_level=False)
+            else:
+                tokens, rows = _received(group, numbers, executor.model.device)
+                hidden = executor.run(tokens, rows, exact=kind == _TEXT)
+                if kind == _LEVEL:
+                    executor.parts.logits(hidden, behind_level=True)
 
 
-def messages(num_layers: int, group_size: int, shards: int) -> dict[str, Counter[str]]:
-    """Collectives and copies of a fuzzy and of an exact pass, as home counts them."""
-    groups = layer_groups(num_layers, group_size)
-    owned = set(range(num_layers)) - set(layers_of(0, num_layers, group_size, shards))
-    apart = sum(not owned.isdisjoint(group) for group in groups)
-    return {
-        "fuzzy": +Counter(broadcast=2 + apart, gather=apart),
-        "exact": +Counter(broadcast=2, copy=2 * len(owned)),
-    }
+def rejoin(executor: LayerParallelExecutor, plan: Plan, group: Group) -> None:
+    """Let home's executor, which keeps its share, go on with new owners: those of ``group``, which
+    settle on what ``plan`` says."""
+    group.meet()
+    executor.attach(parts_of(plan.placement, executor.model, group, plan.group_size))
+
+
+def tell(group: Group, kind: int, *numbers: int) -> None:
+    """Announce what is next, from home."""
+    told = torch.zeros(_TOLD, dtype=torch.int64)
+    told[: 1 + len(numbers)] = torch.tensor([kind, *numbers])
+    group.announce(told)
+
+
+def _received(group: Group, sizes: list[int], device: torch.device) -> tuple[torch.Tensor, Rows]:
+    """Tokens and rows of a pass, as :meth:`Shared.begin` sends them."""
+    tokens = torch.empty(0)
+
+    def receive(raw: torch.Tensor) -> None:
+        nonlocal tokens
+        length = torch.int64.itemsize * sizes[0]
+        both = raw.new_empty(length + len(raw))
+        group.broadcast(both)
+        tokens = both[:length].view(torch.int64)
+        raw.copy_(both[length:])
+
+    rows = Rows.received(sizes, device, receive)
+    return tokens, rows
+
+
+def messages(
+    num_layers: int, group_size: int, shards: int, placement: Placement
+) -> dict[str, Counter[str]]:
+    """Collectives and copies, as home counts them: of a "level" with its logits, of a pass over
+    "text", and of the logits behind it ("output")."""
+    groups = groups_of(placement, num_layers, group_size)
+    told = Counter(broadcast=2)
+    if placement == "one_device":
+        return {"level": Counter(), "text": Counter(), "output": Counter()}
+    if placement == "attentions":
+        owned = set(range(num_layers)) - set(layers_of(0, num_layers, group_size, shards))
+        apart = sum(not owned.isdisjoint(group) for group in groups if len(group) > 1)
+        alone = sum(group[0] in owned for group in groups if len(group) == 1)
+        level = told + Counter(broadcast=apart, gather=apart, copy=2 * alone)
+        return {"level": level, "text": told + Counter(copy=2 * len(owned)), "output": Counter()}
+    output = told + Counter(gather=1)
+    if placement == "tensor_parallel":
+        text = told + Counter(all_reduce=2 * num_layers + 1)
+        return {"level": text + Counter(gather=1), "text": text, "output": output}
+    alone = sum(len(group) == 1 for group in groups)
+    summed = Counter(all_reduce=num_layers + 1)
+    level = told + summed + Counter(broadcast=alone, all_gather=len(groups) - alone, gather=1)
+    return {"level": level, "text": told + summed + Counter(broadcast=num_layers), "output": output}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -67,10 +68,13 @@ class TransformersLayer(LayerParts[Given]):
         """Return the MLP of ``normed`` [T, hidden]."""
         return self.mlp(normed[None])[0]  # experts want a batch
 
-    def keep(self, attention: bool, mlp: bool) -> None:
-        """Let go of the parts that another device holds."""
-        self.norms = []
-        if not attention:
-            self.attention, self.placed[:2] = None, [None, None]
-        if not mlp:
-            self.mlp, self.placed[2:] = None, [None, None]
+    def with_parts(self, attention: nn.Module | None, mlp: nn.Module | None) -> TransformersLayer:
+        """Return the layer with these parts in the places of its own; None: another device's."""
+        other = copy.copy(self)
+        other.norms, other.attention, other.mlp = [], attention, mlp
+        first, second = (
+            places if part is not None else [None, None]
+            for part, places in ((attention, self.placed[:2]), (mlp, self.placed[2:]))
+        )
+        other.placed = [*first, *second]
+        return other

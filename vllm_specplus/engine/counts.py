@@ -14,6 +14,7 @@ Where vLLM makes no statistics (``--disable-log-stats``) we make none.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,8 +109,17 @@ class CountingPerfMetrics(PerfMetricsProm):
 
 
 def serve() -> None:
-    """Let vLLM's Prometheus loggers of this process show our counters. Harmless for engines without
-    a method of ours; may be called again."""
+    """Let vLLM's Prometheus loggers of this process show our counters, and in a replica of Ray
+    Serve its loggers for Ray. Harmless for engines without a method of ours; may be called
+    again."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     PrometheusStatLogger._perf_metrics_cls = CountingPerfMetrics
+    # To import Ray Serve for nothing would take seconds.
+    if sys.modules.keys() & {"ray.serve", "vllm.v1.metrics.ray_wrappers"}:
+        from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayPrometheusStatLogger
+
+        class CountingRayPerfMetrics(CountingPerfMetrics):
+            _counter_cls = RayCounterWrapper
+
+        RayPrometheusStatLogger._perf_metrics_cls = CountingRayPerfMetrics

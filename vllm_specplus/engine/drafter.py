@@ -26,7 +26,7 @@ from vllm_specplus.engine import attention
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
-from vllm_specplus.engine.ranks import lockstep
+from vllm_specplus.engine.ranks import devices_of_ranks, lockstep
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.engine.target_vocabulary import load_vocabulary
 from vllm_specplus.metrics import Counters
@@ -104,6 +104,8 @@ class Drafter:
             target_vocabulary=lambda: self._vocabulary,
             load_tokenizer=lambda: cached_tokenizer_from_config(model),
             context_pages=lambda: attention.context_pages(self.attention_layers),
+            target_devices=lambda: self._devices,
+            target_bytes=lambda: sum(weight.nbytes for weight in self._model.parameters()),
             record=CudaRecorder() if graphs else None,
             lockstep=self._lockstep,
         )
@@ -112,6 +114,8 @@ class Drafter:
         """Called by vLLM when the target is loaded."""
         if self.proposer.borrows_vocabulary:
             self._vocabulary = load_vocabulary(model)  # of all ranks
+        if self.proposer.places_processes:
+            self._devices = devices_of_ranks(next(model.parameters()).device)  # of all ranks
         self._model = model
         self._load_draft()
 

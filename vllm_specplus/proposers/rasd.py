@@ -144,6 +144,7 @@ class Rasd(Proposer):
         reading = [member for member in self.members if member.reads_hidden]
         self.reads_hidden = bool(reading)
         self.borrows_vocabulary = any(member.borrows_vocabulary for member in self.members)
+        self.places_processes = any(member.places_processes for member in self.members)
         for member in reading:
             self.hidden_layers = member.hidden_layers
             if member.hidden_layers != reading[0].hidden_layers:
