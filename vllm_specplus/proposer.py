@@ -57,6 +57,8 @@ class Services:
     :meth:`Proposer.share_pages` on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
+    num_layers: int = 0
+    """Of the target; 0: nobody knows."""
     lockstep: Lockstep | None = None
     """The ranks that the target's layers are divided among; None: one rank has them."""
 
@@ -87,6 +89,9 @@ class Proposer(ABC):
 
     reads_hidden: bool = False
     """Does it draft from the target's hidden states?"""
+    may_miss: bool = False
+    """May it be shown them of some steps only? Others could not make up for those that they have
+    not seen."""
     reads_context: bool = False
     """Does it draft from what a layer of the target has in its KV cache?"""
     borrows_vocabulary: bool = False

@@ -16,6 +16,19 @@ from vllm_specplus.control.outcomes import DraftedTrees
 from vllm_specplus.step import StepContext
 
 
+def tree_depths(parents: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Levels int64 [R] of trees whose nodes, parents first, are ``parents`` int32 [N], those of
+    each from ``starts`` int32 [R + 1] on. (A level may hold fewer nodes than were planned.)"""
+    above = np.where(parents < 0, -1, parents + np.repeat(starts[:-1], np.diff(starts)))
+    depth = np.ones(len(parents) + 1, np.int64)
+    depth[-1] = 0  # the root's
+    while (deeper := depth[above] + 1).tolist() != depth[:-1].tolist():
+        depth[:-1] = deeper
+    depths = np.zeros(len(starts) - 1, np.int64)
+    np.maximum.at(depths, np.repeat(np.arange(len(depths)), np.diff(starts)), depth[:-1])
+    return depths
+
+
 class Levels:
     """``D`` levels of fixed sizes, of which a tree has the first few."""
 
@@ -60,7 +73,7 @@ class Levels:
         ``rows`` int32 [R] finds the requests of ``trees`` in ``step``, -1 = gone; ``gained``
         int32 [R] tokens of each tree became text.
         """
-        depths = self.depths(np.diff(trees.starts))
+        depths = tree_depths(trees.parents, trees.starts)
         starts = np.zeros(len(depths) + 1, np.int32)
         np.cumsum(depths, out=starts[1:])
         level = np.arange(starts[-1]) - np.repeat(starts[:-1], depths)

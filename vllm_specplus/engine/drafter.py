@@ -105,6 +105,7 @@ class Drafter:
             load_tokenizer=lambda: cached_tokenizer_from_config(model),
             context_pages=lambda: attention.context_pages(self.attention_layers),
             record=CudaRecorder() if graphs else None,
+            num_layers=model.get_total_num_hidden_layers(),
             lockstep=self._lockstep,
         )
 
@@ -151,8 +152,8 @@ class Drafter:
 
     def watches(self, drafted: bool) -> bool:
         """Is the step that runs to be looked at? See ``Controller.watches``. Where a proposer reads
-        the target's hidden states, none is passed over: it could not make up for them."""
-        if not self._first_rank or self.proposer.reads_hidden:
+        the target's hidden states, none is passed over, unless it ``may_miss`` some."""
+        if not self._first_rank or (self.proposer.reads_hidden and not self.proposer.may_miss):
             return True
         return self.controller.watches(drafted)
 

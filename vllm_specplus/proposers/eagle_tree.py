@@ -91,6 +91,7 @@ class EagleTree(DraftTree):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = self._load_head(self.services.target_vocabulary(), device, dtype)
         self._noise = DraftNoise(device)
+        self._stop = self._make_stop()
 
     def _load_head(
         self, target: Vocabulary, device: torch.device, dtype: torch.dtype

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from vllm_specplus.drafting.easyspec import LayerParallelExecutor, layers_of
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.placement import Placement
+from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shards import Plan, RemoteAttentions
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.draft_tree import DraftTree, DraftTreeConfig
@@ -34,6 +35,8 @@ RETRY_SECONDS = 30
 
 class EasySpecConfig(DraftTreeConfig):
     """``{"method": "easyspec", "model": "...", ...}``."""
+
+    stops: ClassVar[frozenset[str]] = ShapedDraftConfig.stops  # its hidden states are approximate
 
     method: Literal["easyspec"] = "easyspec"  # type: ignore[assignment]
     group_size: Annotated[int, Field(ge=1, le=16)] = 4
