@@ -16,7 +16,7 @@ Recipe = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="distill, eagle, eagle3, judge, layerskip or long_draft: see docs/training.md, which "
+        help="acceptance_head, distill, eagle, eagle3, judge, layerskip, long_draft or spec_ee: see docs/training.md, which "
         "says what each is for and which keys --set knows.",
     ),
 ]

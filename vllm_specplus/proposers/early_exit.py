@@ -131,7 +131,8 @@ class EarlyExit(SelfSpeculation):
 
     def _learn(self, step: StepContext, rows: np.ndarray, names: list, texts: list) -> None:
         if step.target_rows is None:
-            return super()._learn(step, rows, names, texts)
+            super()._learn(step, rows, names, texts)
+            return
         self._observe(step, step.target_rows, rows, names)
         layers, most = self._executor.model.num_layers, len(self.levels)
         for name in names:
