@@ -6,9 +6,9 @@ longer. That takes a pass which is run as Python, layer by layer: ``--enforce-ea
 
 **What the layers behind the exit have of the token.** In the authors' artefact: nothing. Their
 cache is one list of keys per layer, and an exited token is missing from those of the layers that
-were not run, for ever: later tokens attend there over fewer keys. vLLM's pages have a slot for every
-position in every layer, and what is not written is what was there before. So here the keys and
-values of the skipped layers are computed from the hidden state at the exit, as CALM
+were not run, for ever: later tokens attend there over fewer keys. vLLM's pages have a slot for
+every position in every layer, and what is not written is what was there before. So here the keys
+and values of the skipped layers are computed from the hidden state at the exit, as CALM
 (arXiv 2207.07061) does: the attention of each of them is run, which writes them, and its MLP is
 not; what it returns is left out.
 """

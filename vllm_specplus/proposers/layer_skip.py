@@ -248,6 +248,10 @@ class LayerSkip(SelfSpeculation):
         self._search = SkipSearch(num_layers, config.skip_share, config.search)
         return Skips.of(self._search.best)
 
+    def leave_out(self, skips: Skips) -> None:
+        """From now on drafts run without these blocks, and no others are searched."""
+        self._search, self._executor.skips = None, skips
+
     def _verified(self, request: str, drafted: int, accepted: int) -> None:
         super()._verified(request, drafted, accepted)
         if self._search is not None:

@@ -1,4 +1,4 @@
-"""SpecEE: the *target* is left early, where a draft and trained predictors say it may be. **Lossy.**
+"""SpecEE: the *target* is left early, where a draft and predictors say it may be. **Lossy.**
 
 SpecEE (arXiv 2504.08850). Another method drafts a tree. Its leaves are not verified: they and their
 siblings are the *candidates* of the row above, the few tokens among which the target's next one is

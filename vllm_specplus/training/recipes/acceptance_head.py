@@ -27,6 +27,7 @@ from vllm_specplus.training.batch import Batch, Batches
 from vllm_specplus.training.cost_model import Shape, Work
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.frozen import Frozen
+from vllm_specplus.training.language_model import load_model
 from vllm_specplus.training.measure import BATCH_TOKENS, Measured
 from vllm_specplus.training.recipe import Defaults, Setup
 from vllm_specplus.training.slices import slices
@@ -172,7 +173,8 @@ def build(target: Path, settings: Settings, setup: Setup) -> AcceptanceHeadRecip
             "acceptance_head learns what a draft does: name its folder by --set draft=DIR"
         )
     frozen = Frozen.load(target, setup.device, setup.dtype)
-    draft = Frozen.load(Path(settings.draft), setup.device, setup.dtype)
+    model = load_model(Path(settings.draft), "draft", setup.dtype, setup.device)
+    draft = Frozen(model, setup.dtype)
     if draft.vocab_size != frozen.vocab_size:
         raise TrainingError(
             f"the draft has {draft.vocab_size} token ids, and the target {frozen.vocab_size}: "

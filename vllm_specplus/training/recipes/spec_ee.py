@@ -37,6 +37,7 @@ from vllm_specplus.training.batch import Batch, Batches
 from vllm_specplus.training.cost_model import Shape, Work
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.frozen import Frozen
+from vllm_specplus.training.language_model import load_model
 from vllm_specplus.training.measure import BATCH_TOKENS, Measured
 from vllm_specplus.training.recipe import Defaults, Setup
 from vllm_specplus.training.slices import slices
@@ -181,7 +182,8 @@ def build(target: Path, settings: Settings, setup: Setup) -> SpecEeRecipe:
         raise TrainingError(
             "the target has one layer, which it cannot be left before: take a deeper one"
         )
-    draft = Frozen.load(Path(settings.draft), setup.device, setup.dtype)
+    model = load_model(Path(settings.draft), "draft", setup.dtype, setup.device)
+    draft = Frozen(model, setup.dtype)
     if draft.vocab_size != frozen.vocab_size:
         raise TrainingError(
             f"the draft has {draft.vocab_size} token ids, and the target {frozen.vocab_size}: "
