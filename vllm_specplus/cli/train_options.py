@@ -16,7 +16,7 @@ Recipe = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="acceptance_head, distill, eagle, eagle3, judge, layerskip, long_draft or spec_ee: see "
+        help="acceptance_head, distill, eagle, eagle3, judge, layerskip, long_draft, spec_ee: see "
         "docs/training.md, which says what each is for and which keys --set knows.",
     ),
 ]
