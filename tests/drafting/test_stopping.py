@@ -129,7 +129,7 @@ def test_the_head_is_residual_blocks_and_a_softmax(tmp_path, blocks):
 
 def test_what_is_no_head_is_named(tmp_path):
     save_file({"out.weight": torch.zeros(2, 6)}, tmp_path / "head.safetensors")
-    with pytest.raises(ValueError, match="an acceptance head is 'out.weight'"):
+    with pytest.raises(ValueError, match=r"an acceptance head is 'out\.weight'"):
         AcceptanceHeadStop(rule="acceptance_head", head=str(tmp_path / "head.safetensors"))
 
 

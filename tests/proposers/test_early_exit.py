@@ -115,7 +115,6 @@ def test_shadow_tokens_are_counted_request_by_request(folder, counted):
     for name, text, rows in (("request 0", texts[0], (15, 19)), ("request 1", texts[1], (10, 11))):
         expected[name] = ExitStatistics(len(EXITS))
         expected[name].observe(*said(folder, text, *rows))
-    # The second one began with what the first had taught.
     np.testing.assert_allclose(proposer._of["request 0"].right, expected["request 0"].right)
     assert proposer._of["request 0"].right[1] >= 0.75
     for name in expected:
