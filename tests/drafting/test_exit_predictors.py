@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_specplus.drafting.exit_predictors import (
+    FAR,
     ExitPredictors,
     Schedule,
     features,
@@ -35,12 +36,21 @@ def tensors(predictors: int = 3, inner: int = 5, candidates: int = 4) -> dict[st
 
 def test_what_is_read_is_logits_probabilities_and_their_change():
     first, second = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 3.0]])
-    read, before = features(first, None)
+    none = torch.zeros(1, 2, dtype=torch.bool)
+    read, before = features(first, none, None)
     p = 1 / (1 + math.e)
     assert read[0].tolist() == pytest.approx([1, 2, p, 1 - p, p, 1 - p])
-    read, _ = features(second, before)
+    read, _ = features(second, none, before)
     now = 1 / (1 + math.exp(3))
     assert read[0].tolist() == pytest.approx([0, 3, now, 1 - now, now - p, p - now])
+
+
+def test_a_missing_candidate_reads_as_improbable():
+    logits, missing = torch.tensor([[1.0, 9.0, 2.0]]), torch.tensor([[False, True, False]])
+    read, _ = features(logits, missing, None)
+    p = 1 / (1 + math.e)
+    assert read[0, :3].tolist() == [1.0, 1.0 - FAR, 2.0]
+    assert read[0, 3:6].tolist() == pytest.approx([p, 0, 1 - p], abs=1e-6)
 
 
 def test_a_score_is_that_of_a_layer_of_relus():

@@ -37,7 +37,7 @@ def test_what_is_read_is_what_serving_reads(folder):
         for number, layers in enumerate(range(1, LAYERS)):
             hidden = recipe.target.body.norm(states.hidden_states[layers][batch.learn])
             logits = recipe.target.output(hidden).gather(1, ids)
-            expected, before = features(logits, before)
+            expected, before = features(logits, torch.zeros_like(ids, dtype=torch.bool), before)
             torch.testing.assert_close(read[number], expected, atol=2e-4, rtol=1e-3)
             best = ids.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
             assert (labels[number] == (best == said)).float().mean() > 0.98
@@ -64,6 +64,16 @@ def test_predictors_learn_where_the_target_has_decided(folder, tmp_path):
     # The offline level is where most exits were.
     most = {recipe.layers[i] for i in recipe._exits.topk(2).indices.tolist()}
     assert static == most
+
+
+def test_some_positions_do_without_candidates(folder):
+    recipe, ids = made(folder), torch.zeros(4000, 4, dtype=torch.long)
+    assert not recipe._missing(ids, None).any()
+    missing = recipe._missing(ids, torch.Generator().manual_seed(0))
+    assert not missing[:, 0].any()
+    left = (~missing).sum(1)
+    assert 0.55 < (left == 4).float().mean() < 0.7
+    assert (missing == (torch.arange(4) >= left[:, None])).all()
 
 
 def test_a_row_exits_behind_the_first_layer_that_lets_it():

@@ -7,7 +7,9 @@ that has a predictor, and the last norm, the target's output layer gives the log
     [the k logits; their softmax over the k; how that has changed since the predictor before]
 
 (3 k numbers; the softmax itself, where there was no predictor before) and says by a layer of ReLUs
-and a sigmoid how probable it is that the best of the k is what the whole target would say.
+and a sigmoid how probable it is that the best of the k is what the whole target would say. In a
+tree a row may have fewer candidates than k: those that are missing read as far less probable than
+the first, in training too.
 
 Which layers' predictors are asked is *scheduled* on two levels: those where most exits were while
 the predictors were trained (offline), and those two layers before, at and two layers behind each of
@@ -29,6 +31,9 @@ if TYPE_CHECKING:  # the front end checks a file without torch
 
 #: Exits that the online level remembers, and how far around them it looks.
 LAST, AROUND = 5, (-2, 0, 2)
+
+#: How far below the first candidate's logit that of a missing one is.
+FAR = 20.0
 
 #: Tensors of a file: the layers that have a predictor, counted as those that have run, int64 [P];
 #: those of the offline level, int64 [S]; and of each predictor the two layers of its network.
@@ -64,12 +69,14 @@ def read_sizes(path: str | Path) -> Sizes:
 
 
 def features(
-    logits: torch.Tensor, before: torch.Tensor | None
+    logits: torch.Tensor, missing: torch.Tensor, before: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a predictor reads, float32 [n, 3 k], of the candidates' ``logits`` float32 [n, k]; and
-    their softmax, which is ``before`` (None: there is none) for the next predictor."""
+    """What a predictor reads, float32 [n, 3 k], of the candidates' ``logits`` float32 [n, k], some
+    of which are ``missing`` bool [n, k], but never the first; and their softmax, which is
+    ``before`` (None: there is none) for the next predictor."""
     import torch
 
+    logits = torch.where(missing, logits[:, :1] - FAR, logits)
     probabilities = logits.softmax(-1)
     change = probabilities if before is None else probabilities - before
     return torch.cat((logits, probabilities, change), -1), probabilities

@@ -26,6 +26,7 @@ from torch import nn
 
 from vllm_specplus.drafting.exit_predictors import ExitPredictors, features
 from vllm_specplus.engine.target_layers import TargetLayers
+from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Rows
 
 
@@ -42,7 +43,7 @@ class _Pass:
     at: torch.Tensor
     """int64 [L] the verified rows, among the batch's."""
     candidates: torch.Tensor
-    """int64 [L, k] of each; -1 in a row that cannot exit."""
+    """int64 [L, k] of each, -1 behind the last one; rows without any cannot exit."""
     asked: frozenset[int]
     """Behind how many layers predictors are asked."""
     able: torch.Tensor
@@ -64,9 +65,11 @@ class _Pass:
 class ExitPass:
     """Runs the target's passes."""
 
-    def __init__(self, layers: TargetLayers, output: torch.Tensor):
+    def __init__(
+        self, layers: TargetLayers, output: torch.Tensor, counters: Counters | None = None
+    ):
         """``output``: weights [V, hidden] of the target's output layer."""
-        self._target, self._output = layers, output
+        self._target, self._output, self._counters = layers, output, counters
         self._pass: _Pass | None = None
         for number, block in enumerate(layers.blocks):
             block.layer.register_forward_hook(self._hook(number + 1))
@@ -78,10 +81,10 @@ class ExitPass:
         """What ``forward`` returns, or hidden states of the layers that were enough.
 
         ``positions`` int64 [T]; ``rows``, ``at`` int64 [L]: the verified rows, which are all of the
-        batch's that count; ``candidates`` int64 [L, k], -1 in rows that cannot exit. All requests
+        batch's that count; ``candidates`` int64 [L, k], -1 behind the last one of each. All requests
         are greedy.
         """
-        if (candidates[rows.starts[:-1]] < 0).any():  # a request that runs through: all do
+        if (candidates[rows.starts[:-1], 0] < 0).any():  # a request that runs through: all do
             return self._through(forward, predictors)
         ids = torch.from_numpy(candidates).to(at.device)
         self._pass = _Pass(
@@ -112,7 +115,7 @@ class ExitPass:
     def _look(self, run: _Pass, layers: int, hidden: torch.Tensor) -> None:
         normed = self._target.normed(hidden[run.at])
         logits = (run.output @ normed.float().unsqueeze(-1)).squeeze(-1)
-        read, run.before = features(logits, run.before)
+        read, run.before = features(logits, run.candidates < 0, run.before)
         firing = (run.predictors.fire(layers, read) & run.able).nonzero()[:, 0]
         if not len(firing):
             return
@@ -130,6 +133,8 @@ class ExitPass:
         returns them."""
         assert run.hidden is not None
         run.predictors.schedule.exited(run.layers)
+        if self._counters is not None:
+            self._counters.add("early_exits")
         for block in self._target.blocks[run.layers :]:
             norm, stock = block.placed[0], block.attention
             asks = inspect.signature(stock.forward).parameters
@@ -170,8 +175,10 @@ def output_weights(model: nn.Module) -> torch.Tensor:
     return weight
 
 
-def make_exit_pass(proposer: Any, model: nn.Module, vllm_config: Any) -> ExitPass | None:
+def make_exit_pass(
+    proposer: Any, model: nn.Module, vllm_config: Any, counters: Counters
+) -> ExitPass | None:
     """The pass for a proposer that has ``predictors``; None for another."""
     if getattr(proposer, "predictors", None) is None:
         return None
-    return ExitPass(TargetLayers(model, vllm_config), output_weights(model))
+    return ExitPass(TargetLayers(model, vllm_config), output_weights(model), counters)

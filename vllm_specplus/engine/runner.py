@@ -87,7 +87,9 @@ class TreeRunnerMixin(ImageRowsMixin):
             self.drafter.config, self.drafter.proposer, self.sampler, self.device, codebook,
             self.drafter.counters, self.drafter.draft_probs, get_tp_group(),
         )  # fmt: skip
-        self._exits = make_exit_pass(self.drafter.proposer, self.get_model(), self.vllm_config)
+        self._exits = make_exit_pass(
+            self.drafter.proposer, self.get_model(), self.vllm_config, self.drafter.counters
+        )
         layout = getattr(self.get_model(), "picture_layout", None)
         if layout is not None:
             self._pictures = PictureRows(layout, self.batch.upload)

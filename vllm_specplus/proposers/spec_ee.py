@@ -172,8 +172,8 @@ class SpecEe(Proposer):
         return verified
 
     def candidates(self, request_ids: list[str], rows: Rows) -> np.ndarray:
-        """Int64 [L, k] the candidates of the verified ``rows`` of the requests, [R] names; -1 where
-        a row has fewer than k, or is of another tree than was drafted."""
+        """Int64 [L, k] the candidates of the verified ``rows`` of the requests, [R] names, best
+        first; -1 where a row has fewer than k, or is of another tree than was drafted."""
         found = np.full((len(rows.tokens), self._count), -1, np.int64)
         for r, name in enumerate(request_ids):
             first, end = int(rows.starts[r]), int(rows.starts[r + 1])
@@ -217,7 +217,7 @@ class SpecEe(Proposer):
 
 def without_leaves(drafts: DraftBatch, count: int) -> tuple[DraftBatch, list[np.ndarray]]:
     """The nodes of all trees that have children; and of each tree int64 [1 + nodes, count] the
-    first ``count`` children of its root and of each of these nodes, -1 where there are fewer."""
+    first ``count`` children of its root and of each of these nodes, -1 behind the last one."""
     tokens, parents, kept_counts, found = [], [], [], []
     sources = []
     first = 0
@@ -233,7 +233,6 @@ def without_leaves(drafts: DraftBatch, count: int) -> tuple[DraftBatch, list[np.
             if filled[row] < count:
                 candidates[row, filled[row]] = own_tokens[node]
                 filled[row] += 1
-        candidates[filled < count] = -1
         tokens.append(own_tokens[inner])
         parents.append(number[own_parents[inner]])
         kept_counts.append(int(inner.sum()))

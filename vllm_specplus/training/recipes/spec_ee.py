@@ -5,7 +5,8 @@ names its ``candidates`` most probable tokens; behind every layer but the last t
 norm and output layer give their logits, of which a predictor of that layer reads what it does when
 served (``drafting/exit_predictors.py``). Its label: is the best of the candidates there what the
 whole target says? The whole output layer, which serving asks as well before a row exits, is not
-asked here: of every layer it would take most of the time.
+asked here: of every layer it would take most of the time. Half of the positions learn with some of
+the candidates only, as rows of a tree have them.
 
 Where predictors would have let rows exit is counted on the way; the ``static`` layers with most
 exits are the offline level of their schedule.
@@ -46,6 +47,8 @@ from vllm_specplus.training.texts import Text
 SUMMARY = "predictors that leave the target early; served by the lossy method spec_ee"
 DEFAULTS = Defaults(tokens=50_000, epochs=2, batch_tokens=2048, learning_rate=1e-3)
 
+#: Share of positions that learn with fewer candidates.
+PARTIAL = 0.5
 #: Memory of the exits, per step; and the name under which they are kept.
 MEMORY, EXITS = 0.99, "exits"
 
@@ -100,7 +103,7 @@ class SpecEeRecipe:
         count = max(int(batch.learn.sum()), 1)
         loss, right = 0.0, 0.0
         exits = torch.zeros_like(self._exits)
-        for read, labels in self._read(batch):
+        for read, labels in self._read(batch, rng):
             odds = scores(self.weights, slice(None), read)
             errors = F.binary_cross_entropy_with_logits(odds, labels.float(), reduction="sum")
             errors = errors / (count * len(self.layers))
@@ -144,25 +147,38 @@ class SpecEeRecipe:
         save_file(tensors, folder / "predictors.safetensors")
 
     @torch.no_grad()
-    def _read(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(
+        self, batch: Batch, rng: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """By slices of the positions that are learnt from: what all predictors read, float32
-        [P, n, 3 k], and their labels bool [P, n]."""
+        [P, n, 3 k], and their labels bool [P, n]. ``rng``: takes some candidates away."""
         states = self.target.states(batch, self.layers)
         last, entering = states.last[batch.learn], states.layers[batch.learn]
         drafted = self.draft.read(batch.tokens, batch.mask)[batch.learn]
         for here in slices(len(last)):
             ids = self.draft.output(drafted[here]).topk(self._settings.candidates, -1).indices
+            missing = self._missing(ids, rng)
             said = self.target.output(last[here]).argmax(-1)
             weights = self.target.output_weight[ids].float()
             before, read, labels = None, [], []
             for hidden in entering[here].chunk(len(self.layers), -1):
                 normed = self.target.body.norm(hidden).float()
                 logits = (weights @ normed.unsqueeze(-1)).squeeze(-1)
-                row, before = features(logits, before)
+                row, before = features(logits, missing, before)
                 read.append(row)
-                best = ids.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
+                there = logits.masked_fill(missing, float("-inf"))
+                best = ids.gather(1, there.argmax(-1, keepdim=True))[:, 0]
                 labels.append(best == said)
             yield torch.stack(read), torch.stack(labels)
+
+    def _missing(self, ids: Tensor, rng: torch.Generator | None) -> Tensor:
+        """Bool [n, k]: which of the candidates a row is to do without, as rows of a tree do."""
+        rows, count = ids.shape
+        if rng is None:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        left = torch.randint(1, count + 1, (rows, 1), generator=rng, device=ids.device)
+        whole = torch.rand(rows, 1, generator=rng, device=ids.device) > PARTIAL
+        return (torch.arange(count, device=ids.device) >= left) & ~whole
 
 
 def _first_exits(fires: Tensor) -> Tensor:
