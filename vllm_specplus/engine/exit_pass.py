@@ -81,8 +81,8 @@ class ExitPass:
         """What ``forward`` returns, or hidden states of the layers that were enough.
 
         ``positions`` int64 [T]; ``rows``, ``at`` int64 [L]: the verified rows, which are all of the
-        batch's that count; ``candidates`` int64 [L, k], -1 behind the last one of each. All requests
-        are greedy.
+        batch's that count; ``candidates`` int64 [L, k], -1 behind the last one of each. All
+        requests are greedy.
         """
         if (candidates[rows.starts[:-1], 0] < 0).any():  # a request that runs through: all do
             return self._through(forward, predictors)
