@@ -59,6 +59,8 @@ class Services:
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
     num_layers: int = 0
     """Of the target; 0: nobody knows."""
+    gives_layers: Callable[[], bool] = lambda: False
+    """Does vLLM hand out the hidden states that enter the target's layers?"""
     lockstep: Lockstep | None = None
     """The ranks that the target's layers are divided among; None: one rank has them."""
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from benchmarks.self_speculation import LLAMA_2_7B, best_projected, method, projected, shares
 from vllm_specplus.bench.methods import parse_methods
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from self_speculation import LLAMA_2_7B, best_projected, method, projected, shares  # noqa: E402
 
 
 def test_the_target_has_seven_billion_parameters():
@@ -47,11 +52,6 @@ def test_shares_of_layers():
 
 
 def test_methods_are_those_that_bench_reads():
-    text = method(
-        "layer_skip", shape="chain", stop={"rule": "confidence"}, num_speculative_tokens=3
-    )
-    (spec,) = parse_methods(text)
-    assert spec.speculative_config == {
-        "method": "layer_skip", "shape": "chain", "stop": {"rule": "confidence"},
-        "num_speculative_tokens": 3,
-    }  # fmt: skip
+    keys = {"shape": "chain", "stop": {"rule": "confidence"}, "num_speculative_tokens": 3}
+    (spec,) = parse_methods(method("layer_skip", **keys))
+    assert spec.speculative_config == {"method": "layer_skip"} | keys

@@ -280,7 +280,7 @@ def test_mistakes_in_the_config(keys, words):
             "is [4], and this target allows 1 to 3",
         ),
         (
-            {"method": "early_exit"},
+            {"method": "early_exit", "statistics": "verification"},
             {"gives_layers": lambda: False},
             "vLLM hands out no hidden states of a target of type 'llama'",
         ),

@@ -21,7 +21,7 @@ from vllm_specplus.step import StepContext, TargetRows, bare_step
 LAYERS, EXITS, LEVELS = 6, [1, 3, 5], 4
 KEYS = {
     "method": "early_exit", "exit_layers": EXITS, "shape": "chain",
-    "num_speculative_tokens": LEVELS, "stop": {"rule": "tau"},
+    "num_speculative_tokens": LEVELS, "stop": {"rule": "tau"}, "statistics": "verification",
 }  # fmt: skip
 
 
@@ -173,3 +173,14 @@ def test_without_states_of_the_verification_a_replay_chooses(folder, counted):
         proposer.propose(replace(step, target_rows=None))
     assert proposer._executor.exits is None
     assert proposer._choice._seen > 0
+
+
+@pytest.mark.parametrize("gives", [True, False])
+def test_by_default_it_is_what_the_target_can(gives):
+    services = Services(VOCAB, num_layers=LAYERS, gives_layers=lambda: gives)
+    proposer = EarlyExit(parse({"method": "early_exit"}), services)
+    assert proposer.reads_hidden == gives
+    assert proposer.hidden_layers == ((1, 3, 4) if gives else None)
+    as_source = {"method": "rasd", "sources": ["token_recycling", "early_exit"]}
+    (member,) = [each for each in parse(as_source).members() if each.method == "early_exit"]
+    assert member.statistics == "replay"

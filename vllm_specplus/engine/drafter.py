@@ -26,6 +26,7 @@ from vllm_specplus.engine import attention
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
+from vllm_specplus.engine.needs import gives_layers
 from vllm_specplus.engine.ranks import lockstep
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.engine.target_vocabulary import load_vocabulary
@@ -106,6 +107,7 @@ class Drafter:
             context_pages=lambda: attention.context_pages(self.attention_layers),
             record=CudaRecorder() if graphs else None,
             num_layers=model.get_total_num_hidden_layers(),
+            gives_layers=lambda: gives_layers(model),
             lockstep=self._lockstep,
         )
 

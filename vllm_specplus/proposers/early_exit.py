@@ -45,8 +45,9 @@ class EarlyExitConfig(SelfSpeculationConfig):
     )
     """How many layers may run, in ascending order: the best is found while serving. By default
     a quarter, a half and three quarters of them."""
-    statistics: Literal["verification", "replay"] = "verification"
-    """From where it is known what each exit would have said."""
+    statistics: Literal["verification", "replay"] | None = None
+    """From where it is known what each exit would have said; None: from the verification where vLLM
+    hands out the target's hidden states, else from replays."""
 
     @model_validator(mode="after")
     def _exits_ascend(self):
@@ -72,10 +73,11 @@ class EarlyExitConfig(SelfSpeculationConfig):
 
     def check_target(self, target: Target) -> None:
         super().check_target(target)
-        if self.statistics == "verification" and not target.gives_layers():
+        needs_states = self.statistics == "verification" or getattr(self.stop, "rule", "") == "tau"
+        if needs_states and not target.gives_layers():
             raise ValueError(
                 f"vLLM hands out no hidden states of a target of type {target.family!r}, by which "
-                f"exits are compared: set 'statistics' to 'replay'"
+                f"exits are compared: set 'statistics' to 'replay', and no 'stop' by the rule 'tau'"
             )
 
     def named_layers(self) -> dict[str, list[int] | None]:
@@ -97,7 +99,8 @@ class EarlyExit(SelfSpeculation):
     def __init__(self, config: EarlyExitConfig, services: Services):
         super().__init__(config, services)
         self._exits = config.exits(services.num_layers)
-        if config.statistics == "verification":
+        given = config.statistics
+        if given == "verification" or (given is None and services.gives_layers()):
             self.reads_hidden, self.hidden_layers = True, tuple(self._exits)
         # What is known of each request, with which a new one begins, and where each is left.
         self._all = ExitStatistics(len(self._exits))
