@@ -10,7 +10,7 @@ import pytest
 from vllm_specplus.bench.methods import parse_methods
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from self_speculation import LLAMA_2_7B, best_projected, method, projected, shares  # noqa: E402
+from self_speculation import LLAMA_2_7B, best_projected, method, projected, shares
 
 
 def test_the_target_has_seven_billion_parameters():

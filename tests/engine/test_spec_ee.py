@@ -77,9 +77,13 @@ def test_exits_that_are_wrong_change_texts_and_end_none(
     file = predictors(tmp_path / "p.safetensors", [1, 2], 9.0)
     config = {"speculative_config": spec(draft, file)}
     requests = mixed_requests[::2]  # the others ask for penalties and the like: passes run through
-    result = harness.run(tmp_path, tiny_engine | config, [{"requests": requests}])
+    strict = {"extra_args": {"specplus": {"lossless": True}}}
+    exact = [[prompt, params | strict] for prompt, params in requests]
+    batches = [{"requests": requests}, {"requests": exact}]
+    result = harness.run(tmp_path, tiny_engine | config, batches)
     expected = harness.ids(plain)[::2]
     assert harness.ids(result) != expected
+    assert harness.ids(result, 1) == harness.ids(plain, 1)[::2]
     for (_, params), answer, exact in zip(requests, harness.ids(result), expected, strict=True):
         if params["ignore_eos"]:
             assert [len(ids) for ids in answer] == [len(ids) for ids in exact]

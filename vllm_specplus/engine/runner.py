@@ -217,12 +217,16 @@ class TreeRunnerMixin(ImageRowsMixin):
 
     def _model_forward(self, *args, **kwargs):
         forward, step = partial(super()._model_forward, *args, **kwargs), self._step
-        if self._exits is None or step is None or not self.batch.all_greedy_decodes(step):
+        if self._exits is None or step is None or not self._may_exit(step):
             return forward()
         names, at = self.batch.request_ids, self.batch.to_device(step.batch_rows)
         proposer, positions = self.drafter.proposer, kwargs["positions"]
         candidates = proposer.candidates(names, step.rows)
         return self._exits.run(forward, proposer.predictors, positions, step.rows, at, candidates)
+
+    def _may_exit(self, step: Step) -> bool:
+        """Do all requests allow a text that is not quite the target's, of its best tokens?"""
+        return self.batch.all_greedy_decodes(step) and None not in self.proposing.relaxed_stops()
 
     # -- verification -----------------------------------------------------------
 
