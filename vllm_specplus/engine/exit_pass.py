@@ -18,7 +18,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +29,11 @@ from vllm_specplus.drafting.exit_predictors import ExitPredictors, features
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.metrics import Counters
 from vllm_specplus.step import Rows
+
+if TYPE_CHECKING:
+    from vllm_specplus.engine.batch import Step
+    from vllm_specplus.engine.proposing import Proposing
+    from vllm_specplus.engine.v1 import V1Batch
 
 
 class _Ended(Exception):
@@ -175,10 +181,34 @@ def output_weights(model: nn.Module) -> torch.Tensor:
     return weight
 
 
-def make_exit_pass(
-    proposer: Any, model: nn.Module, vllm_config: Any, counters: Counters
-) -> ExitPass | None:
-    """The pass for a proposer that has ``predictors``; None for another."""
-    if getattr(proposer, "predictors", None) is None:
-        return None
-    return ExitPass(TargetLayers(model, vllm_config), output_weights(model), counters)
+class ExitPassMixin:
+    """Of our runners: the override of the target's forward pass."""
+
+    drafter: Any
+    batch: V1Batch
+    proposing: Proposing
+    vllm_config: Any
+    _step: Step | None
+    _exits: ExitPass | None = None
+    """None: all passes run through."""
+
+    def make_exits(self) -> None:
+        """After load: end passes early, if the method has ``predictors``."""
+        if getattr(self.drafter.proposer, "predictors", None) is not None:
+            model = self.get_model()
+            layers = TargetLayers(model, self.vllm_config)
+            self._exits = ExitPass(layers, output_weights(model), self.drafter.counters)
+
+    def _model_forward(self, *args, **kwargs):
+        forward, step = partial(super()._model_forward, *args, **kwargs), self._step
+        if self._exits is None or step is None or not self._may_exit(step):
+            return forward()
+        proposer, at = self.drafter.proposer, self.batch.to_device(step.batch_rows)
+        candidates = proposer.candidates(self.batch.request_ids, step.rows)
+        return self._exits.run(
+            forward, proposer.predictors, kwargs["positions"], step.rows, at, candidates
+        )
+
+    def _may_exit(self, step: Step) -> bool:
+        """Do all requests allow a text that is not quite the target's, of its best tokens?"""
+        return self.batch.all_greedy_decodes(step) and None not in self.proposing.relaxed_stops()

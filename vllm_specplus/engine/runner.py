@@ -4,7 +4,7 @@ One step, in vLLM's order::
 
     _prepare_inputs            rows, depths; positions follow depth
     _build_attention_metadata  trees attached to the stock metadata
-    (forward)                  attention/
+    (forward)                  attention/; exit_pass.py may end it early
     _sample                    verify.py follows the trees; the KV cache is compacted
     propose_draft_token_ids    shows the step to the proposer, returns its trees
 
@@ -18,7 +18,6 @@ subclasses the runner's steps.
 from __future__ import annotations
 
 import time
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -35,7 +34,7 @@ from vllm_specplus.engine.attention.base import PageCache
 from vllm_specplus.engine.batch import Step, describe, logits_rows
 from vllm_specplus.engine.clock import StepClock, StepProfiler
 from vllm_specplus.engine.counts import hand_over
-from vllm_specplus.engine.exit_pass import ExitPass, make_exit_pass
+from vllm_specplus.engine.exit_pass import ExitPassMixin
 from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, ImageRowsMixin
 from vllm_specplus.engine.memory_plan import common_pages, for_kv_cache
 from vllm_specplus.engine.pictures import PictureRows
@@ -48,7 +47,7 @@ from vllm_specplus.step import LatentStep
 from vllm_specplus.tree import moves
 
 
-class TreeRunnerMixin(ImageRowsMixin):
+class TreeRunnerMixin(ExitPassMixin, ImageRowsMixin):
     """Overrides of ``GPUModelRunner``; see the module's docstring for the order."""
 
     _step: Step | None = None
@@ -65,8 +64,6 @@ class TreeRunnerMixin(ImageRowsMixin):
     _caches: list[PageCache]
     """One per group of layers that have the same pages."""
     verifier: Verifier
-    _exits: ExitPass | None = None
-    """Ends the target's passes early, for a method that wants it."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -87,9 +84,7 @@ class TreeRunnerMixin(ImageRowsMixin):
             self.drafter.config, self.drafter.proposer, self.sampler, self.device, codebook,
             self.drafter.counters, self.drafter.draft_probs, get_tp_group(),
         )  # fmt: skip
-        self._exits = make_exit_pass(
-            self.drafter.proposer, self.get_model(), self.vllm_config, self.drafter.counters
-        )
+        self.make_exits()
         layout = getattr(self.get_model(), "picture_layout", None)
         if layout is not None:
             self._pictures = PictureRows(layout, self.batch.upload)
@@ -214,19 +209,6 @@ class TreeRunnerMixin(ImageRowsMixin):
                 continue
             attention.attach(metadata, group, self._layers, trees)
         return metadata, common
-
-    def _model_forward(self, *args, **kwargs):
-        forward, step = partial(super()._model_forward, *args, **kwargs), self._step
-        if self._exits is None or step is None or not self._may_exit(step):
-            return forward()
-        names, at = self.batch.request_ids, self.batch.to_device(step.batch_rows)
-        proposer, positions = self.drafter.proposer, kwargs["positions"]
-        candidates = proposer.candidates(names, step.rows)
-        return self._exits.run(forward, proposer.predictors, positions, step.rows, at, candidates)
-
-    def _may_exit(self, step: Step) -> bool:
-        """Do all requests allow a text that is not quite the target's, of its best tokens?"""
-        return self.batch.all_greedy_decodes(step) and None not in self.proposing.relaxed_stops()
 
     # -- verification -----------------------------------------------------------
 

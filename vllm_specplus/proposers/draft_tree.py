@@ -25,7 +25,6 @@ gave a node tells how good it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -39,6 +38,7 @@ from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
+from vllm_specplus.drafting.rounds import Knobs, collect, grow_levels
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shapes import (
     Beams,
@@ -46,10 +46,7 @@ from vllm_specplus.drafting.shapes import (
     Caterpillar,
     ConstantBranching,
     IndependentPaths,
-    Level,
-    Shape,
     StochasticBeam,
-    draft_distribution,
 )
 from vllm_specplus.drafting.shared_tokens import SharedTokens, share
 from vllm_specplus.drafting.stop_config import AcceptanceHeadStop
@@ -235,9 +232,11 @@ class DraftTree(Proposer):
         greedy = np.ones(len(rows), bool)
         if step.sampling is not None:
             greedy = step.sampling.temperature[rows] == 0
-        ends = Ends(depths, counts, shape, greedy, self._stop, names)
         logits = self._begin(step, rows, names, texts)[:, None]
-        grown, draft_probs = self._grow_levels(shape, logits, knobs, ends)
+        ends = Ends(depths, counts, shape, greedy, self._stop, names)
+        grown, draft_probs = grow_levels(
+            shape, self.levels, logits, knobs, ends, self._grow, self._noise
+        )
         for name, length, levels in zip(names, knobs.lengths, ends.depths.tolist(), strict=True):
             self._drafted[name] = length, levels
         if isinstance(shape, BestFirst):
@@ -246,7 +245,7 @@ class DraftTree(Proposer):
                 for tokens, parents, given in zip(*shape.best(counts), strict=True)
             ]
         else:
-            nodes = self._collect(grown, [len(q) for q in draft_probs], ends.kept(grown), counts)
+            nodes = collect(grown, [len(q) for q in draft_probs], ends.kept(grown), counts)
         one_path = step.chain_only[rows]
         if self.config.shape == "spectr":
             one_path = one_path | greedy  # all paths coincide
@@ -255,39 +254,6 @@ class DraftTree(Proposer):
         ]
         deterministic = greedy | step.chain_only[rows]
         return self._batch(step, rows, nodes, deterministic, draft_probs)
-
-    def _grow_levels(
-        self, shape: Shape, logits: torch.Tensor, knobs: Knobs, ends: Ends
-    ) -> tuple[list[tuple[np.ndarray, Level]], list[torch.Tensor]]:
-        """The levels of the round's trees, from the ``logits`` [A, 1, V] at their roots on: which
-        trees int64 [n] have each, and it; and what its nodes were drawn from, [n * w, V]."""
-        # Which trees go on is known on the host: asking the device would wait for it.
-        alive = np.arange(len(logits))
-        active = torch.arange(len(logits), device=logits.device)
-        grown: list[tuple[np.ndarray, Level]] = []
-        draft_probs = []
-        for depth in range(len(shape.sizes)):
-            if depth:
-                going_on = np.flatnonzero(ends.depths[alive] > depth)
-                if not len(going_on):
-                    break
-                keep = torch.from_numpy(going_on).to(logits.device)
-                shape.select(keep)
-                alive, active, level = alive[going_on], active[keep], grown[-1][1]
-                read = shape.goes_on_from
-                above = depth - 2 if read else sum(self.levels[: depth - 2])
-                parents = level.parents[keep, :read] + (above if depth > 1 else -1)
-                logits = self._grow(active, level.tokens[keep, :read], parents)
-            q = draft_distribution(logits, *knobs.at(active))
-            noise = self._noise.uniform(
-                shape.noise_size(q.shape[1]),
-                [knobs.seeds[r] for r in alive],
-                [(knobs.lengths[r], depth) for r in alive],
-            )
-            grown.append((alive, shape.expand(q, noise)))
-            draft_probs.append(q.flatten(0, 1))
-            ends.look(depth, alive, grown[-1][1], q)
-        return grown, draft_probs
 
     def _tell_outcomes(self, names: list[str], lengths: list[int]) -> None:
         """What became of the last drafts of requests whose texts have these lengths now."""
@@ -329,38 +295,6 @@ class DraftTree(Proposer):
         logits = self._executor.grow(active, self._shared.nodes(tokens), parents)
         return self._shared.logits(logits)
 
-    def _collect(
-        self, grown: list[tuple[np.ndarray, Level]], probs_rows: list[int], kept: np.ndarray,
-        counts: np.ndarray,
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:  # fmt: skip
-        """(tokens, parents, drawn_from, source) of each tree: of its nodes level by level, those
-        ``kept`` bool [A, N], and of these the first ``counts``."""
-        tokens, parents, drawn_from = np.zeros((3, *kept.shape), np.int32)
-        drawn = [torch.stack((level.tokens, level.parents)).flatten(1) for _, level in grown]
-        host = torch.cat(drawn, 1).cpu().numpy()  # one copy, for which the device is waited for
-        first, above, probs_row, begin = 0, -1, 0, 0
-        for (alive, level), rows in zip(grown, probs_rows, strict=True):
-            width = level.tokens.shape[1]
-            end = begin + len(alive) * width
-            ids, places = host[:, begin:end].reshape(2, len(alive), width)
-            here = slice(first, first + width)
-            tokens[alive, here] = ids
-            parents[alive, here] = places + above
-            drawn_from[alive, here] = (
-                probs_row + places + np.arange(len(alive))[:, None] * (rows // len(alive))
-            )
-            probs_row += rows
-            above, first, begin = first, first + width, end
-        trees = []
-        for r, n in enumerate(counts.tolist()):
-            here = np.flatnonzero(kept[r])[:n]
-            number = np.append(np.cumsum(kept[r], dtype=np.int32) - 1, np.int32(-1))  # the root's
-            trees.append((
-                tokens[r, here], number[parents[r, here]], drawn_from[r, here],
-                np.zeros(len(here), np.int32),
-            ))  # fmt: skip
-        return trees
-
     def _batch(
         self,
         step: StepContext,
@@ -386,50 +320,6 @@ class DraftTree(Proposer):
             batch.next_row = np.full(len(counts), -1, np.int32)
             batch.next_row[rows] = np.arange(len(rows))
         return batch
-
-
-@dataclass(slots=True)
-class Knobs:
-    """How the A drafting requests sample, on the draft's device."""
-
-    greedy: torch.Tensor
-    """bool [A]"""
-    temperature: torch.Tensor
-    """float32 [A]"""
-    top_k: torch.Tensor | None
-    """int64 [A]; None: nobody cuts."""
-    top_p: torch.Tensor | None
-    """float32 [A]; None: nobody cuts."""
-    seeds: list[int | None]
-    lengths: list[int]
-    """Of the texts: a seeded request draws anew at every place of its text."""
-
-    @classmethod
-    def of(
-        cls, step: StepContext, rows: np.ndarray, vocab_size: int, device: torch.device
-    ) -> Knobs:
-        def put(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values[rows]).to(device)
-
-        sampling, lengths = step.sampling, step.num_tokens[rows].tolist()
-        if sampling is None:
-            cold = torch.zeros(len(rows), device=device)
-            return cls(cold == 0, cold, None, None, [None] * len(rows), lengths)
-        temperature = put(sampling.temperature)
-        cuts_k, cuts_p = sampling.top_k[rows] < vocab_size, sampling.top_p[rows] < 1
-        return cls(
-            temperature == 0,
-            temperature,
-            put(sampling.top_k).long() if cuts_k.any() else None,
-            put(sampling.top_p) if cuts_p.any() else None,
-            [sampling.seeds[r] for r in rows],
-            lengths,
-        )
-
-    def at(self, active: torch.Tensor) -> tuple:
-        """Temperature, top_k and top_p of the requests ``active`` int64 [n]."""
-        cuts = (None if cut is None else cut[active] for cut in (self.top_k, self.top_p))
-        return (self.temperature[active], *cuts)
 
 
 def _likelihood_class(probabilities: np.ndarray) -> np.ndarray:

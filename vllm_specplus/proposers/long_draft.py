@@ -41,6 +41,7 @@ class LongDraftConfig(MethodConfig):
     }
     fuses: ClassVar[bool] = False
     shape: ClassVar[str] = "beams"
+    stop: ClassVar[None] = None
 
     method: Literal["long_draft"] = "long_draft"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 68
