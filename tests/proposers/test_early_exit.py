@@ -165,7 +165,7 @@ def test_layers_above_the_last_exit_have_no_copies(folder, counted):
 
 
 def test_without_states_of_the_verification_a_replay_chooses(folder, counted):
-    proposer = made(folder, counted, statistics="replay", stop=None)
+    proposer = made(folder, counted, statistics="replay", stop={"rule": "none"})
     assert (proposer.reads_hidden, proposer.hidden_layers) == (False, None)
     text = np.random.default_rng(3).integers(0, VOCAB, 30).astype(np.int32)
     step = step_of(proposer, folder, [text], [4], [(28, 29)])

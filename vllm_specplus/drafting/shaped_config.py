@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from vllm_specplus.config import MethodConfig
 from vllm_specplus.drafting.shapes import CATERPILLAR_LEAST
-from vllm_specplus.drafting.stop_config import StopConfig
+from vllm_specplus.drafting.stop_config import NoStop, StopConfig
 from vllm_specplus.strict import quoted
 
 _SHAPE_KEYS = {"width": ("topk", "rsd_s", "spectr"), "branching": ("rsd_c",)}
@@ -50,8 +50,8 @@ class ShapedDraftConfig(MethodConfig):
     """Children of every node, level by level, of rsd_c."""
     verification: Literal["recursive", "block", "traversal", "k_seq"] | None = None
     """How sampled nodes are accepted; by default the best rule for the shape."""
-    stop: Annotated[StopConfig, Field(discriminator="rule")] | None = None
-    """What ends a draft before the levels that the controller has planned; None: nothing."""
+    stop: Annotated[StopConfig, Field(discriminator="rule")] = NoStop()
+    """What ends a draft before the levels that the controller has planned."""
 
     @model_validator(mode="after")
     def _shape_fits(self):
@@ -83,7 +83,7 @@ class ShapedDraftConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _stop_fits(self):
-        if self.stop is None:
+        if self.stop.rule == "none":
             return self
         if self.shape not in _STOPPED:
             raise ValueError(

@@ -16,6 +16,12 @@ from vllm_specplus.strict import StrictModel
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
+class NoStop(StrictModel):
+    """Behind the levels that were planned."""
+
+    rule: Literal["none"] = "none"
+
+
 class ConfidenceStop(StrictModel):
     """Behind a token that the draft gave too little (SWIFT, arXiv 2410.06916)."""
 
@@ -58,4 +64,4 @@ class AcceptanceHeadStop(StrictModel):
         return self
 
 
-StopConfig = ConfidenceStop | AdaptiveConfidenceStop | TauStop | AcceptanceHeadStop
+StopConfig = NoStop | ConfidenceStop | AdaptiveConfidenceStop | TauStop | AcceptanceHeadStop

@@ -19,6 +19,7 @@ from vllm_specplus.drafting.stop_config import (
     AcceptanceHeadStop,
     AdaptiveConfidenceStop,
     ConfidenceStop,
+    NoStop,
     StopConfig,
 )
 
@@ -136,13 +137,13 @@ class Rejection(Stop):
 
 
 def make_stop(
-    config: StopConfig | None,
+    config: StopConfig,
     rate: Callable[[], np.ndarray] | None = None,
     threshold_of: Callable[[str], float] | None = None,
 ) -> Stop | None:
-    """The stop that is configured, None for none; ``rate``, ``threshold_of``: see
+    """The stop that is configured, None for "none"; ``rate``, ``threshold_of``: see
     :class:`Rejection`, :class:`Tau`."""
-    if config is None:
+    if isinstance(config, NoStop):
         return None
     if isinstance(config, ConfidenceStop):
         return Confidence(config.threshold)

@@ -59,7 +59,7 @@ class EarlyExitConfig(SelfSpeculationConfig):
 
     @model_validator(mode="after")
     def _tau_is_known(self):
-        if self.stop is not None and self.stop.rule == "tau" and self.statistics == "replay":
+        if self.stop.rule == "tau" and self.statistics == "replay":
             raise ValueError(
                 "'stop' by the rule 'tau' goes by how sure the exits were in the verification: set "
                 "'statistics' to 'verification', or 'stop' to another rule"
@@ -73,7 +73,7 @@ class EarlyExitConfig(SelfSpeculationConfig):
 
     def check_target(self, target: Target) -> None:
         super().check_target(target)
-        needs_states = self.statistics == "verification" or getattr(self.stop, "rule", "") == "tau"
+        needs_states = self.statistics == "verification" or self.stop.rule == "tau"
         if needs_states and not target.gives_layers():
             raise ValueError(
                 f"vLLM hands out no hidden states of a target of type {target.family!r}, by which "
