@@ -31,7 +31,7 @@ def head_size(path: str | Path) -> int:
     name = f"'head' {quoted(str(path))}"
     check_readable(str(path), "'head'")
     shapes = tensor_shapes(Path(path), name)
-    size = shapes.get(OUT.format("weight"), (0, 0))[-1]
+    size = (shapes.get(OUT.format("weight")) or (0,))[-1]
     blocks = (len(shapes) - 2) // 2
     expected: dict[str, tuple[int, ...]] = {
         OUT.format("weight"): (2, size),

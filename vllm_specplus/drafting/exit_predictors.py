@@ -53,19 +53,19 @@ def read_sizes(path: str | Path) -> Sizes:
     name = f"'predictors' {quoted(str(path))}"
     check_readable(str(path), "'predictors'")
     shapes = tensor_shapes(Path(path), name)
-    count = shapes.get(LAYERS, (0,))[0]
-    hidden = shapes.get(HIDDEN, (0, 0, 0))
-    expected = {
-        LAYERS: (count,), STATIC: shapes.get(STATIC, ()), HIDDEN: (count, *hidden[1:]),
-        HIDDEN_BIAS: (count, hidden[1]), OUT: (count, hidden[1]), OUT_BIAS: (count,),
-    }  # fmt: skip
-    fits = dict(shapes) == expected and len(expected[STATIC]) == 1
-    if not fits or not count or len(hidden) != 3 or not hidden[2] or hidden[2] % 3:
-        raise ValueError(
-            f"{name} holds {quoted(dict(shapes))}: predictors are what vllm-specplus train spec_ee "
-            f"writes"
-        )
-    return Sizes(count, hidden[2] // 3)
+    static, hidden = shapes.get(STATIC, ()), shapes.get(HIDDEN, ())
+    if len(hidden) == 3 and len(static) == 1 and all(hidden) and hidden[2] % 3 == 0:
+        count, inner, read = hidden
+        expected = {
+            LAYERS: (count,), STATIC: static, HIDDEN: hidden, HIDDEN_BIAS: (count, inner),
+            OUT: (count, inner), OUT_BIAS: (count,),
+        }  # fmt: skip
+        if dict(shapes) == expected:
+            return Sizes(count, read // 3)
+    raise ValueError(
+        f"{name} holds {quoted(dict(shapes))}: predictors are what vllm-specplus train spec_ee "
+        f"writes"
+    )
 
 
 def features(
