@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from tests.training.tiny import CPU, batch_of, fit, save_target, setup, some_texts
 from vllm_specplus.drafting.exit_predictors import ExitPredictors, features, read_sizes
+from vllm_specplus.training.cost_model import Shape
 from vllm_specplus.training.errors import TrainingError
-from vllm_specplus.training.recipes.spec_ee import Settings, _first_exits, build
+from vllm_specplus.training.recipes.spec_ee import Settings, _first_exits, build, work
 
 LAYERS = 4
 
@@ -87,6 +88,12 @@ def test_it_goes_on_from_a_checkpoint(folder):
     fit(first, texts, 3)
     second.load_state({name: each.clone() for name, each in first.state().items()})
     assert all(each.equal(second.state()[name]) for name, each in first.state().items())
+
+
+def test_a_predictor_has_the_papers_weights():
+    """Of four candidates, by 512 units: 7,169."""
+    shape = Shape(32, 4096, 11008, 32, 32, 128, 32000, False)
+    assert work(shape, Settings()).trained == 31 * 7169
 
 
 def test_what_cannot_be_trained_is_named(folder, tmp_path):

@@ -11,21 +11,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numba import njit
 
 from vllm_specplus.control.outcomes import DraftedTrees
 from vllm_specplus.step import StepContext
 
 
-def tree_depths(parents: np.ndarray, starts: np.ndarray) -> np.ndarray:
+# A signature makes numba compile at import, while the engine starts, not in its first step.
+@njit("int64[::1](int32[::1], int32[::1])", cache=True)
+def tree_depths(parents, starts):
     """Levels int64 [R] of trees whose nodes, parents first, are ``parents`` int32 [N], those of
     each from ``starts`` int32 [R + 1] on. (A level may hold fewer nodes than were planned.)"""
-    above = np.where(parents < 0, -1, parents + np.repeat(starts[:-1], np.diff(starts)))
-    depth = np.ones(len(parents) + 1, np.int64)
-    depth[-1] = 0  # the root's
-    while (deeper := depth[above] + 1).tolist() != depth[:-1].tolist():
-        depth[:-1] = deeper
-    depths = np.zeros(len(starts) - 1, np.int64)
-    np.maximum.at(depths, np.repeat(np.arange(len(depths)), np.diff(starts)), depth[:-1])
+    depths = np.zeros(starts.shape[0] - 1, np.int64)
+    depth = np.zeros(parents.shape[0], np.int64)
+    for r in range(starts.shape[0] - 1):
+        for i in range(starts[r], starts[r + 1]):
+            above = parents[i]
+            depth[i] = 1 if above < 0 else depth[starts[r] + above] + 1
+            depths[r] = max(depths[r], depth[i])
     return depths
 
 

@@ -208,15 +208,16 @@ class SelfDraftExecutor(DraftExecutor):
     def _forward(self, tokens, rows, exact):
         if self.exits is None:
             return self._pass(Pass(self.skips), tokens, rows)
-        exits, out = self._to_device(self._row_exits), None
+        exits, left = self._to_device(self._row_exits), []
 
         def take(layers: int, hidden: torch.Tensor) -> None:
-            nonlocal out
-            out = hidden if out is None else torch.where((exits >= layers)[:, None], hidden, out)
+            # From the shallow exits on: a row keeps what was behind its own.
+            later = (exits >= layers)[:, None]
+            left[:] = [torch.where(later, hidden, left[0]) if left else hidden]
 
         which = Pass(Skips(), tuple(np.unique(self._row_exits).tolist()))
         self._pass(which, tokens, rows, take)
-        return out
+        return left[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 [T, V] of hidden states [T, d] that the target has computed, before its last

@@ -167,8 +167,11 @@ class DraftTree(Proposer):
         return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
-        # Of the last level's nodes nobody asks.
-        self._executor.warm_up(self.levels[:-1], max_requests)
+        # Of the last level's nodes nobody asks, and of a caterpillar's leaves.
+        widths = self.levels[:-1]
+        if self.config.shape == "caterpillar":
+            widths = (1,) * len(widths)
+        self._executor.warm_up(widths, max_requests)
 
     def held_bytes(self) -> int:
         return self.config.kv_memory_mb * 2**20
