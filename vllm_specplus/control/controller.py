@@ -234,7 +234,7 @@ class Controller:
         if self._levels is None:
             return self._choose(step, drafts, starts)
         # All that was planned is verified.
-        depths = tree_depths(drafts.parents, starts)
+        depths = tree_depths(np.ascontiguousarray(drafts.parents, np.int32), starts)
         expected = self._levels.survival(step.acceptance, depths).sum(1)
         sources = np.zeros(len(drafts.tokens), np.int32)
         everything = np.ones(len(drafts.tokens), bool)

@@ -76,7 +76,7 @@ class Levels:
         ``rows`` int32 [R] finds the requests of ``trees`` in ``step``, -1 = gone; ``gained``
         int32 [R] tokens of each tree became text.
         """
-        depths = tree_depths(trees.parents, trees.starts)
+        depths = tree_depths(np.ascontiguousarray(trees.parents, np.int32), trees.starts)
         starts = np.zeros(len(depths) + 1, np.int32)
         np.cumsum(depths, out=starts[1:])
         level = np.arange(starts[-1]) - np.repeat(starts[:-1], depths)

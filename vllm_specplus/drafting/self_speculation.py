@@ -208,7 +208,8 @@ class SelfDraftExecutor(DraftExecutor):
     def _forward(self, tokens, rows, exact):
         if self.exits is None:
             return self._pass(Pass(self.skips), tokens, rows)
-        exits, left = self._to_device(self._row_exits), []
+        exits = self._to_device(self._row_exits)
+        left: list[torch.Tensor] = []
 
         def take(layers: int, hidden: torch.Tensor) -> None:
             # From the shallow exits on: a row keeps what was behind its own.
