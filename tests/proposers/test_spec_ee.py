@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tests.drafting.test_drafting import VOCAB, save_draft
 from tests.drafting.test_exit_predictors import tensors
 from tests.drafting.test_trees import random_tree
+from tests.eagle_heads import save_head
 from tests.model_configs import target
 from tests.proposers.test_caterpillar import step_of
 from vllm_specplus.config import parse
@@ -126,6 +127,17 @@ def test_a_draft_that_draws_is_refused(config):
     drawn = config["draft"] | {"shape": "rsd_s"}
     with pytest.raises(ValueError, match="candidates are the most probable tokens"):
         parse(config | {"draft": drawn})
+
+
+def test_a_draft_that_reads_layers_which_have_not_run_is_refused(config, tmp_path):
+    head = {"method": "eagle_tree", "model": save_head(tmp_path / "3", 3, VOCAB)}
+    with pytest.raises(ValueError, match="of layers that a pass which ends early has not run"):
+        parse(config | {"draft": head})
+    head["model"] = save_head(tmp_path / "1", 1, VOCAB)
+    assert parse(config | {"draft": head, "num_speculative_tokens": 6}).drafts().shape == "topk"
+    # Exits are found by replays then.
+    exits = parse(config | {"draft": {"method": "early_exit"}, "num_speculative_tokens": 6})
+    assert exits.drafts().statistics == "replay"
 
 
 def test_what_the_engine_cannot_do_is_refused(config):

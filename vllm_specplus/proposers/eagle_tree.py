@@ -56,6 +56,10 @@ class EagleTreeConfig(ShapedDraftConfig):
         """Where the head is on this machine."""
         return model_folder(self.model, "EAGLE head")
 
+    @property
+    def reads_layers(self) -> bool:
+        return eagle_checkpoint.read_config(self.folder).generation == 3
+
     @model_validator(mode="after")
     def _head_runs(self):
         eagle_checkpoint.read_config(self.folder)

@@ -80,6 +80,10 @@ class EarlyExitConfig(SelfSpeculationConfig):
                 f"exits are compared: set 'statistics' to 'replay', and no 'stop' by the rule 'tau'"
             )
 
+    @property
+    def reads_layers(self) -> bool:
+        return self.statistics != "replay"
+
     def named_layers(self) -> dict[str, list[int] | None]:
         return {"exit_layers": self.exit_layers}
 

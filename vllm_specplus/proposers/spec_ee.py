@@ -97,13 +97,20 @@ class SpecEeConfig(MethodConfig):
             )
         if drafts.drafts_latents or drafts.drafts_pictures:
             raise ValueError(f"'draft' is {drafts.method!r}, which drafts no text: name another")
+        if drafts.reads_layers:
+            raise ValueError(
+                f"'draft' is {drafts.method!r} and reads hidden states of layers that a pass which "
+                f"ends early has not run: use an EAGLE head that reads those behind the last norm, "
+                f"or 'draft_tree'"
+            )
         read_sizes(self.predictors)
         return self
 
     def drafts(self) -> MethodConfig:
         """The configuration of the method that drafts."""
+        method = registry.config_class(self.draft.get("method"))
         common = {"num_speculative_tokens": self.num_speculative_tokens}
-        return parse(self.draft | common | {"control": {"policy": "fixed"}})
+        return parse(method.as_source(self.draft) | common | {"control": {"policy": "fixed"}})
 
     def serves(self):
         return self.drafts().serves()
@@ -141,12 +148,6 @@ class SpecEe(Proposer):
         super().__init__(config, services)
         drafts = config.drafts()
         self.inner: Proposer = registry.method_class(drafts.method)(drafts, services)
-        if self.inner.hidden_layers is not None:
-            raise ValueError(
-                f"method {drafts.method!r} reads hidden states of layers that a pass which ends "
-                f"early has not run: use an EAGLE head that reads those behind the last norm, or "
-                f"'draft_tree'"
-            )
         self.top_k, self.sources = self.inner.top_k, self.inner.sources
         self.levels = self.inner.levels
         for flag in ("reads_target_probs", "reads_prompt", "reads_hidden", "may_miss",
