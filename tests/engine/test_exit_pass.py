@@ -101,7 +101,7 @@ class Target:
 
 def predictors(tmp_path, fires: bool, layers=(2, 3, 4)) -> ExitPredictors:
     weights = tensors(len(layers), candidates=4)
-    weights["layers"] = weights["static"] = torch.tensor(layers)
+    weights["layers"], weights["static"] = torch.tensor(layers), torch.tensor(layers)
     weights["out.weight"].zero_()
     weights["out.bias"][:] = 5.0 if fires else -5.0
     save_file(weights, tmp_path / "p.safetensors")

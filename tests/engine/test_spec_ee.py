@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 def predictors(path: Path, layers: list[int], odds: float) -> str:
     """A file of predictors that say the same of all rows."""
     weights = tensors(len(layers), candidates=4)
-    weights["layers"] = weights["static"] = torch.tensor(layers)
+    weights["layers"], weights["static"] = torch.tensor(layers), torch.tensor(layers)
     weights["out.weight"].zero_()
     weights["out.bias"][:] = odds
     save_file(weights, path)
