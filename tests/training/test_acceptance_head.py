@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
 import pytest
 import torch
 
+from tests.drafting.test_drafting import VOCAB
 from tests.training.tiny import CPU, batch_of, fit, save_target, setup, some_texts
-from vllm_specplus.drafting.acceptance_head import AcceptanceHead, head_size
+from vllm_specplus.drafting.acceptance_head import AcceptanceHead, head_size, probability
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.recipes.acceptance_head import Settings, build, weighted_loss
 
@@ -67,12 +69,18 @@ def test_positions_of_the_text_teach_nothing(folders):
     assert 0.3 * len(every) < len(some) == len(labels) < 0.7 * len(every)
 
 
-def test_a_head_learns_more_than_a_constant(folders, tmp_path):
+def test_a_head_learns_which_tokens_the_target_never_says(folders, tmp_path):
+    """Of texts that it has not seen, more than a constant knows; and serves what it has learnt."""
     recipe = made(folders, blocks=1)
+    draft = recipe.draft
+    recipe.target = copy.copy(draft)
+    never = torch.arange(VOCAB // 3)
+    recipe.target.output = lambda states: draft.output(states).index_fill(-1, never, -30.0)
     texts, unseen = some_texts(30), some_texts(10, seed=1)
-    fit(recipe, texts, 60, rate=1e-2)
+    fit(recipe, texts, 80, rate=1e-2)
     found = recipe.measure(unseen)
-    assert found.others["loss"] < found.others["constant_loss"]
+    assert found.others["loss"] < 0.7 * found.others["constant_loss"]
+    assert min(found.others["accepted_told"], found.others["rejected_told"]) > 0.8
     assert (found.tvd_acceptance, found.by_depth) == (None, ())
     recipe.export(tmp_path)
     file = tmp_path / "head.safetensors"
@@ -80,8 +88,6 @@ def test_a_head_learns_more_than_a_constant(folders, tmp_path):
     hidden = torch.randn(4, 64)
     served = AcceptanceHead(file, CPU)(hidden)
     with torch.no_grad():
-        from vllm_specplus.drafting.acceptance_head import probability
-
         torch.testing.assert_close(served, probability(recipe.weights, hidden))
 
 
