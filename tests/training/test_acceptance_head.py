@@ -79,8 +79,8 @@ def test_a_head_learns_which_tokens_the_target_never_says(folders, tmp_path):
     texts, unseen = some_texts(30), some_texts(10, seed=1)
     fit(recipe, texts, 80, rate=1e-2)
     found = recipe.measure(unseen)
-    assert found.others["loss"] < 0.7 * found.others["constant_loss"]
-    assert min(found.others["accepted_told"], found.others["rejected_told"]) > 0.8
+    assert found.others["loss"] < 0.8 * found.others["constant_loss"]
+    assert min(found.others["accepted_told"], found.others["rejected_told"]) > 0.7
     assert (found.tvd_acceptance, found.by_depth) == (None, ())
     recipe.export(tmp_path)
     file = tmp_path / "head.safetensors"
