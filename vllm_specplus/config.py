@@ -225,6 +225,11 @@ class MethodConfig(StrictModel):
         return None
 
     @property
+    def reads_layers(self) -> bool:
+        """Does it read hidden states that enter layers of the target?"""
+        return False
+
+    @property
     def accepts_by(self) -> str:
         """Name of the rule that accepts nodes."""
         return self.acceptance.rule

@@ -48,6 +48,8 @@ COUNTERS = {
     "memory_guard_trims": "Drafts shortened because cache blocks or token budget ran short.",
     "draft_group_rebuilds": "Times the processes of a layer-parallel draft were started anew.",
     "draft_layer_changes": "Times self-speculation chose other layers of the target.",
+    "draft_layer_searches": "Times a search for these layers began anew, since acceptance fell.",
+    "early_exits": "Passes of the target that spec_ee ended before its last layer.",
     "texts_beyond_head": "Requests left undrafted in a step, since the draft has fewer positions.",
     "rested_sources": "Times a source of rasd was not asked, since it took more than it brought.",
     "draft_failures": "Steps whose drafting failed; they went on undrafted.",

@@ -199,6 +199,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         has_codebook=latents is None and hasattr(generates, "codebook_size"),
         latents=latents,
         keeps=needs.kept_tokens(model_config),
+        eager=bool(getattr(args, "enforce_eager", False)),
         fp8_cache=needs.has_fp8_cache(args, model_config),
     )
     chosen = args.disable_hybrid_kv_cache_manager is not None

@@ -64,6 +64,10 @@ class Services:
     on."""
     record: Record | None = None
     """Makes CUDA graphs of recurring passes; None: they are run as they are."""
+    num_layers: int = 0
+    """Of the target; 0: nobody knows."""
+    gives_layers: Callable[[], bool] = lambda: False
+    """Does vLLM hand out the hidden states that enter the target's layers?"""
     lockstep: Lockstep | None = None
     """The ranks that the target's layers are divided among; None: one rank has them."""
 
@@ -94,6 +98,9 @@ class Proposer(ABC):
 
     reads_hidden: bool = False
     """Does it draft from the target's hidden states?"""
+    may_miss: bool = False
+    """May it be shown them of some steps only? Others could not make up for those that they have
+    not seen."""
     reads_context: bool = False
     """Does it draft from what a layer of the target has in its KV cache?"""
     borrows_vocabulary: bool = False

@@ -40,6 +40,8 @@ class Target:
     keeps: int | None = None
     """How many tokens of a text stay in its KV cache, if all its layers have a sliding window that
     texts may exceed; None: all do."""
+    eager: bool = False
+    """Is it run layer by layer, neither compiled nor recorded?"""
     fp8_cache: bool = False
     """Are the keys and values in its cache bytes?"""
 

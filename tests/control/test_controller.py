@@ -379,6 +379,7 @@ class LevelWorld:
     ``pass_seconds``."""
 
     LEVELS = (2, 2, 2, 2)
+    PARENTS = np.array([-1, -1, 0, 0, 2, 2, 4, 4], np.int32)
 
     def __init__(self, control=None, requests=1, pass_seconds=0.0, max_rows=1 << 16, curve=CURVE):
         self.counters = Counters()
@@ -407,7 +408,8 @@ class LevelWorld:
         passes = int(depths.max()) + 1 if nodes.any() else 0
         self.controller.drafting_took(step.max_nodes, passes * self.pass_seconds)
         # Which tokens the nodes hold is nobody's business here.
-        drafts = DraftBatch(*np.zeros((2, nodes.sum()), np.int32), nodes)
+        parents = np.concatenate([self.PARENTS[:count] for count in nodes])
+        drafts = DraftBatch(np.zeros(nodes.sum(), np.int32), parents, nodes)
         assert self.controller.choose(step, drafts) is drafts
         right = self.rng.random((requests, 5)) < np.broadcast_to(acceptance, requests)[:, None]
         right[np.arange(requests), depths] = False

@@ -193,6 +193,32 @@ def test_every_executor_is_told_its_own(folder):
     close(found, wanted)
 
 
+def test_two_ranks_leave_every_request_where_one_does(folder):
+    """In one pass for all; and what a target has computed becomes logits on both."""
+    pair = Pair(folder)
+    (texts,) = grown(1)
+    pair.target = FakeTarget(folder, texts)
+    states = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+
+    def drafts(run: SelfDraftExecutor) -> list:
+        names = [f"r{i}" for i in range(len(texts))]
+        assert all(run.room(name, len(text)) for name, text in zip(names, texts, strict=True))
+        run.follow(names, texts, np.arange(len(texts)), pair.target)
+        run.exits = np.array([2, 4, 2])
+        level = torch.arange(6).view(3, 2)
+        return [
+            run.begin(names, texts), run.grow(torch.arange(3), level, ROOT),
+            run.grow(torch.tensor([0, 2]), level[:2], ROOT[:2]), run.logits(states),
+        ]  # fmt: skip
+
+    (run,) = pair.runs
+    with pair.lockstep.lead():
+        found = drafts(run)
+    wanted = drafts(SelfDraftExecutor(load(folder), SLOTS, NODES))
+    pair.end()
+    close(found, wanted)
+
+
 class LostMemory(RuntimeError):
     pass
 

@@ -14,14 +14,8 @@ from vllm_specplus.config import parse
 from vllm_specplus.drafting.cache import PAGE
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel
-from vllm_specplus.drafting.self_speculation import (
-    WINDOW,
-    ExitChoice,
-    SelfDraftExecutor,
-    Skips,
-    SkipSearch,
-    tokens_per_layer,
-)
+from vllm_specplus.drafting.self_speculation import WINDOW, SelfDraftExecutor
+from vllm_specplus.drafting.skip_search import Skips
 
 LAYERS = 5
 SKIPS = {
@@ -166,51 +160,66 @@ def test_a_replay_counts_right_first_nodes_and_touches_no_text(folder):
             assert torch.equal(now, then)
 
 
-def test_the_search_keeps_size_and_outer_layers_and_finds_what_does_no_harm():
-    """Planted: layers 4 to 7 can be spared, any other block costs 8 of 100 tokens."""
-    search = SkipSearch(num_layers=14, share=1 / 3)
-
-    def right(blocks):
-        return 100 - 8 * sum(not 4 <= layer <= 7 for _, layer in blocks)
-
-    assert len(search.best) == 8
-    while not search.resting:
-        candidate = search.candidate()
-        assert len(candidate) == 8
-        assert {layer for _, layer in candidate} <= set(range(1, 13))
-        search.judge(candidate, right(candidate), right(search.best), 100)
-    assert right(search.best) == 100
-    assert search.accuracy > 0.95
-    assert search.trials < 500
-
-
-def test_the_search_gives_up():
-    search = SkipSearch(num_layers=14, share=0.5)
-    first = search.best
-    while not search.resting:
-        search.judge(search.candidate(), 3, 3, 10)
-    assert search.trials == SkipSearch.PATIENCE
-    assert search.best == first
-
-
-def test_the_exit_with_most_tokens_per_layer():
-    """DEL's worked values: of 32 layers, 60 % right after 8 and 85 % after 16."""
-    assert tokens_per_layer(0.6, 8, 32, 3) == pytest.approx(2.176 / 56)
-    assert tokens_per_layer(0.85, 16, 32, 3) == pytest.approx(3.186625 / 80)
-    assert tokens_per_layer(0.85, 16, 32, 0) == 1 / 32
-    for drafted, best in ((1, 8), (17, 16)):  # the late exit gains by long drafts
-        choice = ExitChoice([8, 16], 32, drafted)
-        choice.observe(np.array([60, 88]), 100)
-        assert choice.best == best
+def test_a_replay_in_line_is_one_reading_by_the_candidate(folder):
+    """SWIFT's trial: behind exact keys and values, all tokens by the layers that are kept; in the
+    middle of texts, which stay as they are."""
+    rng = np.random.default_rng(4)
+    texts = random_texts(rng, 20, PAGE + 9, 7)
+    starts, ends = np.array([5, 3, 6]), np.array([15, 3, 7])  # the second one: nothing
+    skips = SKIPS["some"]
+    model = load(folder)
+    expected = 0
+    for text, start, end in zip(texts, starts, ends, strict=True):
+        if start == end:
+            continue
+        exact = DraftExecutor(model, 1000, 1)
+        exact.room("r", len(text))
+        exact.begin(["r"], [text[: start - 1]])
+        run = SelfDraftExecutor(model, 16, 1)
+        run.cache, run.skips = exact.cache, skips
+        hidden = run._read(run.cache.table(["r"]), [text], [(0, start - 1, end - 1)])
+        best = model.logits(hidden).argmax(-1).numpy()
+        text[start] = best[0]  # right at least there
+        expected += int((best == text[start:end]).sum())
+    run, names, _ = started(folder, texts, Skips())
+    before = {name: cached(run, name, text) for name, text in zip(names, texts, strict=True)}
+    (right,), seen = run.replay(names, texts, starts, skips, [LAYERS], ends, in_line=True)
+    assert seen == 10 + 1
+    assert right == expected
+    for name, text in zip(names, texts, strict=True):
+        for now, then in zip(cached(run, name, text), before[name], strict=True):
+            assert torch.equal(now, then)
 
 
-def test_an_exit_is_forgiven_old_mistakes():
-    choice = ExitChoice([8, 16], 32, 4)
-    choice.observe(np.array([0, 90]), 100)
-    assert choice.best == 16
-    for _ in range(60):
-        choice.observe(np.array([95, 95]), 100)
-    assert choice.best == 8
+def test_every_request_is_left_where_it_should_be(folder):
+    """One pass for all: as each by itself, on text and in its tree."""
+    texts = random_texts(np.random.default_rng(5), 12, 30, 9)
+    run, names, _ = started(folder, texts, Skips())
+    run.exits = np.array([2, 4, 2])
+    together = [run.begin(names, texts)]
+    active = torch.tensor([1, 2])
+    tokens, parents = torch.tensor([[5, 6], [7, 8]]), torch.full((2, 2), -1)
+    together.append(run.grow(active, tokens, parents))
+    for r, layers in enumerate(run.exits.tolist()):
+        alone, (name,), _ = started(folder, [texts[r]], Skips.above(layers, LAYERS))
+        own = alone.begin([name], [texts[r]])
+        torch.testing.assert_close(together[0][r], own[0], atol=2e-5, rtol=1e-4)
+        if r:
+            own = alone.grow(torch.tensor([0]), tokens[r - 1 : r], parents[:1])
+            torch.testing.assert_close(together[1][r - 1], own[0], atol=2e-5, rtol=1e-4)
+
+
+def test_layers_that_never_run_are_not_copied(folder):
+    (text,) = random_texts(np.random.default_rng(6), 25)
+    model = load(folder)
+    model.attention_layers = [0, 1]
+    run = SelfDraftExecutor(model, 1000, 6)
+    run.skips = SKIPS["after two"]
+    assert run.room("r0", len(text))
+    run.follow(["r0"], [text], np.arange(1), FakeTarget(folder, [text]))
+    assert run.cache.layers == [0, 1]
+    whole, _, _ = started(folder, [text], SKIPS["after two"])
+    torch.testing.assert_close(run.begin(["r0"], [text]), whole.begin(["r0"], [text]))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +235,29 @@ def test_an_exit_is_forgiven_old_mistakes():
         ({"method": "early_exit", "exit_layers": [3, 2]}, "name each once, ascending"),
         ({"method": "early_exit", "exit_layers": []}, "'exit_layers' is []"),
         ({"method": "early_exit", "num_speculative_tokens": 10}, "multiple of 'width' (3)"),
+        (
+            {"method": "layer_skip", "skip_mlp": [1], "search": "swift"},
+            "'search' is for the search, and 'skip_mlp' says what to leave out",
+        ),
+        ({"method": "layer_skip", "skips": "/nowhere"}, "'skips' '/nowhere' is not a file"),
+        (
+            {"method": "layer_skip", "stop": {"rule": "confidence"}},
+            "'stop' ends drafts of one path, and shape 'topk' has several",
+        ),
+        (
+            {"method": "layer_skip", "shape": "chain", "stop": {"rule": "tau"}},
+            "'stop' by the rule 'tau' is not for method 'layer_skip' (allowed: "
+            "adaptive_confidence, confidence)",
+        ),
+        (
+            {
+                "method": "early_exit",
+                "shape": "chain",
+                "stop": {"rule": "tau"},
+                "statistics": "replay",
+            },
+            "set 'statistics' to 'verification'",
+        ),
     ],
 )
 def test_mistakes_in_the_config(keys, words):
@@ -248,6 +280,11 @@ def test_mistakes_in_the_config(keys, words):
             "is [4], and this target allows 1 to 3",
         ),
         (
+            {"method": "early_exit", "statistics": "verification"},
+            {"gives_layers": lambda: False},
+            "vLLM hands out no hidden states of a target of type 'llama'",
+        ),
+        (
             {"method": "rasd", "sources": ["token_recycling", "early_exit"]},
             {"fp8_cache": True},
             "method 'early_exit' reads the target's keys and values as they were computed",
@@ -259,3 +296,18 @@ def test_a_target_it_cannot_draft_with(keys, fields, words):
     config.check_target(target(num_layers=8, tensor_parallel_size=2))
     with pytest.raises(ValueError, match=re.escape(words)):
         config.check_target(target(**fields))
+
+
+def test_a_file_says_what_to_leave_out(tmp_path):
+    file = tmp_path / "skips.json"
+    file.write_text('{"skip_attention": [1, 2], "skip_mlp": [2], "tokens_per_s": 3.0}')
+    config = parse({"method": "layer_skip", "skips": str(file)})
+    assert config.named_layers() == {"skip_attention": [1, 2], "skip_mlp": [2]}
+    config.check_target(target(num_layers=8))
+    with pytest.raises(ValueError, match="allows 0 to 1"):
+        config.check_target(target(num_layers=2))
+    with pytest.raises(ValueError, match="'skips' and 'skip_mlp' both say"):
+        parse({"method": "layer_skip", "skips": str(file), "skip_mlp": [1]})
+    file.write_text('{"skip_attention": [1, 1], "skip_mlp": []}')
+    with pytest.raises(ValueError, match="it must be a list of layers, each once"):
+        parse({"method": "layer_skip", "skips": str(file)})

@@ -16,6 +16,16 @@ FIXED = {"policy": "fixed"}
 CHAIN = {"shape": "chain", "num_speculative_tokens": 5, "control": FIXED}
 SKIPS_ONE = {"method": "layer_skip", "skip_attention": [1], "skip_mlp": [1]}
 EARLY = {"method": "early_exit", "exit_layers": [1, 2], "num_speculative_tokens": 6}
+#: The forms of the papers, but for their lengths.
+SWIFT = {
+    "method": "layer_skip", "search": "swift", "shape": "caterpillar",
+    "num_speculative_tokens": 20, "stop": {"rule": "confidence", "threshold": 0.1},
+}  # fmt: skip
+DRAFT_AND_VERIFY = {
+    "method": "layer_skip", "skip_attention": [1], "skip_mlp": [1], "shape": "chain",
+    "num_speculative_tokens": 8, "stop": {"rule": "adaptive_confidence", "threshold": 0.1},
+}  # fmt: skip
+DEL = EARLY | {"shape": "chain", "stop": {"rule": "tau"}}
 FUSED = {
     "method": "rasd",
     "sources": ["token_recycling", {"method": "layer_skip", "num_speculative_tokens": 6}],
@@ -25,8 +35,16 @@ FUSED = {
 
 @pytest.mark.parametrize(
     "config",
-    [{"method": "layer_skip", "num_speculative_tokens": 9}, EARLY | {"shape": "rsd_s"}, FUSED],
-    ids=lambda config: config["method"],
+    [
+        {"method": "layer_skip", "num_speculative_tokens": 9},
+        SWIFT,
+        DRAFT_AND_VERIFY,
+        EARLY | {"shape": "rsd_s", "statistics": "replay"},
+        EARLY | {"shape": "rsd_s"},
+        DEL,
+        FUSED,
+    ],
+    ids=["paired", "swift", "draft_and_verify", "replay", "verification", "del", "rasd"],
 )
 def test_greedy_text_is_the_same(tmp_path, tiny_engine, mixed_requests, plain, config):
     """Chunked prefill, prefix caching, preemption, penalties, and layers that change."""
@@ -66,19 +84,104 @@ def test_without_a_layer_that_does_nothing_every_draft_is_right(tmp_path, tiny_e
     assert counters["nodes_accepted"] == counters["nodes_drafted"] == 4 * 50
 
 
-def test_sampled_text_has_the_targets_distribution(tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "layer_skip", "shape": "rsd_s", "num_speculative_tokens": 6},
+        # Below 0.5 tokens are drawn that end a draft, and others that do not.
+        SWIFT | {"num_speculative_tokens": 9}, DRAFT_AND_VERIFY | {"num_speculative_tokens": 3},
+        DEL | {"num_speculative_tokens": 3},
+    ],
+    ids=["rsd_s", "swift", "draft_and_verify", "del"],
+)  # fmt: skip
+def test_sampled_text_has_the_targets_distribution(tmp_path, config):
     target = build_model(tmp_path, 32, 0.12)
     engine = {
         "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
         "max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096,
-        "speculative_config": {"method": "layer_skip", "shape": "rsd_s", "control": FIXED,
-                               "num_speculative_tokens": 6},
+        "speculative_config": config | {"control": FIXED},
     }  # fmt: skip
     prompt, samples = [5, 9, 17, 3, 21], 8_000
     params = {"temperature": 1.0, "top_k": 6, "max_tokens": TOKENS + 1, "ignore_eos": True}
     batch = {"prompt": prompt, "params": params | {"detokenize": False}, "repeat": samples}
     result = harness.run(tmp_path, engine, [batch])
     assert result["counters"]["draft_failures"] == 0
-    assert result["counters"]["nodes_accepted"] > 0.5 * samples
+    assert result["counters"]["nodes_accepted"] > 0.3 * samples
     texts = [tuple(out[0][:TOKENS]) for out in harness.ids(result)]
     assert chi_square(joint_probabilities(target, prompt, 6), texts) > 1e-3
+
+
+#: Tokens of two kinds of traffic, which never mix.
+CODE, DIALOGUE = range(3, 31), range(31, 59)
+LAYERS, KNOWS_CODE, KNOWS_DIALOGUE = 6, 1, 4
+
+
+def of_two_kinds(path: Path) -> str:
+    """A target in which one layer's MLP knows what follows the tokens of code, the next ones in
+    turn, and another's those of dialogue; all else does nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = 64
+    config = AutoConfig.for_model(
+        "llama", vocab_size=size, hidden_size=2 * size, intermediate_size=size,
+        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    known, unknown = torch.eye(size), torch.zeros(size, size)
+    with torch.no_grad():
+        # The first half of a state is the token, the second half what follows.
+        model.model.embed_tokens.weight.copy_(torch.cat((known, unknown), 1))
+        model.lm_head.weight.copy_(torch.cat((unknown, known), 1))
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.gate_proj.weight.copy_(torch.cat((known, unknown), 1))
+            layer.mlp.up_proj.weight.copy_(torch.cat((known, unknown), 1))
+            layer.mlp.down_proj.weight.zero_()
+        for number, kind in ((KNOWS_CODE, CODE), (KNOWS_DIALOGUE, DIALOGUE)):
+            for token in kind:
+                down = model.model.layers[number].mlp.down_proj.weight
+                down[size + following(token), token] = 2 / (2 * size)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def following(token: int) -> int:
+    kind = CODE if token in CODE else DIALOGUE
+    return kind[(token - kind[0] + 1) % len(kind)]
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        # All inner blocks but one may be left out, and which, depends on the traffic.
+        ({"method": "layer_skip", "skip_share": 0.9, "shape": "chain"}, 2),
+        ({"method": "early_exit", "exit_layers": [2, 5], "shape": "chain"}, 1),
+    ],
+    ids=["layer_skip", "early_exit"],
+)
+def test_drafts_follow_traffic_that_changes(tmp_path, tiny_engine, config, changes):
+    """Code, then dialogue: what drafts has to change, and does; the text is what it would be."""
+    params = {"temperature": 0.0, "max_tokens": 160, "ignore_eos": True, "detokenize": False}
+    batches = [
+        {"requests": [[[kind[5 * i]], params] for i in range(4)]}
+        for kind in (CODE, DIALOGUE, DIALOGUE)
+    ]
+    config = config | {"num_speculative_tokens": 5, "control": FIXED}
+    engine = {"model": of_two_kinds(tmp_path / "model"), "speculative_config": config}
+    result = harness.run(tmp_path, tiny_engine | engine, batches)
+    for batch, answers in zip(batches, result["batches"], strict=True):
+        for (prompt, _), answer in zip(batch["requests"], answers, strict=True):
+            text = list(prompt)
+            for _ in range(160):
+                text.append(following(text[-1]))
+            assert answer["ids"][0] == text[1:]
+    assert result["counters"]["draft_failures"] == 0
+    counted = result["counted"]
+    drafted = [each["nodes_drafted"] for each in counted]
+    accepted = [each["nodes_accepted"] for each in counted]
+    last = (accepted[2] - accepted[1]) / (drafted[2] - drafted[1])
+    assert last > 0.95
+    assert result["counters"]["draft_layer_changes"] >= changes
+    assert (result["counters"]["draft_layer_searches"] > 0) == (config["method"] == "layer_skip")

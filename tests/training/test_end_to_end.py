@@ -27,7 +27,18 @@ SERVED = {
     },
     "layerskip": {"method": "early_exit", "exit_layers": [1]},
     "long_draft": {"method": "long_draft", "model": "result"},
+    "acceptance_head": {
+        "method": "draft_tree", "model": "DRAFT", "shape": "chain",
+        "stop": {"rule": "acceptance_head", "head": "result/head.safetensors"},
+    },
+    "spec_ee": {
+        "method": "spec_ee", "num_speculative_tokens": 4, "allow_lossy": True,
+        "draft": {"method": "draft_tree", "model": "DRAFT", "shape": "topk", "width": 4},
+        "predictors": "result/predictors.safetensors",
+    },
 }  # fmt: skip
+#: Recipes that train no draft.
+WITHOUT_DRAFTS = ("judge", "acceptance_head", "spec_ee")
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +64,25 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-def placed(config: dict, out: Path) -> dict:
-    """With the result's folder for its name."""
-    text = json.dumps(config).replace('"result', f'"{out}/result')
+def placed(config: dict, out: Path, draft: Path) -> dict:
+    """With the result's folder and the draft's for their names."""
+    text = json.dumps(config).replace('"result', f'"{out}/result').replace("DRAFT", str(draft))
     return json.loads(text)
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_from_texts_to_what_is_served(tmp_path, target, data, name):
     given = ["--target", target, "--out", tmp_path / "out", "--data", data, "--epochs", 2]
+    if name in ("acceptance_head", "spec_ee"):
+        given += ["--set", f"draft={target}"]  # it drafts for itself
     done = CliRunner().invoke(app, ["train", name, *map(str, given)])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["recipe"] == name
     assert report["steps"] == len(Curve(tmp_path / "out" / "log.jsonl").entries()) > 0
     assert report["measured"]["positions"] > 0
-    if name != "judge":
+    if name not in WITHOUT_DRAFTS:
         assert 0 <= report["measured"]["greedy_acceptance"] <= 1
         assert report["measured"]["by_depth"][0]["depth"] == 1
-    parse(placed(SERVED[name], tmp_path / "out"))
+    parse(placed(SERVED[name], tmp_path / "out", target))
     assert list((tmp_path / "out" / "result").glob("*.safetensors"))

@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 
 from tests.training.tiny import save_target, some_texts
 from vllm_specplus.config import parse
+from vllm_specplus.drafting.acceptance_head import head_size as acceptance_size
+from vllm_specplus.drafting.exit_predictors import read_sizes
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.samplers.judge import head_size
 from vllm_specplus.training import run as run_module
 from vllm_specplus.training.recipes import (
+    acceptance_head,
     distill,
     eagle,
     eagle3,
@@ -23,10 +26,13 @@ from vllm_specplus.training.recipes import (
     layerskip,
     long_draft,
     router,
+    spec_ee,
 )
 from vllm_specplus.training.run import Options, run
 from vllm_specplus.training.texts import Text, to_line
 
+#: Stands for the folder of a draft model.
+DRAFT = "{DRAFT}"
 #: Name, settings, and the class whose steps are interrupted.
 RUNS = {
     "distill": ("distill", {"layers": [0]}, distill.Distill),
@@ -40,6 +46,10 @@ RUNS = {
     "judge": ("judge", {}, judge.Judge),
     "eagle": ("eagle", {}, eagle.EagleRecipe),
     "eagle3": ("eagle3", {"draft_vocabulary": 30, "noise": 0.1}, eagle3.Eagle3Recipe),
+    "acceptance_head": (
+        "acceptance_head", {"draft": DRAFT, "blocks": 1}, acceptance_head.AcceptanceHeadRecipe,
+    ),
+    "spec_ee": ("spec_ee", {"draft": DRAFT, "inner": 8, "static": 1}, spec_ee.SpecEeRecipe),
     "long_draft": ("long_draft", {"reach": 2000, "window": 9}, long_draft.LongDraftRecipe),
     "router": ("router", {}, router.Router),
     "router's head": ("router", {"learn": "head", "balance": False}, router.Router),
@@ -66,6 +76,8 @@ def data(tmp_path_factory) -> Path:
 
 def options(target: Path, data: Path, out: Path, name: str) -> Options:
     recipe, settings, _ = RUNS[name]
+    if settings.get("draft") == DRAFT:  # the target itself drafts well enough
+        settings = settings | {"draft": str(target)}
     return Options(
         recipe, target, out, data, epochs=2, batch_tokens=200, dtype="float32", values=settings
     )
@@ -118,6 +130,10 @@ def check_result(result: Path, name: str) -> None:
         assert head_size(result / "head.safetensors") == 64
     elif name.startswith("router"):
         assert json.loads((result / "config.json").read_text())["id2label"]["1"] == "target"
+    elif name == "acceptance_head":
+        assert acceptance_size(result / "head.safetensors") == 64
+    elif name == "spec_ee":
+        assert read_sizes(result / "predictors.safetensors") == (1, 4)
     elif name == "layerskip":
         method = {"method": "early_exit", "exit_layers": [1]}
         assert parse(method).exit_layers == [1]

@@ -38,8 +38,11 @@ class MethodSpec:
 
     @property
     def lossy(self) -> bool:
-        """Does its acceptance rule change what is answered?"""
-        acceptance = (self.speculative_config or {}).get("acceptance")
+        """Does it change what is answered?"""
+        config = self.speculative_config or {}
+        if config.get("allow_lossy"):
+            return True
+        acceptance = config.get("acceptance")
         return isinstance(acceptance, dict) and acceptance.get("rule", "lossless") != "lossless"
 
 

@@ -40,7 +40,7 @@ from vllm_specplus.control.acceptance import (
 from vllm_specplus.control.budget import keep_nodes
 from vllm_specplus.control.cost import DraftingCost, Prices, StepCost, StepShape
 from vllm_specplus.control.ledger import Ledger
-from vllm_specplus.control.levels import Levels
+from vllm_specplus.control.levels import Levels, tree_depths
 from vllm_specplus.control.outcomes import Calibration, DraftedTrees
 from vllm_specplus.control.policies import Candidates, make_policy
 from vllm_specplus.control.settings import (
@@ -234,7 +234,8 @@ class Controller:
         if self._levels is None:
             return self._choose(step, drafts, starts)
         # All that was planned is verified.
-        expected = self._levels.survival(step.acceptance, self._levels.depths(drafts.counts)).sum(1)
+        depths = tree_depths(np.ascontiguousarray(drafts.parents, np.int32), starts)
+        expected = self._levels.survival(step.acceptance, depths).sum(1)
         sources = np.zeros(len(drafts.tokens), np.int32)
         everything = np.ones(len(drafts.tokens), bool)
         return self._verified(step, drafts, everything, sources, starts, expected, expected.sum())

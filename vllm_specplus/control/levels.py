@@ -11,9 +11,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numba import njit
 
 from vllm_specplus.control.outcomes import DraftedTrees
 from vllm_specplus.step import StepContext
+
+
+# A signature makes numba compile at import, while the engine starts, not in its first step.
+@njit("int64[::1](int32[::1], int32[::1])", cache=True)
+def tree_depths(parents, starts):
+    """Levels int64 [R] of trees whose nodes, parents first, are ``parents`` int32 [N], those of
+    each from ``starts`` int32 [R + 1] on. (A level may hold fewer nodes than were planned.)"""
+    depths = np.zeros(starts.shape[0] - 1, np.int64)
+    depth = np.zeros(parents.shape[0], np.int64)
+    for r in range(starts.shape[0] - 1):
+        for i in range(starts[r], starts[r + 1]):
+            above = parents[i]
+            depth[i] = 1 if above < 0 else depth[starts[r] + above] + 1
+            depths[r] = max(depths[r], depth[i])
+    return depths
 
 
 class Levels:
@@ -60,7 +76,7 @@ class Levels:
         ``rows`` int32 [R] finds the requests of ``trees`` in ``step``, -1 = gone; ``gained``
         int32 [R] tokens of each tree became text.
         """
-        depths = self.depths(np.diff(trees.starts))
+        depths = tree_depths(np.ascontiguousarray(trees.parents, np.int32), trees.starts)
         starts = np.zeros(len(depths) + 1, np.int32)
         np.cumsum(depths, out=starts[1:])
         level = np.arange(starts[-1]) - np.repeat(starts[:-1], depths)

@@ -41,6 +41,8 @@ class TreeExecutor(ABC):
         self.cache = cache
         self.max_nodes = max_nodes
         self.graphs: LevelGraphs | None = None
+        self.read_last: torch.Tensor | None = None
+        """[A * w, d] hidden states of the nodes that were added last, before the last norm."""
 
     @torch.inference_mode()
     def warm_up(self, widths: Iterable[int], max_requests: int) -> None:
@@ -85,7 +87,7 @@ class TreeExecutor(ABC):
         first = self.trees.nodes
         rows = self.trees.rows(active, parents)
         own = slice(first, self.trees.nodes)
-        hidden = self._level(active, own, parents, tokens.flatten(), rows)
+        self.read_last = hidden = self._level(active, own, parents, tokens.flatten(), rows)
         return self._logits(hidden).view(count, width, -1)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -196,6 +196,6 @@ class LockstepExecutor(SelfDraftExecutor):
             self._ranks.broadcast(tokens)
             rows = Rows.received(what.sizes, device, self._ranks.broadcast)
             attend = LateFault(PagedAttention(self.cache, rows))
-            self._run(what.which, tokens, rows, attend, lambda logits: None)
+            self._run(what.which, tokens, rows, attend, lambda layers, found: None)
         if attend.fault is not None:
             self._report(attend.fault)

@@ -286,6 +286,10 @@ class DraftModel:
         """M(x): norms and MLP."""
         return self.layers[layer].feed(hidden)
 
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] behind the last norm."""
+        return self._norm(hidden)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> float32 [..., vocab_size]."""
         logits = (self._norm(hidden) @ self._head.T).float()

@@ -4,16 +4,17 @@ Draft & Verify (arXiv 2309.08168), SWIFT (arXiv 2410.06916) and DEL (arXiv 2504.
 second model and no second set of weights. The draft's cache holds *copies* of the keys and
 values the target computed, so a text is never read by the draft: only its newest token and
 the nodes behind it pass through the layers that are kept. What those write is overwritten by
-the next copy.
+the next copy. Layers that no draft can run have no copies.
 
-Which layers to leave out is found while serving, by *replay*: the last tokens of running
-texts are predicted once more by a candidate, all in one pass, each from the exact keys and
-values before it, as the first node of a draft would be.
+Which layers to leave out is found while serving (``skip_search.py``, ``exits.py``), by *replay*:
+tokens of running texts are predicted once more by a candidate, all in one pass. *Apart*, each is
+predicted from the exact keys and values before it, as the first node of a draft is; *in line*, as
+SWIFT does it, from those that the candidate itself has computed for the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from vllm_specplus.drafting.cache import PAGE
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.passes import Attend, PagedAttention, Rows
+from vllm_specplus.drafting.skip_search import Skips
 from vllm_specplus.step import ReadKV
 
 #: Tokens of a text that a replay predicts (SWIFT's context_window).
@@ -31,40 +33,20 @@ KeysValues = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Layer by layer, keys and values [n, kv_heads, head_dim]."""
 
 
-@dataclass(frozen=True)
-class Skips:
-    """Blocks that a draft pass leaves out."""
-
-    attention: frozenset[int] = frozenset()
-    mlp: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, blocks: Iterable[tuple[str, int]]) -> Skips:
-        """``blocks``: ("attention" or "mlp", layer)."""
-        blocks = list(blocks)
-        return cls(*(frozenset(n for kind, n in blocks if kind == k) for k in KINDS))
-
-    @classmethod
-    def above(cls, layers: int, num_layers: int) -> Skips:
-        """Leave early: the first ``layers`` layers run."""
-        rest = frozenset(range(layers, num_layers))
-        return cls(rest, rest)
-
-    def __str__(self) -> str:
-        return f"attention {sorted(self.attention)}, MLP {sorted(self.mlp)}"
-
-
-KINDS = ("attention", "mlp")
-
-
 @dataclass(frozen=True, slots=True)
 class Pass:
     """Which layers a pass runs."""
 
     skips: Skips
     exits: tuple[int, ...] = ()
-    """After how many layers, ascending, logits are wanted; the pass ends behind the last. Empty:
-    all layers run, and hidden states are all that is wanted."""
+    """After how many layers, ascending, it is looked at; the pass ends behind the last. Empty: all
+    layers run, and what is behind them is all that is wanted."""
+    logits: bool = False
+    """Are the logits looked at, or the hidden states?"""
+
+
+Look = Callable[[int, torch.Tensor], None]
+"""Called with an exit, and the logits [T, V] or hidden states [T, d] behind it."""
 
 
 class SelfDraftExecutor(DraftExecutor):
@@ -73,6 +55,11 @@ class SelfDraftExecutor(DraftExecutor):
     def __init__(self, model, max_slots: int, max_nodes: int):
         super().__init__(model, max_slots, max_nodes)
         self.skips = Skips()
+        self.exits: np.ndarray | None = None
+        """int64 [R] after how many layers each request of the round is left; None: ``skips`` says
+        what runs, for all."""
+        self._row_exits: np.ndarray | None = None
+        """The same of the rows of a pass."""
 
     def room(self, request: str, length: int) -> bool:
         # Nodes never go beyond the target's context, whose positions these are; a replay's
@@ -107,7 +94,17 @@ class SelfDraftExecutor(DraftExecutor):
     ) -> None:
         """Copy what the target holds of ``requests`` at ``positions`` to ``slots`` of the cache,
         int64 [n] each."""
-        self.cache.store(self._to_device(slots), read(requests, positions))
+        self.cache.store(self._to_device(slots), self._held(read(requests, positions)))
+
+    def _held(self, layers: Iterator[tuple]) -> Iterator[tuple]:
+        """Of keys and values of all ``layers``, in order, those that have copies."""
+        wanted = set(self.cache.layers)
+        for number, layer in enumerate(layers):
+            if number in wanted:
+                wanted.discard(number)
+                yield layer
+            if not wanted:
+                return
 
     def _remember(
         self, requests: list[str], texts: list[np.ndarray], of_version: Sequence[int | None]
@@ -119,29 +116,38 @@ class SelfDraftExecutor(DraftExecutor):
     @torch.inference_mode()
     def replay(
         self, requests: list[str], texts: list[np.ndarray], starts: np.ndarray,
-        skips: Skips, exits: list[int],
+        skips: Skips, exits: list[int], ends: np.ndarray | None = None, in_line: bool = False,
     ) -> tuple[np.ndarray, int]:  # fmt: skip
         """Predict each text's last tokens once more, greedily.
 
-        At most WINDOW tokens of each text that :meth:`follow` has seen, not before index
-        ``starts`` int64 [R] (1 or more). Returns how many predictions after the first
-        ``e`` layers were right, int64, for each ``e`` of ``exits``; and how many there were.
+        At most WINDOW tokens of each text that :meth:`follow` has seen, before index ``ends`` int64
+        [R] (None: its end) and not before ``starts`` int64 [R] (1 or more); ``in_line``: see the
+        module's docstring. Returns how many predictions after the first ``e`` layers were right,
+        int64, for each ``e`` of ``exits``; and how many there were.
         """
-        counts = np.minimum(WINDOW, [len(text) for text in texts] - starts).clip(0)
+        lengths = np.array([len(text) for text in texts])
+        ends = lengths if ends is None else ends
+        counts = np.minimum(WINDOW, ends - starts).clip(0)
         request = np.repeat(np.arange(len(texts)), counts)
-        lengths = np.array([len(text) for text in texts])[request]
         number = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
-        before = lengths - 1 - np.repeat(counts, counts) + number  # whose next tokens are predicted
+        before = (ends - 1 - counts)[request] + number  # whose next tokens are predicted
         places = list(zip(request.tolist(), before.tolist(), strict=True))
         tokens = self._to_device(np.array([texts[r][i] for r, i in places], np.int64))
         targets = self._to_device(np.array([texts[r][i + 1] for r, i in places], np.int64))
-        rows = self._apart(self.cache.table(requests)[request], before, lengths + number)
+        table = self.cache.table(requests)
+        if in_line:
+            some = counts > 0
+            rows = self._in_line(
+                table[some], (ends - 1 - counts)[some], lengths[some], counts[some]
+            )
+        else:
+            rows = self._apart(table[request], before, lengths[request] + number)
         right: list[torch.Tensor] = []
 
-        def count(logits: torch.Tensor) -> None:
+        def count(layers: int, logits: torch.Tensor) -> None:
             right.append((logits.argmax(-1) == targets).sum())
 
-        self._pass(Pass(skips, tuple(exits)), tokens, rows, count)
+        self._pass(Pass(skips, tuple(exits), logits=True), tokens, rows, count)
         return torch.stack(right).cpu().numpy(), len(request)
 
     def _apart(self, table: np.ndarray, positions: np.ndarray, cached_at: np.ndarray) -> Rows:
@@ -159,6 +165,26 @@ class SelfDraftExecutor(DraftExecutor):
         )  # fmt: skip
         return Rows(*map(self._to_device, tensors), 1, int(cached_at.max()))
 
+    def _in_line(
+        self, table: np.ndarray, firsts: np.ndarray, cached_at: np.ndarray, counts: np.ndarray
+    ) -> Rows:
+        """For each request ``counts`` rows from position ``firsts`` on that see the text before
+        them and, one after another, each other; their keys and values go to its slots from
+        ``cached_at`` on. All int64 [R], none of the counts 0; ``table`` int32 [R, P]."""
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        request = np.repeat(np.arange(len(counts)), counts)
+        depths = np.arange(starts[-1], dtype=np.int32) - starts[:-1][request]
+        at, page = cached_at[request] + depths, self.cache.page
+        slots = table[request, at // page].astype(np.int64) * page + at % page
+        related = depths - 1
+        if not self.cache.packed:
+            related = depths[:, None] >= np.arange(counts.max(), dtype=np.int32)
+        tensors = (
+            firsts[request] + depths, slots, starts, cached_at.astype(np.int32),
+            firsts.astype(np.int32), table, starts, depths, related,
+        )  # fmt: skip
+        return Rows(*map(self._to_device, tensors), int(counts.max()), int(at.max()) + 1)
+
     @torch.inference_mode()
     def begin(
         self, requests: list[str], texts: list[np.ndarray], versions: list[int] | None = None
@@ -167,21 +193,48 @@ class SelfDraftExecutor(DraftExecutor):
         self._remember(requests, texts, versions or [None] * len(texts))
         return logits
 
+    def _read(self, table, texts, piece):
+        if self.exits is not None:
+            rows_of = [end - first for _, first, end in piece]
+            self._row_exits = np.repeat(self.exits[[r for r, *_ in piece]], rows_of)
+        return super()._read(table, texts, piece)
+
+    def _level(self, active, own, parents, tokens, rows):
+        if self.exits is not None:
+            here = self.exits[active.cpu().numpy()]
+            self._row_exits = np.repeat(here, parents.shape[1])
+        return super()._level(active, own, parents, tokens, rows)
+
     def _forward(self, tokens, rows, exact):
-        return self._pass(Pass(self.skips), tokens, rows)
+        if self.exits is None:
+            return self._pass(Pass(self.skips), tokens, rows)
+        exits = self._to_device(self._row_exits)
+        left: list[torch.Tensor] = []
+
+        def take(layers: int, hidden: torch.Tensor) -> None:
+            # From the shallow exits on: a row keeps what was behind its own.
+            later = (exits >= layers)[:, None]
+            left[:] = [torch.where(later, hidden, left[0]) if left else hidden]
+
+        which = Pass(Skips(), tuple(np.unique(self._row_exits).tolist()))
+        self._pass(which, tokens, rows, take)
+        return left[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 [T, V] of hidden states [T, d] that the target has computed, before its last
+        norm."""
+        return self._logits(hidden.to(self.model.dtype))
 
     def _pass(
-        self, which: Pass, tokens: torch.Tensor, rows: Rows,
-        look: Callable[[torch.Tensor], None] | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self, which: Pass, tokens: torch.Tensor, rows: Rows, look: Look | None = None
+    ) -> torch.Tensor:
         """Hidden states [T, d] behind the last layer of a pass over ``tokens`` int64 [T]; ``look``
-        is called with the logits [T, V] behind each of its exits."""
+        is called at each of its exits."""
         return self._run(which, tokens, rows, PagedAttention(self.cache, rows), look)
 
     def _run(
-        self, which: Pass, tokens: torch.Tensor, rows: Rows, attend: Attend,
-        look: Callable[[torch.Tensor], None] | None,
-    ) -> torch.Tensor:  # fmt: skip
+        self, which: Pass, tokens: torch.Tensor, rows: Rows, attend: Attend, look: Look | None
+    ) -> torch.Tensor:
         """As :meth:`_pass`, by the attention ``attend``."""
         model, skips = self.model, which.skips
         hidden, rotary = model.embed(tokens), model.rotary(rows.positions)
@@ -191,102 +244,5 @@ class SelfDraftExecutor(DraftExecutor):
             if layer not in skips.mlp:
                 hidden = hidden + model.mlp(layer, hidden)
             if look is not None and layer + 1 in which.exits:
-                look(model.logits(hidden))
+                look(layer + 1, model.logits(hidden) if which.logits else hidden)
         return hidden
-
-
-class SkipSearch:
-    """Which blocks to leave out (SWIFT, section 4.2).
-
-    Blocks of the first and the last layer always run. Candidates of the same size compete with
-    the best set so far *on the same replayed tokens*, so a change of traffic cannot leave a
-    stale record unbeaten. SWIFT draws candidates at random and by Bayesian optimisation; here
-    they are the best set with some blocks exchanged, and now and then a random set.
-    """
-
-    ENOUGH = 0.95
-    """Share of right predictions at which the search rests."""
-    PATIENCE, MOST = 300, 1000
-    """It ends after so many trials without success, or in all."""
-    WEIGHT = 0.95
-    """Memory of the share of right predictions, per trial."""
-
-    def __init__(self, num_layers: int, share: float):
-        odd_first = [*range(1, num_layers - 1, 2), *range(2, num_layers - 1, 2)]
-        self._blocks = [(kind, layer) for layer in odd_first for kind in KINDS]
-        self._size = max(1, int(len(self._blocks) * share))
-        self._rng = np.random.default_rng(0)
-        self.best = set(self._blocks[: self._size])
-        self.trials = self._since_success = 0
-        self._right = self._seen = 0.0
-
-    @property
-    def accuracy(self) -> float:
-        """Of the best set, lately; 0 before the first trial."""
-        return self._right / self._seen if self._seen else 0.0
-
-    @property
-    def resting(self) -> bool:
-        ended = self._since_success >= self.PATIENCE or self.trials >= self.MOST
-        return self._size == len(self._blocks) or ended or self.accuracy > self.ENOUGH
-
-    def candidate(self) -> set[tuple[str, int]]:
-        """Another set of the same size."""
-        if self._rng.random() < 0.125:
-            chosen = self._rng.permutation(len(self._blocks))[: self._size]
-            return {self._blocks[i] for i in chosen}
-        inside = sorted(self.best)
-        outside = sorted(set(self._blocks) - self.best)
-        most = min(3, len(inside), len(outside))
-        swaps = int(self._rng.integers(1, most + 1))
-        leave = self._rng.permutation(len(inside))[:swaps]
-        enter = self._rng.permutation(len(outside))[:swaps]
-        return self.best - {inside[i] for i in leave} | {outside[i] for i in enter}
-
-    def judge(self, candidate: set[tuple[str, int]], right: int, best_right: int, seen: int):
-        """Take a candidate that predicted more of ``seen`` tokens than the best did."""
-        self.trials += 1
-        self._since_success += 1
-        if right > best_right:
-            self.best, best_right = candidate, right
-            self._since_success = 0
-            self._right = self._seen = 0.0  # of another set
-        self._right = self.WEIGHT * self._right + best_right
-        self._seen = self.WEIGHT * self._seen + seen
-
-
-def tokens_per_layer(right: float, layers: int, num_layers: int, drafted: int) -> float:
-    """Expected tokens per layer run (DEL, section 3), ``sum_{j <= g} a^j / (L + g l)``.
-
-    ``right``: a, share of right predictions after ``layers`` l of ``num_layers`` L;
-    ``drafted``: g, tokens per round.
-    """
-    return sum(right**j for j in range(drafted + 1)) / (num_layers + drafted * layers)
-
-
-class ExitChoice:
-    """After how many layers to leave: where most tokens per layer run are expected (DEL)."""
-
-    WEIGHT = 0.95
-    """Memory of right and wrong predictions, per replay."""
-
-    def __init__(self, exits: list[int], num_layers: int, max_depth: int):
-        self.exits = sorted(exits)
-        self._num_layers, self._max_depth = num_layers, max_depth
-        self._right = np.zeros(len(exits))
-        self._seen = 0.0
-
-    def observe(self, right: np.ndarray, seen: int) -> None:
-        """``right`` int64 [exits] of ``seen`` tokens were predicted after each exit."""
-        self._right = self.WEIGHT * self._right + right
-        self._seen = self.WEIGHT * self._seen + seen
-
-    @property
-    def best(self) -> int:
-        """Layers to run, each exit judged at its best number of drafted tokens."""
-        share = self._right / max(self._seen, 1)
-        return max(
-            (tokens_per_layer(right, layers, self._num_layers, drafted), layers)
-            for right, layers in zip(share.tolist(), self.exits, strict=True)
-            for drafted in range(self._max_depth + 1)
-        )[1]

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from vllm_specplus.config import MethodConfig
+from vllm_specplus.drafting.shapes import CATERPILLAR_LEAST
+from vllm_specplus.drafting.stop_config import NoStop, StopConfig
 from vllm_specplus.strict import quoted
 
 _SHAPE_KEYS = {"width": ("topk", "rsd_s", "spectr"), "branching": ("rsd_c",)}
@@ -18,7 +20,11 @@ _RULES: dict[str, dict[str, str]] = {
     "rsd_c": {"traversal": "traversal", "recursive": "without_replacement"},
     "rsd_s": {"traversal": "traversal", "recursive": "without_replacement"},
     "spectr": {"k_seq": "k_seq", "recursive": "with_replacement"},
+    "caterpillar": {"recursive": "without_replacement"},
 }
+#: Shapes that go on from one node of a level, whose drafts a stop may end: what is below a node of
+#: the others must not depend on what was drawn beside it.
+_STOPPED = ("chain", "caterpillar")
 #: Shapes that draw by a rule which also takes nodes that nothing drew.
 _FUSED_SHAPES = tuple(
     shape for shape, rules in _RULES.items() if rules.get("recursive") == "without_replacement"
@@ -30,10 +36,12 @@ class ShapedDraftConfig(MethodConfig):
 
     own_size: ClassVar[bool] = True
     knows_next: ClassVar[bool] = True
+    stops: ClassVar[frozenset[str]] = frozenset({"confidence", "adaptive_confidence"})
+    """Rules that may end its drafts."""
 
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 12
     """Nodes of the whole tree: width times depth, or given by ``branching``."""
-    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "topk"
+    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr", "caterpillar"] = "topk"
     width: Annotated[int, Field(ge=1, le=16)] = 3
     """Nodes per level of topk, rsd_s and spectr."""
     branching: list[Annotated[int, Field(ge=1, le=16)]] = Field(
@@ -42,6 +50,8 @@ class ShapedDraftConfig(MethodConfig):
     """Children of every node, level by level, of rsd_c."""
     verification: Literal["recursive", "block", "traversal", "k_seq"] | None = None
     """How sampled nodes are accepted; by default the best rule for the shape."""
+    stop: Annotated[StopConfig, Field(discriminator="rule")] = NoStop()
+    """What ends a draft before the levels that the controller has planned."""
 
     @model_validator(mode="after")
     def _shape_fits(self):
@@ -71,16 +81,38 @@ class ShapedDraftConfig(MethodConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stop_fits(self):
+        if self.stop.rule == "none":
+            return self
+        if self.shape not in _STOPPED:
+            raise ValueError(
+                f"'stop' ends drafts of one path, and shape {self.shape!r} has several: set "
+                f"'shape' to {' or '.join(_STOPPED)}, or remove 'stop'"
+            )
+        if self.stop.rule not in self.stops:
+            raise ValueError(
+                f"'stop' by the rule {self.stop.rule!r} is not for method {self.method!r} "
+                f"(allowed: {', '.join(sorted(self.stops))})"
+            )
+        return self
+
     def shape_arguments(self, depth: int) -> tuple:
         """What the shape takes for a tree of ``depth`` levels."""
         if self.shape == "rsd_c":
             return (tuple(self.branching[:depth]),)
+        if self.shape == "caterpillar":
+            return (depth,)
         return (1 if self.shape == "chain" else self.width, depth)
 
     def levels(self) -> tuple[int, ...]:
         """Nodes of each level of the largest tree."""
         if self.shape == "rsd_c":
             return tuple(math.prod(self.branching[: d + 1]) for d in range(len(self.branching)))
+        if self.shape == "caterpillar":
+            # The deepest there can be: how many nodes a level gets, its draft decides.
+            whole, rest = divmod(self.num_speculative_tokens, CATERPILLAR_LEAST)
+            return (CATERPILLAR_LEAST,) * whole + ((rest,) if rest else ())
         width, _ = self.shape_arguments(0)
         return (width,) * (self.num_speculative_tokens // width)
 

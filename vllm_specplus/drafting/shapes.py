@@ -21,6 +21,11 @@ import torch
 
 #: Stands for log 0 where infinities would make NaNs.
 IMPOSSIBLE = -1e9
+#: SWIFT's classes of the probability of a level's first token, from above, and how many nodes the
+#: level has then: of a greedy request, and of one whose nodes are drawn.
+CATERPILLAR_CLASSES = (0.95, 0.8, 0.5)
+CATERPILLAR_WIDTHS = ((3, 5, 8, 10), (1, 3, 5, 10))
+CATERPILLAR_LEAST = 3
 
 
 @dataclass(slots=True)
@@ -32,6 +37,8 @@ class Level:
     parents: torch.Tensor
     """int64 [R, w] indices in the level before; 0 is the root in the first. Also the row of
     ``q`` that each token was drawn from."""
+    kept: np.ndarray | None = None
+    """int64 [R] so many of them are verified, the first ones; None: all."""
 
 
 class Shape(ABC):
@@ -46,6 +53,9 @@ class Shape(ABC):
     def expand(self, q: torch.Tensor, noise: torch.Tensor) -> Level:
         """The next level. ``q`` float32 [R, w, V] at the nodes of the last one ([R, 1, V]
         first); ``noise`` float64 [R, n], uniform in [0, 1), n from :meth:`noise_size`."""
+
+    goes_on_from: int | None = None
+    """How many nodes of a level, its first ones, have children; None: all may."""
 
     def noise_size(self, nodes: int) -> int:
         """Random numbers per request to expand a level of ``nodes`` nodes."""
@@ -255,6 +265,37 @@ class Beams(BestFirst):
     def __init__(self, sizes: tuple[int, ...], greedy: torch.Tensor):
         super().__init__(1, len(sizes), greedy)
         self.sizes = sizes
+
+
+class Caterpillar(Shape):
+    """SWIFT's tree (arXiv 2410.06916, section 4.3): a chain, and leaves beside each of its nodes,
+    the more the less sure the draft was.
+
+    A level's nodes are drawn without replacement, the chain goes on from the first one. How many
+    of the others there are, is decided by the probability of the first, which was drawn before
+    them: each is still a draw given the earlier ones.
+    """
+
+    goes_on_from = 1
+
+    def __init__(self, depth: int, greedy: torch.Tensor):
+        super().__init__((CATERPILLAR_WIDTHS[0][-1],) * depth, greedy)
+
+    def noise_size(self, nodes):
+        return self.sizes[0]
+
+    def expand(self, q, noise):
+        width = min(self.sizes[0], q.shape[-1])
+        tokens, _ = draw(q[:, 0], noise[:, :width])
+        tokens = torch.where(self.greedy[:, None], q[:, 0].topk(width, -1).indices, tokens)
+        return Level(tokens, torch.zeros_like(tokens))
+
+
+def caterpillar_widths(confidence: np.ndarray, greedy: np.ndarray) -> np.ndarray:
+    """Nodes of a level int64 [R] by the probability ``confidence`` float32 [R] of its first one;
+    ``greedy`` bool [R]."""
+    column = sum((confidence <= edge).astype(np.int64) for edge in CATERPILLAR_CLASSES)
+    return np.array(CATERPILLAR_WIDTHS)[np.where(greedy, 0, 1), column]
 
 
 def draft_distribution(

@@ -26,6 +26,7 @@ from vllm_specplus.engine import attention
 from vllm_specplus.engine.faults import FaultLog
 from vllm_specplus.engine.memory_plan import max_rows
 from vllm_specplus.engine.names import CONFIG_KEY
+from vllm_specplus.engine.needs import gives_layers
 from vllm_specplus.engine.ranks import devices_of_ranks, lockstep
 from vllm_specplus.engine.target_layers import TargetLayers
 from vllm_specplus.engine.target_vocabulary import load_vocabulary
@@ -107,6 +108,8 @@ class Drafter:
             target_devices=lambda: self._devices,
             target_bytes=lambda: sum(weight.nbytes for weight in self._model.parameters()),
             record=CudaRecorder() if graphs else None,
+            num_layers=model.get_total_num_hidden_layers(),
+            gives_layers=lambda: gives_layers(model),
             lockstep=self._lockstep,
         )
 
@@ -155,8 +158,8 @@ class Drafter:
 
     def watches(self, drafted: bool) -> bool:
         """Is the step that runs to be looked at? See ``Controller.watches``. Where a proposer reads
-        the target's hidden states, none is passed over: it could not make up for them."""
-        if not self._first_rank or self.proposer.reads_hidden:
+        the target's hidden states, none is passed over, unless it ``may_miss`` some."""
+        if not self._first_rank or (self.proposer.reads_hidden and not self.proposer.may_miss):
             return True
         return self.controller.watches(drafted)
 

@@ -4,7 +4,7 @@ One step, in vLLM's order::
 
     _prepare_inputs            rows, depths; positions follow depth
     _build_attention_metadata  trees attached to the stock metadata
-    (forward)                  attention/
+    (forward)                  attention/; exit_pass.py may end it early
     _sample                    verify.py follows the trees; the KV cache is compacted
     propose_draft_token_ids    shows the step to the proposer, returns its trees
 
@@ -35,6 +35,7 @@ from vllm_specplus.engine.aux_states import AuxiliaryStates
 from vllm_specplus.engine.batch import Step, describe, logits_rows
 from vllm_specplus.engine.clock import StepClock, StepProfiler
 from vllm_specplus.engine.counts import hand_over
+from vllm_specplus.engine.exit_pass import ExitPassMixin
 from vllm_specplus.engine.image_rows import DiscardedDrawsMixin, ImageRowsMixin
 from vllm_specplus.engine.memory_plan import common_pages, for_kv_cache
 from vllm_specplus.engine.pictures import PictureRows
@@ -47,7 +48,7 @@ from vllm_specplus.step import LatentStep
 from vllm_specplus.tree import moves
 
 
-class TreeRunnerMixin(ImageRowsMixin):
+class TreeRunnerMixin(ExitPassMixin, ImageRowsMixin):
     """Overrides of ``GPUModelRunner``; see the module's docstring for the order."""
 
     _step: Step | None = None
@@ -85,6 +86,7 @@ class TreeRunnerMixin(ImageRowsMixin):
             self.drafter.config, self.drafter.proposer, self.sampler, self.device, codebook,
             self.drafter.counters, self.drafter.draft_probs, get_tp_group(),
         )  # fmt: skip
+        self.make_exits()
         layout = getattr(self.get_model(), "picture_layout", None)
         if layout is not None:
             self._pictures = PictureRows(layout, self.batch.upload)

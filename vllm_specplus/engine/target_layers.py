@@ -167,7 +167,7 @@ class TargetLayers:
                 model = model.get_language_model()
             self._inner, self._logits = model.model, model.compute_logits
             layers = enumerate(self._inner.layers)
-            self._blocks = [_Block(i, layer, self._context) for i, layer in layers]
+            self.blocks = [_Block(i, layer, self._context) for i, layer in layers]
             self.device, self.dtype = next(model.parameters()).device, config.dtype
             with torch.inference_mode(), self._context():
                 self._check(config.get_hidden_size())
@@ -176,9 +176,9 @@ class TargetLayers:
                 f"vllm-specplus cannot draft with the layers of {family}: {error}; "
                 f"use a method that does not, such as 'token_recycling'"
             ) from None
-        self.num_layers = len(self._blocks)
+        self.num_layers = len(self.blocks)
         self.attention_layers = list(range(self.num_layers))
-        first = self._blocks[0].drafts
+        first = self.blocks[0].drafts
         self.kv_heads, self.head_dim = first.kv_heads, first.head_dim
         self.max_positions = config.max_model_len
         self.vocab_size = config.get_vocab_size()
@@ -192,12 +192,12 @@ class TargetLayers:
         draws = torch.Generator().manual_seed(0)
         rows = torch.randn(TRIED, size, generator=draws).to(self.device, self.dtype)
         positions = torch.arange(TRIED, device=self.device)
-        for block in self._blocks:
+        for block in self.blocks:
             block.find_places(rows, positions)
-        if len({(each.drafts.kv_heads, each.drafts.head_dim) for each in self._blocks}) > 1:
+        if len({(each.drafts.kv_heads, each.drafts.head_dim) for each in self.blocks}) > 1:
             raise UnknownLayers("their KV heads differ")
         caught, tokens = _Caught(), positions.to(torch.int32)
-        layers = nn.ModuleList([caught] * len(self._blocks))
+        layers = nn.ModuleList([caught] * len(self.blocks))
         with _replaced(self._inner, "layers", layers):
             # Of the class: what vLLM has compiled would run the layers.
             out = type(self._inner).forward(self._inner, tokens, positions, None, None)
@@ -225,19 +225,22 @@ class TargetLayers:
         self, layer: int, hidden: torch.Tensor, rotary: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
         """As ``DraftModel.attention``."""
-        block = self._blocks[layer]
+        block = self.blocks[layer]
         block.drafts.attend = attend
         return block.attend(hidden, rotary)
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """As ``DraftModel.mlp``."""
-        return self._blocks[layer].feed(hidden)
+        return self.blocks[layer].feed(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> float32 [..., vocab_size]."""
         rows = hidden.flatten(0, -2)
-        normed = rows if self._norm is None else self._norm(rows)
-        return self.output(normed).view(*hidden.shape[:-1], -1)
+        return self.output(self.normed(rows)).view(*hidden.shape[:-1], -1)
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] behind the last norm, where the target and not its output layer has one."""
+        return hidden if self._norm is None else self._norm(hidden)
 
     def output(self, normed: torch.Tensor) -> torch.Tensor:
         """The output layer alone: [..., hidden] -> float32 [..., vocab_size]."""

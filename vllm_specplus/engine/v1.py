@@ -15,8 +15,9 @@ import torch
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_specplus.engine import row_processors
-from vllm_specplus.engine.batch import BatchView, cache_slots
+from vllm_specplus.engine.batch import BatchView, Step, cache_slots
 from vllm_specplus.engine.row_penalties import Texts
+from vllm_specplus.engine.row_sampling import is_plain_greedy
 from vllm_specplus.engine.text_versions import TextVersions
 from vllm_specplus.engine.uploads import Arrays, upload
 from vllm_specplus.engine.verify import VerifyBatch
@@ -202,6 +203,11 @@ class V1Batch:
             versions=self._versions_before,
             penalised=np.array([name in asking for name in self.request_ids], bool),
         )
+
+    def all_greedy_decodes(self, step: Step) -> bool:
+        """Does every row of a ``step`` get logits, whose best token is what its request outputs?"""
+        metadata = self._runner.input_batch.sampling_metadata
+        return len(step.batch_rows) == step.num_scheduled.sum() and is_plain_greedy(metadata)
 
     # -- memory -----------------------------------------------------------------
 

@@ -8,7 +8,11 @@ What a level holds is the shape's choice:
 * ``rsd_c``: a constant number of children, drawn without replacement (the same paper);
 * ``spectr``: independent paths, with replacement (arXiv 2310.15141);
 * ``chain``: one sampled path (arXiv 2211.17192);
-* ``topk``: the most probable sequences, deterministic (arXiv 2406.16858).
+* ``topk``: the most probable sequences, deterministic (arXiv 2406.16858);
+* ``caterpillar``: a chain with leaves beside it (arXiv 2410.06916).
+
+A chain, or a caterpillar, may end before the levels that were planned for it
+(``drafting/stopping.py``).
 
 Sampled nodes are verified against the distributions they were drawn from, which travel
 with them (``DraftBatch.draft_probs``); that accepts more than matching the target's own draw.
@@ -21,7 +25,6 @@ gave a node tells how good it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -29,21 +32,25 @@ import torch
 from pydantic import Field, model_validator
 
 from vllm_specplus.config import Megabytes, MethodConfig
+from vllm_specplus.drafting.acceptance_head import AcceptanceHead, head_size
+from vllm_specplus.drafting.ends import Ends
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
+from vllm_specplus.drafting.rounds import Knobs, collect, grow_levels
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shapes import (
     Beams,
     BestFirst,
+    Caterpillar,
     ConstantBranching,
     IndependentPaths,
-    Level,
     StochasticBeam,
-    draft_distribution,
 )
 from vllm_specplus.drafting.shared_tokens import SharedTokens, share
+from vllm_specplus.drafting.stop_config import AcceptanceHeadStop
+from vllm_specplus.drafting.stopping import Stop, make_stop
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
@@ -55,6 +62,7 @@ SHAPES = {
     "chain": StochasticBeam,
     "topk": BestFirst,
     "beams": Beams,
+    "caterpillar": Caterpillar,
     "rsd_c": ConstantBranching,
     "rsd_s": StochasticBeam,
     "spectr": IndependentPaths,
@@ -80,7 +88,8 @@ class DraftTreeConfig(ShapedDraftConfig):
     method: Literal["draft_tree"] = "draft_tree"
     model: str
     """Folder of the draft, or its name on the Hugging Face hub; with the target's tokenizer."""
-    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr"] = "rsd_s"
+    shape: Literal["chain", "topk", "rsd_c", "rsd_s", "spectr", "caterpillar"] = "rsd_s"
+    stops: ClassVar[frozenset[str]] = ShapedDraftConfig.stops | {"acceptance_head"}
     head_tokens: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
     """Draft the first so many token ids only: the ids of byte-pair tokenizers are in order
     of frequency, and the output layer is most of a small draft (arXiv 2502.14856)."""
@@ -96,7 +105,15 @@ class DraftTreeConfig(ShapedDraftConfig):
 
     @model_validator(mode="after")
     def _model_runs(self):
-        tokens = read_config(self.folder)["vocab_size"]
+        config = read_config(self.folder)
+        tokens = config["vocab_size"]
+        if isinstance(self.stop, AcceptanceHeadStop):
+            size = head_size(self.stop.head)
+            if size != config["hidden_size"]:
+                raise ValueError(
+                    f"'head' {quoted(self.stop.head)} reads {size} hidden units, and the draft has "
+                    f"{config['hidden_size']}: train it on this draft"
+                )
         if self.head_tokens is not None and self.head_tokens > tokens:
             raise ValueError(
                 f"'head_tokens' is {quoted(self.head_tokens)}, and the draft has {tokens} token "
@@ -124,12 +141,17 @@ class DraftTree(Proposer):
         super().__init__(config, services)
         self.levels = config.levels()
         self._executor: Any = None  # one of the kind that :meth:`_make_executor` makes
+        self._stop: Stop | None = None
+        # Of each request: tokens of its text, and levels that were drafted behind it.
+        self._drafted: dict[str, tuple[int, int]] = {}
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         model = self._make_model(device, dtype)
-        slot = 2 * model.num_layers * model.kv_heads * model.head_dim * dtype.itemsize
+        layers = max(len(model.attention_layers), 1)
+        slot = 2 * layers * model.kv_heads * model.head_dim * dtype.itemsize
         self._executor = self._make_executor(model, self.config.kv_memory_mb * 2**20 // slot)
         self._noise = DraftNoise(device)
+        self._stop = self._make_stop()
 
     def _make_model(self, device: torch.device, dtype: torch.dtype) -> Any:
         config, services = self.config, self.services
@@ -145,14 +167,20 @@ class DraftTree(Proposer):
         return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
-        # Of the last level's nodes nobody asks.
-        self._executor.warm_up(self.levels[:-1], max_requests)
+        # Of the last level's nodes nobody asks, and of a caterpillar's leaves.
+        widths = self.levels[:-1]
+        if self.config.shape == "caterpillar":
+            widths = (1,) * len(widths)
+        self._executor.warm_up(widths, max_requests)
 
     def held_bytes(self) -> int:
         return self.config.kv_memory_mb * 2**20
 
     def forget(self, request_id: str) -> None:
         self._executor.forget(request_id)
+        self._drafted.pop(request_id, None)
+        if self._stop is not None:
+            self._stop.forget(request_id)
 
     def propose(self, step: StepContext) -> DraftBatch:
         rows = [r for r in np.flatnonzero(step.max_nodes > 0) if self._has_room(step, int(r))]
@@ -195,47 +223,32 @@ class DraftTree(Proposer):
     def _draft(self, step: StepContext, rows: np.ndarray) -> DraftBatch:
         """One round for the requests ``rows`` int [A]."""
         counts = step.max_nodes[rows]
-        before = np.cumsum((0, *self.levels[:-1]))  # nodes above each level
-        depths = (before < counts[:, None]).sum(1)
-        model = self._executor.model
-        knobs = Knobs.of(step, rows, self.services.vocab_size, model.device)
+        # By the nodes above each level.
+        depths = (np.cumsum((0, *self.levels[:-1])) < counts[:, None]).sum(1)
+        knobs = Knobs.of(step, rows, self.services.vocab_size, self._executor.model.device)
         names = [step.request_ids[r] for r in rows]
         texts = [self._text(step, r) for r in rows]
+        self._tell_outcomes(names, knobs.lengths)
         shape = SHAPES[self.config.shape](
             *self.config.shape_arguments(int(depths.max())), knobs.greedy
         )
+        greedy = np.ones(len(rows), bool)
+        if step.sampling is not None:
+            greedy = step.sampling.temperature[rows] == 0
         logits = self._begin(step, rows, names, texts)[:, None]
-        # Which trees go on is known on the host: asking the device would wait for it.
-        alive = np.arange(len(rows))
-        active = torch.arange(len(rows), device=logits.device)
-        grown: list[tuple[np.ndarray, Level]] = []
-        draft_probs = []
-        for depth in range(len(shape.sizes)):
-            if depth:
-                going_on = np.flatnonzero(depths[alive] > depth)
-                keep = torch.from_numpy(going_on).to(logits.device)
-                shape.select(keep)
-                alive, active, level = alive[going_on], active[keep], grown[-1][1]
-                parents = level.parents[keep] + (int(before[depth - 2]) if depth > 1 else -1)
-                logits = self._grow(active, level.tokens[keep], parents)
-            q = draft_distribution(logits, *knobs.at(active))
-            noise = self._noise.uniform(
-                shape.noise_size(q.shape[1]),
-                [knobs.seeds[r] for r in alive],
-                [(knobs.lengths[r], depth) for r in alive],
-            )
-            grown.append((alive, shape.expand(q, noise)))
-            draft_probs.append(q.flatten(0, 1))
+        ends = Ends(depths, counts, shape, greedy, self._stop, names)
+        grown, draft_probs = grow_levels(
+            shape, self.levels, logits, knobs, ends, self._grow, self._noise
+        )
+        for name, length, levels in zip(names, knobs.lengths, ends.depths.tolist(), strict=True):
+            self._drafted[name] = length, levels
         if isinstance(shape, BestFirst):
             nodes = [
                 (tokens, parents, np.full(len(tokens), -1, np.int32), _likelihood_class(given))
                 for tokens, parents, given in zip(*shape.best(counts), strict=True)
             ]
         else:
-            nodes = self._collect(grown, [len(q) for q in draft_probs], counts)
-        greedy = np.ones(len(rows), bool)
-        if step.sampling is not None:
-            greedy = step.sampling.temperature[rows] == 0
+            nodes = collect(grown, [len(q) for q in draft_probs], ends.kept(grown), counts)
         one_path = step.chain_only[rows]
         if self.config.shape == "spectr":
             one_path = one_path | greedy  # all paths coincide
@@ -244,6 +257,30 @@ class DraftTree(Proposer):
         ]
         deterministic = greedy | step.chain_only[rows]
         return self._batch(step, rows, nodes, deterministic, draft_probs)
+
+    def _tell_outcomes(self, names: list[str], lengths: list[int]) -> None:
+        """What became of the last drafts of requests whose texts have these lengths now."""
+        for name, length in zip(names, lengths, strict=True):
+            before, drafted = self._drafted.pop(name, (length, 0))
+            if drafted and length > before:
+                self._verified(name, drafted, min(length - before - 1, drafted))
+
+    def _verified(self, request: str, drafted: int, accepted: int) -> None:
+        """So many of the ``drafted`` levels of a request were accepted."""
+        if self._stop is not None:
+            self._stop.verified(request, drafted, accepted)
+
+    def _make_stop(self) -> Stop | None:
+        stop = self.config.stop
+        rate = None
+        if isinstance(stop, AcceptanceHeadStop):
+            executor = self._executor
+            head = AcceptanceHead(stop.head, executor.model.device)
+
+            def rate() -> np.ndarray:
+                return head(executor.model.normed(executor.read_last)).cpu().numpy()
+
+        return make_stop(stop, rate)
 
     def _begin(
         self, step: StepContext, rows: np.ndarray, names: list[str], texts: list[np.ndarray]
@@ -260,33 +297,6 @@ class DraftTree(Proposer):
             return self._executor.grow(active, tokens, parents)
         logits = self._executor.grow(active, self._shared.nodes(tokens), parents)
         return self._shared.logits(logits)
-
-    def _collect(
-        self, grown: list[tuple[np.ndarray, Level]], probs_rows: list[int], counts: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """(tokens, parents, drawn_from, source) of each tree, its first ``counts`` nodes level by
-        level."""
-        size = sum(self.levels[: len(grown)])
-        tokens, parents, drawn_from = np.zeros((3, len(counts), size), np.int32)
-        drawn = [torch.stack((level.tokens, level.parents)).flatten(1) for _, level in grown]
-        host = torch.cat(drawn, 1).cpu().numpy()  # one copy, for which the device is waited for
-        first, above, probs_row, begin = 0, -1, 0, 0
-        for (alive, level), rows in zip(grown, probs_rows, strict=True):
-            width = level.tokens.shape[1]
-            end = begin + len(alive) * width
-            ids, places = host[:, begin:end].reshape(2, len(alive), width)
-            here = slice(first, first + width)
-            tokens[alive, here] = ids
-            parents[alive, here] = places + above
-            drawn_from[alive, here] = (
-                probs_row + places + np.arange(len(alive))[:, None] * (rows // len(alive))
-            )
-            probs_row += rows
-            above, first, begin = first, first + width, end
-        return [
-            (tokens[r, :n], parents[r, :n], drawn_from[r, :n], np.zeros(n, np.int32))
-            for r, n in enumerate(counts.tolist())
-        ]
 
     def _batch(
         self,
@@ -313,50 +323,6 @@ class DraftTree(Proposer):
             batch.next_row = np.full(len(counts), -1, np.int32)
             batch.next_row[rows] = np.arange(len(rows))
         return batch
-
-
-@dataclass(slots=True)
-class Knobs:
-    """How the A drafting requests sample, on the draft's device."""
-
-    greedy: torch.Tensor
-    """bool [A]"""
-    temperature: torch.Tensor
-    """float32 [A]"""
-    top_k: torch.Tensor | None
-    """int64 [A]; None: nobody cuts."""
-    top_p: torch.Tensor | None
-    """float32 [A]; None: nobody cuts."""
-    seeds: list[int | None]
-    lengths: list[int]
-    """Of the texts: a seeded request draws anew at every place of its text."""
-
-    @classmethod
-    def of(
-        cls, step: StepContext, rows: np.ndarray, vocab_size: int, device: torch.device
-    ) -> Knobs:
-        def put(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values[rows]).to(device)
-
-        sampling, lengths = step.sampling, step.num_tokens[rows].tolist()
-        if sampling is None:
-            cold = torch.zeros(len(rows), device=device)
-            return cls(cold == 0, cold, None, None, [None] * len(rows), lengths)
-        temperature = put(sampling.temperature)
-        cuts_k, cuts_p = sampling.top_k[rows] < vocab_size, sampling.top_p[rows] < 1
-        return cls(
-            temperature == 0,
-            temperature,
-            put(sampling.top_k).long() if cuts_k.any() else None,
-            put(sampling.top_p) if cuts_p.any() else None,
-            [sampling.seeds[r] for r in rows],
-            lengths,
-        )
-
-    def at(self, active: torch.Tensor) -> tuple:
-        """Temperature, top_k and top_p of the requests ``active`` int64 [n]."""
-        cuts = (None if cut is None else cut[active] for cut in (self.top_k, self.top_p))
-        return (self.temperature[active], *cuts)
 
 
 def _likelihood_class(probabilities: np.ndarray) -> np.ndarray:

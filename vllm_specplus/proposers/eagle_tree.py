@@ -56,6 +56,10 @@ class EagleTreeConfig(ShapedDraftConfig):
         """Where the head is on this machine."""
         return model_folder(self.model, "EAGLE head")
 
+    @property
+    def reads_layers(self) -> bool:
+        return eagle_checkpoint.read_config(self.folder).generation == 3
+
     @model_validator(mode="after")
     def _head_runs(self):
         eagle_checkpoint.read_config(self.folder)
@@ -91,6 +95,7 @@ class EagleTree(DraftTree):
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         self._head = self._load_head(self.services.target_vocabulary(), device, dtype)
         self._noise = DraftNoise(device)
+        self._stop = self._make_stop()
 
     def _load_head(
         self, target: Vocabulary, device: torch.device, dtype: torch.dtype

@@ -16,7 +16,7 @@ import importlib.util
 import threading
 import time
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +27,7 @@ from vllm_specplus.drafting.layer_parts import UnknownLayers
 from vllm_specplus.drafting.memory import check_fits, fingerprint
 from vllm_specplus.drafting.model import DraftModel, DraftModelError, read_config
 from vllm_specplus.drafting.placement import Placement
+from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shards import Plan, Shard, rejoin
 from vllm_specplus.drafting.trial import try_all
 from vllm_specplus.proposer import Services
@@ -52,6 +53,8 @@ class DraftGroupLost(RuntimeError):
 
 class EasySpecConfig(DraftTreeConfig):
     """``{"method": "easyspec", "model": "...", ...}``."""
+
+    stops: ClassVar[frozenset[str]] = ShapedDraftConfig.stops  # its hidden states are approximate
 
     method: Literal["easyspec"] = "easyspec"  # type: ignore[assignment]
     group_size: Annotated[int, Field(ge=1, le=16)] = 4

@@ -24,6 +24,7 @@ from vllm_specplus.drafting import long_checkpoint
 from vllm_specplus.drafting.head_target import check_fits
 from vllm_specplus.drafting.long_draft import LongDraft
 from vllm_specplus.drafting.long_executor import LongExecutor
+from vllm_specplus.drafting.stop_config import NoStop
 from vllm_specplus.proposers.draft_tree import DraftMemoryError, DraftTree
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import StepContext
@@ -41,6 +42,7 @@ class LongDraftConfig(MethodConfig):
     }
     fuses: ClassVar[bool] = False
     shape: ClassVar[str] = "beams"
+    stop: ClassVar[NoStop] = NoStop()
 
     method: Literal["long_draft"] = "long_draft"
     num_speculative_tokens: Annotated[int, Field(ge=1, le=80)] = 68

@@ -120,6 +120,10 @@ class RasdConfig(MethodConfig):
             members[-1].check_source()
         return members
 
+    @property
+    def reads_layers(self) -> bool:
+        return any(member.reads_layers for member in self.members())
+
     def check_target(self, target: Target) -> None:
         for member in self.members():
             member.check_target(target)

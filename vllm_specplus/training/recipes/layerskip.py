@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from vllm_specplus.drafting.self_speculation import ExitChoice
+from vllm_specplus.drafting.exits import ExitChoice
 from vllm_specplus.strict import StrictModel, quoted
 from vllm_specplus.training.batch import Batch, Batches
 from vllm_specplus.training.cost_model import Shape, Work
