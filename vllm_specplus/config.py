@@ -119,7 +119,9 @@ class GsdAcceptance(ImageAcceptance):
     max_gap: Annotated[float, Field(gt=0, le=1)] = 0.15
     """Members differ in probability by less than this."""
     max_distance: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    """And in their codebook vectors by less than this (squared L2), if set."""
+    """And in their vectors by less than this (squared L2), if set."""
+    vectors: Literal["embeddings", "codebook"] = "embeddings"
+    """Which ones: those that the model reads codes as, or those that pictures are decoded from."""
 
 
 class KlJudgeAcceptance(AcceptanceRule):
