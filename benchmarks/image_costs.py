@@ -5,8 +5,8 @@
 * ``neighbours``: the start of ``lantern``, seconds for the 1,000 nearest of LlamaGen's 16,384 codes
   (the reference sorts all).
 * ``gsd``: one rejected row at Chameleon's size (65,536 tokens, 8,192 codes, embeddings of 4,096),
-  with the distance filter; its table's seconds and bytes, and the row's milliseconds where all codes
-  are possible and where the 2,000 most probable are.
+  with the distance filter; its table's seconds and bytes, and the row's milliseconds where all
+  codes are possible and where the 2,000 most probable are.
 * ``decoding``: seconds and peak memory of one picture by Chameleon's decoder (its sizes, random
   weights), and of several at once, by threads of each.
 
@@ -44,18 +44,18 @@ def resident(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
+def seconds(repeats: int, call: Callable[..., object], *arguments: object) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        call()
+        call(*arguments)
         times.append(time.perf_counter() - start)
     return median(times)
 
 
 def of_neighbours(repeats: int) -> dict[str, float]:
     codebook = torch.randn(16384, 8)
-    return {"seconds": seconds(lambda: neighbours(codebook, 1000), repeats)}
+    return {"seconds": seconds(repeats, neighbours, codebook, 1000)}
 
 
 def of_gsd(repeats: int) -> dict[str, float]:
@@ -75,8 +75,8 @@ def of_gsd(repeats: int) -> dict[str, float]:
     top = torch.zeros_like(every).scatter_(1, *every.topk(2000)[::-1])
     for name, p in (("all", every), ("top_2000", top / top.sum())):
         q = p.roll(1, -1)
-        drawn, token = torch.tensor([True]), p.argmax(-1)
-        out[f"row_ms_{name}"] = 1000 * seconds(lambda: rule.residual(p, q, drawn, token), repeats)
+        took = seconds(repeats, rule.residual, p, q, torch.tensor([True]), p.argmax(-1))
+        out[f"row_ms_{name}"] = 1000 * took
     return out
 
 
@@ -88,15 +88,18 @@ def of_decoding(repeats: int, pixels: list[int]) -> list[dict[str, float]]:
     def decode(side: int) -> None:
         decoder(torch.randn(1, DECODER.latent_channels, side // 16, side // 16))
 
+    def decode_all(pool: ThreadPoolExecutor, sides: list[int]) -> None:
+        list(pool.map(decode, sides))
+
     for side in pixels:
         for at_once, threads in ((1, cores), (1, 1), (min(cores, 4), 1)):
             torch.set_num_threads(threads)
             with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads,
                                     initargs=(threads,)) as pool:  # fmt: skip
-                list(pool.map(decode, [side] * at_once))
+                decode_all(pool, [side] * at_once)
                 idle = resident("VmRSS")
                 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-                took = seconds(lambda: list(pool.map(decode, [side] * at_once)), repeats)
+                took = seconds(repeats, decode_all, pool, [side] * at_once)
             runs.append({
                 "pixels": side, "at_once": at_once, "threads_each": threads,
                 "seconds_per_picture": took / at_once, "peak_bytes": resident("VmHWM") - idle,

@@ -282,7 +282,7 @@ def client(pictures: TextPictures, length: int = 4096):
     from vllm_specplus.engine.images_api import ImagesEndpoint
 
     endpoint, engine = ImagesEndpoint(), FakeEngine(pictures, length)
-    endpoint._service = ImageService(engine, pictures)
+    endpoint.serve(ImageService(engine, pictures), models=None)
     app = FastAPI()
     endpoint.attach_router(app)
     return TestClient(app), engine

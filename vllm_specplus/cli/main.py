@@ -10,6 +10,7 @@ from vllm_specplus.cli.bench import bench
 from vllm_specplus.cli.demo import demo
 from vllm_specplus.cli.doctor import doctor
 from vllm_specplus.cli.model import prepare_model_command
+from vllm_specplus.cli.serve_latents import serve_latents
 from vllm_specplus.cli.train import train
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ app.add_typer(datastore.app, name="datastore")
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.command("prepare-model")(prepare_model_command)
+app.command("serve-latents")(serve_latents)
 app.command("train")(train)
 
 if __name__ == "__main__":

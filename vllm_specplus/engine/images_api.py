@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -36,6 +36,14 @@ PATH, LINKED = "/v1/images/generations", "/images/{name}"
 _SCHEMA = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}}
 
 
+class Models(Protocol):
+    """What a server has, as vLLM's ``OpenAIServingModels``."""
+
+    def is_base_model(self, model_name: str) -> bool: ...
+
+    def model_name(self) -> str: ...
+
+
 class ImagesEndpoint:
     """vLLM's ``EndpointPlugin``."""
 
@@ -44,7 +52,9 @@ class ImagesEndpoint:
 
     def __init__(self):
         self._service: ImageService | None = None
-        self._links = PictureLinks()
+        self._models: Models | None = None
+        self._links: PictureLinks | None = None
+        self._keep_alive = 0.0
 
     def attach_router(self, app: FastAPI) -> None:
         described = {"requestBody": {"required": True, **_SCHEMA}}
@@ -56,12 +66,18 @@ class ImagesEndpoint:
             return
         model = engine_client.model_config
         pictures = pictures_of(model.hf_config, model.model)
-        if pictures is not None:
-            self._service = ImageService(engine_client, pictures)
-        self._models = state.openai_serving_models
+        if pictures is None:
+            return
+        # Whichever of several processes is asked for a link, one of them has the picture.
+        alone = (getattr(args, "api_server_count", None) or 1) == 1
+        self.serve(ImageService(engine_client, pictures), state.openai_serving_models, alone)
         self._keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
-        # Whichever of several servers is asked for a link, one of them has the picture.
-        self._alone = (getattr(args, "api_server_count", None) or 1) == 1
+
+    def serve(self, service: ImageService, models: Models, alone: bool = True) -> None:
+        """From now on, by the names that ``models`` knows; ``alone``: is this process asked for
+        all links?"""
+        self._service, self._models = service, models
+        self._links = PictureLinks() if alone else None
 
     async def _generations(self, raw: Request) -> Response:
         if self._service is None:
@@ -75,7 +91,7 @@ class ImagesEndpoint:
         if body.model is not None and not self._models.is_base_model(body.model):
             served = quoted(self._models.model_name())
             return refusal(f"the model {quoted(body.model)} is not served here, {served} is", 404)
-        if body.response_format == "url" and not self._alone:
+        if body.response_format == "url" and self._links is None:
             return refusal(
                 "links are for servers with one API process, and this has several: set "
                 "'response_format' to 'b64_json'", 400,
@@ -110,7 +126,7 @@ class ImagesEndpoint:
         }  # fmt: skip
 
     async def _linked(self, name: str) -> Response:
-        kept = self._links.get(name)
+        kept = None if self._links is None else self._links.get(name)
         if kept is None:
             return refusal("there is no such picture, or no more: links last for an hour", 404)
         return Response(kept.content, media_type=f"image/{kept.kind}")

@@ -17,7 +17,7 @@ from PIL import Image
 from vllm_specplus.image import chameleon
 from vllm_specplus.image.captions import CaptionEncoder
 from vllm_specplus.image.continuous.causal import CausalLatentsConfig
-from vllm_specplus.image.continuous.vae import load_vae
+from vllm_specplus.image.continuous.vae import KLDecoder, LatentVAE, load_vae
 from vllm_specplus.image.llamagen import LlamaGenConfig
 from vllm_specplus.image.vq import VQModel, to_bytes
 from vllm_specplus.strict import quoted
@@ -185,9 +185,9 @@ class CaptionPictures(CodePictures):
 
 
 class LatentPictures(OneSizePictures):
-    def __init__(self, config: CausalLatentsConfig, folder: str):
-        self.vae = load_vae(folder)
-        super().__init__(config, len(self.vae.config.multipliers) - 1)
+    def __init__(self, config: CausalLatentsConfig, vae: LatentVAE | KLDecoder):
+        self.vae = vae
+        super().__init__(config, len(vae.config.multipliers) - 1)
         self.sampling["logprobs"] = config.size
 
     def tokens(self, output: Output) -> torch.Tensor:
@@ -283,7 +283,7 @@ class TextPictures(Pictures):
 def pictures_of(config: Any, folder: str) -> Pictures | None:
     """For the model in ``folder``, if it makes pictures."""
     if isinstance(config, CausalLatentsConfig):  # which is a LlamaGen's, too
-        return LatentPictures(config, folder)
+        return LatentPictures(config, load_vae(folder))
     if getattr(config, "model_type", None) == chameleon.MODEL_TYPE:
         return TextPictures(config, folder)
     if isinstance(config, LlamaGenConfig):
