@@ -28,7 +28,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_specplus.engine.image_requests import ImageRequest
 from vllm_specplus.engine.refusals import error_body
-from vllm_specplus.image.pictures import Pictures, encoded
+from vllm_specplus.image.pictures import Output, Pictures, encoded
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -60,6 +60,15 @@ class Order:
     quality: int
     partial: int
     """Events before each picture's last."""
+
+    def check(self, output: Output, ended: str | None) -> None:
+        """Raises :class:`UnfinishedError` if ``output``, which ``ended`` so, is no whole
+        picture."""
+        if len(output.token_ids) != self.picture_tokens:
+            raise UnfinishedError(
+                f"a picture ended after {len(output.token_ids)} of its {self.picture_tokens} "
+                f"tokens ({ended}): ask again"
+            )
 
     def usage(self, pictures: int) -> dict[str, Any]:
         """OpenAI's account of tokens."""
@@ -143,19 +152,11 @@ class ImageService:
         the last event."""
         ready: asyncio.Queue[str | None] = asyncio.Queue()
 
-        def tell(index: int, name: str, made: Made, **keys: Any) -> None:
-            event = {
-                "type": f"image_generation.{name}", "index": index, "b64_json": made.text,
-                "background": "opaque", "created_at": int(time.time()), "quality": "auto",
-                "output_format": order.kind, "size": made.size, **keys,
-            }  # fmt: skip
-            ready.put_nowait(_event(event["type"], event))
-
         async def make() -> None:
             try:
                 async with asyncio.TaskGroup() as group:
                     for index, seed in enumerate(order.seeds):
-                        group.create_task(self._follow_one(order, seed, index, tell))
+                        group.create_task(self._follow_one(order, seed, index, ready.put_nowait))
             except ExceptionGroup as failed:
                 ready.put_nowait(_event("error", _told(failed.exceptions[0])))
             finally:
@@ -172,10 +173,11 @@ class ImageService:
         async with aclosing(self._generate(order, seed, RequestOutputKind.FINAL_ONLY)) as outputs:
             async for last in outputs:
                 output = last
-        return await self._whole(order, output, output.finish_reason)
+        order.check(output, output.finish_reason)
+        return await self._in(self._decoding, self._decode, order, output)
 
     async def _follow_one(
-        self, order: Order, seed: int | None, index: int, tell: Callable[..., None]
+        self, order: Order, seed: int | None, index: int, tell: Callable[[str], None]
     ) -> None:
         kind = RequestOutputKind.DELTA if order.partial else RequestOutputKind.FINAL_ONLY
         drawn, shown, ended = Drawn(), 0, None
@@ -187,11 +189,11 @@ class ImageService:
                 part = len(drawn.token_ids) * (order.partial + 1) // order.picture_tokens
                 if shown < part <= order.partial:
                     shown = part
-                    made = await self._in(self._decoding, self._beginning, order, drawn)
-                    if made is not None:
-                        tell(index, "partial_image", made, partial_image_index=part - 1)
-        made = await self._whole(order, drawn, ended)
-        tell(index, "completed", made, usage=order.usage(1))
+                    event = await self._in(self._decoding, self._part, order, drawn, index, part)
+                    if event is not None:
+                        tell(event)
+        order.check(drawn, ended)
+        tell(await self._in(self._decoding, self._completed, order, drawn, index))
 
     async def _generate(
         self, order: Order, seed: int | None, kind: RequestOutputKind
@@ -203,20 +205,21 @@ class ImageService:
             async for output in outputs:
                 yield output.outputs[0]
 
-    async def _whole(self, order: Order, output: Any, ended: str | None) -> Made:
-        if len(output.token_ids) != order.picture_tokens:
-            raise UnfinishedError(
-                f"a picture ended after {len(output.token_ids)} of its {order.picture_tokens} "
-                f"tokens ({ended}): ask again"
-            )
-        return await self._in(self._decoding, self._decode, order, output)
+    # In threads: decoding, and putting megabytes into words.
 
     def _decode(self, order: Order, output: Any) -> Made:
         return _made(order, self._pictures.pixels(output))
 
-    def _beginning(self, order: Order, output: Drawn) -> Made | None:
-        pixels = self._pictures.beginning(output, order.picture_tokens)
-        return None if pixels is None else _made(order, pixels)
+    def _completed(self, order: Order, drawn: Drawn, index: int) -> str:
+        made = self._decode(order, drawn)
+        return _picture_event(order, "completed", index, made, usage=order.usage(1))
+
+    def _part(self, order: Order, drawn: Drawn, index: int, part: int) -> str | None:
+        pixels = self._pictures.beginning(drawn, order.picture_tokens)
+        if pixels is None:
+            return None
+        made = _made(order, pixels)
+        return _picture_event(order, "partial_image", index, made, partial_image_index=part - 1)
 
     @staticmethod
     async def _in(threads: ThreadPoolExecutor, function: Callable, *arguments: Any) -> Any:
@@ -227,6 +230,15 @@ class ImageService:
 def _made(order: Order, pixels: np.ndarray) -> Made:
     height, width = pixels.shape[:2]
     return Made(encoded(pixels, order.kind, order.quality), f"{width}x{height}")
+
+
+def _picture_event(order: Order, name: str, index: int, made: Made, **keys: Any) -> str:
+    name = f"image_generation.{name}"
+    return _event(name, {
+        "type": name, "index": index, "b64_json": made.text, "background": "opaque",
+        "created_at": int(time.time()), "quality": "auto", "output_format": order.kind,
+        "size": made.size, **keys,
+    })  # fmt: skip
 
 
 def _event(name: str, content: dict[str, Any]) -> str:

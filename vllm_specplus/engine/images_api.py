@@ -10,6 +10,7 @@ as events, or by links below ``/images/``, where no API key is asked for: names 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from argparse import Namespace
@@ -107,26 +108,27 @@ class ImagesEndpoint:
             if body.stream:
                 events = with_sse_keep_alive(self._service.events(order), self._keep_alive)
                 return StreamingResponse(events, media_type="text/event-stream")
-            made = await self._service.make(order)
-            return JSONResponse(self._as_json(body, order, made, raw_request))
+            made, urls = await self._service.make(order), None
+            if body.response_format == "url":
+                names = self._links.put([each.content for each in made], order.kind)
+                urls = [str(raw_request.url_for("specplus_image", name=name)) for name in names]
+            # In a thread: pictures are megabytes of text.
+            return await asyncio.to_thread(_answer_of, order, made, urls)
         except ValueError as error:
             return refusal(str(error), 400)
         except UnfinishedError as error:
             return refusal(str(error), 500)
-
-    def _as_json(self, body: ImageRequest, order: Order, made: list[Made], raw: Request) -> dict:
-        if body.response_format == "url":
-            names = self._links.put([each.content for each in made], order.kind)
-            data = [{"url": str(raw.url_for("specplus_image", name=name))} for name in names]
-        else:
-            data = [{"b64_json": each.text} for each in made]
-        return {
-            "created": int(time.time()), "data": data, "background": "opaque",
-            "output_format": order.kind, "size": made[0].size, "usage": order.usage(len(made)),
-        }  # fmt: skip
 
     async def _linked(self, name: str) -> Response:
         kept = None if self._links is None else self._links.get(name)
         if kept is None:
             return refusal("there is no such picture, or no more: links last for an hour", 404)
         return Response(kept.content, media_type=f"image/{kept.kind}")
+
+
+def _answer_of(order: Order, made: list[Made], urls: list[str] | None) -> JSONResponse:
+    data = [{"url": url} for url in urls] if urls else [{"b64_json": each.text} for each in made]
+    return JSONResponse({
+        "created": int(time.time()), "data": data, "background": "opaque",
+        "output_format": order.kind, "size": made[0].size, "usage": order.usage(len(made)),
+    })  # fmt: skip

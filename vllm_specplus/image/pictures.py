@@ -6,7 +6,7 @@ import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,8 +34,12 @@ GREY = 128
 class Output(Protocol):
     """What a request has generated so far, as vLLM's ``CompletionOutput`` has it."""
 
-    token_ids: Sequence[int]
-    logprobs: Sequence[Mapping[int, Any]] | None
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def logprobs(self) -> Any:
+        """None, or of each token the logprob of some ids, each with an attribute ``logprob``."""
 
 
 def latents_of(output: Output) -> torch.Tensor:
