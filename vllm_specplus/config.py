@@ -123,6 +123,12 @@ class GsdAcceptance(ImageAcceptance):
     vectors: Literal["embeddings", "codebook"] = "embeddings"
     """Which ones: those that the model reads codes as, or those that pictures are decoded from."""
 
+    @model_validator(mode="after")
+    def _vectors_are_compared(self):
+        if self.max_distance is None and "vectors" in self.model_fields_set:
+            raise ValueError("'vectors' says what 'max_distance' is between: set that, too")
+        return self
+
 
 class KlJudgeAcceptance(AcceptanceRule):
     """Drawn nodes where draft and target hardly differ and the target is not sure (JuDi)."""
