@@ -129,9 +129,17 @@ class GsdAcceptance(ImageAcceptance):
     max_gap: Annotated[float, Field(gt=0, le=1)] = 0.15
     """Members differ in probability by less than this."""
     max_distance: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    """And in their codebook vectors by less than this (squared L2), if set."""
+    """And in their vectors by less than this (squared L2), if set."""
+    vectors: Literal["embeddings", "codebook"] = "embeddings"
+    """Which ones: those that the model reads codes as, or those that pictures are decoded from."""
     residual: Literal["optimal", "published"] = "optimal"
     """What follows a rejection; the other is the reference code's, for parity."""
+
+    @model_validator(mode="after")
+    def _vectors_are_compared(self):
+        if self.max_distance is None and "vectors" in self.model_fields_set:
+            raise ValueError("'vectors' says what 'max_distance' is between: set that, too")
+        return self
 
 
 class KlJudgeAcceptance(AcceptanceRule):

@@ -115,6 +115,70 @@ def test_a_seed_gives_the_same_picture_again(client):
     assert make() == make()
 
 
+def test_links_and_events_hold_the_same_picture(client):
+    """And the client's other keys are admitted."""
+    keys = {"model": "pictures", "prompt": "5", "extra_body": {"seed": 2**40 + 3}}
+    plain = client.images.generate(**keys, quality="hd", style="natural", user="me")
+    linked = client.images.generate(**keys, response_format="url")
+    with urllib.request.urlopen(linked.data[0].url, timeout=10) as answer:
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.read() == base64.b64decode(plain.data[0].b64_json)
+    *parts, whole = client.images.generate(**keys, stream=True, partial_images=3)
+    assert whole.type == "image_generation.completed"
+    assert whole.b64_json == plain.data[0].b64_json
+    assert 1 <= len(parts) <= 3
+    for each in parts:
+        assert each.type == "image_generation.partial_image"
+        assert opened(each).shape == (32, 32)
+
+
+def test_seeds_that_differ_in_high_bits_give_other_latents(client, request):
+    if LATENTS_MODEL.name not in request.node.name:
+        pytest.skip("of codes on a CPU 32 bits count")
+
+    def make(seed: int) -> str:
+        answer = client.images.generate(model="pictures", prompt="7", extra_body={"seed": seed})
+        return answer.data[0].b64_json
+
+    assert len({make(seed) for seed in (3, 3 + 2**32, 3 + 2**62, -3)}) == 4
+
+
+def total(client, name: str, **labels: str) -> float:
+    """Of a metric of the server's, over all other labels."""
+    root = str(client.base_url).removesuffix("/v1/")
+    with urllib.request.urlopen(f"{root}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        float(line.rsplit(" ", 1)[1]) for line in lines
+        if line.startswith(f"{name}{{") and all(each in line for each in wanted)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_engine(client, stream):
+    """All its pictures end, those too that had not begun."""
+    whole = {"name": "vllm:request_success_total", "finished_reason": "length"}
+    before, deadline = total(client, **whole), time.monotonic() + 60
+    body = json.dumps({"prompt": "3", "n": 64, "stream": stream}).encode()
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        while not total(client, "vllm:num_requests_running"):
+            assert time.monotonic() < deadline
+    while total(client, "vllm:num_requests_running") + total(client, "vllm:num_requests_waiting"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert total(client, **whole) < before + 64
+
+
+def test_another_model_is_refused(client):
+    import openai
+
+    with pytest.raises(openai.NotFoundError, match="'other' is not served here, 'pictures' is"):
+        client.images.generate(model="other", prompt="1")
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -186,6 +186,7 @@ def test_a_public_checkpoint_becomes_a_folder_that_reads_captions(tmp_path, mode
 
     pictures = load_pictures(out)
     assert isinstance(pictures, CaptionPictures)
+    assert pictures.defaults == {"temperature": 1.0, "top_k": 1000, "top_p": 1.0}
     states = pictures.prompt("A Fox!")["prompt_embeds"]
     with torch.inference_mode():
         # Padded and masked, as the reference code has it read.

@@ -270,20 +270,22 @@ class FakeEngine:
         for _ in range(params.max_tokens):
             text.append(allowed(text, lumina)[1][len(text) % 2 - 1])
         made = text[len(prompt["prompt_token_ids"]) :]
-        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=made)])
+        made = SimpleNamespace(token_ids=made, logprobs=None, finish_reason="length")
+        yield SimpleNamespace(outputs=[made])
 
 
 def client(pictures: TextPictures, length: int = 4096):
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
+    from vllm_specplus.engine.image_service import ImageService
     from vllm_specplus.engine.images_api import ImagesEndpoint
 
-    endpoint = ImagesEndpoint()
-    endpoint._engine, endpoint._pictures = FakeEngine(pictures, length), pictures
+    endpoint, engine = ImagesEndpoint(), FakeEngine(pictures, length)
+    endpoint.serve(ImageService(engine, pictures), models=None)
     app = FastAPI()
     endpoint.attach_router(app)
-    return TestClient(app), endpoint._engine
+    return TestClient(app), engine
 
 
 def test_the_images_route_answers_with_the_decoded_codes(pictures):
@@ -307,6 +309,30 @@ def test_the_images_route_answers_with_the_decoded_codes(pictures):
         text.append(allowed(text, pictures.layout.size is not None)[1][len(text) % 2 - 1])
     codes = torch.from_numpy(pictures.layout.grid(np.array(text[len(ids) :])))
     assert seen[0].tolist() == to_bytes(pictures.decode(codes[None]))[0].tolist()
+
+
+def test_a_picture_that_is_not_whole_shows_its_rows(pictures):
+    """Lumina-mGPT's have a token behind each row."""
+    lumina, side = pictures.layout.size is not None, pictures.layout.side
+    rows, stride = (8, 17) if lumina else (side, side)
+    prompt, sampling = pictures.request("a cat", "64x32" if lumina else None)
+    text, most = list(prompt["prompt_token_ids"]), sampling["max_tokens"]
+    for _ in range(most):
+        text.append(allowed(text, lumina)[1][len(text) % 2 - 1])
+    made = text[len(prompt["prompt_token_ids"]) :]
+
+    def shown(count: int):
+        return pictures.beginning(SimpleNamespace(token_ids=made[:count], logprobs=None), most)
+
+    assert shown(stride - 1) is None
+    some = shown(2 * stride + 1)
+    codes = torch.from_numpy(pictures.layout.grid(np.array(made[: 2 * stride])))
+    height = len(some) // rows
+    assert some[: 2 * height].tolist() == to_bytes(pictures.decode(codes[None]))[0].tolist()
+    assert (some[2 * height :] == 128).all()
+    whole = pictures.pixels(SimpleNamespace(token_ids=made, logprobs=None))
+    assert some.shape == whole.shape
+    assert shown(most).tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from vllm_specplus.image.continuous import head
-from vllm_specplus.image.continuous.acceptance import log_ratio, log_weight, residual
+from vllm_specplus.image.continuous.acceptance import (
+    log_ratio,
+    log_weight,
+    residual,
+    streams_of,
+)
 from vllm_specplus.image.continuous.causal import CausalLatents, CausalLatentsConfig
 from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, picture_noise
 from vllm_specplus.image.continuous.decoding import (
@@ -31,8 +37,8 @@ def gaussian(mean: float, sigma: float, normal: torch.Tensor) -> Chain:
     return Chain(means + sigma * normal, means, logs, torch.zeros(len(normal)))
 
 
-def generators(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(i) for i in range(count)]
+def streams(count: int) -> list[np.random.Generator]:
+    return streams_of(range(count), [0] * count)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,7 @@ def test_one_step_has_the_closed_forms_of_the_card(mean, sigma, accepted, rounds
     draft, target = gaussian(mean, sigma, normal), gaussian(0.0, 1.0, normal)
     taken = torch.rand(count).log() < log_ratio(draft, target)
     assert taken.float().mean() == pytest.approx(accepted, abs=0.005)
-    instead = residual(draft[~taken], target[~taken], generators(int((~taken).sum())))
+    instead = residual(draft[~taken], target[~taken], streams(int((~taken).sum())))
     assert instead.proposals.float().mean() == pytest.approx(rounds, rel=0.03)
     assert not instead.given_up.any()
     out = draft.sample.clone()
@@ -56,7 +62,7 @@ def test_one_step_has_the_closed_forms_of_the_card(mean, sigma, accepted, rounds
 
 def test_a_residual_that_is_never_found_ends_and_says_so():
     same = gaussian(0.0, 1.0, torch.randn(3, 2))
-    instead = residual(same, same, generators(3))
+    instead = residual(same, same, streams(3))
     assert instead.given_up.all()
     assert (instead.proposals == 64 * 64).all()
     assert instead.sample.isfinite().all()
@@ -277,6 +283,26 @@ def test_noise_is_of_the_seed():
     assert isinstance(one, Noise)
     assert all(torch.equal(getattr(one, n), getattr(again, n)) for n in ("start", "steps"))
     assert not torch.equal(one.start, picture_noise(6, 4, 3, 2).start)
+
+
+def test_all_64_bits_of_a_seed_count():
+    """A CPU's generator in torch takes 5 and 5 + 2^32 for one seed, and ``hash`` -1 and -2."""
+    seeds = [5, 5 + 2**32, 5 + 2**61 - 1, 5 + 2**63, -1, -2, 0, 2**64 - 5]
+    starts = [tuple(picture_noise(seed, 1, 1, 2).start[0].tolist()) for seed in seeds]
+    assert len(set(starts)) == len(seeds)
+    drawn = {float(each.random()) for each in streams_of(seeds, [0] * len(seeds))}
+    drawn |= {float(each.random()) for each in streams_of(seeds, [1] * len(seeds))}
+    assert len(drawn) == 2 * len(seeds)
+    again = picture_noise(-5, 1, 1, 2).start[0]  # modulo 2^64
+    assert tuple(again.tolist()) == starts[-1]
+
+
+def test_noise_is_standard_normal_and_its_uniforms_uniform():
+    noise = picture_noise(2**63, 5000, 2, 2)
+    assert (noise.start.dtype, noise.uniforms.dtype) == (torch.float32, torch.float32)
+    drawn = torch.cat((noise.start[:, None], noise.steps), 1).flatten().numpy()
+    assert stats.kstest(drawn, "norm").pvalue > 1e-3
+    assert stats.kstest(noise.uniforms.numpy(), "uniform").pvalue > 1e-3
 
 
 def small_model(layers: int = 2, seed: int = 0, **keys) -> CausalLatents:

@@ -12,8 +12,10 @@ import torch
 from vllm_specplus.cli.model import LATENTS_MODEL
 from vllm_specplus.image import quality
 from vllm_specplus.image.continuous import ray_generation
+from vllm_specplus.image.continuous.decoding import Settings
 from vllm_specplus.image.continuous.folder import LatentsFolder
 from vllm_specplus.image.continuous.generation import Cspd, PictureMaker, Recipe
+from vllm_specplus.image.continuous.masked import Guidance, MaskedConfig, decode_masked
 from vllm_specplus.image.continuous.ray_generation import make_pictures
 
 FAST = Recipe(iterations=4, cspd=Cspd(window=2))
@@ -46,8 +48,13 @@ def test_pictures_show_their_label_and_depend_on_the_seed_alone(model, recipe):
 def test_mistakes_are_one_sentence():
     with pytest.raises(ValueError, match="iterations is for masked models: remove it"):
         PictureMaker(LATENTS_MODEL, Recipe(iterations=3))
-    with pytest.raises(ValueError, match="temperature"):
-        Recipe(temperature=0.0)
+    with pytest.raises(ValueError, match="guidance_schedule is for masked models: remove it"):
+        PictureMaker(LATENTS_MODEL, Recipe(guidance_scale=2.0, guidance_schedule="constant"))
+    # What leaves the range of a float makes black pictures.
+    for key, wrong in (("temperature", (0.0, 2.1)), ("guidance_scale", (-0.1, 1e30, float("inf")))):
+        for value in wrong:
+            with pytest.raises(ValueError, match=key):
+                Recipe(**{key: value})
     make = PictureMaker(MASKED, FAST)
     with pytest.raises(ValueError, match="label 10: the model's are 0 to 9"):
         make([3, 10], [0, 1])
@@ -57,6 +64,28 @@ def test_mistakes_are_one_sentence():
         make_pictures(MASKED, FAST, [1], [1], workers=0)
     with pytest.raises(ValueError, match="iterations is for masked models"):
         make_pictures(LATENTS_MODEL, FAST, [1], [1], workers=1)
+
+
+def test_iterations_are_the_models_own_and_otherwise_mars():
+    folder = LatentsFolder.load(MASKED)
+    labels, seeds = torch.tensor([3]), [1]
+    assert Recipe().way(folder)(labels, seeds)[1] == folder.target.config.iterations == 16
+    assert Recipe(iterations=2).way(folder)(labels, seeds)[1] == 2
+    assert MaskedConfig().iterations == 64
+
+
+def test_guidance_may_be_constant():
+    folder = LatentsFolder.load(MASKED)
+    labels, seeds = torch.tensor([3, 1]), [1, 2]
+    settings = Settings(folder.length, folder.size, folder.schedule)
+    made = {}
+    for name in ("constant", "linear"):
+        recipe = Recipe(iterations=4, guidance_scale=3.0, guidance_schedule=name)
+        made[name], _ = recipe.way(folder)(labels, seeds)
+        how = Guidance(3.0, name)
+        expected = decode_masked(folder.target, labels, seeds, settings, 4, how)
+        assert torch.equal(made[name], expected)
+    assert not torch.allclose(made["constant"], made["linear"], atol=0.1)
 
 
 class Mortal(ray_generation.Worker):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from vllm_specplus.image import convert
 from vllm_specplus.image.llamagen import LlamaGen, LlamaGenConfig, rotary_2d, rotate
+from vllm_specplus.image.pictures import load_pictures
 from vllm_specplus.image.quality import Gaussian, distance_error
 from vllm_specplus.image.vq import VQConfig, VQModel, to_bytes
 
@@ -119,6 +120,11 @@ def test_a_public_checkpoint_becomes_a_folder(checkpoints):
     codes = torch.randint(20, (1, 4, 4))
     with torch.inference_mode():
         assert VQModel.load(out).decode(codes).equal(vq.eval().decode(codes))
+    # As the public sample script draws, on our route and on vLLM's own.
+    from transformers import GenerationConfig
+
+    assert GenerationConfig.from_pretrained(out).top_k == 2000
+    assert load_pictures(out).defaults == {"temperature": 1.0, "top_k": 2000, "top_p": 1.0}
 
 
 def test_what_cannot_be_converted_says_why(checkpoints):

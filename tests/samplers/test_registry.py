@@ -61,7 +61,7 @@ def test_no_rule_is_one_sentence():
 
 def test_a_rule_gets_what_it_needs():
     with pytest.raises(KeyError, match="codebook"):
-        make_rule("gsd", {"group": 1, "max_gap": 0.1, "max_distance": None})
+        make_rule("gsd", {"group": 1, "max_gap": 0.1, "max_distance": None}, embeddings=None)
     rule = make_rule("kl_judge", {"threshold": 1.0, "sure": 0.9}, codebook=None)
     assert type(rule) is rule_class("kl_judge")
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from vllm_specplus.config import parse
 from vllm_specplus.plugin import worker_config
-from vllm_specplus.samplers import chains
+from vllm_specplus.samplers import chains, relaxed_sampling
 from vllm_specplus.samplers.probabilities import Probabilities
 from vllm_specplus.samplers.registry import make_rule
-from vllm_specplus.samplers.relaxed_sampling import Relaxation, neighbours
+from vllm_specplus.samplers.relaxed_sampling import Closeness, Relaxation, neighbours
 from vllm_specplus.samplers.sampled import WithoutReplacement
 from vllm_specplus.step import DraftProbs, Rows
 from vllm_specplus.target import Target
@@ -29,10 +29,15 @@ Q = torch.tensor([0.70, 0.10, 0.10, 0.05, 0.05])
 verify = WithoutReplacement().reference
 
 
-def rule_of(acceptance: dict, codebook: torch.Tensor = LINE):
+def rule_of(acceptance: dict, codebook: torch.Tensor = LINE, embeddings=None):
+    """``embeddings`` of the codes; None: the codebook."""
     keys = {"method": "jacobi", "acceptance": acceptance, "allow_lossy": True}
     config = parse(keys).acceptance
-    return make_rule(config.rule, config.model_dump(exclude={"rule"}), codebook=codebook)
+    given = {
+        "codebook": codebook,
+        "embeddings": lambda: codebook if embeddings is None else embeddings,
+    }
+    return make_rule(config.rule, config.model_dump(exclude={"rule"}), **given)
 
 
 def masses(rule, p, q, tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +87,43 @@ def test_the_nearest_codes_come_first_and_a_code_is_not_its_own_neighbour():
     assert neighbours(LINE, 9).tolist() == [
         [1, 2, 3, 4], [0, 2, 3, 4], [1, 3, 0, 4], [2, 1, 0, 4], [3, 2, 1, 0],
     ]  # fmt: skip
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10**6), k=st.integers(0, 9))
+def test_neighbours_are_those_of_a_sort_with_ties_to_the_lower_id(seed, k):
+    """Of few places, so that many codes are as near as others."""
+    rng = np.random.default_rng(seed)
+    codebook = torch.from_numpy(rng.integers(0, 3, (10, 2)).astype(np.float32))
+    apart = (codebook[:, None] - codebook).square().sum(-1).tolist()
+    expected = [
+        sorted((other for other in range(10) if other != code), key=lambda o: (row[o], o))[:k]
+        for code, row in enumerate(apart)
+    ]
+    assert neighbours(codebook, k).tolist() == expected
+
+
+def test_neighbours_are_looked_for_once(monkeypatch):
+    found = []
+
+    def counted(codebook, k):
+        found.append(k)
+        return neighbours(codebook, k)
+
+    monkeypatch.setattr(relaxed_sampling, "neighbours", counted)
+    assert rule_of({"rule": "lantern", "k": 2}).near.shape == (5, 2)
+    assert rule_of({"rule": "lantern", "k": 2, "residual": "lumina"}).near.shape == (5, 2)
+    assert found == [2, 3]
+
+
+@pytest.mark.parametrize("most", [0.5, 3.0, 40.0])
+def test_closeness_is_a_distance_below_the_given_one(most):
+    vectors = torch.from_numpy(np.random.default_rng(3).normal(size=(21, 4)))
+    close = Closeness(vectors, most)
+    expected = (vectors[:, None] - vectors).square().sum(-1) < most
+    codes = torch.arange(21)
+    assert close(codes[:, None], codes).equal(expected)
+    assert close(torch.tensor(20), codes).equal(close(torch.tensor(30), codes))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +210,44 @@ def test_a_distant_code_joins_no_group():
     rule = rule_of({"rule": "gsd", "group": 5, "max_gap": 1.0, "max_distance": 1.0}, far)
     target_mass, _ = masses(rule, p, p, torch.arange(3))
     assert target_mass.tolist() == pytest.approx([0.67, 0.33, 0.67])
+
+
+def test_codes_are_compared_by_what_the_model_reads_or_by_what_is_decoded():
+    p = torch.tensor([0.3, 0.33, 0.37])
+    decoded, read = torch.tensor([[0.0], [5.0], [0.1]]), torch.tensor([[0.0], [0.1], [5.0]])
+    keys = {"rule": "gsd", "group": 5, "max_gap": 1.0, "max_distance": 1.0}
+    for vectors, expected in (("codebook", [0.67, 0.33, 0.67]), ("embeddings", [0.63, 0.63, 0.37])):
+        rule = rule_of(keys | {"vectors": vectors}, decoded, read)
+        assert masses(rule, p, p, torch.arange(3))[0].tolist() == pytest.approx(expected)
+
+
+def test_a_token_without_probability_has_no_group():
+    p = torch.tensor([0.0, 0.5, 0.5])
+    rule = rule_of({"rule": "gsd", "group": 3, "max_gap": 1.0}, torch.zeros(3, 1))
+    assert masses(rule, p, p, torch.tensor([0, 1]))[0].tolist() == [0.0, 1.0]
+    left = residual(rule, p, torch.tensor([0.9, 0.1, 0.0]), 0)
+    assert left[0] == 0
+
+
+@pytest.mark.parametrize("acceptance", [
+    {"rule": "gsd", "group": 5, "max_gap": 0.4},
+    {"rule": "gsd", "group": 4, "max_gap": 1.0, "max_distance": 2.0},
+], ids=str)  # fmt: skip
+def test_what_gsd_leaves_is_p_less_what_is_accepted(acceptance):
+    """``(p - q f)+``, token by token by the reference; ties and tokens of no probability among
+    them."""
+    rng = np.random.default_rng(4)
+    codebook = torch.from_numpy(rng.normal(size=(12, 3)).astype(np.float32))
+    rule = rule_of(acceptance, codebook)
+    for _ in range(20):
+        p = torch.from_numpy(rng.integers(0, 4, 12).astype(np.float32))
+        p, q = p / p.sum(), torch.from_numpy(rng.dirichlet(np.ones(12)).astype(np.float32))
+        expected = torch.zeros(12)
+        for token in torch.nonzero(p)[:, 0].tolist():
+            target_mass, draft_mass = rule.reference(p.tolist(), q.tolist(), token)
+            f = min(1.0, target_mass / draft_mass)
+            expected[token] = max(float(p[token] - q[token] * f), 0.0)
+        assert torch.allclose(residual(rule, p, q, 0), expected, atol=1e-6)
 
 
 def test_the_judge_accepts_only_where_both_are_alike_and_open():

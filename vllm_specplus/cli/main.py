@@ -13,6 +13,7 @@ from vllm_specplus.cli.doctor import doctor
 from vllm_specplus.cli.model import prepare_model_command
 from vllm_specplus.cli.plan import plan
 from vllm_specplus.cli.search_skips import search_skips
+from vllm_specplus.cli.serve_latents import serve_latents
 from vllm_specplus.cli.train import train
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ app.command("doctor")(doctor)
 app.command("plan")(plan)
 app.command("prepare-model")(prepare_model_command)
 app.command("search-skips")(search_skips)
+app.command("serve-latents")(serve_latents)
 app.command("train")(train)
 
 if __name__ == "__main__":

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi.responses import JSONResponse
 
 
+def error_body(message: str, status: int) -> dict[str, Any]:
+    """What says in one sentence what is wrong, in an answer of ``status`` or in an event."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
 def refusal(message: str, status: int) -> JSONResponse:
-    """An answer of ``status`` that says what is wrong in one sentence."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
-    return JSONResponse({"error": error}, status)
+    """An answer of ``status`` that says so."""
+    return JSONResponse(error_body(message, status), status)

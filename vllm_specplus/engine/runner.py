@@ -85,6 +85,7 @@ class TreeRunnerMixin(ExitPassMixin, ImageRowsMixin):
         self.verifier = make_verifier(
             self.drafter.config, self.drafter.proposer, self.sampler, self.device, codebook,
             self.drafter.counters, self.drafter.draft_probs, get_tp_group(),
+            self.get_model().embed_input_ids,
         )  # fmt: skip
         self.make_exits()
         layout = getattr(self.get_model(), "picture_layout", None)

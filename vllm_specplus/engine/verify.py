@@ -328,15 +328,22 @@ def make_verifier(
     config: MethodConfig, proposer: Proposer, sampler: Sampler, device: torch.device,
     codebook: torch.Tensor | None, counters: Counters, draft_probs: FindDraftProbs,
     group: GroupCoordinator | None = None,
+    embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Verifier:  # fmt: skip
     """Builds the verifier of a method: its acceptance rule, and how its nodes are drawn, choose
     the parts.
 
     ``sampler`` is the runner's; ``codebook`` [V, d] an image model's; ``group`` the
-    tensor-parallel ranks, None: one alone.
+    tensor-parallel ranks, None: one alone; ``embed`` reads ids int64 [n] as the target does.
     """
+
+    @torch.inference_mode()
+    def embeddings() -> torch.Tensor:
+        return embed(torch.arange(len(codebook), device=device))
+
     keys = config.acceptance.model_dump(exclude={"rule"})
-    acceptance = make_rule(config.acceptance.rule, keys, codebook=codebook, device=device)
+    given = {"codebook": codebook, "embeddings": embeddings, "device": device}
+    acceptance = make_rule(config.acceptance.rule, keys, **given)
     relaxed = acceptance if isinstance(acceptance, RelaxedSampling) else None
     name = proposer.rule
     if name is None and relaxed is not None:

@@ -92,7 +92,8 @@ def main(
     # Rotary tables are made anew.
     own = {name: tensor for name, tensor in weights.items() if name != "freqs_cis"}
     codebook = model.quantize.vectors().detach()
-    llamagen.save(out, own | {"codebook": codebook}, config)
+    sampling = llamagen.reference_sampling(config)
+    llamagen.save(out, own | {"codebook": codebook}, config, sampling)
     model.save(out)
 
 

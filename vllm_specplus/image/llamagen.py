@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -273,11 +274,23 @@ def config_of(weights: dict[str, torch.Tensor], heads: int, grid_size: int) -> L
     )
 
 
-def save(folder: Path, weights: dict[str, torch.Tensor], config: LlamaGenConfig) -> None:
-    """Write a folder that vLLM serves; ``weights`` include the VQ model's ``codebook``."""
+def reference_sampling(config: LlamaGenConfig) -> dict[str, Any]:
+    """What the public checkpoints' sample scripts draw with, as ``generation_config.json``."""
+    top_k = 2000 if config.caption_size is None else 1000
+    return {"do_sample": True, "temperature": 1.0, "top_k": top_k, "top_p": 1.0}
+
+
+def save(
+    folder: Path, weights: dict[str, torch.Tensor], config: LlamaGenConfig,
+    sampling: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write a folder that vLLM serves; ``weights`` include the VQ model's ``codebook``.
+    ``sampling`` is of requests that name none; None: nothing is cut off."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    if sampling is not None:
+        (folder / "generation_config.json").write_text(json.dumps(sampling, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""From words to a prompt, and from what a request generated to PNG."""
+"""From words to a prompt, and from what a request generated to the bytes of a file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import io
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,23 +17,54 @@ from PIL import Image
 from vllm_specplus.image import chameleon
 from vllm_specplus.image.captions import CaptionEncoder
 from vllm_specplus.image.continuous.causal import CausalLatentsConfig
-from vllm_specplus.image.continuous.vae import load_vae
+from vllm_specplus.image.continuous.vae import KLDecoder, LatentVAE, load_vae
 from vllm_specplus.image.llamagen import LlamaGenConfig
 from vllm_specplus.image.vq import VQModel, to_bytes
+from vllm_specplus.strict import quoted
 
 if TYPE_CHECKING:
     from transformers import ChameleonConfig
     from vllm.inputs import EmbedsPrompt, TokensPrompt
     from vllm.outputs import CompletionOutput
 
+#: Of what is not drawn yet.
+GREY = 128
 
-def latents_of(output: CompletionOutput) -> torch.Tensor:
+
+class Output(Protocol):
+    """What a request has generated so far, as vLLM's ``CompletionOutput`` has it."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def logprobs(self) -> Any:
+        """None, or of each token the logprob of some ids, each with an attribute ``logprob``."""
+
+
+def latents_of(output: Output) -> torch.Tensor:
     """float32 [n, d]: what a model of latents has generated. They travel as logprobs, channel i
     as that of token id i + 1."""
     positions = output.logprobs or []
     return torch.tensor(
         [[position[i].logprob for i in range(1, len(position))] for position in positions]
     )  # fmt: skip
+
+
+def encoded(pixels: np.ndarray, kind: str = "png", quality: int = 100) -> bytes:
+    """A file of ``pixels`` uint8 [height, width, 3] or [height, width]: ``png``, or ``jpeg`` or
+    ``webp`` of a ``quality`` from 0 to 100."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind, **({} if kind == "png" else {"quality": quality}))
+    return out.getvalue()
+
+
+def own_sampling(folder: str | Path) -> dict[str, Any]:
+    """Sampling parameters that a model's ``generation_config.json`` names, which vLLM's own routes
+    take from there too."""
+    file = Path(folder) / "generation_config.json"
+    said = json.loads(file.read_text()) if file.is_file() else {}
+    return {key: said[key] for key in ("temperature", "top_k", "top_p") if key in said}
 
 
 class Pictures(ABC):
@@ -50,18 +82,42 @@ class Pictures(ABC):
         sentence if there is no such picture. Takes its time where a text encoder reads."""
 
     def png(self, output: CompletionOutput) -> bytes:
-        pixels = to_bytes(self.decode(self.tokens(output)[None]))[0].squeeze(-1).numpy()
-        out = io.BytesIO()
-        Image.fromarray(pixels).save(out, "PNG")
-        return out.getvalue()
+        return encoded(self.pixels(output))
+
+    def pixels(self, output: Output) -> np.ndarray:
+        """uint8 [height, width, 3], or [height, width] of one channel, of a whole picture."""
+        return _image(self.decode(self.tokens(output)[None]))
+
+    def beginning(self, output: Output, most: int) -> np.ndarray | None:
+        """:meth:`pixels` of a picture of ``most`` tokens as far as its rows are complete, above
+        grey; None: not one is."""
+        rows, of = self._rows(output, most)
+        if not rows:
+            return None
+        pixels = _image(self._decode_rows(output, rows))
+        rest = len(pixels) // rows * (of - rows)
+        return np.concatenate((pixels, np.full((rest, *pixels.shape[1:]), GREY, np.uint8)))
 
     @abstractmethod
-    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+    def _rows(self, output: Output, most: int) -> tuple[int, int]:
+        """Rows of tokens that are complete, and rows in all."""
+
+    @abstractmethod
+    def _decode_rows(self, output: Output, rows: int) -> torch.Tensor:
+        """:meth:`decode` of as many rows of one request."""
+
+    @abstractmethod
+    def tokens(self, output: Output) -> torch.Tensor:
         """What a request has generated: codes, or [n, d] latents."""
 
     @abstractmethod
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """float32 [B, channels, height, width] in about [-1, 1] of :meth:`tokens` of B requests."""
+
+
+def _image(decoded: torch.Tensor) -> np.ndarray:
+    """The first of the pictures that :meth:`Pictures.decode` returns, as bytes."""
+    return to_bytes(decoded)[0].squeeze(-1).numpy()
 
 
 class OneSizePictures(Pictures):
@@ -82,7 +138,9 @@ class OneSizePictures(Pictures):
         label = self._labels.get(prompt.strip())
         if label is None:
             some = ", ".join(repr(name) for name in list(self._labels)[:12])
-            raise ValueError(f"prompt {prompt!r} names no class of this model (it has {some})")
+            raise ValueError(
+                f"prompt {quoted(prompt)} names no class of this model (it has {some})"
+            )
         return self.config.label_token(label)
 
     def prompt(self, text: str) -> TokensPrompt | EmbedsPrompt:
@@ -94,18 +152,25 @@ class OneSizePictures(Pictures):
     ) -> tuple[TokensPrompt | EmbedsPrompt, dict[str, Any]]:
         own = f"{self.side}x{self.side}"
         if size not in (None, own):
-            raise ValueError(f"size {size!r}: this model makes {own}")
+            raise ValueError(f"size {quoted(size)}: this model makes {own}")
         return self.prompt(prompt), self.sampling
+
+    def _rows(self, output: Output, most: int) -> tuple[int, int]:
+        return len(output.token_ids) // self.config.grid_size, self.config.grid_size
 
 
 class CodePictures(OneSizePictures):
     def __init__(self, config: LlamaGenConfig, folder: str):
         self.vq = VQModel.load(folder)
         super().__init__(config, len(self.vq.config.multipliers) - 1)
+        self.defaults = self.defaults | own_sampling(folder)
         self.sampling["ignore_eos"] = True
 
-    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+    def tokens(self, output: Output) -> torch.Tensor:
         return torch.tensor(list(output.token_ids))
+
+    def _decode_rows(self, output: Output, rows: int) -> torch.Tensor:
+        return self.decode(self.tokens(output)[None, : rows * self.config.grid_size])
 
     @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -124,13 +189,20 @@ class CaptionPictures(CodePictures):
 
 
 class LatentPictures(OneSizePictures):
-    def __init__(self, config: CausalLatentsConfig, folder: str):
-        self.vae = load_vae(folder)
-        super().__init__(config, len(self.vae.config.multipliers) - 1)
+    def __init__(self, config: CausalLatentsConfig, vae: LatentVAE | KLDecoder):
+        self.vae = vae
+        super().__init__(config, len(vae.config.multipliers) - 1)
         self.sampling["logprobs"] = config.size
 
-    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+    def tokens(self, output: Output) -> torch.Tensor:
         return latents_of(output)
+
+    def _decode_rows(self, output: Output, rows: int) -> torch.Tensor:
+        # The decoder reads squares: what is not drawn yet is 0 there, and cut off.
+        latents = torch.zeros(self.config.grid_size**2, self.config.size)
+        latents[: len(output.token_ids)] = self.tokens(output)
+        whole = self.decode(latents[None])
+        return whole[..., : rows * (whole.shape[2] // self.config.grid_size), :]
 
     @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -167,7 +239,7 @@ class TextPictures(Pictures):
             rows, columns = height * chameleon.PAIR, width * chameleon.PAIR
             prompt = f"Generate an image of {size} according to the following prompt:\n{prompt}"
         elif size != self._own_size:
-            raise ValueError(f"size {size!r}: this model makes {self._own_size}")
+            raise ValueError(f"size {quoted(size)}: this model makes {self._own_size}")
         text = self._tokenizer.encode(prompt, add_special_tokens=False)
         if not self._not_words.isdisjoint(text):
             raise ValueError("the prompt has tokens of pictures: only words can be given")
@@ -178,18 +250,34 @@ class TextPictures(Pictures):
 
     def _units(self, size: str) -> list[int]:
         """Width and height, as their tokens count."""
-        sides = [int(side) for side in size.split("x")] if re.fullmatch(r"\d+x\d+", size) else []
+        named = re.fullmatch(r"\d{1,9}x\d{1,9}", size)
+        sides = [int(side) for side in size.split("x")] if named else []
         most = chameleon.LARGEST * self._unit
         if not sides or any(side % self._unit or not 0 < side <= most for side in sides):
             raise ValueError(
-                f"size {size!r}: this model makes WIDTHxHEIGHT, multiples of {self._unit} up to "
-                f"{most}"
+                f"size {quoted(size)}: this model makes WIDTHxHEIGHT, multiples of {self._unit} up "
+                f"to {most}"
             )
         return [side // self._unit for side in sides]
 
-    def tokens(self, output: CompletionOutput) -> torch.Tensor:
+    def tokens(self, output: Output) -> torch.Tensor:
         """int64 [rows, columns]."""
         return torch.from_numpy(self.layout.grid(np.array(output.token_ids)))
+
+    def _rows(self, output: Output, most: int) -> tuple[int, int]:
+        row = self._row_tokens(output)
+        return (len(output.token_ids) // row, most // row) if row else (0, 0)
+
+    def _row_tokens(self, output: Output) -> int:
+        """0: not one row is complete."""
+        layout, ids = self.layout, list(output.token_ids)
+        if layout.line is None:
+            return layout.side
+        return ids.index(layout.line) + 1 if layout.line in ids else 0
+
+    def _decode_rows(self, output: Output, rows: int) -> torch.Tensor:
+        ids = np.array(output.token_ids)[: rows * self._row_tokens(output)]
+        return self.decode(torch.from_numpy(self.layout.grid(ids))[None])
 
     @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -199,7 +287,7 @@ class TextPictures(Pictures):
 def pictures_of(config: Any, folder: str) -> Pictures | None:
     """For the model in ``folder``, if it makes pictures."""
     if isinstance(config, CausalLatentsConfig):  # which is a LlamaGen's, too
-        return LatentPictures(config, folder)
+        return LatentPictures(config, load_vae(folder))
     if getattr(config, "model_type", None) == chameleon.MODEL_TYPE:
         return TextPictures(config, folder)
     if isinstance(config, LlamaGenConfig):

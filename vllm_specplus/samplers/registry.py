@@ -45,6 +45,6 @@ def rule_class(name: str) -> type[Rule]:
 
 def make_rule(name: str, keys: Mapping[str, Any], **given: Any) -> Rule:
     """Builds a rule from the ``keys`` that a user may set, and from those of the things ``given``
-    (``codebook``, ``device``) that its class ``needs``."""
+    (``codebook``, ``embeddings``, ``device``) that its class ``needs``."""
     cls = rule_class(name)
     return cls(**keys, **{need: given[need] for need in cls.needs})

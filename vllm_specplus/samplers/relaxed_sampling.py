@@ -9,7 +9,7 @@ compare the masses of something larger, ``min(1, P / Q)``:
   codebook, as many of the first k as stay within ``delta``; ``Q = q(x)``;
 * ``lantern++`` (arXiv 2502.06352): the same within ``(lambda - 1) p(x)``;
 * ``gsd`` (arXiv 2508.07747): ``P`` and ``Q`` of the tokens next to ``x`` by rank in ``p``, of
-  nearly its probability (and, optionally, nearly its code);
+  nearly its probability (and, optionally, close to it as vectors);
 * ``kl_judge`` (JuDi, arXiv 2601.04766): everything is accepted where ``KL(p || q)`` is small
   and the target is not sure.
 
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,8 +51,20 @@ def neighbours(codebook: torch.Tensor, k: int) -> torch.Tensor:
         distance = torch.cdist(part, codebook, compute_mode="donot_use_mm_for_euclid_dist")
         own = torch.arange(len(part), device=codebook.device)
         distance[own, begin + own] = torch.inf
-        found.append(distance.sort(dim=-1, stable=True).indices[:, :k])
+        found.append(_least(distance, k))
     return torch.cat(found)
+
+
+def _least(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Finds the k least of each row of ``values`` [n, V], int64 [n, k], least first and ties to the
+    lower id, without sorting whole rows."""
+    least, ids = values.topk(k, largest=False)
+    ids = ids.sort(dim=-1).values
+    found = ids.gather(1, values.gather(1, ids).sort(dim=-1, stable=True).indices)
+    if k:  # which of those that tie for the last place were found is chance
+        tied = (values <= least[:, -1:]).sum(-1) > k
+        found[tied] = values[tied].sort(dim=-1, stable=True).indices[:, :k]
+    return found
 
 
 class RelaxedSampling(Rule):
@@ -100,8 +113,9 @@ class Lantern(RelaxedSampling):
 
     def _find_neighbours(self, k: int, residual: str, codebook: torch.Tensor) -> None:
         self._residual = residual
-        self.near = neighbours(codebook, k)
-        self._taken = neighbours(codebook, k + 1)  # one more, in the reference codes
+        # In the reference codes' residuals one more is taken away than may lend.
+        self._taken = neighbours(codebook, k if residual == "optimal" else k + 1)
+        self.near = self._taken[:, :k]
 
     def _bound(self, p_x):
         """Returns the most that a token of probability ``p_x``, or [n, 1], may borrow."""
@@ -166,36 +180,71 @@ class LanternPlus(Lantern):
         return (self._lambda - 1.0) * p_x
 
 
+class Closeness:
+    """Which of C codes are closer to each other than a given distance, a bit for each pair."""
+
+    def __init__(self, vectors: torch.Tensor, most: float):
+        """``vectors`` [C, d]; ``most``: squared L2 distance, which closer codes are below."""
+        vectors = vectors.float()
+        length, bits = vectors.square().sum(-1), []
+        places = 2 ** torch.arange(8, device=vectors.device)
+        for begin in range(0, len(vectors), CHUNK):
+            here = slice(begin, begin + CHUNK)
+            distance = length[here, None] + length - 2 * vectors[here] @ vectors.T
+            close = torch.nn.functional.pad(distance < most, (0, -len(vectors) % 8))
+            bits.append((close.unflatten(1, (-1, 8)) * places).sum(-1).to(torch.uint8))
+        self._bits = torch.cat(bits)
+
+    def __call__(self, codes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Says of pairs of int64 tensors that broadcast, bool. Ids beyond the codes, which have no
+        probability, count as the last one."""
+        codes, others = (ids.clamp(max=len(self._bits) - 1) for ids in (codes, others))
+        return (self._bits[codes, others >> 3] >> (others & 7) & 1).bool()
+
+
+def by_rank(p: torch.Tensor) -> torch.Tensor:
+    """Orders the tokens of each row of ``p`` float32 [n, V] that have a probability, int64 [n, m],
+    the least first and of equals the lower id; shorter rows have others before them."""
+    most = max(int((p > 0).sum(-1).max()), 1) if len(p) else 1
+    ids = p.topk(most).indices.sort(dim=-1).values
+    return ids.gather(1, p.gather(1, ids).argsort(dim=-1, stable=True))
+
+
 class Gsd(RelaxedSampling):
     """Judges image codes as groups of neighbours in rank (Grouped Speculative Decoding)."""
 
     name = "gsd"
-    needs = ("codebook",)
+    needs = ("codebook", "embeddings")
 
     def __init__(
         self, *, group: int, max_gap: float, max_distance: float | None,
-        residual: Literal["optimal", "published"], codebook: torch.Tensor,
+        vectors: Literal["embeddings", "codebook"], residual: Literal["optimal", "published"],
+        codebook: torch.Tensor, embeddings: Callable[[], torch.Tensor],
     ):  # fmt: skip
-        self._group, self._max_gap, self._max_distance = group, max_gap, max_distance
-        self._residual = residual
-        self.codebook = codebook.float()
+        """``embeddings`` returns the target's input embeddings of all codes, [codes, hidden]."""
+        self._group, self._max_gap, self._residual = group, max_gap, residual
+        self._close = None
+        if max_distance is not None:
+            compared = embeddings() if vectors == "embeddings" else codebook
+            self._close = Closeness(compared, max_distance)
         # As many below as above in rank, and the odd one below, as in the reference code.
         below, above = group // 2, (group - 1) // 2
         self._offsets = torch.arange(-below, above + 1, device=codebook.device)
 
     def masses(self, known, rows, draft_rows, tokens):
         p = known.target[rows]
-        order = p.argsort(dim=-1, stable=True)
-        rank = (order == tokens[:, None]).int().argmax(-1)
-        group, inside = self._groups(p, order, rank[:, None])
-        group, inside = group[:, 0], inside[:, 0]
+        order = by_rank(p)
+        own = order == tokens[:, None]
+        group, inside = self._groups(p, order, own.int().argmax(-1, keepdim=True))
+        # A token that is not there has no probability, and no group.
+        group, inside = group[:, 0], inside[:, 0] & own.any(-1, keepdim=True)
         target_mass = (p.gather(1, group) * inside).sum(-1)
         q = known.draft_mass(draft_rows[:, None].expand_as(group), group)
         return target_mass, torch.where(draft_rows >= 0, (q * inside).sum(-1), 1.0)
 
     def reference(self, p, q, token):
         order = sorted(range(len(p)), key=lambda x: (p[x], x))
-        rank, last = order.index(token), len(self.codebook) - 1
+        rank = order.index(token)
         target_mass, draft_mass = p[token], 1.0 if q is None else q[token]
         for offset in self._offsets.tolist():
             if offset == 0 or not 0 <= rank + offset < len(p):
@@ -203,10 +252,8 @@ class Gsd(RelaxedSampling):
             other = order[rank + offset]
             if p[other] == 0 or abs(p[other] - p[token]) >= self._max_gap:
                 continue
-            if self._max_distance is not None:
-                apart = self.codebook[min(other, last)] - self.codebook[min(token, last)]
-                if float(apart.square().sum()) >= self._max_distance:
-                    continue
+            if self._close and not self._close(torch.tensor(token), torch.tensor(other)):
+                continue
             target_mass += p[other]
             draft_mass += 0.0 if q is None else q[other]
         return target_mass, draft_mass
@@ -215,20 +262,18 @@ class Gsd(RelaxedSampling):
         self, p: torch.Tensor, order: torch.Tensor, ranks: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the tokens int64 [n, r, G] around ``ranks`` int64 [n, r] of ``p`` [n, V], and
-        which of them belong to the group; ``order`` int64 [n, V] sorts ``p``."""
+        which of them belong to the group; ``order`` int64 [n, m] is :func:`by_rank`."""
         count, size = ranks.shape[1], len(self._offsets)
         around = ranks[..., None] + self._offsets
-        inside = (around >= 0) & (around < p.shape[1])
-        group = order.gather(1, around.clamp(0, p.shape[1] - 1).flatten(1))
+        inside = (around >= 0) & (around < order.shape[1])
+        group = order.gather(1, around.clamp(0, order.shape[1] - 1).flatten(1))
         mass = p.gather(1, group).view(-1, count, size)
         group = group.view(-1, count, size)
         own = group[..., self._group // 2, None]
         gap = (mass - mass[..., self._group // 2, None]).abs()
         inside &= (mass > 0) & (gap < self._max_gap)
-        if self._max_distance is not None:
-            known = len(self.codebook) - 1  # ids beyond the codes have p = 0
-            apart = self.codebook[group.clamp(max=known)] - self.codebook[own.clamp(max=known)]
-            inside &= apart.square().sum(-1) < self._max_distance
+        if self._close is not None:
+            inside &= self._close(own, group)
         return group, inside | (self._offsets == 0)
 
     def residual(self, p, q, drawn, tokens):
@@ -236,17 +281,19 @@ class Gsd(RelaxedSampling):
         reference code's, which is per token (its ``jacobi_iteration_lumina_mgpt.py``)."""
         if self._residual == "published":
             return super().residual(p, q, drawn, tokens)
-        order = p.argsort(dim=-1, stable=True)
-        ranks = torch.arange(p.shape[1], device=p.device).expand_as(p)
+        # Of other tokens than these nothing is left: they have no probability.
+        order = by_rank(p)
+        ranks = torch.arange(order.shape[1], device=p.device).expand_as(order)
         group, inside = self._groups(p, order, ranks)
-        by_rank = [
+        target_mass, draft_mass = (
             (each.gather(1, group.flatten(1)).view_as(group) * inside).sum(-1) for each in (p, q)
-        ]
-        target_mass, draft_mass = (torch.empty_like(p).scatter_(1, order, mass) for mass in by_rank)
-        spent = q * torch.where(target_mass >= draft_mass, 1.0, target_mass / draft_mass)
+        )
+        p_x, q_x = p.gather(1, order), q.gather(1, order)
+        spent = q_x * torch.where(target_mass >= draft_mass, 1.0, target_mass / draft_mass)
         # All of p is spent exactly where P / Q >= p / q; rounding must not leave dust there.
-        exhausted = target_mass * q >= p * draft_mass
-        return torch.where(exhausted, (p - q).clamp(min=0.0), p - spent).clamp_(min=0.0)
+        exhausted = target_mass * q_x >= p_x * draft_mass
+        left = torch.where(exhausted, (p_x - q_x).clamp(min=0.0), p_x - spent).clamp_(min=0.0)
+        return torch.zeros_like(p).scatter_(1, order, left)
 
 
 class KlJudge(RelaxedSampling):

@@ -33,4 +33,5 @@ class Rule(ABC):
     """Does the output follow the target's distribution?"""
     needs: ClassVar[tuple[str, ...]] = ()
     """Arguments of its constructor that come from the engine: ``codebook``, a tensor [V, d] of
-    an image model's codes, or ``device``, the target's."""
+    an image model's codes; ``embeddings``, a function of no argument that returns those which the
+    model reads them as, [V, hidden]; or ``device``, the target's."""

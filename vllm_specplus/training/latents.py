@@ -39,6 +39,8 @@ from vllm_specplus.training.loop import train
 #: Chains end at latents whose noise has 0.42 of the signal's deviation.
 STEPS, END, PREDICTION = 6, 250, "velocity"
 SIZE, GRID = 4, 8
+#: Of a picture of the masked model, where nothing else is said.
+ITERATIONS = 16
 #: In a checkout.
 CLASSIFIER = Path(__file__).parents[2] / "demo_models" / "digits" / "classifier"
 #: Random steps of the schedule per latent and look at it.
@@ -147,6 +149,7 @@ def masked(width: int, layers: int, head_width: int, head_depth: int) -> MaskedL
         encoder_depth=layers, encoder_heads=width // 32, decoder_width=width,
         decoder_depth=layers, decoder_heads=width // 32, buffer_size=4,
         head_width=head_width, head_depth=head_depth, steps=STEPS, end=END, prediction=PREDICTION,
+        iterations=ITERATIONS,
     )  # fmt: skip
     return MaskedLatents(config)
 

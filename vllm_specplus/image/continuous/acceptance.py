@@ -27,9 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
-from vllm_specplus.image.continuous.chain import Chain
+from vllm_specplus.image.continuous.chain import RESIDUAL, Chain, random_stream
 
 Rule = Literal["exact", "paper", "reference"]
 #: The released code's ``inner_temperature``.
@@ -76,10 +77,10 @@ class Residual:
 
 @torch.inference_mode()
 def residual(
-    draft: Chain, target: Chain, generators: list[torch.Generator], rule: Rule = "exact"
+    draft: Chain, target: Chain, streams: list[np.random.Generator], rule: Rule = "exact"
 ) -> Residual:
-    """A latent of ``(S p - q)+`` for each of n positions, from a generator of its own (on the
-    CPU), so that it does not depend on the batch."""
+    """A latent of ``(S p - q)+`` for each of n positions, from a stream of random numbers
+    of its own, so that it does not depend on the batch."""
     count, size = target.mean.shape
     device = target.mean.device
     sample = torch.empty((count, size), device=device)
@@ -89,9 +90,10 @@ def residual(
     for _ in range(ROUNDS):
         if not len(open_):
             break
-        own = [generators[i] for i in open_.tolist()]
-        normal = torch.stack([torch.randn((PROPOSALS, size), generator=g) for g in own], 1)
-        uniform = torch.stack([torch.rand(PROPOSALS, generator=g) for g in own], 1)
+        own = [streams[i] for i in open_.tolist()]
+        normals = [each.standard_normal((PROPOSALS, size), np.float32) for each in own]
+        uniforms = [each.random(PROPOSALS, np.float32) for each in own]
+        normal, uniform = (torch.from_numpy(np.stack(x, 1)) for x in (normals, uniforms))
         p, q = target[open_], draft[open_]
         x = p.mean + p.log_sigma.exp() * normal.to(device)  # [PROPOSALS, n, d]
         # 1 - q / (S p) is what is taken of x; negative where q is the larger.
@@ -107,10 +109,10 @@ def residual(
     return Residual(sample, looked, given_up)
 
 
-def generators_of(seeds: Sequence[int], positions: Sequence[int]) -> list[torch.Generator]:
+def streams_of(seeds: Sequence[int], positions: Sequence[int]) -> list[np.random.Generator]:
     """For :func:`residual`: of pictures' seeds and positions alone."""
     pairs = zip(seeds, positions, strict=True)
-    return [torch.Generator().manual_seed(hash(pair) % 2**63) for pair in pairs]
+    return [random_stream(seed, RESIDUAL + position) for seed, position in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +156,11 @@ def judge(
     proposals, rejected = torch.zeros_like(room), accepted < room
     given_up = torch.zeros_like(rejected)
     if len(wrong := rejected.nonzero()[:, 0]):
-        generators = generators_of(
+        streams = streams_of(
             [seeds[p] for p in wrong.tolist()], (positions + accepted)[wrong].tolist()
         )
         draft_row = (room.cumsum(0) - room + accepted)[wrong]
-        instead = residual(drafts[draft_row], chains[row[wrong]], generators, rule)
+        instead = residual(drafts[draft_row], chains[row[wrong]], streams, rule)
         latent[wrong] = instead.sample
         proposals[wrong], given_up[wrong] = instead.proposals, instead.given_up
     return Verdict(accepted, latent, rejected, proposals, given_up)

@@ -20,8 +20,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch.nn import functional as F
+
+#: Streams of a picture's random numbers: its noise, the order of its latents, and from there on
+#: what replaces a rejected latent, by position.
+NOISE, ORDER, RESIDUAL = range(3)
 
 
 class DiffusionHead(Protocol):
@@ -58,13 +63,23 @@ class Noise:
         return Noise(self.start, self.steps[..., kept, :], self.uniforms)
 
 
+def random_stream(seed: int, number: int) -> np.random.Generator:
+    """Returns stream ``number`` (from 0 on) of the random numbers of a picture: all 64 bits of its
+    ``seed`` count, and negative seeds are taken modulo 2^64. No two pairs share their numbers.
+
+    Torch's generator for CPUs goes by the lower 32 bits of a seed.
+    """
+    return np.random.Generator(np.random.Philox(key=seed % 2**64 | number << 64))
+
+
 def picture_noise(seed: int, length: int, steps: int, size: int) -> Noise:
     """Of all ``length`` latents of a picture: by its seed alone, whatever else is in the batch
     and however often a position is drafted. On the CPU; ``length * (steps + 1) * size`` floats.
     """
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    normal = torch.randn((length, steps + 1, size), generator=generator)
-    return Noise(normal[:, 0], normal[:, 1:], torch.rand(length, generator=generator))
+    stream = random_stream(seed, NOISE)
+    normal = torch.from_numpy(stream.standard_normal((length, steps + 1, size), np.float32))
+    uniforms = torch.from_numpy(stream.random(length, np.float32))
+    return Noise(normal[:, 0], normal[:, 1:], uniforms)
 
 
 def stack(noises: list[Noise], device: torch.device | str = "cpu") -> Noise:

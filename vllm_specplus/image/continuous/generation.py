@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from vllm_specplus.control.requests import MOST_GUIDANCE
 from vllm_specplus.image.continuous.acceptance import Rule
 from vllm_specplus.image.continuous.decoding import (
     CausalModel,
@@ -35,8 +36,8 @@ from vllm_specplus.image.continuous.masked import (
 from vllm_specplus.image.vq import to_bytes
 from vllm_specplus.strict import StrictModel
 
-#: Of a masked model, if nothing else is said.
-ITERATIONS = 16
+#: The hottest, as of requests to vLLM. Hotter pictures leave the range of a float.
+MOST_TEMPERATURE = 2.0
 
 #: Labels int64 [B] and seeds [B] to latents float32 [B, length, d], and what it took: counts, or
 #: passes of the target per picture.
@@ -64,9 +65,11 @@ class Recipe(StrictModel):
     cspd: Cspd | None = None
     """None: by the target alone."""
     iterations: int | None = None
-    """Of masked models."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Of masked models; None: the model's own."""
+    temperature: Annotated[float, Field(gt=0, le=MOST_TEMPERATURE)] = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, le=MOST_GUIDANCE)] = 1.0
+    guidance_schedule: Literal["linear", "constant"] | None = None
+    """Of masked models, see :class:`~.masked.Guidance`; by default it is linear."""
 
     def way(self, folder: LatentsFolder) -> Way:
         """ValueError if it does not fit the models in ``folder``."""
@@ -78,6 +81,8 @@ class Recipe(StrictModel):
     def _causal(self, folder: LatentsFolder, settings: Settings) -> Way:
         if self.iterations is not None:
             raise ValueError("iterations is for masked models: remove it")
+        if self.guidance_schedule is not None:
+            raise ValueError("guidance_schedule is for masked models: remove it")
         target, draft = (self._guided(folder, each) for each in (folder.target, folder.draft))
         if self.cspd is None:
             passes = float(folder.length)
@@ -98,9 +103,13 @@ class Recipe(StrictModel):
         return Guided(model, folder.num_classes, self.guidance_scale)
 
     def _masked(self, folder: LatentsFolder, settings: Settings) -> Way:
-        iterations = ITERATIONS if self.iterations is None else self.iterations
+        iterations = self.iterations
+        if iterations is None:
+            iterations = min(folder.target.config.iterations, settings.length)
         known_latents(settings.length, iterations)  # refuses what cannot be
-        guidance = None if self.guidance_scale == 1 else Guidance(self.guidance_scale)
+        guidance = None
+        if self.guidance_scale != 1:
+            guidance = Guidance(self.guidance_scale, self.guidance_schedule or "linear")
         target, draft = folder.target, folder.draft
         if self.cspd is None:
             return lambda labels, seeds: (

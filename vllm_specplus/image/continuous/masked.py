@@ -21,15 +21,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
 from vllm_specplus.image import weights
-from vllm_specplus.image.continuous.acceptance import Rule, generators_of, log_ratio, residual
-from vllm_specplus.image.continuous.chain import Chain, Noise, Schedule, denoise, head_loss
+from vllm_specplus.image.continuous.acceptance import Rule, log_ratio, residual, streams_of
+from vllm_specplus.image.continuous.chain import (
+    ORDER,
+    Chain,
+    Noise,
+    Schedule,
+    denoise,
+    head_loss,
+    random_stream,
+)
 from vllm_specplus.image.continuous.decoding import Counts, GuidedHead, Settings, noise_of
 from vllm_specplus.image.continuous.head import MLPHead
 from vllm_specplus.strict import StrictModel
@@ -55,6 +65,8 @@ class MaskedConfig(StrictModel):
     steps: int = 100
     end: int = 0
     prediction: Literal["noise", "velocity"] = "noise"
+    iterations: Annotated[int, Field(ge=1)] = 64
+    """Of a picture, if nothing else is said; in MAR's script 64. No more than it has latents."""
 
     def schedule(self) -> Schedule:
         return Schedule(self.steps, end=self.end, prediction=self.prediction)
@@ -198,8 +210,8 @@ def known_latents(length: int, iterations: int) -> list[int]:
 
 def orders(seeds: list[int], length: int) -> torch.Tensor:
     """int64 [B, length]: positions in the order in which they become known, by the seed alone."""
-    generators = [torch.Generator().manual_seed(hash((seed, 0, 0)) % 2**63) for seed in seeds]
-    return torch.stack([torch.randperm(length, generator=each) for each in generators])
+    orders = [random_stream(seed, ORDER).permutation(length) for seed in seeds]
+    return torch.from_numpy(np.stack(orders))
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,8 +365,8 @@ def _judge(run: Run, latents, pictures, positions, q: Chain, p: Chain, rule: Rul
     counts.rejected += torch.bincount(picture[wrong], minlength=len(latents))
     if len(wrong):
         seeds = [run.seeds[b] for b in picture[wrong].tolist()]
-        generators = generators_of(seeds, position[wrong].tolist())
-        instead = residual(q[wrong], p[wrong], generators, rule)
+        streams = streams_of(seeds, position[wrong].tolist())
+        instead = residual(q[wrong], p[wrong], streams, rule)
         latents[picture[wrong], position[wrong]] = instead.sample
         counts.proposals.index_add_(0, picture[wrong], instead.proposals)
         counts.given_up.index_add_(0, picture[wrong], instead.given_up.long())
