@@ -4,8 +4,8 @@
 
 Under an hour on two cores; ``--data emoji64.npz`` saves fetching it. Pictures of 64 x 64 become
 16 x 16 latents of 8 channels; what is trained, and how, is ``latents.py``'s. Targets have about 4.5
-times the parameters of their drafts, as MAR-H has of MAR-B (943 and 208 million). ``demo_models/emoji``
-is needed for its classifier, so that distances can be compared with those of codes.
+times the parameters of their drafts, as MAR-H has of MAR-B (943 and 208 million). The classifier is
+that of ``demo_models/emoji``, so that distances can be compared with those of codes.
 """
 
 from __future__ import annotations
