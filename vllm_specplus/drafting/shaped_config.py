@@ -10,13 +10,20 @@ from pydantic import Field, model_validator
 from vllm_specplus.config import MethodConfig
 from vllm_specplus.strict import quoted
 
-_SHAPE_KEYS = {"width": ("topk", "rsd_s", "spectr"), "branching": ("rsd_c",)}
+_SHAPE_KEYS = {
+    "width": ("topk", "rsd_s", "spectr"),
+    "branching": ("rsd_c",),
+    "static_tree": ("static",),
+}
+#: Shapes whose nodes one key says.
+_SIZED_BY = {"rsd_c": "branching", "static": "static_tree"}
 #: shape -> what a user may call its verification -> the rule; the first is the default.
 _RULES: dict[str, dict[str, str]] = {
     "chain": {"block": "block", "recursive": "without_replacement"},
     "topk": {},
     "rsd_c": {"traversal": "traversal", "recursive": "without_replacement"},
     "rsd_s": {"traversal": "traversal", "recursive": "without_replacement"},
+    "static": {"traversal": "traversal", "recursive": "without_replacement"},
     "spectr": {"k_seq": "k_seq", "recursive": "with_replacement"},
 }
 #: Shapes that draw by a rule which also takes nodes that nothing drew.
@@ -49,9 +56,10 @@ class ShapedDraftConfig(MethodConfig):
             if key in self.model_fields_set and self.shape not in shapes:
                 raise ValueError(f"shape {self.shape!r} has no {key!r}: remove it")
         nodes = sum(self.levels())
-        if self.shape == "rsd_c" and self.num_speculative_tokens != nodes:
+        key = _SIZED_BY.get(self.shape)
+        if key is not None and self.num_speculative_tokens != nodes:
             raise ValueError(
-                f"'branching' {quoted(self.branching)} makes {quoted(nodes)} nodes (at most "
+                f"{key!r} {quoted(getattr(self, key))} makes {quoted(nodes)} nodes (at most "
                 f"80): set num_speculative_tokens to the number of nodes"
             )
         if self.num_speculative_tokens != nodes:

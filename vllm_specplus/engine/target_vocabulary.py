@@ -23,8 +23,8 @@ from vllm.model_executor.models import supports_multimodal
 
 from vllm_specplus.drafting.model import DraftModelError
 
-#: How vLLM's models name their embedding.
-_EMBEDDINGS = ("embed_tokens", "embedding")
+#: How vLLM's models, and ours, name their embedding.
+_EMBEDDINGS = ("embed_tokens", "embedding", "embeddings")
 #: Models of vLLM whose ``compute_logits`` begins with the last norm. The states they hand out have
 #: not passed it; what a head computes has passed its own.
 _NORM_LATE = ("MiMoForCausalLM", "Step3p5ForCausalLM")

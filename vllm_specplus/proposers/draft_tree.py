@@ -44,6 +44,7 @@ from vllm_specplus.drafting.shapes import (
     draft_distribution,
 )
 from vllm_specplus.drafting.shared_tokens import SharedTokens, share
+from vllm_specplus.drafting.static_trees import StaticTree
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.registry import register_method
 from vllm_specplus.step import PROBABILITY_CLASSES, Source, StepContext
@@ -58,6 +59,7 @@ SHAPES = {
     "rsd_c": ConstantBranching,
     "rsd_s": StochasticBeam,
     "spectr": IndependentPaths,
+    "static": StaticTree,
 }
 
 

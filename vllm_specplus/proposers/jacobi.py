@@ -134,9 +134,9 @@ class Jacobi(Proposer):
     def _any_code(
         self, probs: torch.Tensor, noise: torch.Tensor, places: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Any code int64 [m] for each of ``places`` int64 [m], by ``noise`` [n], and where ``probs``
-        [n, V] says that a code may stand, bool [m]. It is deterministic to verification: it was
-        chosen without regard to the text."""
+        """Any code int64 [m] for each of ``places`` int64 [m], by ``noise`` [n], and where
+        ``probs`` [n, V] says that a code may stand, bool [m]. It is deterministic to
+        verification: it was chosen without regard to the text."""
         codes, at = self._codes, torch.from_numpy(places).to(probs.device)
         assert codes is not None
         may = (probs[at].index_select(1, codes) > 0).any(-1)
