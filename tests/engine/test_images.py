@@ -135,6 +135,7 @@ def small(tmp_path_factory):
     ("config", "sabotage"),
     [
         (JACOBI | {"num_speculative_tokens": 3}, None),
+        (JACOBI | {"num_speculative_tokens": 3, "initial": "random"}, None),
         (RECYCLING | {"num_speculative_tokens": 6}, None),
         (
             JACOBI | {"num_speculative_tokens": 3, "acceptance": {"rule": "gsd", "group": 1}},

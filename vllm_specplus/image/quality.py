@@ -173,3 +173,18 @@ def increase(
     # A bootstrap sample's distance is itself too large: its spread is used, not its place.
     low, high = np.percentile(drawn - drawn.mean(), (2.5, 97.5))
     return Increase(found, found + float(low), found + float(high))
+
+
+def same_law(
+    seen: np.ndarray, other: np.ndarray, permutations: int = RESAMPLES, seed: int = 0
+) -> float:
+    """Probability of a distance like that of ``seen`` and ``other``, float64 [N, features] each, if
+    both are pictures of one law: a permutation test, of at least ``1 / (permutations + 1)``."""
+    both, count = np.concatenate((seen, other)), len(seen)
+    found = Gaussian.of(seen).distance(Gaussian.of(other))
+    random, further = np.random.default_rng(seed), 1
+    for _ in range(permutations):
+        order = random.permutation(len(both))
+        one, two = (Gaussian.of(both[part]) for part in (order[:count], order[count:]))
+        further += one.distance(two) >= found
+    return further / (permutations + 1)
