@@ -327,7 +327,7 @@ def print_image_report(console: Console, report: ImageReport) -> None:
         console.print(f"{label} failed: {reason}", markup=False)
 
 
-def save_image_plot(report: ImageReport, path: Path) -> None:
+def save_image_plot(runs: list[ImageRun], path: Path) -> None:
     """Quality against speed."""
     import matplotlib
 
@@ -335,7 +335,7 @@ def save_image_plot(report: ImageReport, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for run in report.runs:
+    for run in runs:
         marker = "s" if not run.lossy else "o"
         axes[0].errorbar(
             run.steps_per_picture, run.distance, run.distance_error, marker=marker, label=run.label
