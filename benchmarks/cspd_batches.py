@@ -3,15 +3,15 @@
     python benchmarks/cspd_batches.py --json benchmarks/results/latents/cspd.json
         --plot benchmarks/results/latents/cspd.png --sheet ...
 
-For the causal and the masked model of ``demo_models/emoji_latents``, in batches of 1, 8, 32 and 128:
+For the causal and the masked model of ``demo_models/emoji_latents``, in batches of 1, 8, 32, 128:
 
 * pictures per second, beside the seconds that target, draft and residuals took, by network: where
   batches stop paying is where a verified latent costs what a decoded one does;
 * the share of drafts that is accepted at every place of a picture;
 * Fréchet distances of the largest batch's pictures, with the interval of their increase over the
-  target's, against a planted rule that accepts every draft; and the probability that pictures of the
-  target alone, drawn by other seeds, differ as much as the method's do (a permutation test): the
-  exact rule must pass it, the planted one must not.
+  target's, against a planted rule that accepts every draft; and the probability that pictures of
+  the target alone, drawn by other seeds, differ as much as the method's do (a permutation test):
+  the exact rule must pass it, the planted one must not.
 
 Rules are the exact one, the paper's (``SIG`` in it) and the released code's (``reference``); masked
 drafts are verified in their own contexts, which is exact, and in shared ones, as the code does.
@@ -40,15 +40,16 @@ from vllm_specplus.bench.report import describe_run
 from vllm_specplus.cli.model import EMOJI_LATENTS_MODEL
 from vllm_specplus.image.continuous import acceptance, decoding, masked
 from vllm_specplus.image.continuous.folder import LatentsFolder
+from vllm_specplus.image.continuous.generation import ITERATIONS
 from vllm_specplus.image.quality import Gaussian, increase, same_law
 
-PLANTED, AGAIN = "planted: accept all", "target, other seeds"
-#: Seeds of AGAIN, apart from the others'.
+PLANTED = "planted: accept all"
+#: Between the seeds of the target's pictures and those that a law is tested against.
 APART = 1_000_000
 
 
 def cspd(label: str, **keys: Any) -> MethodSpec:
-    return MethodSpec(label, "cspd", {"method": "cspd"} | keys)
+    return MethodSpec(label, "cspd", {"method": "cspd", "window": 4} | keys)
 
 
 #: By model, and by the name that a line of the result has.
@@ -69,15 +70,10 @@ METHODS = {
         cspd("exact, shared, 8", contexts="shared", window=8),
         cspd("paper, shared, 4", contexts="shared", rule="paper"),
         cspd("reference, shared, 4", contexts="shared", rule="reference"),
-        MethodSpec("target, a quarter of the iterations", "plain", {"iterations": 8}),
+        MethodSpec("target, a quarter of the iterations", "plain", {"iterations": 4}),
         cspd(PLANTED, contexts="own"),
     ],
 }
-for _methods in METHODS.values():
-    for _method in _methods:
-        if _method.name == "cspd":
-            _method.speculative_config.setdefault("window", 4)
-ITERATIONS = 32
 
 
 class Clock:
@@ -223,9 +219,8 @@ def plot(report: dict[str, list[dict[str, Any]]], path: Path) -> None:
         largest = max(run["batch"] for run in runs)
         for label in dict.fromkeys(run["label"] for run in runs):
             own = [run for run in runs if run["label"] == label]
-            left.plot(
-                [r["batch"] for r in own], [r["ratio_vs_none"] for r in own], "o-", label=label
-            )
+            ratios = [run["ratio_vs_none"] for run in own]
+            left.plot([run["batch"] for run in own], ratios, "o-", label=label)
             shares = next(run for run in own if run["batch"] == largest)["acceptance_at"]
             if shares and label != PLANTED:
                 values = np.array([np.nan if share is None else share for share in shares])
@@ -252,7 +247,6 @@ def main(
 ) -> None:
     """Measure all, print and write."""
     sizes, report = [int(size) for size in batches.split(",")], {}
-    masked_iterations = {"iterations": ITERATIONS}
     for kind in kinds.split(","):
         folder = model / "masked" if kind == "masked" else model
         plain = MethodSpec(BASELINE, BASELINE, None)
@@ -269,8 +263,11 @@ def main(
     if json_path:
         with tempfile.TemporaryDirectory() as scratch:
             head = describe_run(Path(scratch) / "describe.log")
-        settings = {"model": model.name, "pictures": pictures, "batches": sizes, "seed": seed}
-        save(json_path, head | {"settings": settings | masked_iterations, "runs": report})
+        settings = {
+            "model": model.name, "pictures": pictures, "batches": sizes, "seed": seed,
+            "iterations": ITERATIONS,
+        }  # fmt: skip
+        save(json_path, head | {"settings": settings} | report)
 
 
 if __name__ == "__main__":
