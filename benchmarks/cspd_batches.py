@@ -214,7 +214,9 @@ def plot(report: dict[str, list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(len(report), 2, figsize=(11, 8), layout="constrained")
+    figure, axes = plt.subplots(
+        len(report), 2, figsize=(11, 4 * len(report)), squeeze=False, layout="constrained"
+    )
     for (kind, runs), (left, right) in zip(report.items(), axes, strict=True):
         largest = max(run["batch"] for run in runs)
         for label in dict.fromkeys(run["label"] for run in runs):

@@ -30,7 +30,7 @@ from vllm_specplus.training.latents import (
     train_folder,
 )
 
-VAE_STEPS, ALIGN_STEPS = 900, (700, 400)
+ALIGN_STEPS = (700, 400)
 
 
 def kind_of(classes: list[str], classifier: Path) -> Kind:
@@ -59,7 +59,8 @@ def main(
     classifier: Annotated[Path, typer.Option(help="Folder of what judges pictures.")] = DEMO_MODELS
     / "emoji"
     / "classifier",
-    scale: Annotated[float, typer.Option(help="Of all models' steps but the VAE's.")] = 1.0,
+    vae_steps: Annotated[int, typer.Option()] = 900,
+    scale: Annotated[float, typer.Option(help="Of all other models' steps.")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     only: Annotated[
         str | None, typer.Option(help="Train this one of the models alone, for the VAE in --out.")
@@ -76,9 +77,10 @@ def main(
         shown, held, classes = emoji.read(data)
     torch.manual_seed(seed)
     kind = kind_of(classes, classifier)
-    training = Training(VAE_STEPS, models(kind), ALIGN_STEPS).scaled(scale)
+    training = Training(vae_steps, models(kind), ALIGN_STEPS).scaled(scale)
     pictures = Shown(shown.crops, shown.variants, (held.pixels, held.labels))
-    train_folder(out, kind, pictures, training, {"scale": scale, "seed": seed}, only, only_align)
+    settings = {"vae_steps": vae_steps, "scale": scale, "seed": seed}
+    train_folder(out, kind, pictures, training, settings, only, only_align)
 
 
 if __name__ == "__main__":
