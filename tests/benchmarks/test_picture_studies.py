@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.image.test_continuous import settings, small_model
 from vllm_specplus.image.continuous import acceptance, decoding, masked
 from vllm_specplus.image.continuous.acceptance import judge
 from vllm_specplus.image.continuous.decoding import Speculation, decode, decode_speculative
@@ -22,7 +23,6 @@ import cspd_batches
 import lantern_curve
 import picture_quality
 import picture_runs
-from tests.image.test_continuous import settings, small_model
 
 
 def test_a_loss_of_quality_is_told_from_noise():
