@@ -152,6 +152,9 @@ def test_the_distance_of_gaussians():
     mine = Gaussian.of(seen)
     assert mine.distance(mine) == pytest.approx(0, abs=1e-6)
     assert 0 < distance_error(seen, mine, resamples=20) < 0.1
+    twice = Gaussian.of(np.concatenate((seen, seen[:100])))
+    weighted = Gaussian.of(seen, np.where(np.arange(500) < 100, 2.0, 1.0))
+    assert twice.distance(weighted) == pytest.approx(0, abs=1e-4)
 
 
 def test_an_increase_is_told_with_an_interval_that_holds_it():

@@ -91,9 +91,10 @@ class Gaussian:
     """float64 [features, features]"""
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Gaussian:
-        """``features`` float64 [N, features]"""
-        return cls(features.mean(0), np.cov(features, rowvar=False))
+    def of(cls, features: np.ndarray, weights: np.ndarray | None = None) -> Gaussian:
+        """``features`` float64 [N, features]; ``weights`` [N] of the pictures, by default equal."""
+        mean = np.average(features, 0, weights)
+        return cls(mean, np.cov(features, rowvar=False, aweights=weights))
 
     def distance(self, other: Gaussian) -> float:
         """Fréchet: |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2))."""

@@ -6,13 +6,15 @@
 
 Colour pictures of 64 x 64 become 16 x 16 codes of a codebook of 1,024; a class is a subgroup of
 Unicode's list of emoji. ``image_models.py`` has what is trained, and how. The VQ model sees crops
-of 32 x 32, which is what its convolutions need to know and a quarter of the work. All models learn
-mirror images and small shifts as well. Every twentieth emoji is kept apart, in both styles.
+of 32 x 32 at first, which is what its convolutions need to know and a quarter of the work. All
+models learn mirror images and small shifts as well. Every twentieth emoji is kept apart, in both
+styles.
 ``log.json`` in the folder has the losses, times and settings; ``--scale`` is for trying it out.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from vllm_specplus.image.quality import ClassifierConfig, Gaussian, PictureClass
 from vllm_specplus.image.vq import VQConfig, VQModel
 from vllm_specplus.training import emoji_data
 from vllm_specplus.training.image_models import (
+    Sample,
     encode,
     judge_codes,
     llamagen_config,
@@ -93,6 +96,18 @@ class Pictures:
         moved = torch.cat([shifted(pixels, shift) for shift in SHIFTS])
         return moved, labels.repeat(len(SHIFTS))
 
+    def growing(self, steps: int) -> Sample:
+        """For so many ``steps`` of a model that is convolutions all but for its middle:
+        :meth:`crops`, and in the last fifth whole pictures, a quarter as many."""
+        calls = itertools.count()
+
+        def sample(count: int) -> torch.Tensor:
+            if next(calls) < 0.8 * steps:
+                return self.crops(count)
+            return self.sample(max(count // 4, 1))[0]
+
+        return sample
+
 
 def shifted(pixels: torch.Tensor, by: tuple[int, int]) -> torch.Tensor:
     """``pixels`` [N, 3, height, width] moved down and right; what comes in is white."""
@@ -138,7 +153,8 @@ def main(
         shown, held, classes = read(data)
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    vq, vq_log = train_vq(VQ, shown.crops, max(int(scale * VQ_STEPS), 1), 12)
+    steps = max(int(scale * VQ_STEPS), 1)
+    vq, vq_log = train_vq(VQ, shown.growing(steps), steps, 12)
     vq.save(out, torch.float16)
     vq = VQModel.load(out)  # as others will see it
     pixels, labels = shown.variants()
@@ -153,7 +169,9 @@ def main(
         config, shown.sample, (held.pixels, held.labels), max(int(scale * CLASSIFIER_STEPS), 1)
     )
     classifier.save(out)
-    Gaussian.of(features(PictureClassifier.load(out), shown.pixels)).save(out)
+    # Pictures are made of all classes alike.
+    weights = 1 / torch.bincount(labels).double()[labels].numpy()
+    Gaussian.of(features(PictureClassifier.load(out), pixels), weights).save(out)
     model, log = train_ar(
         llamagen_config(VQ, GRID, classes, hidden, layers, GUIDANCE), codes, labels,
         (held_codes, held.labels), scale * EPOCHS,

@@ -78,7 +78,7 @@ def main(
     torch.manual_seed(seed)
     kind = kind_of(classes, classifier)
     training = Training(vae_steps, models(kind), ALIGN_STEPS).scaled(scale)
-    pictures = Shown(shown.crops, shown.variants, (held.pixels, held.labels))
+    pictures = Shown(shown.growing(vae_steps), shown.variants, (held.pixels, held.labels))
     settings = {"vae_steps": vae_steps, "scale": scale, "seed": seed}
     train_folder(out, kind, pictures, training, settings, only, only_align)
 
