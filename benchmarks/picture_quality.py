@@ -8,8 +8,8 @@ its pictures are non-inferior: is the upper 95 % bound of the increase in Fréch
 5 % of the distance of a planted wrong rule? The distance is of features of the classifier in the
 model's folder, whose name is in the result; the planted rule accepts whatever is drafted, and is
 itself judged. Windows are fixed at 16, as in the papers' code, and initial places and filters are
-theirs and ours. On two cores 5,000 pictures of one method take some ten minutes, and pictures that
-are in --work are not made again.
+theirs and ours. Pictures that are in --work are not made again, so that a run may be ended, or be
+of some methods first (--only).
 """
 
 from __future__ import annotations
