@@ -49,7 +49,7 @@ SHIFTS = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))
 HELD_OUT = 20
 """Of so many emoji one is kept apart."""
 #: Steps of the optimiser, and passes of the LlamaGen over all variants of the pictures.
-VQ_STEPS, CLASSIFIER_STEPS, EPOCHS = 1300, 2000, 1.4
+VQ_STEPS, CLASSIFIER_STEPS, EPOCHS = 1300, 2000, 1.2
 GUIDANCE = 1.5
 
 

@@ -30,7 +30,7 @@ from vllm_specplus.training.latents import (
     train_folder,
 )
 
-ALIGN_STEPS = (700, 400)
+ALIGN_STEPS = (600, 350)
 
 
 def kind_of(classes: list[str], classifier: Path) -> Kind:
@@ -44,9 +44,9 @@ def kind_of(classes: list[str], classifier: Path) -> Kind:
 def models(kind: Kind) -> dict[str, tuple[Callable[[], nn.Module], int]]:
     """As ``latents.MODELS``."""
     return {
-        ".": (lambda: causal(192, 4, 192, 3, kind), 900),
+        ".": (lambda: causal(192, 4, 192, 3, kind), 850),
         "draft": (lambda: causal(128, 2, 128, 1, kind), 1000),
-        "masked": (lambda: masked(128, 3, 216, 3, kind), 900),
+        "masked": (lambda: masked(128, 3, 216, 3, kind), 800),
         "masked/draft": (lambda: masked(96, 1, 128, 1, kind), 1000),
     }
 
@@ -59,7 +59,7 @@ def main(
     classifier: Annotated[Path, typer.Option(help="Folder of what judges pictures.")] = DEMO_MODELS
     / "emoji"
     / "classifier",
-    vae_steps: Annotated[int, typer.Option()] = 900,
+    vae_steps: Annotated[int, typer.Option()] = 850,
     scale: Annotated[float, typer.Option(help="Of all other models' steps.")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     only: Annotated[
