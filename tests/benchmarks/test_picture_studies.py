@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.image.test_continuous import settings, small_model
+from tests.image.test_continuous import settings, shaken, small_model
 from vllm_specplus.image.continuous import acceptance, decoding, masked
 from vllm_specplus.image.continuous.acceptance import judge
+from vllm_specplus.image.continuous.chain import Schedule
 from vllm_specplus.image.continuous.decoding import Speculation, decode, decode_speculative
 from vllm_specplus.image.quality import Gaussian
 from vllm_specplus.samplers.relaxed_sampling import Lantern, LanternPlus
@@ -23,6 +24,8 @@ import cspd_batches
 import lantern_curve
 import picture_quality
 import picture_runs
+
+SCHEDULE = Schedule(4, end=250, prediction="velocity")
 
 
 def test_a_loss_of_quality_is_told_from_noise():
@@ -110,26 +113,30 @@ def test_the_bound_is_that_of_the_output_law(make):
 
 
 def test_parts_are_timed_and_nothing_stays_changed():
-    target, draft = small_model(), small_model(1, 1)
+    target, draft = shaken(small_model()), shaken(small_model(1, 1))
     folder = SimpleNamespace(target=target, draft=draft)
-    labels, seeds, how = torch.tensor([0, 1]), [3, 4], settings(9, 4)
+    labels, seeds, how = torch.arange(8) % 3, list(range(8)), settings(9, 4, SCHEDULE)
     before = (decoding.denoise, masked.denoise, acceptance.residual, masked.residual)
     plain = decode(target, labels, seeds, how)
     clock = cspd_batches.Clock(folder)
     with clock.running(folder):
         assert torch.equal(decode(target, labels, seeds, how), plain)
         decode_speculative(target, draft, labels, seeds, how, Speculation(2))
-    assert {"target's backbone", "target's head", "draft's backbone", "draft's head"} <= set(
-        clock.seconds
-    )
+    assert set(clock.seconds) == {
+        "target's backbone",
+        "target's head",
+        "draft's backbone",
+        "draft's head",
+        "residuals",
+    }
     assert (decoding.denoise, masked.denoise, acceptance.residual, masked.residual) == before
     assert "begin" not in vars(target)
     assert torch.equal(decode(target, labels, seeds, how), plain)
 
 
 def test_the_planted_rule_accepts_all_and_is_taken_back():
-    target, draft = small_model(), small_model(1, 1)
-    labels, seeds, how = torch.tensor([0, 1]), [3, 4], settings(9, 4)
+    target, draft = shaken(small_model()), shaken(small_model(1, 1))
+    labels, seeds, how = torch.arange(8) % 3, list(range(8)), settings(9, 4, SCHEDULE)
     with cspd_batches.accepting_all():
         _, counts = decode_speculative(target, draft, labels, seeds, how, Speculation(2))
     assert counts.acceptance == 1
