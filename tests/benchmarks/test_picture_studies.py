@@ -29,7 +29,7 @@ SCHEDULE = Schedule(4, end=250, prediction="velocity")
 
 
 def test_a_loss_of_quality_is_told_from_noise():
-    """Of 2,000 pictures: the same law passes, the planted rule and a tenth of its shift do not."""
+    """Of 2,000 pictures: the same law passes, the planted rule and a third of its shift do not."""
     rng = np.random.default_rng(0)
     reference = Gaussian(np.zeros(6), np.eye(6))
     seen = {name: rng.normal(size=(2000, 6)) for name in ("base", "same", "worse", "planted")}
