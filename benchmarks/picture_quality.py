@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 from one_engine import save
-from picture_runs import method, print_rows, rows, run, sheet, verdicts
+from picture_runs import chosen, method, print_rows, rows, run, sheet, verdicts
 
 from vllm_specplus.bench.methods import MethodSpec
 from vllm_specplus.bench.report import describe_run
@@ -59,7 +59,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder where pictures are kept.")],
     model: Annotated[Path, typer.Option(help="Folder of an image model.")] = EMOJI_MODEL,
     pictures: Annotated[int, typer.Option()] = 5000,
-    in_flight: Annotated[int, typer.Option()] = 32,
+    in_flight: Annotated[int, typer.Option()] = 128,
     temperature: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     only: Annotated[
@@ -69,12 +69,8 @@ def main(
     sheet_path: Annotated[Path | None, typer.Option("--sheet")] = None,
 ) -> None:
     """Make what is missing, and compare."""
-    wanted = {LOSSLESS, PLANTED, *(only or "").split(";")}
-    chosen = [each for each in METHODS if only is None or each.label in wanted]
-    bench = run(
-        chosen, work, model, pictures, in_flight, temperature, seed,
-        {"dtype": "float32", "enforce_eager": True},
-    )  # fmt: skip
+    methods = chosen(METHODS, only, {LOSSLESS, PLANTED})
+    bench = run(methods, work, model, pictures, in_flight, temperature, seed)
     told = verdicts(bench.seen, Gaussian.load(model), LOSSLESS, PLANTED)
     found = rows(bench.runs, told, LOSSLESS)
     print_rows(found)

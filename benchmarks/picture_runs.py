@@ -24,6 +24,8 @@ from vllm_specplus.image.quality import Gaussian, increase, same_law
 #: Of the distance of a planted wrong rule: more than so much of an increase is a loss of quality.
 MARGIN = 0.05
 FIXED = {"policy": "fixed"}
+#: Room for as many pictures of emoji as are in flight.
+ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
 
 
 class KeptBench(ImageBench):
@@ -60,13 +62,13 @@ def method(label: str, name: str, **keys: Any) -> MethodSpec:
 
 def run(
     methods: list[MethodSpec], folder: Path, model: Path, pictures: int, in_flight: int,
-    temperature: float, seed: int, engine_args: dict[str, Any],
+    temperature: float, seed: int,
 ) -> KeptBench:  # fmt: skip
     """All pictures, those of plain decoding first. RuntimeError names a method that failed."""
     with progress() as notify:
         bench = KeptBench(
             folder, str(model), [MethodSpec(BASELINE, BASELINE, None), *methods], pictures,
-            in_flight, temperature, seed, engine_args, notify,
+            in_flight, temperature, seed, ENGINE, notify,
         )  # fmt: skip
         bench.run()
     if bench.failures:
@@ -84,6 +86,17 @@ def progress() -> Iterator:
             bar.update(task, advance=pictures, description=said)
 
         yield notify
+
+
+def chosen(methods: list[MethodSpec], only: str | None, needed: set[str]) -> list[MethodSpec]:
+    """Those of the labels ``only``, separated by semicolons, and those that all others are compared
+    with; ValueError for a label that none has."""
+    if only is None:
+        return methods
+    wanted = {label.strip() for label in only.split(";")} | needed
+    if unknown := wanted - {each.label for each in methods}:
+        raise ValueError(f"--only: there is no {sorted(unknown)[0]!r}")
+    return [each for each in methods if each.label in wanted]
 
 
 def verdicts(

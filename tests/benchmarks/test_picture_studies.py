@@ -68,6 +68,16 @@ def test_pictures_are_made_once(tmp_path, monkeypatch):
     assert made[2:] == [one.label]
 
 
+def test_only_some_methods_may_be_asked_for():
+    methods = picture_quality.METHODS
+    needed = {picture_quality.LOSSLESS, picture_quality.PLANTED}
+    assert picture_runs.chosen(methods, None, needed) == methods
+    some = picture_runs.chosen(methods, "gsd 14; lantern++ 10, 5", needed)
+    assert {each.label for each in some} == needed | {"gsd 14", "lantern++ 10, 5"}
+    with pytest.raises(ValueError, match="there is no 'gsd 15'"):
+        picture_runs.chosen(methods, "gsd 15", needed)
+
+
 def test_all_methods_of_the_studies_are_configurations(tmp_path):
     """Of no study two have one name."""
     from tests.eagle_heads import save_head
