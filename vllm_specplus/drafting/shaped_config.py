@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -107,8 +107,10 @@ class ShapedDraftConfig(MethodConfig):
     def check_source(self) -> None:
         # Other rules have no place for siblings that no draft distribution proposed.
         if self.rule not in (None, "without_replacement"):
+            own = get_args(type(self).model_fields["shape"].annotation)
+            shapes = ", ".join(shape for shape in _FUSED_SHAPES if shape in own)
             raise ValueError(
                 f"'sources': {self.method!r} with shape {self.shape!r} is verified by a rule that "
-                f"knows no nodes of other sources: set 'shape' to {', '.join(_FUSED_SHAPES)} or "
-                f"topk, and leave 'verification' out"
+                f"knows no nodes of other sources: set 'shape' to {shapes} or topk, and leave "
+                f"'verification' out"
             )

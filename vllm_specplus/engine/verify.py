@@ -36,7 +36,7 @@ from vllm_specplus.samplers.relaxed import (
     candidate_statistics,
     substitute,
 )
-from vllm_specplus.samplers.relaxed_sampling import Relaxation, RelaxedSampling
+from vllm_specplus.samplers.relaxed_sampling import Lantern, Relaxation, RelaxedSampling
 from vllm_specplus.samplers.sampled import SampledRule
 from vllm_specplus.samplers.synthetic import Synthetic
 from vllm_specplus.step import Acceptance, DraftProbs, Rows
@@ -273,7 +273,7 @@ class GreedySubstitution:
 
     reads_hidden = False
 
-    def __init__(self, rule: RelaxedSampling, counters: Counters):
+    def __init__(self, rule: Lantern, counters: Counters):
         self._rule, self._counters = rule, counters
 
     def statistics(self, logits: torch.Tensor, batch: VerifyBatch) -> GreedyNodes | None:
@@ -415,8 +415,8 @@ def make_verifier(
     substitution: AnySubstitution | None = None
     if isinstance(acceptance, SubstitutionRule):
         substitution = Substitution(acceptance, counters)
-    elif relaxed is not None and relaxed.greedy:
-        substitution = GreedySubstitution(relaxed, counters)
+    elif isinstance(acceptance, Lantern) and acceptance.greedy:
+        substitution = GreedySubstitution(acceptance, counters)
     elif isinstance(acceptance, Synthetic):
         substitution = SyntheticSubstitution(acceptance, counters)
     return Verifier(draws, substitution, proposer.top_k, proposer.reads_target_probs)

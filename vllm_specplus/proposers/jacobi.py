@@ -114,10 +114,8 @@ class Jacobi(Proposer):
         index = torch.from_numpy(np.stack((request, node))).to(device)
         noise = noise[index[0], index[1]]
         tokens = draw(probs, noise).cpu().numpy()
-        drawn_from, sources = (
-            np.arange(len(tokens), dtype=np.int32),
-            np.zeros(len(tokens), np.int32),
-        )
+        drawn_from = np.arange(len(tokens), dtype=np.int32)
+        sources = np.zeros_like(drawn_from)
         greedy = step.sampling.temperature[request] == 0
         tokens[greedy] = step.observation.top_ids[row[greedy], 0]
         drawn_from[greedy] = -1

@@ -61,17 +61,6 @@ class RelaxedSampling(Rule):
 
     verifies = frozenset({Nodes.DETERMINISTIC, Nodes.DRAWN})
 
-    greedy: bool = False
-    """Does it serve greedy requests by :meth:`most_probable`?"""
-
-    def most_probable(
-        self, p: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """Says, bool [n], which of ``tokens`` int64 [n] stand for the most probable token of their
-        row ``rows`` int64 [n] of ``p`` float32 [L, V]: of greedy requests, of a rule that serves
-        them."""
-        raise NotImplementedError
-
     @abstractmethod
     def masses(
         self, known: Probabilities, rows: torch.Tensor, draft_rows: torch.Tensor,
@@ -103,6 +92,8 @@ class Lantern(RelaxedSampling):
 
     name = "lantern"
     needs = ("codebook",)
+    greedy: bool
+    """Does it serve greedy requests, too, by :meth:`most_probable`?"""
 
     def __init__(
         self, *, k: int, delta: float, residual: Literal["optimal", "llamagen", "lumina"],
@@ -134,7 +125,11 @@ class Lantern(RelaxedSampling):
         lent = self._lent(known.target, rows, tokens).amax(-1)
         return known.target[rows, tokens] + lent, known.draft_mass(draft_rows, tokens)
 
-    def most_probable(self, p, rows, tokens):
+    def most_probable(
+        self, p: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Says, bool [n], which of ``tokens`` int64 [n] are, with what they borrow, at least as
+        probable as the most probable of their row ``rows`` int64 [n] of ``p`` float32 [L, V]."""
         own = p[rows, tokens]
         lent = self._lent(p, rows, tokens).amax(-1)
         return (own > 0) & (own + lent >= p.amax(-1)[rows])

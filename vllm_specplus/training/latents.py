@@ -221,10 +221,13 @@ class Training:
 
     def scaled(self, by: float) -> Training:
         """All but the VAE ``by`` times as long."""
-        models = {
-            name: (make, max(int(steps * by), 1)) for name, (make, steps) in self.models.items()
-        }
-        return Training(self.vae, models, tuple(max(int(each * by), 1) for each in self.align))
+
+        def scaled(steps: int) -> int:
+            return max(int(steps * by), 1)
+
+        models = {name: (make, scaled(steps)) for name, (make, steps) in self.models.items()}
+        nearer, hit = self.align
+        return Training(self.vae, models, (scaled(nearer), scaled(hit)))
 
 
 @dataclass(frozen=True)
