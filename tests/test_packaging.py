@@ -179,8 +179,17 @@ print(vllm_specplus.__file__)
     assert Path(file).is_relative_to(tmp_path)  # the wheel's, not the checkout's
 
 
-def test_without_a_checkout_the_demos_models_are_told_to_be_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm_specplus.cli.model.IMAGE_MODEL", tmp_path / "digits")
-    answer = CliRunner().invoke(app, ["prepare-model", "--image"])
+@pytest.mark.parametrize(("option", "folder"), [
+    ("--image", "IMAGE_MODEL"), ("--emoji", "EMOJI_MODEL"),
+    ("--emoji-latents", "EMOJI_LATENTS_MODEL"),
+])  # fmt: skip
+def test_without_a_checkout_the_demos_models_are_told_to_be_there(
+    tmp_path, monkeypatch, option, folder
+):
+    monkeypatch.setattr(f"vllm_specplus.cli.model.{folder}", tmp_path / "none")
+    answer = CliRunner().invoke(app, ["prepare-model", option])
     assert answer.exit_code == 1
     assert "come with a checkout of the repository" in answer.output
+    both = CliRunner().invoke(app, ["prepare-model", option, "--latents"])
+    assert both.exit_code == 2
+    assert "stands alone" in both.output

@@ -98,7 +98,16 @@ class JudgeAcceptance(AcceptanceRule):
         return judge.read_head(self.head).before_norm
 
 
-class LanternAcceptance(ImageAcceptance):
+class NeighbourAcceptance(ImageAcceptance):
+    """Image codes may borrow the probability of their neighbours."""
+
+    residual: Literal["optimal", "llamagen", "lumina"] = "optimal"
+    """What follows a rejection; the others are the reference codes', for parity."""
+    greedy: bool = False
+    """Greedy requests, too: a code is accepted that is the most probable with what it borrows."""
+
+
+class LanternAcceptance(NeighbourAcceptance):
     """Image codes may borrow the probability of their neighbours (LANTERN)."""
 
     rule: Literal["lantern"]
@@ -106,18 +115,15 @@ class LanternAcceptance(ImageAcceptance):
     """Nearest codes that may lend."""
     delta: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Most that is lent, and so the most that a distribution moves by (total variation)."""
-    residual: Literal["optimal", "llamagen", "lumina"] = "optimal"
-    """What follows a rejection; the others are the reference codes', for parity."""
 
 
-class LanternPlusAcceptance(ImageAcceptance):
+class LanternPlusAcceptance(NeighbourAcceptance):
     """The same, in proportion to the code's own probability (LANTERN++)."""
 
     rule: Literal["lantern++"]
     k: Annotated[int, Field(ge=0, le=1_000_000)] = 10
     lambda_: Annotated[float, Field(ge=1, le=1e6, alias="lambda")] = 5.0
     """Borrowed and own probability together, as a multiple of the own."""
-    residual: Literal["optimal", "llamagen", "lumina"] = "optimal"
 
 
 class GsdAcceptance(ImageAcceptance):

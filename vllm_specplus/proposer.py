@@ -50,6 +50,9 @@ class Services:
     target_vocabulary: Callable[[], Any] = _no_target
     """Returns the target's embedding and output layer (``drafting.eagle.Vocabulary``), for a method
     that ``borrows_vocabulary``; from :meth:`Proposer.load_draft` on."""
+    codebook: Callable[[], Any] = lambda: None
+    """Returns an image model's codebook, a tensor [V', d] with rows of zeros for tokens that are no
+    codes, or None of a model that has none; from :meth:`Proposer.load_draft` on."""
     load_tokenizer: Callable[[], Any] = lambda: None
     """Returns the target's Hugging Face tokenizer, or None if the engine runs without one."""
     context_pages: Callable[[], Any] = _no_target

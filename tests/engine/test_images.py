@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.eagle_heads import save_head
 from tests.engine import harness
 from tests.engine.test_sampling import chi_square
 from vllm_specplus.image import llamagen
@@ -135,6 +137,7 @@ def small(tmp_path_factory):
     ("config", "sabotage"),
     [
         (JACOBI | {"num_speculative_tokens": 3}, None),
+        (JACOBI | {"num_speculative_tokens": 3, "initial": "random"}, None),
         (RECYCLING | {"num_speculative_tokens": 6}, None),
         (
             JACOBI | {"num_speculative_tokens": 3, "acceptance": {"rule": "gsd", "group": 1}},
@@ -170,6 +173,53 @@ def test_sampled_pictures_have_the_models_distribution(tmp_path, small, config, 
     assert (result["counters"]["relaxed_tokens"] > 0) == (sabotage == "lossy")
     p = chi_square(law, [tuple(out[0][:3]) for out in harness.ids(result)])
     assert p > 1e-3 if sabotage is None else p < 1e-6
+
+
+def head_of(folder: Path, model: Path) -> dict:
+    """Of an EAGLE head that knows nothing, in LANTERN++'s tree."""
+    vocab = LlamaGenConfig(**json.loads((model / "config.json").read_text())).vocab_size
+    head = save_head(folder / "head", 1, vocab, hidden=128, head_dim=32, spread=0.1)
+    return {
+        "method": "eagle_tree", "model": head, "shape": "static", "num_speculative_tokens": 25,
+        "control": {"policy": "fixed"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "lossy"),
+    [
+        ({}, False),
+        ({"verification": "recursive"}, False),
+        ({"acceptance": {"rule": "lantern++", "k": 3, "lambda": 1.0}}, False),
+        ({"acceptance": {"rule": "lantern", "k": 3, "delta": 0.9}}, True),
+    ],
+)
+def test_trees_of_a_head_keep_the_models_distribution(tmp_path, small, keys, lossy):
+    """Drawn from states that guidance has mixed; a lossy rule is noticed."""
+    folder, prompt, law = small
+    samples = 6000
+    batch = {
+        "prompt": [prompt], "repeat": samples,
+        "params": {
+            "temperature": 1.0, "max_tokens": 4, "ignore_eos": True, "detokenize": False,
+        },
+    }  # fmt: skip
+    config = head_of(tmp_path, folder) | keys
+    engine_keys = engine(folder, max_num_seqs=64, speculative_config=config)
+    result = harness.run(tmp_path, engine_keys, [batch])
+    assert result["counters"]["draft_failures"] == 0
+    assert result["counters"]["nodes_accepted"] > 0.2 * samples
+    assert (result["counters"]["relaxed_tokens"] > 0) == lossy
+    p = chi_square(law, [tuple(out[0][:3]) for out in harness.ids(result)])
+    assert p < 1e-6 if lossy else p > 1e-3
+
+
+def test_greedy_pictures_equal_the_plain_model_whatever_a_head_drafts(tmp_path, pictures):
+    folder, requests, expected = pictures
+    keys = {"speculative_config": head_of(tmp_path, folder)}
+    result = harness.run(tmp_path, engine(folder, **keys), [{"requests": requests}])
+    assert harness.ids(result) == expected
+    assert result["counters"]["draft_failures"] == 0
 
 
 @pytest.mark.full(

@@ -87,7 +87,7 @@ def opened(data) -> np.ndarray:
 
 def test_pictures_show_what_was_asked_for(client):
     """By the classifier, eight requests at once, of several pictures each."""
-    from vllm_specplus.image.quality import DigitClassifier
+    from vllm_specplus.image.quality import PictureClassifier
 
     def make(digit: int):
         return client.images.generate(
@@ -102,7 +102,7 @@ def test_pictures_show_what_was_asked_for(client):
     assert pictures.dtype == np.uint8
     seen = torch.from_numpy(pictures).float()[:, None] / 127.5 - 1
     with torch.inference_mode():
-        found = DigitClassifier.load(IMAGE_MODEL)(seen).argmax(-1)
+        found = PictureClassifier.load(IMAGE_MODEL)(seen).argmax(-1)
     assert float((found == torch.arange(8).repeat_interleave(4)).float().mean()) > 0.8
     assert len({picture.tobytes() for picture in pictures}) == 32
 

@@ -350,3 +350,27 @@ def test_of_a_step_that_nobody_watches_no_more_is_found_than_its_tokens():
     logits[1, 3] = float("nan")
     verdict = verifier.verify(logits, batch_of([0.0] * 3, rows=rows), watched=False)
     assert verdict.broken.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_greedy_requests_are_relaxed_if_they_are_asked_to_be(mixed):
+    """Codes that differ by 1 lend: 3 stands for 4, and below it 2 for 1, but 5 for nothing. In a
+    batch with sampled requests, too, whose rows off the lossless path hold no draw."""
+    acceptance = {"rule": "lantern", "k": 2, "delta": 0.4, "greedy": True}
+    counters = Counters()
+    verifier = made(acceptance, "without_replacement", no_draws, counters)
+    rows = make_rows([1, 3, 5, 2, 4], [-1, 0, 0, 1, -1], [0, 4, 5])
+    p = torch.full((5, VOCAB), 1e-4)
+    p[0, 4], p[0, 3], p[0, 2] = 0.45, 0.25, 0.24  # 4 is beyond the bound for 3 and 5, 2 is not
+    p[1, 1], p[1, 2], p[1, 3] = 0.35, 0.3, 0.3
+    p[2:, 6] = 1.0
+    temperatures = [0.0, 1.0 if mixed else 0.0]
+    verdict = verifier.verify(p.log(), batch_of(temperatures, rows))
+    assert texts(verdict) == [[3, 2, 6], [6]]
+    assert counters.as_dict()["relaxed_tokens"] == 2
+    strict = made({"rule": "lantern", "k": 2, "delta": 0.4}, "without_replacement", no_draws)
+    assert texts(strict.verify(p.log(), batch_of(temperatures, rows)))[0] == [4]
+    lossless = batch_of(temperatures, rows, stops=None)
+    assert texts(verifier.verify(p.log(), lossless))[0] == [4]
+    stopping = batch_of(temperatures, rows, stops=frozenset({3}))
+    assert texts(verifier.verify(p.log(), stopping))[0] == [4]

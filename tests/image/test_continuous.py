@@ -173,13 +173,19 @@ def test_a_draft_that_is_the_target_is_always_accepted(rule):
     assert torch.equal(out, plain)
     assert counts.acceptance == 1
     assert counts.target_passes.tolist() == [3] * 6  # 4, 4 and 1
+    # Every fourth latent is the target's own.
+    assert counts.judged_at.tolist() == [6, 6, 6, 0, 6, 6, 6, 0, 0]
+    assert counts.accepted_at.tolist() == counts.judged_at.tolist()
 
 
 def test_a_picture_does_not_depend_on_its_batch():
     target, draft = ToyModel(), ToyModel(0.8, -0.3)
     labels, seeds = torch.arange(8) % 3, [100 + i for i in range(8)]
     how = Speculation(window=3)
-    together, _ = decode_speculative(target, draft, labels, seeds, settings(12), how)
+    together, counts = decode_speculative(target, draft, labels, seeds, settings(12), how)
+    assert int(counts.accepted_at.sum()) == int(counts.accepted.sum())
+    judged = counts.accepted.sum() + counts.rejected.sum()
+    assert int(counts.judged_at.sum()) == int(judged)
     for i in range(8):
         alone, _ = decode_speculative(
             target, draft, labels[i : i + 1], seeds[i : i + 1], settings(12), how

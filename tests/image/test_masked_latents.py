@@ -185,6 +185,8 @@ def test_a_draft_that_is_the_target_is_accepted_in_its_own_contexts(contexts):
     else:
         assert counts.target_passes.tolist() == [3] * 4
         assert counts.drafted.tolist() == [9] * 4
+        assert counts.judged_at.tolist() == [4] * 9
+        assert int(counts.accepted_at.sum()) == int(counts.accepted.sum())
 
 
 @pytest.mark.parametrize("contexts", ["own", "shared"])

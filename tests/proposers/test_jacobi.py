@@ -94,3 +94,48 @@ def test_a_seeded_requests_drafts_do_not_depend_on_its_batch():
     rows = [[True, False], [True]]
     beside = proposer().propose(step(rows, law, [1.0, 1.0], [3, 4], seeds=[None, 5]))
     assert beside.tokens[3:].tolist() == alone.tokens.tolist()
+
+
+def with_any_code(codebook: torch.Tensor) -> Jacobi:
+    config = parse({"method": "jacobi", "num_speculative_tokens": 4, "initial": "random"})
+    made = Jacobi(config, Services(VOCAB, codebook=lambda: codebook))
+    made.load_draft(torch.device("cpu"), torch.float32)
+    return made
+
+
+def test_fresh_places_may_hold_any_code():
+    """Of the codes alone, evenly, and drawn from nothing; what rows tell of stays as it was."""
+    codebook = torch.zeros(8, 2)
+    codebook[3:7] = 1.0
+    made, law = with_any_code(codebook), torch.full((5, VOCAB), 0.1)
+    law[2] = torch.eye(VOCAB)[2]
+    seen = []
+    for _ in range(400):
+        drafts = made.propose(step([[True, True, False, False]], law[:4], [1.0], [4]))
+        assert drafts.tokens[0] == 2
+        assert drafts.drawn_from.tolist() == [0, 1, -1, -1]
+        assert drafts.sources.tolist() == [0, 0, 1, 1]
+        seen += drafts.tokens[2:].tolist()
+    share = np.bincount(seen, minlength=VOCAB) / len(seen)
+    want = np.array([0, 0, 0, 0.25, 0.25, 0.25, 0.25, 0, 0, 0])
+    np.testing.assert_allclose(share, want, atol=4 * 0.5 / np.sqrt(len(seen)))
+
+
+def test_where_no_code_may_stand_none_is_put():
+    codebook = torch.zeros(8, 2)
+    codebook[3:7] = 1.0
+    words = torch.zeros(1, VOCAB)
+    words[0, 8] = 1.0
+    drafts = with_any_code(codebook).propose(step([[True]], words, [1.0], [3]))
+    assert drafts.tokens.tolist() == [8, 8, 8]
+    assert drafts.drawn_from.tolist() == [0, 1, 2]
+
+
+def test_a_preset_stands_behind_the_keys_that_are_given():
+    lumina = parse({"method": "jacobi", "preset": "lumina_mgpt"})
+    assert (lumina.num_speculative_tokens, lumina.initial) == (15, "random")
+    rule = lumina.acceptance
+    assert (rule.rule, rule.group, rule.max_gap, rule.max_distance) == ("gsd", 14, 0.15, 0.5)
+    own = {"method": "jacobi", "preset": "anole", "initial": "row", "control": {"policy": "fixed"}}
+    anole = parse(own)
+    assert (anole.num_speculative_tokens, anole.initial, anole.lossless) == (15, "row", True)

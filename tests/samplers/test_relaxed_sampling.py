@@ -328,6 +328,22 @@ def test_the_output_moves_by_no_more_than_was_lent(seed, delta):
     assert (masses(plus, p, q, torch.arange(12))[0] <= 2.0 * p + 1e-6).all()
 
 
+@settings(deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_what_stands_for_the_most_probable_code_has_its_mass(seed):
+    """As the reference adds them up; without a loan it is the argmax alone."""
+    p, _ = random_probs(seed, 12, 2)
+    codebook = torch.from_numpy(np.random.default_rng(seed).normal(size=(12, 3)))
+    tokens, rows = torch.arange(12), torch.zeros(12, dtype=torch.long)
+    for knob in ({"rule": "lantern", "k": 5, "delta": 0.3}, {"rule": "lantern++", "lambda": 3.0}):
+        rule = rule_of(knob | {"greedy": True}, codebook)
+        found = rule.most_probable(p[None], rows, tokens).tolist()
+        want = [rule.reference(p.tolist(), None, token)[0] >= float(p.max()) for token in range(12)]
+        assert found == want
+    strict = rule_of({"rule": "lantern", "k": 0, "greedy": True}, codebook)
+    assert strict.most_probable(p[None], rows, tokens).nonzero().tolist() == [[int(p.argmax())]]
+
+
 def test_stop_tokens_and_strict_requests_are_verified_losslessly():
     """What the rule would accept at once is left to the lossless test."""
     p = torch.tensor([[0.45, 0.45, 0.09, 0.01]] * 2)

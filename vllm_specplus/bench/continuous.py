@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specplus.bench import InputError
+from vllm_specplus.bench.images import shown
 from vllm_specplus.bench.methods import BASELINE, MethodSpec
 from vllm_specplus.bench.report import ReportHead
 from vllm_specplus.bench.runner import Notify
@@ -44,9 +45,14 @@ class ContinuousRun(BaseModel):
     """Of the target's backbone."""
     acceptance: float | None
     """Share of the judged drafts."""
+    acceptance_at: list[float | None]
+    """The same at every place in the order in which a picture is drawn; None where nothing was
+    judged. Empty without drafts."""
     given_up: int
     """Residuals that ended at the bound of proposals."""
     accuracy: float
+    classifier: str
+    """The network whose features the distance is of; others' cannot be compared."""
     distance: float
     distance_error: float
     """Bootstrap."""
@@ -86,6 +92,8 @@ class ContinuousBench:
         self.ways = {method.label: self._way(method) for method in methods}
         self.labels = torch.arange(pictures) % self.folder.num_classes
         self.latents: dict[str, torch.Tensor] = {}
+        self.seen: dict[str, np.ndarray] = {}
+        """Features of the pictures of every method, of the newest batch size."""
         self.runs: list[ContinuousRun] = []
 
     def _way(self, method: MethodSpec) -> Way:
@@ -126,7 +134,8 @@ class ContinuousBench:
 
     def _measure(self, label: str, way, batch: int) -> ContinuousRun:
         count = self._count(batch)
-        made, passes, accepted, judged, given_up, seconds = [], 0.0, 0, 0, 0, 0.0
+        made, passes, given_up, seconds = [], 0.0, 0, 0.0
+        judged = accepted = np.zeros(self.folder.length, np.int64)
         for first in range(0, count, batch):
             labels = self.labels[first : min(first + batch, count)]
             seeds = [self.seed + i for i in range(first, first + len(labels))]
@@ -137,19 +146,23 @@ class ContinuousBench:
             made.append(latents)
             if isinstance(counts, Counts):
                 passes += float(counts.target_passes.sum())
-                accepted += int(counts.accepted.sum())
-                judged += int((counts.accepted + counts.rejected).sum())
+                judged = judged + counts.judged_at.numpy()
+                accepted = accepted + counts.accepted_at.numpy()
                 given_up += int(counts.given_up.sum())
             else:
                 passes += counts * len(labels)
         latents = torch.cat(made)
         self.latents[label] = latents
         seen = quality.features(self.folder.classifier, self.pictures(latents))
+        self.seen[label] = seen
+        shares = [a / n if n else None for a, n in zip(accepted, judged, strict=True)]
         return ContinuousRun(
             label=label, batch=batch, pictures=count, seconds=seconds,
             passes_per_picture=passes / count,
-            acceptance=accepted / judged if judged else None, given_up=given_up,
+            acceptance=accepted.sum() / judged.sum() if judged.any() else None,
+            acceptance_at=shares if judged.any() else [], given_up=given_up,
             accuracy=quality.accuracy(self.folder.classifier, seen, self.labels[:count].numpy()),
+            classifier=self.folder.classifier.config.name,
             distance=quality.Gaussian.of(seen).distance(self.folder.reference),
             distance_error=quality.distance_error(seen, self.folder.reference),
         )  # fmt: skip
@@ -168,11 +181,10 @@ class ContinuousBench:
 
 
 def sheet_of(bench: ContinuousBench) -> dict[str, np.ndarray]:
-    """Two pictures of each class by every method, for ``images.save_sheet``."""
-    shown = 2 * bench.folder.num_classes
+    """Some pictures by every method, of the same classes and seeds, for ``images.save_sheet``."""
+    chosen = shown(bench.folder.num_classes, min(map(len, bench.latents.values())))
     return {
-        label: bench.pictures(latents[:shown])[:, 0].numpy()
-        for label, latents in bench.latents.items()
+        label: bench.pictures(latents[chosen]).numpy() for label, latents in bench.latents.items()
     }
 
 

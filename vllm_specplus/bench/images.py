@@ -5,8 +5,8 @@ Of models whose tokens are codes, and of those whose tokens are latents.
 Every method makes the same classes in an engine of its own, one engine after the other, and is
 measured after a round to warm up. Steps are the target's, counted once per request; plain
 decoding takes one for each code. Quality is the share of pictures that show their class and the
-Fréchet distance, both by the classifier in the model's folder: to the pictures it was
-trained on, and to what plain decoding made.
+Fréchet distance, both by the classifier in the model's folder, whose name a run has: to the
+pictures it was trained on, and to what plain decoding made.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class ImageRun(BaseModel):
     relaxed_per_picture: float
     """Codes that only a relaxed rule accepted."""
     accuracy: float
+    classifier: str
+    """The network whose features the distances are of; others' cannot be compared."""
     distance: float
     distance_error: float
     """Bootstrap."""
@@ -78,6 +80,10 @@ class ImageReport(ReportHead):
     failures: dict[str, str]
 
 
+#: Where, in a model's folder, the draft of a method is that needs one.
+DRAFTS = {"cspd": "draft", "eagle_tree": "eagle"}
+#: Most pictures in a row of a sheet.
+SHEET = 24
 #: Begins a line of the process's output that says how many more pictures are made.
 MADE = "made: "
 
@@ -142,7 +148,7 @@ class ImageBench:
         temperature: float, seed: int, engine_args: dict[str, Any], notify: Notify,
     ):  # fmt: skip
         from vllm_specplus.image.pictures import load_pictures
-        from vllm_specplus.image.quality import DigitClassifier, Gaussian
+        from vllm_specplus.image.quality import Gaussian, PictureClassifier
 
         folder = Path(model)
         if not (folder / "classifier").is_dir():
@@ -153,7 +159,7 @@ class ImageBench:
         self.reads = load_pictures(folder)
         if self.reads is None:
             raise InputError(f"--model: {model} is no model that --task image knows")
-        self.classifier = DigitClassifier.load(folder)
+        self.classifier = PictureClassifier.load(folder)
         self.reference = Gaussian.load(folder)
         self.model, self.methods, self.notify = model, methods, notify
         self.in_flight, self.temperature, self.seed = in_flight, temperature, seed
@@ -170,6 +176,8 @@ class ImageBench:
         self._told = 0  # pictures of the current method
         self.labels = [i % self.reads.config.num_classes for i in range(pictures)]
         self.tokens: dict[str, np.ndarray] = {}
+        self.seen: dict[str, np.ndarray] = {}
+        """Features of the pictures of every method."""
         self.runs: list[ImageRun] = []
         self.failures: dict[str, str] = {}
 
@@ -196,8 +204,8 @@ class ImageBench:
         } | self.engine_args  # fmt: skip
         if method.speculative_config is not None:
             engine["speculative_config"] = dict(method.speculative_config)
-            if method.name == "cspd":
-                engine["speculative_config"].setdefault("model", f"{self.model}/draft")
+            if (own := DRAFTS.get(method.name)) is not None:
+                engine["speculative_config"].setdefault("model", f"{self.model}/{own}")
         with tempfile.TemporaryDirectory() as folder:
             out = f"{folder}/result.npz"
             job = ImageJob(
@@ -244,6 +252,7 @@ class ImageBench:
 
         tokens, counted = found["tokens"], found["counted"]
         seen = quality.features(self.classifier, self.pictures(tokens))
+        self.seen[method.label] = seen
         gaussian = quality.Gaussian.of(seen)
         pictures = len(tokens)
         # Plain decoding counts nothing; its first code comes with the prompt.
@@ -257,6 +266,7 @@ class ImageBench:
             nodes_per_step=counted.get("nodes_drafted", 0.0) / steps,
             relaxed_per_picture=counted.get("relaxed_tokens", 0.0) / pictures,
             accuracy=quality.accuracy(self.classifier, seen, np.array(self.labels)),
+            classifier=self.classifier.config.name,
             distance=gaussian.distance(self.reference),
             distance_error=quality.distance_error(seen, self.reference),
             distance_to_plain=None if plain is None else gaussian.distance(plain),
@@ -273,12 +283,17 @@ class ImageBench:
 
 
 def sheet_of(bench: ImageBench) -> dict[str, np.ndarray]:
-    """Two pictures of each class by every method, for :func:`save_sheet`."""
-    shown = 2 * bench.reads.config.num_classes
-    return {
-        label: bench.pictures(tokens[:shown])[:, 0].numpy()
-        for label, tokens in bench.tokens.items()
-    }
+    """Some pictures by every method, of the same classes and seeds, for :func:`save_sheet`."""
+    chosen = shown(bench.reads.config.num_classes, len(bench.labels))
+    return {label: bench.pictures(tokens[chosen]).numpy() for label, tokens in bench.tokens.items()}
+
+
+def shown(classes: int, pictures: int) -> list[int]:
+    """Which of the ``pictures``, of all ``classes`` in turn, a sheet shows: two of each class, or,
+    where that is no sheet any more, one of classes that are evenly apart."""
+    if 2 * classes <= SHEET:
+        return list(range(min(2 * classes, pictures)))
+    return [i * classes // SHEET for i in range(SHEET) if i * classes // SHEET < pictures]
 
 
 def print_image_report(console: Console, report: ImageReport) -> None:
@@ -312,7 +327,7 @@ def print_image_report(console: Console, report: ImageReport) -> None:
         console.print(f"{label} failed: {reason}", markup=False)
 
 
-def save_image_plot(report: ImageReport, path: Path) -> None:
+def save_image_plot(runs: list[ImageRun], path: Path) -> None:
     """Quality against speed."""
     import matplotlib
 
@@ -320,7 +335,7 @@ def save_image_plot(report: ImageReport, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for run in report.runs:
+    for run in runs:
         marker = "s" if not run.lossy else "o"
         axes[0].errorbar(
             run.steps_per_picture, run.distance, run.distance_error, marker=marker, label=run.label
@@ -335,7 +350,8 @@ def save_image_plot(report: ImageReport, path: Path) -> None:
 
 
 def save_sheet(rows: dict[str, np.ndarray], path: Path) -> None:
-    """A row of pictures of every method: ``rows`` float32 [N, height, width] in about [-1, 1]."""
+    """A row of pictures of every method: ``rows`` float32 [N, 1 or 3, height, width] in about
+    [-1, 1]."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -346,7 +362,8 @@ def save_sheet(rows: dict[str, np.ndarray], path: Path) -> None:
         len(rows), 1, figsize=(0.45 * shown, len(rows) * 0.8), squeeze=False, layout="constrained"
     )
     for axis, (label, row) in zip(axes[:, 0], rows.items(), strict=True):
-        axis.imshow(np.concatenate(row, 1), cmap="gray", vmin=-1, vmax=1)
+        pixels = ((row.clip(-1, 1) + 1) / 2).transpose(0, 2, 3, 1)
+        axis.imshow(np.concatenate(pixels, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
         axis.set_title(label, fontsize=7)
         axis.axis("off")
     figure.savefig(path, dpi=130)

@@ -234,7 +234,7 @@ def finish_images(
         report.save(json_path)
     print_image_report(Console(), report)
     if plot and report.runs:
-        save_image_plot(report, plot)
+        save_image_plot(report.runs, plot)
     if sheet and report.runs:
         save_sheet(sheet_of(bench), sheet)
     if report.failures:

@@ -25,6 +25,9 @@ DEMO_MODELS = Path(__file__).parents[2] / "demo_models"
 #: A LlamaGen of MNIST's digits, see ``training/digits.py``; served as it is.
 IMAGE_MODEL = DEMO_MODELS / "digits"
 LATENTS_MODEL = DEMO_MODELS / "latents"
+#: The same of emoji, see ``training/emoji.py`` and ``training/emoji_latents.py``.
+EMOJI_MODEL = DEMO_MODELS / "emoji"
+EMOJI_LATENTS_MODEL = DEMO_MODELS / "emoji_latents"
 DRAFT_LAYERS = DEMO_MODELS / "smollm2_draft.safetensors"
 HEAD = DEMO_MODELS / "smollm2_eagle3.safetensors"
 
@@ -132,8 +135,8 @@ def check_demo_models(path: Path) -> None:
         raise ModelError(
             f"{path} is missing: the demo's own models come with a checkout of the repository, not "
             f"with the package; clone it, install it with `pip install -e .`, or train one "
-            f"with `vllm-specplus train distill`, `python -m vllm_specplus.training.digits` or "
-            f"`.latents`"
+            f"with `vllm-specplus train distill`, `python -m vllm_specplus.training.digits`, "
+            f"`.latents`, `.emoji` or `.emoji_latents`"
         )
 
 
@@ -199,13 +202,27 @@ def prepare_model_command(
         bool,
         typer.Option("--latents", help="The same for the model whose tokens are latents."),
     ] = False,
+    emoji: Annotated[
+        bool,
+        typer.Option("--emoji", help="The same for the image model of emoji, in colour."),
+    ] = False,
+    emoji_latents: Annotated[
+        bool,
+        typer.Option("--emoji-latents", help="The same for the model of emoji's latents."),
+    ] = False,
 ) -> None:
     """Convert the demo's model, SmolLM2-135M-Instruct, and print its folder."""
-    ready = {"--image": (image, IMAGE_MODEL), "--latents": (latents, LATENTS_MODEL)}
+    ready = {
+        "--image": (image, IMAGE_MODEL),
+        "--latents": (latents, LATENTS_MODEL),
+        "--emoji": (emoji, EMOJI_MODEL),
+        "--emoji-latents": (emoji_latents, EMOJI_LATENTS_MODEL),
+    }
+    asked_for = sum(asked for asked, _ in ready.values())
     for option, (asked, folder) in ready.items():
         if not asked:
             continue
-        if draft or head or out or (image and latents):
+        if draft or head or out or asked_for > 1:
             typer.echo(f"Error: {option} stands alone: that model is ready to use", err=True)
             raise typer.Exit(2)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,13 +12,20 @@ from vllm_specplus.drafting.shapes import CATERPILLAR_LEAST
 from vllm_specplus.drafting.stop_config import NoStop, StopConfig
 from vllm_specplus.strict import quoted
 
-_SHAPE_KEYS = {"width": ("topk", "rsd_s", "spectr"), "branching": ("rsd_c",)}
+_SHAPE_KEYS = {
+    "width": ("topk", "rsd_s", "spectr"),
+    "branching": ("rsd_c",),
+    "static_tree": ("static",),
+}
+#: Shapes whose nodes one key says.
+_SIZED_BY = {"rsd_c": "branching", "static": "static_tree"}
 #: shape -> what a user may call its verification -> the rule; the first is the default.
 _RULES: dict[str, dict[str, str]] = {
     "chain": {"block": "block", "recursive": "without_replacement"},
     "topk": {},
     "rsd_c": {"traversal": "traversal", "recursive": "without_replacement"},
     "rsd_s": {"traversal": "traversal", "recursive": "without_replacement"},
+    "static": {"traversal": "traversal", "recursive": "without_replacement"},
     "spectr": {"k_seq": "k_seq", "recursive": "with_replacement"},
     "caterpillar": {"recursive": "without_replacement"},
 }
@@ -59,9 +66,10 @@ class ShapedDraftConfig(MethodConfig):
             if key in self.model_fields_set and self.shape not in shapes:
                 raise ValueError(f"shape {self.shape!r} has no {key!r}: remove it")
         nodes = sum(self.levels())
-        if self.shape == "rsd_c" and self.num_speculative_tokens != nodes:
+        key = _SIZED_BY.get(self.shape)
+        if key is not None and self.num_speculative_tokens != nodes:
             raise ValueError(
-                f"'branching' {quoted(self.branching)} makes {quoted(nodes)} nodes (at most "
+                f"{key!r} {quoted(getattr(self, key))} makes {quoted(nodes)} nodes (at most "
                 f"80): set num_speculative_tokens to the number of nodes"
             )
         if self.num_speculative_tokens != nodes:
@@ -131,8 +139,10 @@ class ShapedDraftConfig(MethodConfig):
     def check_source(self) -> None:
         # Other rules have no place for siblings that no draft distribution proposed.
         if self.rule not in (None, "without_replacement"):
+            own = get_args(type(self).model_fields["shape"].annotation)
+            shapes = ", ".join(shape for shape in _FUSED_SHAPES if shape in own)
             raise ValueError(
                 f"'sources': {self.method!r} with shape {self.shape!r} is verified by a rule that "
-                f"knows no nodes of other sources: set 'shape' to {', '.join(_FUSED_SHAPES)} or "
-                f"topk, and leave 'verification' out"
+                f"knows no nodes of other sources: set 'shape' to {shapes} or topk, and leave "
+                f"'verification' out"
             )

@@ -103,6 +103,7 @@ class Drafter:
             count=self.counters.add,
             target_layers=lambda: TargetLayers(self._model, config),
             target_vocabulary=lambda: self._vocabulary,
+            codebook=lambda: getattr(self._model, "codebook", None),
             load_tokenizer=lambda: cached_tokenizer_from_config(model),
             context_pages=lambda: attention.context_pages(self.attention_layers),
             target_devices=lambda: self._devices,

@@ -36,7 +36,7 @@ from vllm_specplus.samplers.relaxed import (
     candidate_statistics,
     substitute,
 )
-from vllm_specplus.samplers.relaxed_sampling import Relaxation, RelaxedSampling
+from vllm_specplus.samplers.relaxed_sampling import Lantern, Relaxation, RelaxedSampling
 from vllm_specplus.samplers.sampled import SampledRule
 from vllm_specplus.samplers.synthetic import Synthetic
 from vllm_specplus.step import Acceptance, DraftProbs, Rows
@@ -254,6 +254,69 @@ class Substitution:
         return sampled
 
 
+@dataclass(slots=True)
+class GreedyNodes:
+    """Nodes of greedy requests that may be relaxed; what ``relaxed.substitute`` reads of them."""
+
+    rows: np.ndarray
+    """int64 [N]"""
+    probability: np.ndarray
+    """float32 [N] p(x), at temperature 1."""
+    accepted: np.ndarray
+    """bool [N]"""
+    best: np.ndarray
+    """int64 [L] the most probable token of every row: what was drawn is not known off the paths
+    that the lossless rule has walked."""
+
+
+class GreedySubstitution:
+    """Puts nodes that stand for the most probable token in its place, in greedy requests."""
+
+    reads_hidden = False
+
+    def __init__(self, rule: Lantern, counters: Counters):
+        self._rule, self._counters = rule, counters
+
+    def statistics(self, logits: torch.Tensor, batch: VerifyBatch) -> GreedyNodes | None:
+        """Judges the nodes; None where there are none."""
+        rows, counts = batch.rows, np.diff(batch.rows.starts)
+        greedy = np.repeat(self._serves(batch), counts)
+        nodes = np.flatnonzero((rows.parents >= 0) & (rows.tokens >= 0) & greedy)
+        if not len(nodes):
+            return None
+        above = np.repeat(rows.starts[:-1], counts)[nodes] + rows.parents[nodes]
+        parents, at = np.unique(above, return_inverse=True)
+        host = torch.from_numpy(np.stack((at, rows.tokens[nodes])).astype(np.int64))
+        row, token = host.to(logits.device)
+        p = logits[torch.from_numpy(parents).to(logits.device)].float().softmax(-1)
+        judged = torch.stack((p[row, token], self._rule.most_probable(p, row, token).float()))
+        probability, accepted = judged.cpu().numpy()
+        return GreedyNodes(nodes, probability, accepted > 0, logits.argmax(-1).cpu().numpy())
+
+    def __call__(
+        self, sampled: np.ndarray, statistics: GreedyNodes, batch: VerifyBatch
+    ) -> np.ndarray:
+        """Returns ``sampled`` int32 [L] with some nodes' tokens in it."""
+        serves = self._serves(batch)
+        stops = [
+            stops if each else None for each, stops in zip(serves, batch.relaxed_stops, strict=True)
+        ]
+        own = np.repeat([each is not None for each in stops], np.diff(batch.rows.starts))
+        own &= sampled != BROKEN
+        sampled = np.where(own, statistics.best, sampled).astype(np.int32)
+        sampled, count = substitute(batch.rows, sampled, statistics, statistics.accepted, stops)
+        self._counters.add("relaxed_tokens", count)
+        return sampled
+
+    @staticmethod
+    def _serves(batch: VerifyBatch) -> np.ndarray:
+        """Which requests, bool [R]: greedy ones, in pictures."""
+        serves = batch.temperature == 0
+        if batch.outside_pictures is not None:
+            serves = serves & ~batch.outside_pictures
+        return serves
+
+
 class SyntheticSubstitution:
     """Puts nodes in the place of draws by a given rate alone."""
 
@@ -273,11 +336,14 @@ class SyntheticSubstitution:
         return sampled
 
 
+AnySubstitution = Substitution | GreedySubstitution | SyntheticSubstitution
+
+
 class Verifier:
     """Verifies steps: finds a token at every row, and follows them down the trees."""
 
     def __init__(
-        self, draws: Draws, substitution: Substitution | SyntheticSubstitution | None, top_k: int,
+        self, draws: Draws, substitution: AnySubstitution | None, top_k: int,
         reads_target_probs: bool,
     ):  # fmt: skip
         self._draws, self._substitution = draws, substitution
@@ -354,9 +420,11 @@ def make_verifier(
         rule = make_rule(name, {})
         rule_sampler = RuleSampler(sampler.logprobs_mode, rule, device)
         draws = JudgedDraws(rule_sampler, rule, relaxed, draft_probs, counters, device, group)
-    substitution: Substitution | SyntheticSubstitution | None = None
+    substitution: AnySubstitution | None = None
     if isinstance(acceptance, SubstitutionRule):
         substitution = Substitution(acceptance, counters)
+    elif isinstance(acceptance, Lantern) and acceptance.greedy:
+        substitution = GreedySubstitution(acceptance, counters)
     elif isinstance(acceptance, Synthetic):
         substitution = SyntheticSubstitution(acceptance, counters)
     return Verifier(draws, substitution, proposer.top_k, proposer.reads_target_probs)

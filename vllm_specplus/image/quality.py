@@ -1,13 +1,17 @@
-"""How good generated digits are: class accuracy and Fréchet distance.
+"""How good generated pictures are: class accuracy and Fréchet distance.
 
 Both by a small classifier trained on the embedded model's own data: the Fréchet distance (the
 FID of arXiv 1706.08500 with another network) compares the Gaussians of its features. Only
 distances by the same classifier can be compared, and they depend on the number of pictures.
+
+Whether a change costs quality is asked of two sets of pictures at once: :func:`increase` has the
+difference of their distances to the same reference, with its bootstrap interval.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +21,42 @@ from torch import nn
 from torch.nn import functional as F
 
 from vllm_specplus.image import weights
+from vllm_specplus.strict import StrictModel
 
-FEATURES = 64
 REFERENCE = Path("classifier") / "reference.safetensors"
+#: Bootstrap samples of an interval.
+RESAMPLES = 200
 
 
-class DigitClassifier(nn.Module):
-    """Pictures float32 [B, 1, 32, 32] in [-1, 1] to logits [B, 10]."""
+class ClassifierConfig(StrictModel):
+    """The defaults are those of the classifier of digits, whose folder says nothing."""
 
-    def __init__(self):
+    name: str = "digits"
+    """What its distances are called by: those of another cannot be compared."""
+    side: int = 32
+    image_channels: int = 1
+    classes: int = 10
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of its convolutions, each of which halves the picture's side."""
+    features: int = 64
+
+
+class PictureClassifier(nn.Module):
+    """Pictures float32 [B, channels, side, side] in [-1, 1] to logits [B, classes]."""
+
+    def __init__(self, config: ClassifierConfig):
         super().__init__()
+        self.config = config
+        channels = (config.image_channels, *config.widths)
         self.convolutions = nn.ModuleList(
-            (
-                nn.Conv2d(1, 16, 3, stride=2, padding=1),
-                nn.Conv2d(16, 32, 3, stride=2, padding=1),
-                nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            )
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(channels)
         )
-        self.hidden = nn.Linear(64 * 16, FEATURES)
-        self.output = nn.Linear(FEATURES, 10)
+        left = config.side >> len(config.widths)
+        self.hidden = nn.Linear(channels[-1] * left**2, config.features)
+        self.output = nn.Linear(config.features, config.classes)
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """float32 [B, FEATURES]"""
+        """float32 [B, features]: the layer before the last, behind its GELU."""
         x = pictures
         for convolution in self.convolutions:
             x = F.gelu(convolution(x))
@@ -48,8 +66,19 @@ class DigitClassifier(nn.Module):
         return self.output(self.features(pictures))
 
     @classmethod
-    def load(cls, folder: str | Path) -> DigitClassifier:
-        return weights.load(cls(), Path(folder) / "classifier" / "model.safetensors")
+    def load(cls, folder: str | Path) -> PictureClassifier:
+        """Of ``classifier/`` in a model's folder."""
+        folder = Path(folder) / "classifier"
+        said, config = folder / "config.json", ClassifierConfig()
+        if said.is_file():
+            config = ClassifierConfig.model_validate_json(said.read_text())
+        return weights.load(cls(config), folder / "model.safetensors")
+
+    def save(self, folder: Path) -> None:
+        """As ``classifier/`` of a model's folder, in half precision."""
+        weights.save(self, folder / "classifier" / "model.safetensors")
+        said = self.config.model_dump_json(indent=2)
+        (folder / "classifier" / "config.json").write_text(said + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +86,15 @@ class Gaussian:
     """Of the features of some pictures."""
 
     mean: np.ndarray
-    """float64 [FEATURES]"""
+    """float64 [features]"""
     covariance: np.ndarray
-    """float64 [FEATURES, FEATURES]"""
+    """float64 [features, features]"""
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Gaussian:
-        """``features`` float64 [N, FEATURES]"""
-        return cls(features.mean(0), np.cov(features, rowvar=False))
+    def of(cls, features: np.ndarray, weights: np.ndarray | None = None) -> Gaussian:
+        """``features`` float64 [N, features]; ``weights`` [N] of the pictures, by default equal."""
+        mean = np.average(features, 0, weights)
+        return cls(mean, np.cov(features, rowvar=False, aweights=weights))
 
     def distance(self, other: Gaussian) -> float:
         """Fréchet: |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2))."""
@@ -86,13 +116,13 @@ class Gaussian:
 
 
 @torch.inference_mode()
-def features(classifier: DigitClassifier, pictures: torch.Tensor) -> np.ndarray:
-    """float64 [N, FEATURES]"""
+def features(classifier: PictureClassifier, pictures: torch.Tensor) -> np.ndarray:
+    """float64 [N, features]"""
     parts = [classifier.features(part) for part in pictures.split(512)]
     return torch.cat(parts).double().numpy()
 
 
-def accuracy(classifier: DigitClassifier, seen: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(classifier: PictureClassifier, seen: np.ndarray, labels: np.ndarray) -> float:
     """Share of pictures, of features ``seen``, that show the class asked for."""
     with torch.inference_mode():
         known = classifier.output(torch.from_numpy(seen).float()).argmax(-1).numpy()
@@ -109,3 +139,53 @@ def distance_error(
         for _ in range(resamples)
     ]
     return float(np.std(again, ddof=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Increase:
+    """By how much further from a reference one set of pictures is than another."""
+
+    mean: float
+    low: float
+    high: float
+    """Bounds of the 95 % bootstrap interval, two-sided: ``high`` is the 97.5th percentile."""
+
+
+def increase(
+    seen: np.ndarray, baseline: np.ndarray, reference: Gaussian, resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Increase:  # fmt: skip
+    """Distance of ``seen`` less that of ``baseline``, float64 [N, features] each, to ``reference``.
+
+    ``mean`` is the plain difference; both sets are resampled, each by itself, for the interval.
+    Distances of few pictures are too large; sets of one size are so alike, which is why a
+    difference of sets of other sizes is refused (ValueError).
+    """
+    if len(seen) != len(baseline):
+        raise ValueError(f"{len(seen)} and {len(baseline)} pictures: as many are needed of each")
+    random = np.random.default_rng(seed)
+
+    def again(rows: np.ndarray) -> float:
+        chosen = rows[random.integers(len(rows), size=len(rows))]
+        return Gaussian.of(chosen).distance(reference)
+
+    found = Gaussian.of(seen).distance(reference) - Gaussian.of(baseline).distance(reference)
+    drawn = np.array([again(seen) - again(baseline) for _ in range(resamples)])
+    # A bootstrap sample's distance is itself too large: its spread is used, not its place.
+    low, high = np.percentile(drawn - drawn.mean(), (2.5, 97.5))
+    return Increase(found, found + float(low), found + float(high))
+
+
+def same_law(
+    seen: np.ndarray, other: np.ndarray, permutations: int = RESAMPLES, seed: int = 0
+) -> float:
+    """Probability of a distance like that of ``seen`` and ``other``, float64 [N, features] each, if
+    both are pictures of one law: a permutation test, of at least ``1 / (permutations + 1)``."""
+    both, count = np.concatenate((seen, other)), len(seen)
+    found = Gaussian.of(seen).distance(Gaussian.of(other))
+    random, further = np.random.default_rng(seed), 1
+    for _ in range(permutations):
+        order = random.permutation(len(both))
+        one, two = (Gaussian.of(both[part]) for part in (order[:count], order[count:]))
+        further += one.distance(two) >= found
+    return further / (permutations + 1)

@@ -49,6 +49,7 @@ from vllm_specplus.drafting.shapes import (
     StochasticBeam,
 )
 from vllm_specplus.drafting.shared_tokens import SharedTokens, share
+from vllm_specplus.drafting.static_trees import StaticTree
 from vllm_specplus.drafting.stop_config import AcceptanceHeadStop
 from vllm_specplus.drafting.stopping import Stop, make_stop
 from vllm_specplus.proposer import Proposer, Services
@@ -66,6 +67,7 @@ SHAPES = {
     "rsd_c": ConstantBranching,
     "rsd_s": StochasticBeam,
     "spectr": IndependentPaths,
+    "static": StaticTree,
 }
 
 

@@ -2,7 +2,8 @@
 
 vLLM's own ``eagle`` and ``eagle3`` draft chains. The same heads give the trees of their
 papers here, in all the shapes of ``draft_tree``: by default EAGLE-2's (arXiv 2406.16858),
-the most probable sequences, of a depth that the controller chooses.
+the most probable sequences, of a depth that the controller chooses; and EAGLE's own, static trees
+(``drafting/static_trees.py``), which LANTERN++ drafts pictures with.
 
 The head reads the target's hidden states, so it costs one layer and no second context; its
 keys and values lie beside the target's (``drafting/head_executor.py``).
@@ -17,7 +18,7 @@ import torch
 from pydantic import model_validator
 
 from vllm_specplus.capabilities import TEXT, Need
-from vllm_specplus.drafting import eagle_checkpoint
+from vllm_specplus.drafting import eagle_checkpoint, static_trees
 from vllm_specplus.drafting.eagle import EagleHead, Vocabulary
 from vllm_specplus.drafting.head_executor import HeadExecutor
 from vllm_specplus.drafting.head_target import check_fits
@@ -50,6 +51,23 @@ class EagleTreeConfig(ShapedDraftConfig):
     model: str
     """Folder of an EAGLE or EAGLE-3 head that was trained for the target, or its name on the
     Hugging Face hub."""
+    shape: Literal[  # type: ignore[assignment]
+        "chain", "topk", "rsd_c", "rsd_s", "spectr", "static"
+    ] = "topk"
+    static_tree: Literal["mc_sim_7b_63", "naive_extend_57"] = "mc_sim_7b_63"
+    """The tree of shape ``static``, of 25 or 57 nodes."""
+
+    def levels(self) -> tuple[int, ...]:
+        """Nodes of each level of the largest tree."""
+        if self.shape == "static":
+            return static_trees.levels(static_trees.TREES[self.static_tree])
+        return super().levels()
+
+    def shape_arguments(self, depth: int) -> tuple:
+        """What the shape takes for a tree of ``depth`` levels."""
+        if self.shape == "static":
+            return (static_trees.TREES[self.static_tree][:depth],)
+        return super().shape_arguments(depth)
 
     @property
     def folder(self) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -162,8 +163,15 @@ class Judge(SubstitutionRule):
         return score > self._threshold
 
 
+class Candidates(Protocol):
+    """What :func:`substitute` reads of N nodes, as :class:`CandidateStatistics` has it."""
+
+    rows: np.ndarray
+    probability: np.ndarray
+
+
 def substitute(
-    rows: Rows, sampled: np.ndarray, statistics: CandidateStatistics, accepted: np.ndarray,
+    rows: Rows, sampled: np.ndarray, statistics: Candidates, accepted: np.ndarray,
     stops: list[frozenset[int] | None],
 ) -> tuple[np.ndarray, int]:  # fmt: skip
     """Puts accepted nodes in the place of some of the target's draws; returns the result, int32

@@ -19,8 +19,10 @@ A deterministic token has ``q = 1``. After a rejection the text goes on with
 delta = 0, lambda = 1 or a group of 1 every rule is the lossless one, bit for bit.
 
 A stop token is never accepted by relaxation, nor one that the target gives nothing (the
-request's top-k or top-p cut it off), and greedy requests are verified losslessly. The walk over
-a tree is the one of ``sampled.WithoutReplacement``, with these masses for its own.
+request's top-k or top-p cut it off). The walk over a tree is the one of
+``sampled.WithoutReplacement``, with these masses for its own. Greedy requests are verified
+losslessly, but for those of ``lantern`` with ``greedy``, whose nodes are judged by
+:meth:`Lantern.most_probable`.
 """
 
 from __future__ import annotations
@@ -103,12 +105,14 @@ class Lantern(RelaxedSampling):
 
     name = "lantern"
     needs = ("codebook",)
+    greedy: bool
+    """Does it serve greedy requests, too, by :meth:`most_probable`?"""
 
     def __init__(
         self, *, k: int, delta: float, residual: Literal["optimal", "llamagen", "lumina"],
-        codebook: torch.Tensor,
+        codebook: torch.Tensor, greedy: bool = False,
     ):  # fmt: skip
-        self._delta = delta
+        self._delta, self.greedy = delta, greedy
         self._find_neighbours(k, residual, codebook)
 
     def _find_neighbours(self, k: int, residual: str, codebook: torch.Tensor) -> None:
@@ -134,6 +138,15 @@ class Lantern(RelaxedSampling):
     def masses(self, known, rows, draft_rows, tokens):
         lent = self._lent(known.target, rows, tokens).amax(-1)
         return known.target[rows, tokens] + lent, known.draft_mass(draft_rows, tokens)
+
+    def most_probable(
+        self, p: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Says, bool [n], which of ``tokens`` int64 [n] are, with what they borrow, at least as
+        probable as the most probable of their row ``rows`` int64 [n] of ``p`` float32 [L, V]."""
+        own = p[rows, tokens]
+        lent = self._lent(p, rows, tokens).amax(-1)
+        return (own > 0) & (own + lent >= p.amax(-1)[rows])
 
     def reference(self, p, q, token):
         lent = total = 0.0
@@ -171,9 +184,9 @@ class LanternPlus(Lantern):
 
     def __init__(
         self, *, k: int, lambda_: float, residual: Literal["optimal", "llamagen", "lumina"],
-        codebook: torch.Tensor,
+        codebook: torch.Tensor, greedy: bool = False,
     ):  # fmt: skip
-        self._lambda = lambda_
+        self._lambda, self.greedy = lambda_, greedy
         self._find_neighbours(k, residual, codebook)
 
     def _bound(self, p_x):

@@ -84,7 +84,7 @@ class Probe:
     ) -> Probe:  # fmt: skip
         """At most so many of the positions whose next token a model has written, drawn by the
         seed."""
-        groups = tuple(_groups(texts, positions, seed, target.device))
+        groups = tuple(groups_of(texts, positions, seed, target.device))
         chains = [greedy_chains(target, *group, depth) for group in groups]
         truth = torch.cat(chains) if chains else torch.zeros(0, depth, dtype=torch.long)
         stops = torch.isin(truth, torch.tensor(sorted(ends), dtype=torch.long, device=truth.device))
@@ -111,7 +111,7 @@ class Probe:
         return tuple(found)
 
 
-def _groups(
+def groups_of(
     texts: Sequence[Text], positions: int, seed: int, device: torch.device
 ) -> Iterator[Group]:
     """Groups of some of the texts' positions."""

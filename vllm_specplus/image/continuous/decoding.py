@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_specplus.image.continuous.acceptance import Rule, judge
+from vllm_specplus.image.continuous.acceptance import Rule, Verdict, judge
 from vllm_specplus.image.continuous.chain import (
     Chain,
     DiffusionHead,
@@ -191,7 +191,7 @@ class Speculation:
 
 @dataclass(slots=True)
 class Counts:
-    """By picture, int64 [B]."""
+    """By picture, int64 [B], but for the last two."""
 
     target_passes: torch.Tensor
     drafted: torch.Tensor
@@ -202,11 +202,39 @@ class Counts:
     """Of residuals."""
     given_up: torch.Tensor
     """Residuals that ended at the bound of proposals."""
+    judged_at: torch.Tensor
+    accepted_at: torch.Tensor
+    """int64 [length], of all pictures: drafts that were judged, and accepted, at every place in the
+    order in which a picture is drawn."""
 
     @classmethod
-    def of(cls, labels: torch.Tensor) -> Counts:
-        """Zeros, for pictures of ``labels`` int64 [B]."""
-        return cls(*(torch.zeros_like(labels) for _ in range(6)))
+    def of(cls, labels: torch.Tensor, length: int) -> Counts:
+        """Zeros, for pictures of ``labels`` int64 [B] and ``length`` latents."""
+        places = (labels.new_zeros(length) for _ in range(2))
+        return cls(*(torch.zeros_like(labels) for _ in range(6)), *places)
+
+    def add(
+        self, pictures: torch.Tensor, first: torch.Tensor, room: torch.Tensor, verdict: Verdict
+    ) -> None:
+        """What came of a pass over windows of ``room`` int64 [P] drafts, from place ``first`` int64
+        [P] on, of ``pictures`` int64 [P]."""
+        self.target_passes[pictures] += 1
+        self.drafted[pictures] += room
+        self.accepted[pictures] += verdict.accepted
+        self.rejected[pictures] += verdict.rejected.long()
+        self.proposals[pictures] += verdict.proposals
+        self.given_up[pictures] += verdict.given_up.long()
+        judged = verdict.accepted + verdict.rejected.long()
+        offset = torch.arange(int(judged.max()), device=judged.device)
+        here = offset < judged[:, None]
+        taken = offset < verdict.accepted[:, None]
+        self.add_places((first[:, None] + offset)[here], taken[here])
+
+    def add_places(self, places: torch.Tensor, taken: torch.Tensor) -> None:
+        """Of judged drafts at ``places`` int64 [n], accepted where ``taken`` bool [n]."""
+        length = len(self.judged_at)
+        self.judged_at += torch.bincount(places, minlength=length)
+        self.accepted_at += torch.bincount(places[taken], minlength=length)
 
     @property
     def acceptance(self) -> float:
@@ -252,7 +280,7 @@ def decode_speculative(
     length = settings.length
     sessions = target.begin(labels, length), draft.begin(labels, length)
     latents = torch.zeros_like(noise.start)
-    done, counts = torch.zeros_like(labels), Counts.of(labels)
+    done, counts = torch.zeros_like(labels), Counts.of(labels, length)
     while (active := (done < length).nonzero()[:, 0]).numel():
         # The target's own latent ends every pass, so one less than is missing is drafted.
         room = (length - done - 1).clamp(max=speculation.window)
@@ -273,12 +301,7 @@ def decode_speculative(
             done[active], speculation.rule,
         )  # fmt: skip
         latents[active, done[active] + verdict.accepted] = verdict.latent
-        counts.target_passes[active] += 1
-        counts.drafted[active] += room
-        counts.accepted[active] += verdict.accepted
-        counts.rejected[active] += verdict.rejected.long()
-        counts.proposals[active] += verdict.proposals
-        counts.given_up[active] += verdict.given_up.long()
+        counts.add(active, done[active], room, verdict)
         done[active] += verdict.accepted + 1
         for session in sessions:
             session.keep(done)

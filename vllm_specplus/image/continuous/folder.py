@@ -15,7 +15,7 @@ from vllm_specplus.image.continuous.causal import MODEL_TYPE, CausalLatents
 from vllm_specplus.image.continuous.chain import Schedule
 from vllm_specplus.image.continuous.masked import MaskedLatents
 from vllm_specplus.image.continuous.vae import KLDecoder, LatentVAE, load_vae
-from vllm_specplus.image.quality import DigitClassifier, Gaussian
+from vllm_specplus.image.quality import Gaussian, PictureClassifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class LatentsFolder:
     target: CausalLatents | MaskedLatents
     draft: CausalLatents | MaskedLatents
     vae: LatentVAE | KLDecoder
-    classifier: DigitClassifier | None
+    classifier: PictureClassifier | None
     reference: Gaussian | None
 
     @property
@@ -68,6 +68,6 @@ class LatentsFolder:
         target, draft = kind.load(folder), kind.load(folder / "draft")
         return cls(
             target=target, draft=draft, vae=load_vae(shared),
-            classifier=DigitClassifier.load(shared) if judged else None,
+            classifier=PictureClassifier.load(shared) if judged else None,
             reference=Gaussian.load(shared) if judged else None,
         )  # fmt: skip

@@ -311,7 +311,7 @@ def decode_masked_speculative(
     Pictures wait for each other in ``shared``, and go at their own pace in ``own``."""
     run = Run(labels, seeds, settings, iterations, guidance)
     latents = torch.zeros_like(run.noise.start)
-    done, counts = torch.zeros_like(labels), Counts.of(labels)
+    done, counts = torch.zeros_like(labels), Counts.of(labels, settings.length)
     while (done < iterations).any():
         # Pictures at the same iteration see as many latents: one pass for all of them.
         start = int(done.min())
@@ -361,6 +361,7 @@ def _judge(run: Run, latents, pictures, positions, q: Chain, p: Chain, rule: Rul
     picture = pictures[:, None].expand_as(positions).flatten()
     position = positions.flatten()
     wrong = (~taken).nonzero()[:, 0]
+    counts.add_places(run.rank[picture, position], taken)
     counts.accepted += torch.bincount(picture[taken], minlength=len(latents))
     counts.rejected += torch.bincount(picture[wrong], minlength=len(latents))
     if len(wrong):
