@@ -15,7 +15,15 @@ from vllm_specplus.config import parse
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.samplers.judge import head_size
 from vllm_specplus.training import run as run_module
-from vllm_specplus.training.recipes import distill, eagle, eagle3, judge, layerskip, long_draft
+from vllm_specplus.training.recipes import (
+    dflash,
+    distill,
+    eagle,
+    eagle3,
+    judge,
+    layerskip,
+    long_draft,
+)
 from vllm_specplus.training.run import Options, run
 from vllm_specplus.training.texts import Text, to_line
 
@@ -32,6 +40,8 @@ RUNS = {
     "judge": ("judge", {}, judge.Judge),
     "eagle": ("eagle", {}, eagle.EagleRecipe),
     "eagle3": ("eagle3", {"draft_vocabulary": 30, "noise": 0.1}, eagle3.Eagle3Recipe),
+    "dflash": ("dflash", {"draft_vocabulary": 30, "block": 4}, dflash.DFlashRecipe),
+    "dflash glancing": ("dflash", {"glancing": True, "loss": "forward_kl"}, dflash.DFlashRecipe),
     "long_draft": ("long_draft", {"reach": 2000, "window": 9}, long_draft.LongDraftRecipe),
 }  # fmt: skip
 
@@ -109,6 +119,8 @@ def check_result(result: Path, name: str) -> None:
         method = {"method": "early_exit", "exit_layers": [1]}
         assert parse(method).exit_layers == [1]
         assert DraftModel(str(result), torch.device("cpu"), torch.float32).num_layers == 2
+    elif name.startswith("dflash"):
+        assert parse({"method": "block_tree", "model": str(result)}).folder == str(result)
     elif name == "long_draft":
         assert parse({"method": "long_draft", "model": str(result)}).model == str(result)
     elif name.startswith("eagle"):

@@ -11,7 +11,7 @@ from vllm_specplus.training.errors import TrainingError
 #: Name -> module; see ``training/recipe.py`` for what is in one.
 RECIPES = {
     name: f"{__name__}.{name}"
-    for name in ("distill", "eagle", "eagle3", "judge", "layerskip", "long_draft")
+    for name in ("dflash", "distill", "eagle", "eagle3", "judge", "layerskip", "long_draft")
 }
 
 
