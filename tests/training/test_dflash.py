@@ -63,7 +63,10 @@ def rng(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize(
     ("dtype", "keys"),
-    [(torch.float32, {}), (torch.bfloat16, {"glancing": True}), (torch.float32, {"learn_mask": False})],
+    [
+        (torch.float32, {}), (torch.bfloat16, {"glancing": True}),
+        (torch.float32, {"learn_mask": False}),
+    ],
     ids=["float32", "bfloat16-glancing", "mask-of-the-target"],
 )  # fmt: skip
 def test_a_tiny_head_learns_its_target(target, answers, dtype, keys):
@@ -109,9 +112,8 @@ def naive_loss(recipe, batch: Batch, anchors: torch.Tensor, loss: str) -> torch.
                 if loss == "hard_ce":
                     total = total - (weight * log_q[known.index(token)] if token in known else 0)
                 else:
-                    p = recipe.target.output(states.last[row, anchor + depth - 1])[known].softmax(
-                        -1
-                    )
+                    before = states.last[row, anchor + depth - 1]
+                    p = recipe.target.output(before)[known].softmax(-1)
                     total = total + weight * (p * (p.log() - log_q)).sum()
     return total / weights
 
