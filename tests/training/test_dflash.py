@@ -220,8 +220,9 @@ def test_what_is_written_is_the_head_that_was_trained(tmp_path, trained, answers
         torch.testing.assert_close(own, expected, **CLOSE)
         laws = run.draft(rows, np.arange(1), tokens[:, anchor], np.array([anchor + 1]), 40)
         for depth, logits in enumerate(own):
-            order = np.argsort(laws.tokens[0, depth])
-            given = torch.from_numpy(laws.given[0, depth, 0])[order]
+            # By the tokens' ids, as the logits are.
+            order = np.argsort(laws.tokens[0, depth][laws.order[0, depth, 0]])
+            given = torch.from_numpy(laws.given[0, depth, 0][order])
             torch.testing.assert_close(given, logits.log_softmax(-1).detach(), **CLOSE)
 
 

@@ -35,7 +35,8 @@ def draw_anchors(learn: Tensor, share: float, most: int, rng: torch.Generator) -
 
 def all_anchors(learn: Tensor) -> Tensor:
     """int64 [B, A]: all positions of ``learn`` bool [B, n] in ascending order, -1 behind them."""
-    return _first(learn.long().argsort(1, descending=True, stable=True), learn.sum(1))
+    order = learn.long().argsort(dim=1, descending=True, stable=True)
+    return _first(order, learn.sum(1))
 
 
 def _first(order: Tensor, counts: Tensor) -> Tensor:
