@@ -141,7 +141,7 @@ def test_real_trained_parameters_are_those_it_says(tmp_path):
     """Of the recipes that train a part of a tiny target, but for norms and biases."""
     save_draft(tmp_path, layers=4, vocab=96)
     setup = Setup(torch.float32, torch.device("cpu"), 0, texts())
-    for name in ("distill", "eagle", "eagle3", "layerskip", "long_draft"):
+    for name in ("dflash", "distill", "eagle", "eagle3", "layerskip", "long_draft"):
         module = recipe_file(name)
         recipe = module.build(tmp_path, module.Settings(), setup)
         trained = sum(p.numel() for p in recipe.parameters())

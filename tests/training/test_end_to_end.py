@@ -18,6 +18,7 @@ from vllm_specplus.training.curve import Curve
 ROOT = Path(__file__).parents[2]
 #: How each result is named to the engine.
 SERVED = {
+    "dflash": {"method": "block_tree", "model": "result"},
     "distill": {"method": "draft_tree", "model": "result"},
     "eagle": {"method": "eagle_tree", "model": "result"},
     "eagle3": {"method": "eagle_tree", "model": "result"},

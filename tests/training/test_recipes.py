@@ -19,6 +19,7 @@ from vllm_specplus.samplers.judge import head_size
 from vllm_specplus.training import run as run_module
 from vllm_specplus.training.recipes import (
     acceptance_head,
+    dflash,
     distill,
     eagle,
     eagle3,
@@ -50,6 +51,8 @@ RUNS = {
         "acceptance_head", {"draft": DRAFT, "blocks": 1}, acceptance_head.AcceptanceHeadRecipe,
     ),
     "spec_ee": ("spec_ee", {"draft": DRAFT, "inner": 8, "static": 1}, spec_ee.SpecEeRecipe),
+    "dflash": ("dflash", {"draft_vocabulary": 30, "block": 4}, dflash.DFlashRecipe),
+    "dflash glancing": ("dflash", {"glancing": True, "loss": "forward_kl"}, dflash.DFlashRecipe),
     "long_draft": ("long_draft", {"reach": 2000, "window": 9}, long_draft.LongDraftRecipe),
     "router": ("router", {}, router.Router),
     "router's head": ("router", {"learn": "head", "balance": False}, router.Router),
@@ -138,6 +141,8 @@ def check_result(result: Path, name: str) -> None:
         method = {"method": "early_exit", "exit_layers": [1]}
         assert parse(method).exit_layers == [1]
         assert DraftModel(str(result), torch.device("cpu"), torch.float32).num_layers == 2
+    elif name.startswith("dflash"):
+        assert parse({"method": "block_tree", "model": str(result)}).folder == str(result)
     elif name == "long_draft":
         assert parse({"method": "long_draft", "model": str(result)}).model == str(result)
     elif name.startswith("eagle"):

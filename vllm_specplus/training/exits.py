@@ -15,11 +15,6 @@ from vllm_specplus.training.losses import Loss
 from vllm_specplus.training.slices import RowsOf, gradient_in_slices
 
 
-def even_weights(exits: Sequence[int]) -> list[float]:
-    """SoFT's: all count alike."""
-    return [1 / len(exits)] * len(exits)
-
-
 def layer_weights(exits: Sequence[int], layers: int, scale: float) -> list[float]:
     """LayerSkip's (equation 6), of exits after so many of ``layers`` layers, ascending, the last of
     them ``layers`` itself. Earlier ones count less by the square of their depth, all of them
@@ -29,18 +24,14 @@ def layer_weights(exits: Sequence[int], layers: int, scale: float) -> list[float
     return [weight / sum(weights) for weight in weights]
 
 
-def multi_exit(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The losses [N] of all exits, each [N] times its weight."""
-    return torch.stack([w * each for w, each in zip(weights, losses, strict=True)]).sum(0)
-
-
 def backward_exits(
     states: Sequence[Tensor],
     weights: Sequence[float],
     rows_of: Callable[[int], RowsOf],
     loss: Loss,
 ) -> list[Tensor]:
-    """Runs the backward pass of the mean of :func:`multi_exit`; returns each exit's losses [N].
+    """Runs the backward pass of the sum over exits of their mean losses, each times its weight;
+    returns each exit's losses [N].
 
     ``states``: of each exit [N, hidden]; ``rows_of(exit)`` makes its rows. Logits exist by slices
     only, and the model is gone through once.

@@ -1,5 +1,5 @@
-"""Heads as they are served: the ``speculators`` format of EAGLE-3, which vLLM's loaders and
-``drafting/eagle_checkpoint.py`` read, and EAGLE's own.
+"""Heads as they are served: the ``speculators`` formats of EAGLE-3 and DFlash, which vLLM's loaders
+and those of ``drafting/`` read, and EAGLE's own.
 
 The package ``speculators`` is not asked to write it: it wants a model of its own classes, and
 dependencies that do not go with every vLLM. What it writes is a ``config.json`` and a
@@ -42,6 +42,20 @@ class Eagle3Format:
     norm_output: bool = False
 
 
+@dataclass(frozen=True)
+class DFlashFormat:
+    """What a DFlash head's ``config.json`` says beside its layers' sizes."""
+
+    draft_vocab_size: int
+    layer_ids: tuple[int, ...]
+    """As of :class:`Eagle3Format`."""
+    layers: int
+    """Its own."""
+    block_size: int
+    """Rows of a pass: the newest token, and masks."""
+    mask_token_id: int
+
+
 def layer_config(target: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a Llama layer as wide as those of ``target``, a ``config.json``.
 
@@ -62,23 +76,7 @@ def eagle_config(target: Mapping[str, Any]) -> dict[str, Any]:
 
 def eagle3_config(target: Mapping[str, Any], name: str, head: Eagle3Format) -> dict[str, Any]:
     """``config.json`` of an EAGLE-3 head for ``target``, to be found at ``name``, a folder."""
-    return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": SPECULATORS,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": head.speculative_tokens,
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
-            "default_proposal_method": "greedy",
-            "verifier": {"name_or_path": name, "architectures": target.get("architectures", [])},
-        },
+    return _speculator("eagle3", "Eagle3Speculator", target, name, head.speculative_tokens) | {
         "transformer_layer_config": layer_config(target),
         "draft_vocab_size": head.draft_vocab_size,
         "target_hidden_size": None,
@@ -88,6 +86,57 @@ def eagle3_config(target: Mapping[str, Any], name: str, head: Eagle3Format) -> d
         "fc_norm": head.fc_norm,
         "norm_output": head.norm_output,
         "embed_requires_grad": False,
+    }
+
+
+def dflash_config(target: Mapping[str, Any], name: str, head: DFlashFormat) -> dict[str, Any]:
+    """``config.json`` of a DFlash head of Qwen3 layers as wide as those of ``target``, which is to
+    be found at ``name``, a folder."""
+    heads = target["num_attention_heads"]
+    # What Qwen3's configuration would take to be other than Llama's where nothing is said.
+    sizes = {
+        "head_dim": target.get("head_dim") or target["hidden_size"] // heads,
+        "num_key_value_heads": target.get("num_key_value_heads") or heads,
+    }
+    layers = layer_config(target) | sizes | {
+        "model_type": "qwen3", "num_hidden_layers": head.layers,
+        "layer_types": ["full_attention"] * head.layers, "use_sliding_window": False,
+    }  # fmt: skip
+    return _speculator("dflash", "DFlashDraftModel", target, name, head.block_size - 1) | {
+        "transformer_layer_config": layers,
+        "draft_vocab_size": head.draft_vocab_size,
+        "target_hidden_size": None,
+        "block_size": head.block_size,
+        "mask_token_id": head.mask_token_id,
+        "aux_hidden_state_layer_ids": list(head.layer_ids),
+        "sample_from_anchor": False,
+        # vLLM reads false as causal in all layers, whether they have windows or not.
+        "sliding_window_non_causal": True,
+    }
+
+
+def _speculator(
+    kind: str, architecture: str, target: Mapping[str, Any], name: str, tokens: int
+) -> dict[str, Any]:
+    """What ``config.json`` says of a head of any kind; ``vllm serve HEAD`` drafts so many
+    ``tokens``."""
+    return {
+        "architectures": [architecture],
+        "speculators_model_type": kind,
+        "speculators_version": SPECULATORS,
+        "speculators_config": {
+            "algorithm": kind,
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": tokens,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": name, "architectures": target.get("architectures", [])},
+        },
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
@@ -96,9 +145,9 @@ def eagle3_config(target: Mapping[str, Any], name: str, head: Eagle3Format) -> d
 def write_head(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write a head into an existing folder; what is floating point as bfloat16.
 
-    ``weights`` have canonical names (``drafting/eagle_checkpoint.py``); the files have those that
-    ``speculators`` and EAGLE's authors write. Whoever wants a folder that is whole or absent hands
-    in one that is renamed afterwards.
+    ``weights`` have canonical names (``canonical`` of ``drafting/eagle_checkpoint.py`` or
+    ``block_checkpoint.py``); the files have those that ``speculators`` and the authors write.
+    Whoever wants a folder that is whole or absent hands in one that is renamed afterwards.
     """
     tensors = {
         name.replace("layer.", "layers.0.", 1) if name.startswith("layer.") else name: stored(each)

@@ -1,10 +1,11 @@
-"""EAGLE heads in training: the modules that serving runs, and what their recipes share."""
+"""Heads in training: the modules that serving runs, and what their recipes share."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,46 @@ from vllm_specplus.training.steps import Chains, ahead
 from vllm_specplus.training.texts import Text
 
 
-def check_family(folder: Path) -> None:
-    """TrainingError unless heads are served for targets like the one in ``folder``."""
+def check_family(folder: Path, heads: str = "EAGLE heads are served") -> None:
+    """TrainingError unless ``heads``, a clause, for targets like the one in ``folder``."""
     family = read_model_config(folder, "target")["model_type"]
     if family not in FAMILIES:
         raise TrainingError(
-            f"target {quoted(folder)} is of type {family!r}, and EAGLE heads are served for "
+            f"target {quoted(folder)} is of type {family!r}, and {heads} for "
             f"{', '.join(FAMILIES)}: train a small draft instead, with the recipe 'distill'"
         )
+
+
+def layer_ids(asked: list[int] | None, layers: int) -> tuple[int, ...]:
+    """The layers whose states are read, ascending as vLLM hands them over; TrainingError for ids
+    that a target of so many ``layers`` has not got, and for equal ones."""
+    if asked is None:
+        default = (2, layers // 2, layers - 3)
+        # Of few layers vLLM's choice names some twice, or none.
+        fits = len({*default}) == 3 and min(default) >= 0
+        asked = sorted(default if fits else {0, layers // 2, layers - 1})
+    if not asked or sorted({*asked}) != asked or asked[0] < 0 or asked[-1] >= layers:
+        raise TrainingError(
+            f"layers {asked}: name layers from 0 to {layers - 1}, each once and in ascending order"
+        )
+    return tuple(asked)
+
+
+@contextmanager
+def saved(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """A folder, for a while, of which serving makes a head of these."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {name: each.detach().cpu().clone().contiguous() for name, each in weights.items()}
+        save_file(kept, Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        yield folder
 
 
 def load_head(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Frozen
 ) -> EagleHead:
     """The head that serving makes of these, in float32 beside its target, to be trained."""
-    with tempfile.TemporaryDirectory() as folder:
-        kept = {name: each.detach().cpu().clone().contiguous() for name, each in weights.items()}
-        save_file(kept, Path(folder) / "model.safetensors")
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+    with saved(config, weights) as folder:
         head = EagleHead(folder, target, target.vocab_size, target.device, torch.float32)
     head.parts.requires_grad_(True)
     return head

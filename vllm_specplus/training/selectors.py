@@ -8,11 +8,6 @@ from torch import Tensor
 from vllm_specplus.training.batch import Batch
 
 
-def select_all(delta: Tensor) -> Tensor:
-    """bool [N]: everywhere."""
-    return torch.ones_like(delta, dtype=torch.bool)
-
-
 def top_quantile(delta: Tensor, keep: float) -> Tensor:
     """bool [N]: where ``delta`` [N] is in its upper share ``keep``, above 0 and at most 1.
 

@@ -13,6 +13,7 @@ RECIPES = {
     name: f"{__name__}.{name}"
     for name in (
         "acceptance_head",
+        "dflash",
         "distill",
         "eagle",
         "eagle3",

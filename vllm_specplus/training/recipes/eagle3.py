@@ -27,7 +27,6 @@ from vllm_specplus.files import read_json
 from vllm_specplus.strict import StrictModel
 from vllm_specplus.training.batch import Batch, collate
 from vllm_specplus.training.cost_model import Shape, Work
-from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.export import Eagle3Format, eagle3_config, write_head
 from vllm_specplus.training.frozen import Frozen
 from vllm_specplus.training.heads import (
@@ -36,6 +35,7 @@ from vllm_specplus.training.heads import (
     check_family,
     flat,
     last_layer,
+    layer_ids,
     load_head,
 )
 from vllm_specplus.training.losses import Rows
@@ -80,21 +80,6 @@ class Settings(StrictModel):
     kept_gb: float = 6.0
     """Main memory for the target's hidden states, which are computed once as far as they fit, and
     else anew in each epoch: four of them for a token."""
-
-
-def layer_ids(asked: list[int] | None, layers: int) -> tuple[int, ...]:
-    """The layers whose states are read, ascending as vLLM hands them over; TrainingError for ids
-    that a target of so many ``layers`` has not got, and for equal ones."""
-    if asked is None:
-        default = (2, layers // 2, layers - 3)
-        # Of few layers vLLM's choice names some twice, or none.
-        fits = len({*default}) == 3 and min(default) >= 0
-        asked = sorted(default if fits else {0, layers // 2, layers - 1})
-    if not asked or sorted({*asked}) != asked or asked[0] < 0 or asked[-1] >= layers:
-        raise TrainingError(
-            f"layers {asked}: name layers from 0 to {layers - 1}, each once and in ascending order"
-        )
-    return tuple(asked)
 
 
 class Fit(NamedTuple):

@@ -16,15 +16,12 @@ which the authors' drafts have not.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +35,7 @@ from vllm_specplus.training.cost_model import Shape, Work
 from vllm_specplus.training.errors import TrainingError
 from vllm_specplus.training.export import layer_config, write_head
 from vllm_specplus.training.frozen import Frozen
-from vllm_specplus.training.heads import at, flat, last_layer
+from vllm_specplus.training.heads import at, flat, last_layer, saved
 from vllm_specplus.training.language_model import read_model_config
 from vllm_specplus.training.losses import Rows, loss_of
 from vllm_specplus.training.measure import Measured, measure
@@ -105,16 +102,14 @@ def start_weights(target: Frozen) -> dict[str, Tensor]:
     before, behind = given["input_layernorm.weight"], given["post_attention_layernorm.weight"]
     norms = zip((*NORMS, LAST_NORM), (before, before, behind, target.norm_weight), strict=True)
     weights |= {f"{name}.weight": each for name, each in norms}
-    return {name: each.detach().float().cpu().clone() for name, each in weights.items()}
+    return {name: each.float() for name, each in weights.items()}
 
 
 def load_draft(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], target: Frozen
 ) -> LongDraft:
     """The draft that serving makes of these, in float32 beside its target, to be trained."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(dict(weights), Path(folder) / "model.safetensors")
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+    with saved(config, weights) as folder:
         draft = LongDraft(folder, target, target.device, torch.float32)
     draft.parts.requires_grad_(True)
     return draft
