@@ -33,7 +33,7 @@ from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
-from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
+from vllm_specplus.drafting.overlap_config import OverlapConfig
 from vllm_specplus.drafting.shapes import (
     Beams,
     BestFirst,
@@ -74,7 +74,7 @@ class DraftMemoryError(RuntimeError):
     """A request goes undrafted because the draft cannot hold its text."""
 
 
-class DraftTreeConfig(ShapedDraftConfig):
+class DraftTreeConfig(OverlapConfig):
     """``{"method": "draft_tree", "model": "...", ...}``."""
 
     method: Literal["draft_tree"] = "draft_tree"
@@ -105,6 +105,7 @@ class DraftTreeConfig(ShapedDraftConfig):
         return self
 
     def check_target(self, target: Target) -> None:
+        self.check_overlap(target)
         tokenizer = target.load_tokenizer()
         if self.vocabulary == "same":
             check_target(self.folder, tokenizer, target.vocab_size)
@@ -125,6 +126,11 @@ class DraftTree(Proposer):
         self.levels = config.levels()
         self._executor: Any = None  # one of the kind that :meth:`_make_executor` makes
 
+    @property
+    def most_nodes(self) -> int:
+        """Of one request, in a round of drafting."""
+        return sum(self.levels)
+
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         model = self._make_model(device, dtype)
         slot = 2 * model.num_layers * model.kv_heads * model.head_dim * dtype.itemsize
@@ -142,7 +148,7 @@ class DraftTree(Proposer):
 
     def _make_executor(self, model: Any, max_slots: int) -> DraftExecutor:
         model.quicken()
-        return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
+        return DraftExecutor(model, max_slots, self.most_nodes, self.services.record)
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         # Of the last level's nodes nobody asks.

@@ -83,7 +83,7 @@ class EasySpec(DraftTree):
     def _make_executor(self, model: DraftModel, max_slots: int) -> LayerParallelExecutor:
         size, shards = self.config.group_size, self.config.shards
         model.keep_attention(layers_of(0, model.num_layers, size, shards), mlps=True)
-        executor = LayerParallelExecutor(model, max_slots, sum(self.levels), size)
+        executor = LayerParallelExecutor(model, max_slots, self.most_nodes, size)
         if shards > 1:
             dtype = str(model.dtype).removeprefix("torch.")
             self._plan = Plan(self.config.folder, dtype, executor.cache.pages, size, shards)
