@@ -98,8 +98,8 @@ def sample(process: Alone, rule: str, batch: int, fresh: bool) -> tuple[list, in
             max_nodes=np.where(going_on, sum(process.drafter.levels), 0).astype(np.int32),
             versions=np.array(seeds),
         )  # fmt: skip
-        # Two of three steps that were not foreseen do not wait, as it would be by the clock.
-        price = -1.0 if draws.initial_seed() % 3 == 0 or fresh is False else REQUESTS * 0.55
+        # In every other batch steps wait only where more than half were not foreseen.
+        price = REQUESTS / 2 if fresh and batch % 2 else -1.0
         answer = process.ask(step, price=price)
         foreseen += int((answer.arrays["foreseen"] & going_on).sum())
         rows, probs = as_rows(step, answer)
