@@ -30,7 +30,7 @@ FLOORS = (
     ),
     ("kernels", "retrieval", "control", "samplers"),
     ("drafting", "image", "config"),
-    ("proposer", "proposers"),
+    ("proposer", "proposers", "overlap"),
     ("engine", "speculative_config"),
     ("plugin",),
     ("training", "bench", "cli", "testing"),

@@ -47,6 +47,8 @@ COUNTERS = {
     "requests_above_target": "Requests that took longer per token than their target.",
     "memory_guard_trims": "Drafts shortened because cache blocks or token budget ran short.",
     "draft_group_rebuilds": "Times the processes of a layer-parallel draft were started anew.",
+    "outcomes_foreseen": "Requests whose trees were drafted during the step before.",
+    "late_drafts": "Steps whose drafts were not there when waiting for them ended.",
     "draft_layer_changes": "Times self-speculation chose other layers of the target.",
     "texts_beyond_head": "Requests left undrafted in a step, since the draft has fewer positions.",
     "rested_sources": "Times a source of rasd was not asked, since it took more than it brought.",

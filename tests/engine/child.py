@@ -199,14 +199,15 @@ def main(job_path: str, out_path: str) -> None:
             assert answer.items() >= batch["control"].items(), answer
         if batch.get("await_rebuild"):
             _await_rebuild(llm)
-        if batch.keys() & {"await_rebuild", "kill_owner_at", "end_process"}:
+        if batch.keys() & {"await_rebuild", "kill_owner_at", "stop_owner_at", "end_process"}:
             owners.append(llm.collective_rpc(_owners)[0])
         if "end_process" in batch:
             end = (batch["end_process"], signal.SIGTERM)
             llm.collective_rpc(_signal_at_draft, args=(*end, batch["end_at"]))
-        if "kill_owner_at" in batch:
-            kill = (owners[-1][0], signal.SIGKILL)
-            llm.collective_rpc(_signal_at_draft, args=(*kill, batch["kill_owner_at"]))
+        for key, number in (("kill_owner_at", signal.SIGKILL), ("stop_owner_at", signal.SIGSTOP)):
+            if key in batch:
+                end = (owners[-1][0], number)
+                llm.collective_rpc(_signal_at_draft, args=(*end, batch[key]))
         if "fail_at" in batch:
             llm.collective_rpc(_fail_at, args=(batch["fail_at"],))
         if "apart_at" in batch:
@@ -317,7 +318,8 @@ def _await_rebuild(llm):
 
 
 def _owners(worker):
-    return worker.model_runner.drafter.proposer._placement.pids()
+    proposer = worker.model_runner.drafter.proposer
+    return getattr(proposer, "_placement", proposer).pids()
 
 
 def _slots(worker):

@@ -37,7 +37,7 @@ def run(
     * "pause": wait so many seconds; "await_rebuild": until a layer-parallel draft has new processes
     * "truncate": that file is cut short; "renew": the engine forgets all, see ``engine.renewal``
     * "kill_owner_at": a process of that draft is killed when the draft of that number is asked
-      for; "end_process": that one, at the draft "end_at"
+      for, "stop_owner_at": stopped; "end_process": that one, at the draft "end_at"
     * "fail_at": drafting with the target's layers fails at these drafts, "apart_at": within them
     * "weights": the folder of a model whose weights the engine takes from now on
     * "adapters": the folder of each request's LoRA adapter, None for none

@@ -252,6 +252,7 @@ class OverlappedDraft(Proposer):
         answer = self._await(start + self._pace.limit(depth))
         if answer is None:
             self._channel.send(UNDRAFTED, number=self._number)
+            self.services.count("late_drafts")
             return None
         self._learn(step, answer)
         drafts = self._batch(answer)
@@ -304,6 +305,8 @@ class OverlappedDraft(Proposer):
         ):
             if wanted and name in self._verified:
                 self._pace.answered(bool(foreseen), self._verified[name])
+            if foreseen:
+                self.services.count("outcomes_foreseen")
 
     def _batch(self, answer: Message) -> DraftBatch:
         """An answer as drafts."""
