@@ -29,7 +29,7 @@ def cores_of(text: str) -> set[int]:
 class OverlapConfig(ShapedDraftConfig):
     """Drafting while the target verifies: PEARL (arXiv 2408.11850), extended to trees."""
 
-    overlap: bool | Literal["paper"] = False
+    overlap: Literal[False, True, "paper"] = False
     """Does the draft go on, on devices of its own, while the target verifies? ``"paper"``: as PEARL
     does it, below one outcome, and without ever waiting for a draft that was not foreseen."""
     draft_cores: str | None = None
