@@ -131,9 +131,13 @@ class OverlappedDraft(Proposer):
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         self._pages, self._teller = (pages, page, max_requests), StepTeller(page)
-        assert self._process is not None
-        self._process.channel.send(SHARE, pages=self._pages)
-        self._ready(self._process)
+        process = self._process
+        assert process is not None
+        try:
+            process.channel.send(SHARE, pages=self._pages)
+            self._ready(process)
+        except ChannelClosed as error:
+            raise PlacementError(process.ended() or str(error)) from error
 
     def pids(self) -> list[int]:
         """Of the draft's process, on this machine."""
@@ -191,9 +195,7 @@ class OverlappedDraft(Proposer):
                 return False
             self._starting = None
             if self._failed:
-                raise self._lose(
-                    "the draft's process could not be started anew, and is tried again"
-                )
+                raise self._lose("the draft's process did not start, and is started once more")
         process = self._process
         if process is None:
             return False

@@ -75,6 +75,7 @@ class DraftLoop:
         self.drafter.load_draft(self._device, dtype)
         self.drafter.warm_up()
 
+    @torch.inference_mode()
     def run(self) -> None:
         """Serve until the engine is gone."""
         threading.Thread(target=self._beat, daemon=True).start()
@@ -213,7 +214,6 @@ def _distributions(trees: list[DraftedTree]) -> tuple[np.ndarray, torch.Tensor |
     return np.concatenate(rows or [[]]), torch.cat(parts) if parts else None
 
 
-@torch.inference_mode()
 def serve(channel: Channel, device: torch.device, **about: Any) -> None:
     """A draft's life, from its :data:`LOAD` on. ``about``: told when it is ready."""
     loop = DraftLoop(channel, device)
