@@ -28,10 +28,12 @@ from vllm_specplus.config import parse
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel
 from vllm_specplus.drafting.ray_owners import PlacementError
-from vllm_specplus.overlap import home
+from vllm_specplus.overlap import keeper
 from vllm_specplus.overlap.channel import Channel
-from vllm_specplus.overlap.home import DraftFault, DraftProcessLost, OverlappedDraft
+from vllm_specplus.overlap.home import OverlappedDraft
+from vllm_specplus.overlap.keeper import DraftFault, DraftProcessLost
 from vllm_specplus.overlap.loop import LOAD, READY, serve
+from vllm_specplus.overlap.pace import Pace
 from vllm_specplus.overlap.vocabulary import told
 from vllm_specplus.proposer import Services
 from vllm_specplus.step import bare_step
@@ -107,8 +109,8 @@ def started(config: dict, services: Services) -> OverlappedDraft:
 @pytest.fixture
 def threads(monkeypatch):
     """A process that is waited for however busy the machine is."""
-    monkeypatch.setattr(home, "LocalProcess", ThreadProcess)
-    monkeypatch.setattr(home.Pace, "limit", lambda self, depth: 30.0)
+    monkeypatch.setattr(keeper, "LocalProcess", ThreadProcess)
+    monkeypatch.setattr(Pace, "limit", lambda self, depth: 30.0)
 
 
 class Target:
@@ -235,8 +237,8 @@ def silent(channel: Channel, device: torch.device, **about) -> None:
 
 def test_a_process_that_does_not_answer_is_waited_for_once(monkeypatch, counted, draft, other):
     """As long as drafting would take; then not at all, until it is taken for lost."""
-    monkeypatch.setattr(home, "LocalProcess", lambda cores: ThreadProcess(cores, silent))
-    monkeypatch.setattr(home, "LOST_SECONDS", 0.5)
+    monkeypatch.setattr(keeper, "LocalProcess", lambda cores: ThreadProcess(cores, silent))
+    monkeypatch.setattr(keeper, "LOST_SECONDS", 0.5)
     target, drafter = Target(other), started(config_of(draft), counted.services())
     drafter._pace.passed(0.05)
     waits, awaited = [], drafter._await
@@ -272,8 +274,8 @@ def test_a_process_that_works_on_an_answer_is_not_lost(monkeypatch, counted, dra
                 elif message.kind in (LOAD, "share"):
                     channel.send(READY, **about)
 
-    monkeypatch.setattr(home, "LocalProcess", lambda cores: ThreadProcess(cores, busy))
-    monkeypatch.setattr(home, "LOST_SECONDS", 0.3)
+    monkeypatch.setattr(keeper, "LocalProcess", lambda cores: ThreadProcess(cores, busy))
+    monkeypatch.setattr(keeper, "LOST_SECONDS", 0.3)
     drafter = started(config_of(draft), counted.services())
     drafter._pace.passed(0.001)
     try:
@@ -282,7 +284,7 @@ def test_a_process_that_works_on_an_answer_is_not_lost(monkeypatch, counted, dra
             decoding.step()
             time.sleep(0.1)
         assert decoding.lost == 0
-        monkeypatch.setattr(home, "HUNG_SECONDS", 0.2)
+        monkeypatch.setattr(keeper, "HUNG_SECONDS", 0.2)
         decoding.step()
         assert decoding.lost == 1
     finally:
@@ -295,7 +297,7 @@ def test_a_process_that_ends_is_started_anew(threads, monkeypatch, counted, draf
         decoding = Decoding(target, drafter, PROMPTS)
         for _ in range(3):
             decoding.step()
-        drafter._process.there.close()
+        drafter._keeper.process.there.close()
         deadline = time.monotonic() + 20
         while not decoding.lost and time.monotonic() < deadline:
             decoding.step()
@@ -411,7 +413,7 @@ def test_a_killed_or_stopped_process_costs_drafts_and_nothing_else(
     monkeypatch, counted, draft, number
 ):
     """Same text, in bounded time; another process is started, and none is left."""
-    monkeypatch.setattr(home, "LOST_SECONDS", 1.0)
+    monkeypatch.setattr(keeper, "LOST_SECONDS", 1.0)
     target, drafter = Target(draft), started(config_of(draft), counted.services())
     pids = drafter.pids()
     try:
@@ -440,7 +442,7 @@ def test_a_killed_or_stopped_process_costs_drafts_and_nothing_else(
 def test_a_process_ends_with_its_engine(counted, draft):
     """Whose end of the channel goes away, however it ends."""
     drafter = started(config_of(draft), counted.services())
-    process = drafter._process
+    process = drafter._keeper.process
     process.channel.close()
     assert process._process.wait(20) == 0
     drafter.close()

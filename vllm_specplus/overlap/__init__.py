@@ -7,7 +7,8 @@ there when the step ends.
     engine's process                                draft's process
     home.py      a Proposer: asks, waits, returns   loop.py      takes steps, answers
     pace.py      is waiting worth it, how long      rounds.py    trees below texts and outcomes
-    process.py   starts it and knows its end        outcomes.py  which outcomes are most probable
+    keeper.py    starts it, anew if it is lost      outcomes.py  which outcomes are most probable
+    process.py   where it runs, and how it ends
 
     messages.py, channel.py   what both say, and how it travels; steps.py: a step as it is told
 
