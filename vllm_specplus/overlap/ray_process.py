@@ -21,7 +21,6 @@ from vllm_specplus.drafting.ray_owners import (
     connect,
     environment,
     gpu_id,
-    placements,
     watch,
 )
 
@@ -46,14 +45,25 @@ class Draft:
 
 
 def start(order: Order, where: dict[str, Any]) -> tuple[list, list]:
-    """Start the actor: references that keep it alive, and what it runs."""
+    """Reserve a device and start the actor there: references that keep it alive, and what it
+    runs."""
     import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    (options,) = placements(order)
+    bundle = placement_group([{order.resource: 1}])
+    if not bundle.wait(order.reserve_seconds):
+        there = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        raise PlacementError(
+            f"'overlap' asks for a {order.resource} that is free for the draft, and the Ray "
+            f"cluster has {there or 'none'} left: free one, or remove the key"
+        )
     actor = ray.remote(Draft).options(
-        runtime_env={"env_vars": environment(order, 0)}, **options
+        runtime_env={"env_vars": environment(order, 0)},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(bundle),
+        **{"num_cpus": 0} | {f"num_{order.resource.lower()}s": 1},
     ).remote()  # fmt: skip
-    return [actor], [actor.run.remote(where["host"], where["port"], where["token"])]
+    return [bundle, actor], [actor.run.remote(where["host"], where["port"], where["token"])]
 
 
 def main() -> None:
@@ -65,7 +75,7 @@ def main() -> None:
     order, where = Order.load(sys.argv[1]), json.loads(sys.stdin.readline())
     try:
         connect(order.address)
-        _actors, runs = start(order, where)
+        _kept, runs = start(order, where)
         watch(runs)
     except PlacementError as error:
         print(json.dumps({"failed": str(error)}), file=answers)
