@@ -1,4 +1,4 @@
-"""Where a draft's process runs: what is refused, how one that Ray places is reached, and its end."""
+"""Where a draft's process runs, what is refused, and how one that Ray places is reached."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ when it does.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -108,7 +109,8 @@ class RayProcess(_Child):
             )  # fmt: skip
             where = {"host": _host(), "port": listener.getsockname()[1], "token": token}
             try:
-                self._process.stdin.write(json.dumps(where) + "\n")
+                with contextlib.suppress(BrokenPipeError):  # it has failed, and says why
+                    self._process.stdin.write(json.dumps(where) + "\n")
                 self.channel = Channel(self._accept(listener, token.encode()))
             except BaseException:
                 self.close()
@@ -147,7 +149,8 @@ class RayProcess(_Child):
         return None if self._process.poll() is None else self._failure()
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         super().close()
         self._process.stdout.close()
 
