@@ -52,7 +52,7 @@ def step_of(texts: list, temperature: float = 0.0, nodes: int = NODES) -> StepCo
 
 def made(config: dict, services: Services | None = None, ahead: bool = True):
     proposer = registry.method_class(config["method"])
-    parsed = parse(config | (OWN if ahead else {}))
+    parsed = parse((OWN if ahead else {}) | config)
     drafter = (overlapped(proposer) if ahead else proposer)(parsed, services or Services(VOCAB))
     drafter.load_draft(CPU, torch.float32)
     return drafter
