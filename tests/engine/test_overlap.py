@@ -83,9 +83,8 @@ def test_what_one_request_will_say_is_foreseen(tmp_path, tiny_engine, tiny_model
     result = harness.run(tmp_path, tiny_engine | config, [{"requests": requests}] * 2, env=APART)
     without = spec(tiny_model, overlap=False)
     del without["draft_cores"]
-    alone = harness.run(
-        tmp_path, tiny_engine | {"speculative_config": without}, [{"requests": requests}] * 2
-    )
+    alone = {"speculative_config": without}
+    alone = harness.run(tmp_path, tiny_engine | alone, [{"requests": requests}] * 2, env=APART)
     assert harness.ids(result) == harness.ids(alone)
     assert result["counters"]["outcomes_foreseen"] > 10
     assert result["counters"]["draft_failures"] == 0

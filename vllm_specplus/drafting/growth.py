@@ -43,7 +43,6 @@ class Growth:
         requests: torch.Tensor | slice = active
         if count == len(self._length):
             requests = slice(None)  # all: without copies
-        depth = torch.zeros_like(parents, dtype=torch.int32)
         for _ in range(generations):
             above = self._depth[requests].gather(1, parents.clamp(min=0))
             depth = torch.where(parents < 0, 0, above + 1)
