@@ -124,10 +124,11 @@ class Alone:
 
     def work(self) -> None:
         """Until nothing is left to do."""
-        while self.loop._hear(0):
-            pass
-        with torch.inference_mode():
-            self.loop._serve()
+        while self.channel.to_hear or self.loop._said:
+            while self.loop._hear(0):
+                pass
+            with torch.inference_mode():
+                self.loop._serve()
 
     def ask(self, step: StepContext, **keys: Any) -> Message:
         """What is answered to a step; the process has gone on when this returns."""
