@@ -27,6 +27,7 @@ from vllm_specplus import overlap, registry
 from vllm_specplus.config import parse
 from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.model import DraftModel
+from vllm_specplus.drafting.noise import DRAFTS, VERDICTS, stream
 from vllm_specplus.drafting.ray_owners import PlacementError
 from vllm_specplus.overlap import keeper
 from vllm_specplus.overlap.channel import Channel
@@ -312,6 +313,21 @@ def test_a_process_that_ends_is_started_anew(threads, monkeypatch, counted, draf
     finally:
         drafter.close()
     assert counted.errors == []
+
+
+def test_a_process_that_is_started_anew_draws_by_other_numbers(threads, counted, draft):
+    """Its predecessor's have decided texts that go on. Nor are they those of the verdicts."""
+    drafter = started(config_of(draft), counted.services())
+    try:
+        seeds = [torch.initial_seed()]
+        seeds += [drafter._keeper._told()[1]["seed"] for _ in range(3)]
+    finally:
+        drafter.close()
+    firsts = set()
+    for seed in seeds:
+        torch.manual_seed(seed)
+        firsts |= {float(torch.rand(1, generator=stream(n, CPU))) for n in (DRAFTS, VERDICTS)}
+    assert len(firsts) == 2 * len(seeds)
 
 
 def test_a_draft_that_cannot_be_loaded_ends_the_start(threads, counted, draft, tmp_path):

@@ -10,6 +10,7 @@ undrafted while another one is started, and that reads their texts again.
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -26,6 +27,11 @@ from vllm_specplus.overlap.vocabulary import told
 from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.step import DEPTHS, StepContext
 from vllm_specplus.tree import DraftBatch
+
+#: Between the seeds of a draft's processes, of which one that is started anew must not draw again by
+#: the numbers of the one before. It is none of the multiples by which ``noise.stream`` tells streams
+#: apart.
+_APART = 0xD1342543DE82EF95
 
 
 class OverlappedDraft(Proposer):
@@ -53,7 +59,7 @@ class OverlappedDraft(Proposer):
     # -- the process --------------------------------------------------------------------
 
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device = device
+        self._device, starts = device, itertools.count()
 
         def load() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             arrays: dict[str, np.ndarray] = {}
@@ -64,7 +70,7 @@ class OverlappedDraft(Proposer):
                 "config": self.config.model_dump(exclude_unset=True, by_alias=True),
                 "vocab_size": services.vocab_size, "fingerprint": services.fingerprint,
                 "vocabulary": vocabulary, "dtype": str(dtype).removeprefix("torch."),
-                "seed": torch.initial_seed(), "record": services.record is not None,
+                "seed": (torch.initial_seed() + next(starts) * _APART) % 2**63, "record": services.record is not None,
             }  # fmt: skip
 
         self._keeper = Keeper(self.config, device, self.services, load)
