@@ -28,9 +28,9 @@ from vllm_specplus.proposer import Proposer, Services
 from vllm_specplus.step import DEPTHS, StepContext
 from vllm_specplus.tree import DraftBatch
 
-#: Between the seeds of a draft's processes, of which one that is started anew must not draw again by
-#: the numbers of the one before. It is none of the multiples by which ``noise.stream`` tells streams
-#: apart.
+#: Between the seeds of a draft's processes: one that is started anew must not draw again by the
+#: numbers of the one before. It is none of the multiples that tell streams apart in
+#: ``noise.stream``.
 _APART = 0xD1342543DE82EF95
 
 
@@ -70,7 +70,8 @@ class OverlappedDraft(Proposer):
                 "config": self.config.model_dump(exclude_unset=True, by_alias=True),
                 "vocab_size": services.vocab_size, "fingerprint": services.fingerprint,
                 "vocabulary": vocabulary, "dtype": str(dtype).removeprefix("torch."),
-                "seed": (torch.initial_seed() + next(starts) * _APART) % 2**63, "record": services.record is not None,
+                "seed": (torch.initial_seed() + next(starts) * _APART) % 2**63,
+                "record": services.record is not None,
             }  # fmt: skip
 
         self._keeper = Keeper(self.config, device, self.services, load)
