@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-HEADS, KV_HEADS, DIM = 4, 2, 16
+HEADS, KV_HEADS, DIM = 4, 2, 32
 HIDDEN, MLP, EPS, THETA = 64, 96, 1e-6, 10000.0
 MASK = 3
 GROUP, CANDIDATES = 8, 7

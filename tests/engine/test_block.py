@@ -349,23 +349,17 @@ def test_a_head_for_another_target_is_refused_before_the_start(tmp_path, engine)
         harness.run(tmp_path, engine | config, [{"requests": []}])
 
 
-@pytest.mark.parametrize(
-    ("kind", "own"),
-    [
-        ("dflash", {"method": "dflash"}),
-        ("peagle-llama", {"method": "eagle3", "parallel_drafting": True}),
-        ("peagle-qwen3", {"method": "eagle3", "parallel_drafting": True}),
-    ],
-)
-def test_chains_are_accepted_exactly_as_those_of_vllms_own_heads(tmp_path, kind, own):
+# Not of DFlash: on a CPU vLLM's own drafts other tokens than its formulas in some steps, where ours
+# drafts theirs (tests/drafting/test_block_heads.py).
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_chains_are_accepted_exactly_as_those_of_vllms_own_p_eagle(tmp_path, family):
     """By position, over 1,600 tokens, with random heads: so the drafts are the same."""
     target = build_model(tmp_path / "target", 64, 0.12)
-    keys = {"hidden": HIDDEN, "writer": "authors", "spread": 0.08}
-    if kind == "dflash":
-        head = save_block(tmp_path / "head", kind, 64, target=HIDDEN, **keys)
-    else:
-        family = kind.partition("-")[2]
-        head = save_parallel(tmp_path / "head", 64, family=family, depth=3, head_dim=DIM, **keys)
+    head = save_parallel(
+        tmp_path / "head", 64, family=family, depth=3, head_dim=DIM, hidden=HIDDEN,
+        writer="authors", spread=0.08,
+    )  # fmt: skip
+    own = {"method": "eagle3", "parallel_drafting": True}
     engine = {
         "model": target, "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
         "max_model_len": 256, "enable_prefix_caching": False, "disable_log_stats": False,

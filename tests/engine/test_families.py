@@ -107,8 +107,8 @@ def test_family(tmp_path, name):
     for spec in specs:
         spec["control"] = {"policy": "fixed"}
         pages = int(PAGES * GROUPS.get(name, 1)) * (2 if name in LATENTS else 1)  # of 16 tokens
-        if spec["method"] == "layer_skip":  # one table for all layers
-            pages = PAGES
+        if spec["method"] in ("layer_skip", "eagle_tree"):  # one table for all layers
+            pages = PAGES * (2 if name in LATENTS else 1)
         changed = engine | {"num_gpu_blocks_override": pages, "speculative_config": spec}
         if spec["method"] == "layer_skip" and name not in folders.LAYERS_APART:
             with pytest.raises(RuntimeError, match=REFUSED):

@@ -70,7 +70,12 @@ class Rows:
             len(self.positions), *self.table.shape, len(self.depths), related, self.most_rows,
             self.reach,
         )  # fmt: skip
-        return sizes, torch.cat([each.view(torch.uint8).flatten() for each in self.tensors])
+        # Copies: a single number of any stride passes for contiguous, but not to be read as bytes.
+        raw = [
+            each.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+            for each in self.tensors
+        ]
+        return sizes, torch.cat(raw)
 
     @classmethod
     def received(

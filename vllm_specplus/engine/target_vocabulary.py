@@ -9,6 +9,7 @@ middle of a draft would cost more than it computes.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,12 @@ from vllm.model_executor.models import supports_multimodal
 
 from vllm_specplus.drafting.model import DraftModelError
 
-#: How vLLM's models name their embedding.
-_EMBEDDINGS = ("embed_tokens", "embedding")
+#: How vLLM's models name what is between their embedding and the output layer, and the embedding.
+_BODIES = ("model", "transformer", "gpt_neox")
+_EMBEDDINGS = (
+    "embed_tokens", "embedding", "word_embeddings", "wte", "embed_in", "tok_embeddings",
+    "embeddings",
+)  # fmt: skip
 #: Models of vLLM whose ``compute_logits`` begins with the last norm. The states they hand out have
 #: not passed it; what a head computes has passed its own.
 _NORM_LATE = ("MiMoForCausalLM", "Step3p5ForCausalLM")
@@ -50,8 +55,16 @@ class TargetVocabulary:
         return self._logits(rows).float().view(*normed.shape[:-1], -1)
 
     def parts(self) -> tuple[dict[str, torch.Tensor], int, float | None, float]:
-        """As :meth:`WholeVocabulary.parts`."""
-        return _whole(self._model, lambda part: part).parts()
+        """As :meth:`WholeVocabulary.parts`; DraftModelError if they do not make the same logits."""
+        whole = _whole(self._model, lambda part: part)
+        assert whole is not None
+        rows = self.embed(torch.arange(4, device=self._embedding.weight.device))
+        if not torch.allclose(whole.output(rows), self.output(rows), atol=1e-2, rtol=1e-2):
+            raise DraftModelError(
+                f"{type(self._model).__name__} makes its logits by more than an output layer, "
+                f"which a draft in another process cannot: leave 'overlap' out"
+            )
+        return whole.parts()
 
 
 class WholeVocabulary:
@@ -124,9 +137,8 @@ def _whole(
 
 
 def _embedding(model: nn.Module) -> VocabParallelEmbedding:
-    inner = getattr(model, "model", None)
-    for name in _EMBEDDINGS:
-        found = getattr(inner, name, None)
+    for body, name in itertools.product(_BODIES, _EMBEDDINGS):
+        found = getattr(getattr(model, body, None), name, None)
         if isinstance(found, VocabParallelEmbedding):
             return found
     raise DraftModelError(

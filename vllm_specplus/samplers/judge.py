@@ -4,7 +4,7 @@ A linear layer on the target's hidden state *at the token's own row*, after the 
 says how valid the token is; a score above a threshold accepts it, whatever the target would have
 drawn. The published heads read the last layer's output before the final norm; vLLM's models
 return it after the norm, so that is what a head here is trained on
-(``python -m vllm_specplus.training.judge``).
+(``vllm-specplus train judge``).
 """
 
 from __future__ import annotations
