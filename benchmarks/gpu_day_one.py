@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ TINY = {
     "max_position_embeddings": 1024, "torch_dtype": "float32",
 }  # fmt: skip
 NODES = 8
+#: Parts that serve the small model with trees of its draft, by the beginnings of their names.
+SHAPED_PARTS = ("shape-", "overlap-")
 #: Of draft models, whose levels have three nodes unless they draft chains.
 DRAFTED = 9
 Keep = Callable[[dict[str, Any]], None]
@@ -456,6 +459,23 @@ def easyspec_ray(setting: Setting, keep: Keep) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def overlap(how: Any, setting: Setting, keep: Keep) -> dict[str, Any]:
+    """Trees of the same draft as ``shape-tree``, on a device of its own that Ray finds, where it
+    goes on while the target verifies; ``how`` is the key's value."""
+    config = setting.shapes()["tree"] | {"overlap": how}
+    if setting.rehearse:
+        first, *others = sorted(os.sched_getaffinity(0))
+        if not others:
+            return {"skipped": "the draft needs a core of its own"}
+        os.sched_setaffinity(0, {first})
+        return throughput("small", config | {"draft_cores": str(others[0])}, setting, keep)
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        return {"skipped": "the draft needs a GPU of its own, and there is one"}
+    return throughput("small", config, setting, keep)
+
+
 def _now(device) -> float:
     if device.type == "cuda":
         import torch
@@ -534,6 +554,8 @@ def parts_of(setting: Setting) -> dict[str, Part]:
             found[f"{target}-{name}"] = served(target, config)
     for name, config in setting.shapes().items():
         found[f"shape-{name}"] = served("small", config)
+    for name, how in (("trees", True), ("paper", "paper")):
+        found[f"overlap-{name}"] = partial(overlap, how)
     found |= {"easyspec": easyspec, "easyspec-shards": easyspec_shards}
     found |= {"easyspec-faults": easyspec_faults, "easyspec-ray": easyspec_ray}
     return found | {"profile": profile}
@@ -622,8 +644,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: throughputs beside ``none``, the tables of the other parts, what failed."""
     lines = ["# Day one", ""]
     for target in ("small", "8b"):
-        served = [name for name in found if name.startswith((f"{target}-", "shape-"))]
-        served = [n for n in served if target == "small" or not n.startswith("shape-")]
+        of_small = SHAPED_PARTS if target == "small" else ()
+        served = [name for name in found if name.startswith((f"{target}-", *of_small))]
         plain = {r["in flight"]: r for r in _rows(found.get(f"{target}-none", {}))}
         rows = []
         for name in served:
@@ -639,9 +661,10 @@ def page(found: dict[str, dict[str, Any]]) -> str:
                 )
         lines += [f"## Throughput, {target}", "", *table(rows), ""] if rows else []
     for name, content in found.items():
-        rows = [] if name.startswith(("small-", "8b-", "shape-")) else _rows(content)
+        is_served = name.startswith(("small-", "8b-", *SHAPED_PARTS))
+        rows = [] if is_served else _rows(content)
         note = content.get("error") or content.get("result", {}).get("skipped")
-        if rows or note or not name.startswith(("small-", "8b-", "shape-")):
+        if rows or note or not is_served:
             lines += [f"## {name}: {content.get('status')}, {content.get('seconds')} s", ""]
         if note:
             lines += ["```", str(note)[-600:], "```", ""]

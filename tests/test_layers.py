@@ -30,7 +30,7 @@ FLOORS = (
     ),
     ("kernels", "retrieval", "control", "samplers", "planning"),
     ("drafting", "image", "config"),
-    ("proposer", "proposers"),
+    ("proposer", "proposers", "overlap"),
     ("engine", "speculative_config"),
     ("plugin",),
     ("training", "bench", "cli", "testing", "arbitrage"),

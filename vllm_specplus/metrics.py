@@ -47,6 +47,8 @@ COUNTERS = {
     "requests_above_target": "Requests that took longer per token than their target.",
     "memory_guard_trims": "Drafts shortened because cache blocks or token budget ran short.",
     "draft_group_rebuilds": "Times the processes of a layer-parallel draft were started anew.",
+    "outcomes_foreseen": "Requests whose trees were drafted during the step before.",
+    "late_drafts": "Steps whose drafts were not there when waiting for them ended.",
     "draft_layer_changes": "Times self-speculation chose other layers of the target.",
     "draft_layer_searches": "Times a search for these layers began anew, since acceptance fell.",
     "early_exits": "Passes of the target that spec_ee ended before its last layer.",

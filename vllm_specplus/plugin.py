@@ -201,6 +201,7 @@ def _configure(args: Any, raw: dict, model_config: Any, parallel_config: Any) ->
         keeps=needs.kept_tokens(model_config),
         eager=bool(getattr(args, "enforce_eager", False)),
         fp8_cache=needs.has_fp8_cache(args, model_config),
+        device_type=current_platform.device_type,
     )
     chosen = args.disable_hybrid_kv_cache_manager is not None
     if not chosen and needs.mixes_windows(model_config) and Need.KV_GROUPS not in config.serves():

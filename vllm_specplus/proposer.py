@@ -163,6 +163,11 @@ class Proposer(ABC):
     def warm_up(self) -> None:  # noqa: B027
         """Compile or load whatever else the first step should not wait for."""
 
+    def charged(self, seconds: float) -> float:
+        """Return for how much of the ``seconds`` that :meth:`propose` has just taken drafts like
+        these are to blame: all of it, unless the method knows better what they will cost."""
+        return seconds
+
     def forget(self, request_id: str) -> None:  # noqa: B027
         """Drop what is kept for a request that is gone: finished, aborted or never resumed."""
 

@@ -44,6 +44,8 @@ class Target:
     """Is it run layer by layer, neither compiled nor recorded?"""
     fp8_cache: bool = False
     """Are the keys and values in its cache bytes?"""
+    device_type: str = "cpu"
+    """What it runs on, as torch names it."""
 
     def check_keeps_texts(self, method: str) -> None:
         """Raise ValueError if a text that grows loses what ``method`` goes on reading."""

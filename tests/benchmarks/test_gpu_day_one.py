@@ -118,7 +118,7 @@ def test_every_config_of_ours_is_one_that_we_accept(day_one, tmp_path):
 def test_the_rehearsal(tmp_path):
     """A part of each kind, in processes of their own, as on the day; but doctor, kernels and
     lossless, which are tests already."""
-    names = ["attention", "steps-8b", "shape-tree", "easyspec", "profile"]
+    names = ["attention", "steps-8b", "shape-tree", "overlap-trees", "easyspec", "profile"]
     several = ["easyspec-faults", "easyspec-ray", "easyspec-shards"]  # begin with easyspec
     command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path)]
     done = subprocess.run(

@@ -36,22 +36,6 @@ def fused(draft, **keys):
     return {"method": "rasd", "num_speculative_tokens": 16, "control": FIXED, "sources": sources}
 
 
-@pytest.fixture(scope="module")
-def near_model(tmp_path_factory, tiny_model) -> str:
-    """A draft that is often right: the target with a little noise on its weights."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(11)
-    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.02 * weight.std() * torch.randn_like(weight) if weight.ndim > 1 else 0
-    path = tmp_path_factory.mktemp("near")
-    model.save_pretrained(path)
-    return str(path)
-
-
 @pytest.mark.parametrize(
     "keys",
     [
@@ -128,13 +112,6 @@ def test_a_draft_without_memory_leaves_requests_undrafted(
     assert harness.ids(result) == harness.ids(plain)
     assert result["counters"]["draft_failures"] > 0
     assert result["counters"]["nodes_accepted"] > 50
-
-
-@pytest.fixture(scope="module")
-def small_pair(tmp_path_factory) -> tuple[str, str]:
-    """A target of 32 tokens and a draft that resembles it."""
-    target = build_model(tmp_path_factory.mktemp("small"), 32, 0.12)
-    return target, build_model(tmp_path_factory.mktemp("smaller"), 32, 0.09)
 
 
 @pytest.mark.parametrize(

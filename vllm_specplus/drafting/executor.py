@@ -75,17 +75,19 @@ class TreeExecutor(ABC):
 
     @torch.inference_mode()
     def grow(
-        self, active: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
-    ) -> torch.Tensor:
+        self, active: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor,
+        generations: int = 1,
+    ) -> torch.Tensor:  # fmt: skip
         """Add a level of ``w`` nodes to some of the trees; float32 [A, w, V] logits.
 
-        ``active`` int64 [A] which requests of the round, ascending, always among the active ones of
-        the level before; ``tokens`` int64 [A, w]; ``parents`` int64 [A, w] nodes in the
-        order they were added, -1 for the text's last token.
+        ``active`` int64 [A] which requests of the round, ascending; ``tokens`` int64 [A, w];
+        ``parents`` int64 [A, w] nodes in the order they were added, -1 for the text's last token:
+        active ones of an earlier level or, with more than one of ``generations``, which are the
+        longest path within the level, earlier ones of this level. (A head needs one generation.)
         """
         count, width = tokens.shape
         first = self.trees.nodes
-        rows = self.trees.rows(active, parents)
+        rows = self.trees.rows(active, parents, generations)
         own = slice(first, self.trees.nodes)
         self.read_last = hidden = self._level(active, own, parents, tokens.flatten(), rows)
         return self._logits(hidden).view(count, width, -1)

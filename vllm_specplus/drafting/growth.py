@@ -25,12 +25,14 @@ class Growth:
         self._store, self._max_nodes, self._reach = store, max_nodes, reach
         self._length, self._table, self._first_slot = lengths, table, first_slots
         size: tuple[int, ...] = (len(lengths), max_nodes)
-        self._parent, self._depth = torch.empty((2, *size), dtype=torch.int32, device=store.device)
+        # Nodes of trees that a level is not of keep their numbers: they are nobody's.
+        self._parent = torch.full(size, -1, dtype=torch.int32, device=store.device)
+        self._depth = torch.zeros_like(self._parent)
         if not store.packed:
             size = (*size, max_nodes)
             self._ancestors = torch.zeros(size, dtype=torch.bool, device=store.device)
 
-    def rows(self, active: torch.Tensor, parents: torch.Tensor) -> Rows:
+    def rows(self, active: torch.Tensor, parents: torch.Tensor, generations: int = 1) -> Rows:
         """The rows of a new level of the trees ``active`` int64 [A], ascending, below ``parents``
         int64 [A, w]; see ``TreeExecutor.grow``."""
         first, self.nodes = self.nodes, self.nodes + parents.shape[1]
@@ -41,11 +43,10 @@ class Growth:
         requests: torch.Tensor | slice = active
         if count == len(self._length):
             requests = slice(None)  # all: without copies
-        depth = torch.zeros_like(parents, dtype=torch.int32)
-        if first:
+        for _ in range(generations):
             above = self._depth[requests].gather(1, parents.clamp(min=0))
-            depth = torch.where(parents < 0, depth, above + 1)
-        self._depth[requests, first:nodes] = depth
+            depth = torch.where(parents < 0, 0, above + 1)
+            self._depth[requests, first:nodes] = depth
         length, table, first_slot = (
             each[requests] for each in (self._length, self._table, self._first_slot)
         )
@@ -55,19 +56,20 @@ class Growth:
         return Rows(
             (length[:, None] + depth).flatten().long(), slots.flatten(), each * width, first_slot,
             length, table, each * nodes, self._depth[requests, :nodes].flatten(),
-            self._seen(requests, parents, first), width, self._reach,
+            self._seen(requests, parents, first, generations), width, self._reach,
         )  # fmt: skip
 
     def _seen(
-        self, requests: torch.Tensor | slice, parents: torch.Tensor, first: int
+        self, requests: torch.Tensor | slice, parents: torch.Tensor, first: int, generations: int
     ) -> torch.Tensor:
         """bool [A * w, max_nodes]: which nodes those of the level see that begins at ``first``."""
         width = parents.shape[1]
         top = parents.clamp(min=0)[..., None].expand(-1, -1, self._max_nodes)
-        ancestors = self._ancestors[requests].gather(1, top) & (parents >= 0)[..., None]
         own = torch.eye(width, dtype=torch.bool, device=parents.device)
-        ancestors[:, :, first : self.nodes] |= own
-        self._ancestors[requests, first : self.nodes] = ancestors
+        for _ in range(generations):
+            ancestors = self._ancestors[requests].gather(1, top) & (parents >= 0)[..., None]
+            ancestors[:, :, first : self.nodes] |= own
+            self._ancestors[requests, first : self.nodes] = ancestors
         return ancestors.flatten(0, 1)
 
     def _packed_rows(self, active: torch.Tensor, parents: torch.Tensor, first: int) -> Rows:

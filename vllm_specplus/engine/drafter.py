@@ -16,7 +16,7 @@ from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_specplus import registry
+from vllm_specplus import overlap, registry
 from vllm_specplus.control.allowed import can_be_text
 from vllm_specplus.control.controller import Controller
 from vllm_specplus.control.cost import StepCost
@@ -63,7 +63,7 @@ class Drafter:
 
     def _begin(self, control: ControlConfig) -> None:
         self._lockstep = lockstep()
-        self.proposer = self._method(self.config, self._services())
+        self.proposer = overlap.proposer(self._method, self.config, self._services())
         self.controller = Controller(
             control,
             self.proposer.sources,
@@ -175,7 +175,8 @@ class Drafter:
             drafts = self.proposer.propose(step)
             drafts = can_be_text(drafts, self.proposer.services.vocab_size, step.ends)
             proposed = time.perf_counter()
-            self.controller.drafting_took(step.max_nodes, proposed - proposing)
+            charged = self.proposer.charged(proposed - proposing)
+            self.controller.drafting_took(step.max_nodes, charged)
             self.counters.add("draft_seconds", proposed - proposing)
             self.counters.add("control_seconds", proposing - start)
             drafts = self.controller.choose(step, drafts)

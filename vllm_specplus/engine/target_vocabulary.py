@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class TargetVocabulary:
     """A ``drafting.eagle.Vocabulary`` of a target on one rank."""
 
     def __init__(self, model: nn.Module):
+        self._model = model
         self._embedding, self._logits = _embedding(model), model.compute_logits
         if type(model).__name__ in _NORM_LATE:
             self._logits = functools.partial(model.logits_processor, model.lm_head)
@@ -51,6 +53,18 @@ class TargetVocabulary:
         """[..., hidden], behind the last norm -> float32 logits [..., vocab]."""
         rows = normed.flatten(0, -2)
         return self._logits(rows).float().view(*normed.shape[:-1], -1)
+
+    def parts(self) -> tuple[dict[str, torch.Tensor], int, float | None, float]:
+        """As :meth:`WholeVocabulary.parts`; DraftModelError if they do not make the same logits."""
+        whole = _whole(self._model, lambda part: part)
+        assert whole is not None
+        rows = self.embed(torch.arange(4, device=self._embedding.weight.device))
+        if not torch.allclose(whole.output(rows), self.output(rows), atol=1e-2, rtol=1e-2):
+            raise DraftModelError(
+                f"{type(self._model).__name__} makes its logits by more than an output layer, "
+                f"which a draft in another process cannot: leave 'overlap' out"
+            )
+        return whole.parts()
 
 
 class WholeVocabulary:
@@ -75,6 +89,16 @@ class WholeVocabulary:
             logits = (logits / self._cap).tanh() * self._cap
         return logits * self._scale
 
+    def parts(self) -> tuple[dict[str, torch.Tensor], int, float | None, float]:
+        """All that it is, for another process: tensors "rows" and, where the output layer has its
+        own, "output" and "bias"; the vocabulary's size; soft cap and scale of the logits."""
+        tensors = {"rows": self._rows}
+        if self._output is not self._rows:
+            tensors["output"] = self._output
+        if self._bias is not None:
+            tensors["bias"] = self._bias
+        return tensors, self._size, self._cap, self._scale
+
 
 def load_vocabulary(model: nn.Module) -> TargetVocabulary | WholeVocabulary | None:
     """The vocabulary of the loaded target; None on ranks that do not draft.
@@ -87,18 +111,26 @@ def load_vocabulary(model: nn.Module) -> TargetVocabulary | WholeVocabulary | No
     group = get_tp_group()
     if group.world_size == 1:
         return TargetVocabulary(model)
+    return _whole(model, _gathered)
+
+
+def _whole(
+    model: nn.Module, gathered: Callable[[torch.Tensor], torch.Tensor | None]
+) -> WholeVocabulary | None:
+    """The vocabulary of all ranks, whose parts of a tensor ``gathered`` makes one of; None where
+    that gives None."""
     own = _embedding(model)
     head = getattr(model, "lm_head", own)
     for what, layer in (("embedding", own), ("output layer", head)):
         if not isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
             raise DraftModelError(
-                f"heads need a copy of the target's {what}, which is quantized and divided among "
-                f"{group.world_size} ranks: set tensor_parallel_size to 1"
+                f"heads need a copy of the target's {what}, which is quantized: set "
+                f"tensor_parallel_size to 1, and leave 'overlap' out"
             )
-    rows = _gathered(own.weight)
-    output = rows if head.weight is own.weight else _gathered(head.weight)
+    rows = gathered(own.weight)
+    output = rows if head.weight is own.weight else gathered(head.weight)
     bias = getattr(head, "bias", None)
-    bias = None if bias is None else _gathered(bias)
+    bias = None if bias is None else gathered(bias)
     if rows is None or output is None:
         return None
     return WholeVocabulary(rows, output, bias, model.logits_processor)

@@ -38,6 +38,7 @@ from vllm_specplus.drafting.executor import DraftExecutor
 from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.model import DraftModel, check_target, read_config
 from vllm_specplus.drafting.noise import DraftNoise
+from vllm_specplus.drafting.overlap_config import OverlapConfig
 from vllm_specplus.drafting.rounds import Knobs, collect, grow_levels
 from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
 from vllm_specplus.drafting.shapes import (
@@ -84,7 +85,7 @@ class DraftMemoryError(RuntimeError):
     """A request goes undrafted because the draft cannot hold its text."""
 
 
-class DraftTreeConfig(ShapedDraftConfig):
+class DraftTreeConfig(OverlapConfig):
     """``{"method": "draft_tree", "model": "...", ...}``."""
 
     method: Literal["draft_tree"] = "draft_tree"
@@ -124,6 +125,7 @@ class DraftTreeConfig(ShapedDraftConfig):
         return self
 
     def check_target(self, target: Target) -> None:
+        self.check_overlap(target)
         tokenizer = target.load_tokenizer()
         if self.vocabulary == "same":
             check_target(self.folder, tokenizer, target.vocab_size)
@@ -147,6 +149,11 @@ class DraftTree(Proposer):
         # Of each request: tokens of its text, and levels that were drafted behind it.
         self._drafted: dict[str, tuple[int, int]] = {}
 
+    @property
+    def most_nodes(self) -> int:
+        """Of one request, in a round of drafting."""
+        return sum(self.levels)
+
     def load_draft(self, device: torch.device, dtype: torch.dtype) -> None:
         model = self._make_model(device, dtype)
         layers = max(len(model.attention_layers), 1)
@@ -166,7 +173,7 @@ class DraftTree(Proposer):
 
     def _make_executor(self, model: Any, max_slots: int) -> DraftExecutor:
         model.quicken()
-        return DraftExecutor(model, max_slots, sum(self.levels), self.services.record)
+        return DraftExecutor(model, max_slots, self.most_nodes, self.services.record)
 
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         # Of the last level's nodes nobody asks, and of a caterpillar's leaves.

@@ -24,7 +24,7 @@ from vllm_specplus.drafting.head_executor import HeadExecutor
 from vllm_specplus.drafting.head_target import check_fits
 from vllm_specplus.drafting.hub import model_folder
 from vllm_specplus.drafting.noise import DraftNoise
-from vllm_specplus.drafting.shaped_config import ShapedDraftConfig
+from vllm_specplus.drafting.overlap_config import OverlapConfig
 from vllm_specplus.proposer import Services
 from vllm_specplus.proposers.draft_tree import DraftTree
 from vllm_specplus.registry import register_method
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vllm_specplus.drafting.mtp import MtpHead
 
 
-class EagleTreeConfig(ShapedDraftConfig):
+class EagleTreeConfig(OverlapConfig):
     """``{"method": "eagle_tree", "model": "...", ...}``."""
 
     supports: ClassVar[frozenset[Need]] = TEXT - {
@@ -85,6 +85,7 @@ class EagleTreeConfig(ShapedDraftConfig):
 
     def check_target(self, target: Target) -> None:
         target.check_keeps_texts(self.method)
+        self.check_overlap(target)
         head = eagle_checkpoint.read_config(self.folder)
         check_fits(
             target, f"EAGLE head {quoted(self.model)}", head.target_hidden_size, head.vocab_size,
@@ -130,7 +131,7 @@ class EagleTree(DraftTree):
     def share_pages(self, pages: int, page: int, max_requests: int) -> None:
         assert self._head is not None
         self._executor = HeadExecutor(
-            self._head, sum(self.levels), max_requests, pages, page, self.services.record
+            self._head, self.most_nodes, max_requests, pages, page, self.services.record
         )
         super().share_pages(pages, page, max_requests)
 

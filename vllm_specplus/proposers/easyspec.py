@@ -140,7 +140,7 @@ class EasySpec(DraftTree):
         return super()._make_model(device, dtype)
 
     def _make_executor(self, model: DraftModel, max_slots: int) -> LayerParallelExecutor:
-        config, record, nodes = self.config, self.services.record, sum(self.levels)
+        config, record, nodes = self.config, self.services.record, self.most_nodes
         if config.shards == 1:
             model.quicken()
             groups = groups_of("attentions", model.num_layers, config.group_size)
