@@ -16,8 +16,9 @@ Recipe = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="acceptance_head, dflash, distill, eagle, eagle3, judge, layerskip, long_draft, router"
-        " or spec_ee: see docs/training.md, which says what each is for and which keys --set knows.",
+        help="acceptance_head, dflash, distill, eagle, eagle3, judge, layerskip, long_draft, "
+        "router or spec_ee: see docs/training.md, which says what each is for and which keys "
+        "--set knows.",
     ),
 ]
 Target = Annotated[Path, typer.Option(help="Folder of the model that the draft is for.")]
