@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vllm_specplus.cli.model import IMAGE_MODEL, LATENTS_MODEL
-from vllm_specplus.image.pictures import encoded, latents_of, load_pictures
+from vllm_specplus.image.pictures import as_logprobs, encoded, latents_of, load_pictures
 
 
 def codes(count: int) -> SimpleNamespace:
@@ -54,6 +54,8 @@ def test_latents_travel_as_logprobs():
     drawn = latents_of(latents(3))
     assert drawn.shape == (3, 4)
     assert float(drawn[2, 1]) == pytest.approx(latents(3).logprobs[2][2].logprob)
+    again = latents_of(SimpleNamespace(token_ids=[0] * 3, logprobs=as_logprobs(drawn)))
+    assert torch.equal(again, drawn)
 
 
 @pytest.mark.parametrize("shape", [(20, 24), (20, 24, 3)])

@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
@@ -26,23 +25,18 @@ from vllm_specplus.engine.images_api import ImagesEndpoint
 from vllm_specplus.image.continuous.batches import Batches, Wish
 from vllm_specplus.image.continuous.causal import CausalLatentsConfig
 from vllm_specplus.image.continuous.folder import LatentsFolder
-from vllm_specplus.image.pictures import LatentPictures
+from vllm_specplus.image.pictures import LatentPictures, as_logprobs
 from vllm_specplus.strict import quoted
 
 
-class WholePictures(LatentPictures):
-    """Of a model in ``folder``; what a request has generated is on its output as a tensor."""
-
-    def __init__(self, folder: LatentsFolder):
-        labels = {label: str(label) for label in range(folder.num_classes)}
-        prompts = CausalLatentsConfig(
-            size=folder.size, num_classes=folder.num_classes, grid_size=round(folder.length**0.5),
-            id2label=labels, label2id={name: label for label, name in labels.items()},
-        )  # fmt: skip
-        super().__init__(prompts, folder.vae)
-
-    def tokens(self, output: Any) -> torch.Tensor:
-        return output.latents
+def pictures_in(folder: LatentsFolder) -> LatentPictures:
+    """What a prompt means there, and what its output is as a picture: as for causal models."""
+    labels = {label: str(label) for label in range(folder.num_classes)}
+    prompts = CausalLatentsConfig(
+        size=folder.size, num_classes=folder.num_classes, grid_size=round(folder.length**0.5),
+        id2label=labels, label2id={name: label for label, name in labels.items()},
+    )  # fmt: skip
+    return LatentPictures(prompts, folder.vae)
 
 
 class BatchEngine:
@@ -71,7 +65,7 @@ class BatchEngine:
         self._batches.ask(wish)
         latents = await asyncio.wrap_future(wish.made)
         yield SimpleNamespace(outputs=[SimpleNamespace(
-            token_ids=[0] * self._length, logprobs=None, latents=latents, finish_reason="length"
+            token_ids=[0] * self._length, logprobs=as_logprobs(latents), finish_reason="length"
         )])  # fmt: skip
 
 
@@ -90,7 +84,7 @@ class Names:
 
 def make_app(batches: Batches, name: str, api_key: str | None = None) -> FastAPI:
     """A server of the images route, ``/v1/models`` and ``/health``, of a model called ``name``."""
-    pictures = WholePictures(batches.folder)
+    pictures = pictures_in(batches.folder)
     app, endpoint = FastAPI(title="vllm-specplus"), ImagesEndpoint()
     app.state.args = SimpleNamespace(log_error_stack=False)  # vLLM's handlers ask for it
     endpoint.attach_router(app)

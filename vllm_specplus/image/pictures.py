@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,17 @@ def latents_of(output: Output) -> torch.Tensor:
     return torch.tensor(
         [[position[i].logprob for i in range(1, len(position))] for position in positions]
     )  # fmt: skip
+
+
+class Channel(NamedTuple):
+    """As far as it matters here, vLLM's ``Logprob``."""
+
+    logprob: float
+
+
+def as_logprobs(latents: torch.Tensor) -> list[dict[int, Channel]]:
+    """``latents`` float32 [n, d] as :func:`latents_of` finds them; exactly."""
+    return [dict(enumerate(map(Channel, (0.0, *each)))) for each in latents.tolist()]
 
 
 def encoded(pixels: np.ndarray, kind: str = "png", quality: int = 100) -> bytes:
