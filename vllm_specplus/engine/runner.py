@@ -69,8 +69,7 @@ class TreeRunnerMixin(ExitPassMixin, ImageRowsMixin):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._aux = AuxiliaryStates.of(self.drafter, self.model_config)
-        if self._aux.wanted:
-            self.use_aux_hidden_state_outputs = True
+        self.use_aux_hidden_state_outputs |= self._aux.wanted
         self.batch.serve_processors()
         self.proposing = Proposing(
             self.drafter, self.batch, self.num_spec_tokens, self.max_model_len
@@ -88,8 +87,7 @@ class TreeRunnerMixin(ExitPassMixin, ImageRowsMixin):
             self.get_model().embed_input_ids,
         )  # fmt: skip
         self.make_exits()
-        layout = getattr(self.get_model(), "picture_layout", None)
-        if layout is not None:
+        if (layout := getattr(self.get_model(), "picture_layout", None)) is not None:
             self._pictures = PictureRows(layout, self.batch.upload)
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
