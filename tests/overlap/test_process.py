@@ -17,11 +17,12 @@ from tests.model_configs import target
 from vllm_specplus import overlap, registry
 from vllm_specplus.config import parse
 from vllm_specplus.drafting.overlap_config import cores_of
-from vllm_specplus.drafting.ray_owners import Order, PlacementError
-from vllm_specplus.drafting.shards import Plan
+from vllm_specplus.drafting.ray_owners import PlacementError
 from vllm_specplus.overlap import process, ray_process
 from vllm_specplus.overlap.home import OverlappedDraft
+from vllm_specplus.overlap.ray_process import Order
 from vllm_specplus.proposer import Services
+from vllm_specplus.target import TargetDevice
 
 ON_GPU = {"vocab_size": VOCAB, "device_type": "cuda"}
 #: What an actor does, of which the engine knows nothing else.
@@ -101,15 +102,11 @@ def test_only_who_asks_for_it_has_another_process(draft):
     apart.close()
 
 
-def test_a_gpu_of_the_targets_is_refused(monkeypatch):
-    """Of the three GPUs this process sees, the target's two ranks have the first ones."""
-    monkeypatch.setattr(process.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(process.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(process, "gpu_id", lambda number: f"gpu-{number}")
-    process.check_apart("gpu-2")
+def test_a_gpu_of_the_targets_is_refused():
+    targets = [TargetDevice("here", str(n), f"gpu-{n}") for n in range(2)]
+    process.check_apart("gpu-2", targets)
     with pytest.raises(PlacementError, match=r"\(gpu-1\), where drafting and verifying would take"):
-        process.check_apart("gpu-1")
+        process.check_apart("gpu-1", targets)
 
 
 def placed(monkeypatch, code: str) -> process.RayProcess:
@@ -119,7 +116,7 @@ def placed(monkeypatch, code: str) -> process.RayProcess:
         process.subprocess, "Popen",
         lambda command, **keys: popen([sys.executable, "-c", code], **keys),
     )  # fmt: skip
-    return process.RayProcess("CPU", "nowhere:1")
+    return process.RayProcess("CPU", "nowhere:1", [])
 
 
 def test_who_does_not_know_the_token_is_turned_away(monkeypatch):
@@ -180,7 +177,7 @@ class Ray(ModuleType):
 
 
 def order(resource: str = "GPU") -> Order:
-    return Order(Plan("", "", 0, 1, 2), resource, None, 1.0)
+    return Order(resource, None, 1)
 
 
 @pytest.mark.parametrize("resource", ["GPU", "CPU"])

@@ -55,7 +55,7 @@ class Placement:
         self._order = Order(
             plan=plan,
             resource="GPU" if device.type == "cuda" else "CPU",
-            address=address or _own_cluster(),
+            address=address or own_cluster(),
             port=0,
             reserve_seconds=reserve_seconds,
             shared=_shared_devices(targets, plan.shards - 1) if share else None,
@@ -145,6 +145,11 @@ def _environment(order: Order, targets: list[TargetDevice]) -> dict[str, str]:
     target, of which Ray knows nothing."""
     if order.resource == "CPU" or order.address is not None or order.shared is not None:
         return dict(os.environ)
+    return apart_from(targets)
+
+
+def apart_from(targets: list[TargetDevice]) -> dict[str, str]:
+    """This process' variables, but for the GPUs of ``targets`` on this node."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
     taken = {each.name for each in targets if each.host == socket.gethostname()}
@@ -185,7 +190,7 @@ def _kept_back() -> set[str]:
         return set()
 
 
-def _own_cluster() -> str | None:
+def own_cluster() -> str | None:
     """Address of the cluster this process works for, or is told to work on."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():

@@ -70,12 +70,13 @@ class Keeper:
         if self._device.type == "cpu":
             process = LocalProcess(self._config.draft_cores)
         else:
-            process = RayProcess("GPU", getattr(self._config, "ray_address", None))
+            address = getattr(self._config, "ray_address", None)
+            process = RayProcess("GPU", address, self._services.target_devices())
         try:
             arrays, fields = self._told()
             process.channel.send(LOAD, arrays, **fields)
             if gpu := self._ready(process).fields["gpu"]:
-                check_apart(gpu)
+                check_apart(gpu, self._services.target_devices())
             if self.pages is not None:
                 self._share(process)
         except ChannelClosed as error:

@@ -211,7 +211,7 @@ def _distributions(trees: list[DraftedTree]) -> tuple[np.ndarray, torch.Tensor |
         if len(used):
             parts.append(tree.q[torch.from_numpy(used).to(tree.q.device)])
         begin += len(used)
-    return np.concatenate(rows or [[]]), torch.cat(parts) if parts else None
+    return np.concatenate(rows or [np.empty(0, np.int32)]), torch.cat(parts) if parts else None
 
 
 def serve(channel: Channel, device: torch.device, **about: Any) -> None:

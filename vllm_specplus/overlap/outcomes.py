@@ -42,8 +42,10 @@ class DraftedTree:
         one grown best first the best."""
         if count >= len(self):
             return self
-        parts = (self.tokens, self.parents, self.sources, self.drawn_from)
-        return DraftedTree(*(part[:count] for part in parts), self.q)
+        return DraftedTree(
+            self.tokens[:count], self.parents[:count], self.sources[:count],
+            self.drawn_from[:count], self.q,
+        )  # fmt: skip
 
     def path(self, node: int) -> list[int]:
         """Tokens from the text's end to ``node`` (-1: none)."""

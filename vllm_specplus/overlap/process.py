@@ -18,17 +18,15 @@ import sys
 import time
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
-
 from vllm_specplus.drafting.overlap_config import cores_of
-from vllm_specplus.drafting.placement import RESERVE_SECONDS, _environment, _own_cluster
-from vllm_specplus.drafting.ray_owners import CONNECT_SECONDS, Order, PlacementError, gpu_id
-from vllm_specplus.drafting.shards import Plan
+from vllm_specplus.drafting.placement import apart_from, own_cluster
+from vllm_specplus.drafting.ray_owners import CONNECT_SECONDS, PlacementError
 from vllm_specplus.overlap.channel import Channel
+from vllm_specplus.overlap.ray_process import Order
+from vllm_specplus.target import TargetDevice
 
-#: For a process to end by itself, once the channel is closed.
-END_SECONDS = 5
+#: For a process to end by itself, once the channel is closed; for a cluster to find a device.
+END_SECONDS, RESERVE_SECONDS = 5, 30
 #: Variables by which vLLM binds the threads of its own workers.
 _BINDINGS = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 
@@ -94,18 +92,19 @@ class LocalProcess(_Child):
 class RayProcess(_Child):
     """On a device that Ray finds; the child talks to Ray."""
 
-    def __init__(self, resource: str, address: str | None):
-        """``resource``: "GPU", or in tests "CPU"; ``address`` as of ``placement.Placement``.
-        PlacementError in bounded time if nothing connects."""
-        # A plan of two shards, of which one is placed; nothing else of it is read.
-        plan = Plan(folder="", dtype="", pages=0, group_size=1, shards=2)
-        order = Order(plan, resource, address or _own_cluster(), RESERVE_SECONDS)
+    def __init__(self, resource: str, address: str | None, targets: list[TargetDevice]):
+        """``resource``: "GPU", or in tests "CPU"; ``address`` and ``targets`` as of
+        ``placement.Placement``. PlacementError in bounded time if nothing connects."""
+        order = Order(resource, address or own_cluster(), RESERVE_SECONDS)
+        # A cluster of its own must not give away the target's GPUs, of which Ray knows nothing.
+        own = resource == "GPU" and order.address is None
+        environment = apart_from(targets) if own else dict(os.environ)
         token = secrets.token_hex(16)
         with socket.create_server(("", 0)) as listener:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vllm_specplus.overlap.ray_process", order.dump()],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-                start_new_session=True, env=_environment(order),
+                start_new_session=True, env=environment,
             )  # fmt: skip
             where = {"host": _host(), "port": listener.getsockname()[1], "token": token}
             try:
@@ -168,11 +167,9 @@ def _host() -> str:
             return "127.0.0.1"
 
 
-def check_apart(gpu: str) -> None:
+def check_apart(gpu: str, targets: list[TargetDevice]) -> None:
     """Raise PlacementError if the ``gpu`` of a draft, by its id, is one that the target is on."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    target = [gpu_id(rank) for rank in range(min(ranks, torch.cuda.device_count()))]
-    if gpu in target:
+    if gpu in {each.uuid for each in targets}:
         raise PlacementError(
             f"Ray has put the draft on a GPU of the target ({gpu}), where drafting and verifying "
             "would take turns: start that cluster with CUDA_VISIBLE_DEVICES set to the other GPUs, "

@@ -12,17 +12,35 @@ import json
 import os
 import socket
 import sys
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_specplus.drafting.ray_owners import (
     CONNECT_SECONDS,
-    Order,
     PlacementError,
     connect,
-    environment,
     gpu_id,
     watch,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked for."""
+
+    resource: str
+    """"CPU" or "GPU", one."""
+    address: str | None
+    """Of a Ray cluster; None: a local one, for as long as the process lives."""
+    reserve_seconds: int
+    """How long the cluster may take to find it."""
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> Order:
+        return cls(**json.loads(text))
 
 
 class Draft:
@@ -59,7 +77,7 @@ def start(order: Order, where: dict[str, Any]) -> tuple[list, list]:
             f"cluster has {there or 'none'} left: free one, or remove the key"
         )
     actor = ray.remote(Draft).options(
-        runtime_env={"env_vars": environment(order, 0)},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         scheduling_strategy=PlacementGroupSchedulingStrategy(bundle),
         **{"num_cpus": 0} | {f"num_{order.resource.lower()}s": 1},
     ).remote()  # fmt: skip

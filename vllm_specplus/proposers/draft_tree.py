@@ -141,7 +141,7 @@ class DraftTree(Proposer):
     _shared: SharedTokens | None = None
     """None: the draft has the target's tokens."""
 
-    def __init__(self, config: DraftTreeConfig, services: Services):
+    def __init__(self, config: ShapedDraftConfig, services: Services):
         super().__init__(config, services)
         self.levels = config.levels()
         self._executor: Any = None  # one of the kind that :meth:`_make_executor` makes

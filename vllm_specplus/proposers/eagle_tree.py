@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from vllm_specplus.drafting.mtp import MtpHead
 
 
+Shape = Literal["chain", "topk", "rsd_c", "rsd_s", "spectr", "caterpillar", "static"]
+
+
 class EagleTreeConfig(OverlapConfig):
     """``{"method": "eagle_tree", "model": "...", ...}``."""
 
@@ -51,9 +54,7 @@ class EagleTreeConfig(OverlapConfig):
     model: str
     """Folder of an EAGLE or EAGLE-3 head that was trained for the target, or its name on the
     Hugging Face hub."""
-    shape: Literal[  # type: ignore[assignment]
-        "chain", "topk", "rsd_c", "rsd_s", "spectr", "static"
-    ] = "topk"
+    shape: Shape = "topk"  # type: ignore[assignment]
     static_tree: Literal["mc_sim_7b_63", "naive_extend_57"] = "mc_sim_7b_63"
     """The tree of shape ``static``, of 25 or 57 nodes."""
 
