@@ -104,7 +104,7 @@ class EagleTree(DraftTree):
     config: EagleTreeConfig
 
     def __init__(self, config: EagleTreeConfig, services: Services):
-        super().__init__(config, services)  # type: ignore[arg-type]
+        super().__init__(config, services)
         self.hidden_layers = self._reads()
 
     def _reads(self) -> tuple[int, ...] | None:
