@@ -40,8 +40,8 @@ from vllm_specplus.bench.report import describe_run
 from vllm_specplus.cli.model import EMOJI_LATENTS_MODEL
 from vllm_specplus.image.continuous import acceptance, decoding, masked
 from vllm_specplus.image.continuous.folder import LatentsFolder
-from vllm_specplus.image.continuous.generation import ITERATIONS
 from vllm_specplus.image.quality import Gaussian, increase, same_law
+from vllm_specplus.training.latents import ITERATIONS
 
 PLANTED = "planted: accept all"
 #: Between the seeds of the target's pictures and those that a law is tested against.

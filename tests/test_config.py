@@ -88,7 +88,10 @@ def test_mistakes_are_one_sentence(keys, words):
     ("raw", "words"),
     [
         ({"method": "rest"}, "for 'rest': 'datastore' is missing"),
-        ({"method": "rest", "datastore": "/nowhere"}, "'/nowhere' is not a datastore (no manifest"),
+        (
+            {"method": "rest", "datastore": "/nowhere"},
+            "'/nowhere' is not a datastore (no file",
+        ),
         ({"method": "suffix_tree", "max_depth": 1}, "'max_depth' is 1: input should be greater"),
         ({"method": "rasd", "sources": []}, "'sources' is []: list should have at least 1 item"),
         (

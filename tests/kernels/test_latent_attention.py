@@ -12,12 +12,11 @@ import torch
 
 from tests.kernels.tree_batch import CHAIN, DEVICE, ROOT, STAR, Batch, random_tree
 from vllm_specplus.kernels import native
-from vllm_specplus.kernels.reference import latent_tree_attention_reference
-from vllm_specplus.kernels.tree_attention import (
-    latent_group,
-    latent_tree_attention,
+from vllm_specplus.kernels.reference import (
+    latent_tree_attention_reference,
     tree_attention_reference,
 )
+from vllm_specplus.kernels.tree_attention import latent_group, latent_tree_attention
 
 #: Error of an output, absolute and relative: what rounds it is of 16 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

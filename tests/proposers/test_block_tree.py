@@ -123,7 +123,7 @@ def test_a_text_beyond_the_heads_positions_is_not_drafted_for(tmp_path, vocabula
 
 def test_what_is_kept_per_slot(tmp_path, vocabulary, counted):
     drafter = proposer(save_block(tmp_path, "dflash", VOCAB), vocabulary, counted)
-    assert drafter.slot_bytes() == 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, size, bytes
+    assert drafter.slot_bytes() == 2 * 2 * 2 * 32 * 4  # layers, keys and values, heads, size, bytes
     assert drafter.hidden_layers == (1, 2)
     assert (drafter.reads_hidden, drafter.levels, drafter.rule) == (True, None, None)
 

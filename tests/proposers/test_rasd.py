@@ -236,7 +236,11 @@ def test_what_is_drawn_stays(tmp_path, nodes):
 @pytest.mark.parametrize(
     ("keys", "other", "says"),
     [
-        ({"shape": "spectr"}, "suffix_tree", "set 'shape' to chain, rsd_c, rsd_s or topk"),
+        (
+            {"shape": "spectr"},
+            "suffix_tree",
+            "chain, rsd_c, rsd_s, caterpillar or topk",
+        ),
         ({"verification": "traversal"}, "suffix_tree", "leave 'verification' out"),
         ({}, "easyspec", "draft_tree and easyspec both draw their nodes"),
     ],

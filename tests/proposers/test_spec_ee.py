@@ -130,7 +130,7 @@ def test_a_draft_that_draws_is_refused(config):
 
 
 def test_a_draft_that_reads_layers_which_have_not_run_is_refused(config, tmp_path):
-    head = {"method": "eagle_tree", "model": save_head(tmp_path / "3", 3, VOCAB)}
+    head = {"method": "eagle_tree", "model": save_head(tmp_path / "3", 3, VOCAB), "width": 2}
     with pytest.raises(ValueError, match="of layers that a pass which ends early has not run"):
         parse(config | {"draft": head})
     head["model"] = save_head(tmp_path / "1", 1, VOCAB)

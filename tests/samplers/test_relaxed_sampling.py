@@ -375,7 +375,8 @@ def test_stop_tokens_and_strict_requests_are_verified_losslessly():
         ),
         (
             {"method": "jacobi", "acceptance": {"rule": "lantern++", "delta": 0.1}},
-            "unknown key 'acceptance.delta' (rule 'lantern++' allows: rule, k, lambda, residual)",
+            "unknown key 'acceptance.delta' (rule 'lantern++' allows: residual, greedy, rule, k, "
+            "lambda)",
         ),
         (
             {"method": "jacobi", "acceptance": {"rule": "lantern++", "lambda": 0.5}},

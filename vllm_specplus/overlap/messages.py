@@ -62,6 +62,8 @@ def to_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 def from_bytes(raw: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The tensor [..., n] whose bytes uint8 [..., n * itemsize] are, a copy on ``device``."""
+    if not raw.size:  # of which NumPy gives no strides that could be viewed
+        return torch.empty(*raw.shape[:-1], raw.shape[-1] // dtype.itemsize, dtype=dtype).to(device)
     return torch.from_numpy(raw.copy()).view(dtype).to(device)
 
 
