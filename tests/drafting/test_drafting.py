@@ -60,7 +60,8 @@ def save_draft(path, family="llama", layers=2, vocab=VOCAB, context=512, **keys)
     config = AutoConfig.for_model(
         family, vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
-        max_position_embeddings=context, tie_word_embeddings=False, **FAMILIES[family] | keys,
+        max_position_embeddings=context,
+        **{"tie_word_embeddings": False} | FAMILIES[family] | keys,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(path)
     return str(path)

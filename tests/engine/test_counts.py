@@ -126,7 +126,7 @@ def test_loggers_for_ray_show_our_counters_too(monkeypatch):
             assert set(tags) == set(self._tag_keys)
             made.setdefault(self._name, []).append((value, tags))
 
-    monkeypatch.setattr(ray_wrappers.ray_metrics, "Counter", RayCounter)
+    monkeypatch.setattr(ray_wrappers, "ray_metrics", SimpleNamespace(Counter=RayCounter))
     monkeypatch.setattr(ray_wrappers, "_get_replica_id", lambda: "r1")
     serve()
     logger = ray_wrappers.RayPrometheusStatLogger
@@ -158,7 +158,7 @@ def test_the_number_of_series_does_not_depend_on_what_is_served():
     assert len(ours) == len(ENGINES) * len(COUNTERS)
     for step in range(50):
         for name in COUNTERS:
-            counts.own.add(name, step)
+            counts.own.add(name, step + 1)
         stats = SchedulerStats()
         counts.put(stats)
         front_end.observe(delivered(stats).perf_stats, engine_idx=step % 2)

@@ -410,7 +410,7 @@ def test_logits_are_those_of_the_sent_vocabulary():
     hidden = torch.randn(3, 6)
     expected = 0.5 * 5.0 * torch.tanh((hidden @ output.T + bias)[:, :10] / 5.0)
     torch.testing.assert_close(sent.output(hidden), expected)
-    assert torch.equal(sent.embed(torch.tensor([[3], [9]])), rows[[[3], [9]]])
+    assert torch.equal(sent.embed(torch.tensor([[3], [9]])), rows[torch.tensor([[3], [9]])])
     assert SentVocabulary.of(None, {}, torch.float32, CPU) is None
 
 

@@ -17,12 +17,13 @@ def cores_of(text: str) -> set[int]:
     """The cores that ``text`` names, as ``2-3,6``; ValueError if it names none so."""
     cores: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdigit() and last.isdigit()):
             raise ValueError(f"{quoted(text)} names no cores: write for example '4-7' or '2,3'")
-        if not int(first) <= int(last or first) < 1 << 16:
+        if not int(first) <= int(last) < 1 << 16:
             raise ValueError(f"{quoted(text)} has a range of cores that does not ascend")
-        cores |= set(range(int(first), int(last or first) + 1))
+        cores |= set(range(int(first), int(last) + 1))
     return cores
 
 
