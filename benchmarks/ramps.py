@@ -158,7 +158,11 @@ def main() -> None:
         parser, lambda args: by_label(f"none,{args.methods},none"), measure
     )
     table = list(compare(found))
+    again = {(w["load"], w["from_s"]): w["p99_ms"] for w in table if w["method"] == "none again"}
     for line in table:
+        # None where too few requests of the second engine ended.
+        of_again = again.get((line["load"], line["from_s"]))
+        line["ratio_to_again"] = of_again and line["p99_ms"] / of_again
         print(line)
     save(args.json, about | {"windows": table})
 

@@ -489,6 +489,8 @@ def describe() -> MachineInfo:
 
     threads: dict[str, str | int | None] = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     threads["torch.get_num_threads"] = torch.get_num_threads()
+    if preloaded := os.environ.get("LD_PRELOAD"):  # which libraries, not where they are
+        threads["LD_PRELOAD"] = ":".join(Path(each).name for each in preloaded.split(":"))
     return MachineInfo(
         device_type=current_platform.device_type,
         device_name=None if current_platform.is_cpu() else current_platform.get_device_name(),

@@ -504,7 +504,7 @@ def describe_run(log: Path) -> dict[str, Any]:
     """
     machine = describe_machine(log)
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": describe_versions(machine),
         "machine": describe_hardware(machine),
     }
