@@ -35,7 +35,7 @@ def passages() -> Iterator[str]:
     """The paragraphs of all pages, and the rows of their tables."""
     for page in PAGES:
         for block in re.split(r"\n\s*\n", page.read_text(encoding="utf-8")):
-            yield from block.splitlines() if block.startswith("|") else [block]
+            yield from block.splitlines() if re.search(r"^\|", block, re.MULTILINE) else [block]
 
 
 def named(passage: str) -> set[str]:

@@ -143,7 +143,7 @@ def test_sampled_text_has_the_targets_law(shape, rule):
     """Trees that were drafted ahead, behind the text, and none at all, in one batch."""
     p_value, foreseen = observed(shape, rule)
     assert p_value > 1e-3
-    assert foreseen > BATCHES * REQUESTS / 10
+    assert foreseen > BATCHES * REQUESTS / 32  # most first steps end their texts
 
 
 def test_uniforms_that_are_used_twice_are_seen():

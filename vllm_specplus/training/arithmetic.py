@@ -76,7 +76,10 @@ def make_tokenizer() -> Any:
     known: set[str] = set()
     for problem in itertools.islice(problems(0, False), WORDS_OF):
         for dialect in ("plain", "wordy"):
-            text = f"{problem.text}\n{answer(problem, rng, dialect)}\n{TAGS}"
+            answered = answer(problem, rng, dialect)
+            # (Behind a tag the first word of a step has a space before it.)
+            steps = "".join(f"\n{TAGS}{step}" for step in answered.split("\n\n"))
+            text = f"{problem.text}\n{answered}{steps}"
             known |= {piece for piece, _ in split.pre_tokenize_str(text)}
     known |= {f"{space}{digit}" for space in ("", " ") for digit in range(10)}
     vocab = {word: i for i, word in enumerate([UNKNOWN, END, PAD, *sorted(known)])}
