@@ -126,7 +126,7 @@ class SelfDraftExecutor(DraftExecutor):
         int64, for each ``e`` of ``exits``; and how many there were.
         """
         lengths = np.array([len(text) for text in texts])
-        ends = lengths if ends is None else ends
+        ends = lengths if ends is None else ends.astype(np.int64)
         counts = np.minimum(WINDOW, ends - starts).clip(0)
         request = np.repeat(np.arange(len(texts)), counts)
         number = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
