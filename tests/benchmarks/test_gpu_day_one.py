@@ -114,24 +114,41 @@ def test_every_config_of_ours_is_one_that_we_accept(day_one, tmp_path):
         parse(config)
 
 
-@pytest.mark.engine
-def test_the_rehearsal(tmp_path):
-    """A part of each kind, in processes of their own, as on the day; but doctor, kernels and
-    lossless, which are tests already."""
-    names = ["attention", "steps-8b", "shape-tree", "overlap-trees", "easyspec", "profile"]
-    several = ["easyspec-faults", "easyspec-ray", "easyspec-shards"]  # begin with easyspec
-    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path)]
+def rehearsed(names: list[str], folder: Path) -> dict[str, dict]:
+    """The parts that begin with ``names``, in processes of their own, as on the day."""
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(folder)]
     done = subprocess.run(
-        [*command, "--parts", ",".join(names), "--minutes", "9"],
-        capture_output=True, text=True, timeout=600,
+        [*command, "--parts", ",".join(names), "--minutes", "20"],
+        capture_output=True, text=True, timeout=1300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    parts = json.loads((tmp_path / "day_one.json").read_text())["parts"]
+    assert done.stdout.splitlines()[-1] == "nothing is left"
+    return json.loads((folder / "day_one.json").read_text())["parts"]
+
+
+@pytest.mark.engine
+def test_the_rehearsal(tmp_path):
+    """A part of each kind; but doctor, kernels and lossless, which are tests already."""
+    names = ["attention", "steps-8b", "shape-tree", "profile"]
+    parts = rehearsed(names, tmp_path)
+    assert {name: part.get("error") for name, part in parts.items()} == dict.fromkeys(names)
+    for name in ("steps-8b", "shape-tree", "profile"):
+        assert parts[name]["result"]["rows"]
+
+
+@pytest.mark.engine
+@pytest.mark.full(
+    "benchmarks/gpu_day_one.py", "vllm_specplus/drafting/*.py", "vllm_specplus/overlap/*.py",
+    "vllm_specplus/proposers/easyspec.py",
+)  # fmt: skip
+def test_the_rehearsal_of_drafts_in_processes_of_their_own(tmp_path):
+    names = ["overlap-trees", "easyspec"]
+    several = ["easyspec-faults", "easyspec-ray", "easyspec-shards"]  # begin with easyspec
+    parts = rehearsed(names, tmp_path)
     assert {name: parts[name].get("error") for name in names + several} == dict.fromkeys(
         names + several
     )
-    for name in ("steps-8b", "shape-tree", "easyspec", "profile"):
-        assert parts[name]["result"]["rows"]
+    assert parts["easyspec"]["result"]["rows"]
     assert "GPUs only" in parts["easyspec-ray"]["result"]["skipped"]
     if importlib.util.find_spec("ray"):
         assert sum(row["chosen"] for row in parts["easyspec-shards"]["result"]["rows"]) == 2
@@ -139,4 +156,3 @@ def test_the_rehearsal(tmp_path):
     alone, grouped = parts["easyspec"]["result"]["rows"]
     assert alone["one attention ms"] is None
     assert grouped["critical path ms"] < grouped["fuzzy ms"]
-    assert done.stdout.splitlines()[-1] == "nothing is left"

@@ -15,6 +15,10 @@ from vllm_specplus.training.arithmetic import Size
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.full(
+    "vllm_specplus/arbitrage/*.py", "vllm_specplus/training/arithmetic.py",
+    "tests/engine/arbitrate_child.py",
+)  # fmt: skip
 def test_two_engines_in_one_process(tmp_path):
     tokenizer = arithmetic.make_tokenizer()
     for seed, name in enumerate(("draft", "target")):

@@ -104,7 +104,9 @@ def cluster():
     start = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
              "--include-dashboard=false", "--node-ip-address=127.0.0.1"]  # fmt: skip
     address = f"127.0.0.1:{port}"
-    head = subprocess.Popen(start, env=os.environ | ENV, stdout=subprocess.DEVNULL)
+    # Since 2.60 Ray lets what runs go on for half a minute: it is to stop at once.
+    at_once = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    head = subprocess.Popen(start, env=os.environ | ENV | at_once, stdout=subprocess.DEVNULL)
     status = [ray, "status", f"--address={address}"]
     deadline = time.monotonic() + 120
     while subprocess.run(status, env=os.environ | ENV, capture_output=True).returncode:

@@ -51,8 +51,8 @@ def spec(draft: str, **keys) -> dict:
     "keys",
     [
         {},
-        {"overlap": "paper"},
-        {"shape": "chain"},
+        pytest.param({"overlap": "paper"}, marks=full),
+        pytest.param({"shape": "chain"}, marks=full),
         {"shape": "rsd_s", "control": {"policy": "goodput"}},
     ],
     ids=lambda keys: "-".join(map(str, keys)) or "topk",

@@ -29,6 +29,10 @@ def search(model: Path, tmp_path: Path, trials: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.full(
+    "vllm_specplus/cli/search_skips.py", "vllm_specplus/drafting/skip_search.py",
+    "vllm_specplus/drafting/bayes.py", "vllm_specplus/bench/engine.py",
+)  # fmt: skip
 def test_a_search_goes_on_and_its_result_is_served(tmp_path):
     """A target in which the second layer does nothing."""
     model = folders.make(tmp_path, "llama3", weights=True)

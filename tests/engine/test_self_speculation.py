@@ -33,14 +33,21 @@ FUSED = {
 }
 
 
+full = pytest.mark.full(
+    "vllm_specplus/drafting/*.py", "vllm_specplus/engine/target_layers.py",
+    "vllm_specplus/proposers/draft_tree.py", "vllm_specplus/proposers/early_exit.py",
+    "vllm_specplus/proposers/layer_skip.py",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        {"method": "layer_skip", "num_speculative_tokens": 9},
+        pytest.param({"method": "layer_skip", "num_speculative_tokens": 9}, marks=full),
         SWIFT,
-        DRAFT_AND_VERIFY,
-        EARLY | {"shape": "rsd_s", "statistics": "replay"},
-        EARLY | {"shape": "rsd_s"},
+        pytest.param(DRAFT_AND_VERIFY, marks=full),
+        pytest.param(EARLY | {"shape": "rsd_s", "statistics": "replay"}, marks=full),
+        pytest.param(EARLY | {"shape": "rsd_s"}, marks=full),
         DEL,
         FUSED,
     ],
@@ -67,7 +74,10 @@ def idle(weights: Path, layer: int) -> None:
     save_file(tensors, weights, {"format": "pt"})
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen3", *(pytest.param(name, marks=full) for name in ("qwen2", "mistral"))],
+)
 def test_without_a_layer_that_does_nothing_every_draft_is_right(tmp_path, tiny_engine, family):
     """The copied cache is the target's: every node of a greedy chain is accepted."""
     model = build_model(tmp_path / "model", VOCAB, 0.25, family)
@@ -87,10 +97,13 @@ def test_without_a_layer_that_does_nothing_every_draft_is_right(tmp_path, tiny_e
 @pytest.mark.parametrize(
     "config",
     [
-        {"method": "layer_skip", "shape": "rsd_s", "num_speculative_tokens": 6},
+        pytest.param(
+            {"method": "layer_skip", "shape": "rsd_s", "num_speculative_tokens": 6}, marks=full
+        ),
         # Below 0.5 tokens are drawn that end a draft, and others that do not.
-        SWIFT | {"num_speculative_tokens": 9}, DRAFT_AND_VERIFY | {"num_speculative_tokens": 3},
-        DEL | {"num_speculative_tokens": 3},
+        SWIFT | {"num_speculative_tokens": 9},
+        pytest.param(DRAFT_AND_VERIFY | {"num_speculative_tokens": 3}, marks=full),
+        pytest.param(DEL | {"num_speculative_tokens": 3}, marks=full),
     ],
     ids=["rsd_s", "swift", "draft_and_verify", "del"],
 )  # fmt: skip
