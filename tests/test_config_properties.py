@@ -100,6 +100,7 @@ def keys_of(method: str) -> list[str]:
     return [field.alias or key for key, field in registry.config_class(method).model_fields.items()]
 
 
+@pytest.mark.slow
 @MANY
 @given(st.data())
 def test_any_value_of_any_key_of_any_method(data):
@@ -170,6 +171,7 @@ def test_whole_files_are_taken(files, name):
     assert isinstance(answer(files[name][1]), MethodConfig)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @MANY
 @given(data=st.data())

@@ -299,6 +299,7 @@ def memory_report(*arguments):
     return report, {f["name"]: f for f in report["findings"] if f["section"] == SECTION}
 
 
+@pytest.mark.slow
 def test_memory_of_speculation(model):
     arguments = ("--model", model, "--max-num-seqs", 4, "--nodes", 12, "--block-size", 32)
     report, findings = memory_report(*arguments)
@@ -325,6 +326,7 @@ def test_memory_of_speculation(model):
         assert text in result.output
 
 
+@pytest.mark.slow
 def test_too_many_verified_rows_are_a_warning(model):
     rows = 2**30 // (256512 + 3 * 513024)
     _, findings = memory_report("--model", model, "--max-num-seqs", rows // 8, "--nodes", 7)
@@ -336,6 +338,7 @@ def test_too_many_verified_rows_are_a_warning(model):
     assert report["works"] is True
 
 
+@pytest.mark.slow
 def test_what_a_budget_holds(model):
     arguments = ("--model", model, "--max-num-seqs", 8, "--budget", 4, "--context", 1024)
     result = run("--json", *map(str, arguments))
@@ -360,6 +363,7 @@ def test_a_budget_needs_a_model():
     assert "needs --model" in result.output
 
 
+@pytest.mark.slow
 def test_memory_per_gpu(model):
     one, _ = memory_report("--model", model)
     two, findings = memory_report("--model", model, "--tensor-parallel-size", 2)
@@ -368,6 +372,7 @@ def test_memory_per_gpu(model):
     assert "per GPU" in findings["total"]["value"]
 
 
+@pytest.mark.slow
 def test_memory_defaults_are_the_methods(model):
     nodes = TokenRecyclingConfig().num_speculative_tokens
     assert memory_report("--model", model) == memory_report("--model", model, "--nodes", nodes)

@@ -32,6 +32,7 @@ def report():
     return compat.check()
 
 
+@pytest.mark.slow
 def test_the_installed_vllm_has_all_we_take(report):
     assert report.problems == []
     # Only what can be told is checked: it must not silently become little.
@@ -142,6 +143,7 @@ def problems_of_a_changed_vllm():
     return [str(problem) for problem in report_with(overlay).problems]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_VLLM)
 def test_what_vllm_has_no_more_is_reported(name, problems_of_a_changed_vllm):
     words = IN_VLLM[name][1]

@@ -259,6 +259,7 @@ def largest_in_a_round(folder: str, length: int) -> int:
     return made.bytes
 
 
+@pytest.mark.slow
 def test_no_tensor_grows_with_the_text(draft, monkeypatch):
     assert largest_in_a_round(draft, 100) == largest_in_a_round(draft, 3800)
     monkeypatch.setattr(executor_module, "PagedAttention", GatheredAttention)  # the control

@@ -195,6 +195,7 @@ def differences(seed: int, mode: str) -> int:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_are_what_one_row_batches_give(mode):
     assert [seed for seed in range(60) if differences(seed, mode)] == []

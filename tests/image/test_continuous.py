@@ -334,6 +334,7 @@ def trained(model: CausalLatents, schedule: Schedule, steps: int = 150) -> Causa
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_causal_model_learns_and_speculates():
     schedule = Schedule(8, end=250, prediction="velocity")
     target, draft = small_model(), small_model(layers=1, seed=1)

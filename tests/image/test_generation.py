@@ -22,6 +22,7 @@ FAST = Recipe(iterations=4, cspd=Cspd(window=2))
 MASKED = LATENTS_MODEL / "masked"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "recipe"),
     [

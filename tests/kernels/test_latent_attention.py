@@ -124,6 +124,7 @@ def test_cpp_says_what_it_cannot(sizes, reason):
     assert reason in native.unsupported(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("heads", "splits"), [(1, 1), (6, 1), (32, 2)])

@@ -136,6 +136,7 @@ PARTS = {"rows": {"key_starts"}, "ends": {"ends"}, "slots": {"readable"},
          "all": {"key_starts", "ends", "readable"}}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("features", [{}, {"window": 20}, FEATURES["all"]], ids=str)
 def test_kernel_attends_by_some_rows_to_parts_of_a_context(batch, names, features):

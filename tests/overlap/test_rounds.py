@@ -99,6 +99,7 @@ KEYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", KEYS, ids=lambda keys: "-".join(map(str, keys.values())))
 def test_what_was_drafted_ahead_is_what_would_be_drafted_behind(draft, keys):
     """Below every outcome; then some outcomes come and some do not, round after round."""

@@ -97,6 +97,7 @@ def said(folder: str, text: np.ndarray, first: int, end: int) -> tuple[np.ndarra
     return best.numpy() == text[first + 1 : end + 1, None], sure.numpy()
 
 
+@pytest.mark.slow
 def test_shadow_tokens_are_counted_request_by_request(folder, counted):
     """Behind outputs only: the second request has read a prompt, whose last row says the first."""
     rng = np.random.default_rng(0)
@@ -146,6 +147,7 @@ def test_an_exit_moves_with_its_request_alone(folder, counted):
     assert "request 0" not in proposer._left
 
 
+@pytest.mark.slow
 def test_a_draft_stops_where_the_exit_has_been_unsure(folder, counted):
     text = np.random.default_rng(2).integers(0, VOCAB, 30).astype(np.int32)
     for sure, length in ((1.1, 1), (-1.0, LEVELS)):  # above, and below, what any token gets

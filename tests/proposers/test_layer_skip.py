@@ -62,6 +62,7 @@ def random_texts(*lengths: int) -> list[np.ndarray]:
     return [rng.integers(0, VOCAB, n).astype(np.int32) for n in lengths]
 
 
+@pytest.mark.slow
 def test_pairs_are_tried_every_eighth_round(folder, counted):
     proposer = made(folder, counted)
     texts = random_texts(30, 12)
@@ -92,6 +93,7 @@ def test_swift_tries_every_round_once_there_are_enough_tokens(folder, counted, m
     assert asked == [(["request 1"], [PROMPT + 1], [long], True)] * 3
 
 
+@pytest.mark.slow
 def test_a_set_that_is_given_is_kept(folder, counted, tmp_path):
     """Of the attentions that are left out for good, nothing is copied."""
     file = tmp_path / "skips.json"
@@ -111,6 +113,7 @@ def test_a_set_that_is_given_is_kept(folder, counted, tmp_path):
     assert searching._executor.cache.layers == list(range(LAYERS))
 
 
+@pytest.mark.slow
 def test_a_search_hears_of_acceptance_and_begins_anew(folder, counted):
     """Texts that grow by whole drafts, then by a token a round."""
     proposer = made(folder, counted)

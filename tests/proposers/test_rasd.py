@@ -255,6 +255,7 @@ def test_what_cannot_be_fused_is_refused(tmp_path, keys, other, says):
 # -- the paper's pruning -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_draft_model_finds_improbable_is_pruned(tmp_path):
     """But its ten most probable tokens stay, whatever ``prune`` says."""
     draft = {

@@ -183,6 +183,7 @@ def test_what_is_behind_the_end_is_not_stored():
     assert not any(D in path for path in paths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 40])
 def test_responses_of_20_000_salts_stay_below_the_bound(before):
     """Also where long ones of one salt were there ``before``, whose tokens take less each."""

@@ -357,6 +357,7 @@ class Naive:
         return nodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {"pair_keys": False}, {"match_context": False}])
 @given(seed=st.integers(0, 10_000), budget=st.integers(1, 40))
 @settings(max_examples=50, deadline=None)

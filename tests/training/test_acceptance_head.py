@@ -69,6 +69,7 @@ def test_positions_of_the_text_teach_nothing(folders):
     assert 0.3 * len(every) < len(some) == len(labels) < 0.7 * len(every)
 
 
+@pytest.mark.slow
 def test_a_head_learns_which_tokens_the_target_never_says(folders, tmp_path):
     """Of texts that it has not seen, more than a constant knows; and serves what it has learnt."""
     recipe = made(folders, blocks=1)

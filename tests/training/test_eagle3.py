@@ -53,6 +53,7 @@ def train(recipe, given: list[Text], steps: int, rate: float = 3e-3) -> list[dic
     return log
 
 
+@pytest.mark.slow
 def test_a_tiny_head_learns_its_target(target):
     given = texts()
     recipe = build(target, given)

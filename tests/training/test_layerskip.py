@@ -30,6 +30,7 @@ def made(folder, texts=(), dtype=torch.float32, **settings) -> LayerSkip:
     return build(folder, Settings(**settings), setup(texts, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_exits_come_nearer_and_the_target_stays(folder, dtype, rounding):
     texts = some_texts(12)

@@ -94,6 +94,7 @@ class Ended(Exception):
     """Stands for a killed process: nothing that a run holds in memory survives it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_an_ended_run_goes_on_as_if_it_had_not(target, data, tmp_path, monkeypatch, name):
     """In the middle of its second epoch; its losses, result and figures are the same."""

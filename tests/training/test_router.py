@@ -38,6 +38,7 @@ def steps(count: int, seed: int) -> list[Text]:
     return texts
 
 
+@pytest.mark.slow
 def test_a_router_learns_what_the_last_token_shows(folder):
     texts, unseen = steps(2400, 0), steps(60, 1)
     recipe = build(folder, Settings(), setup(texts))

@@ -35,6 +35,7 @@ def straight(tmp_path_factory) -> list[float]:
     return losses(out)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     run = trainer(tmp_path, Plan(**PLAN | {"epochs": 30}))
     run.run()
@@ -50,6 +51,7 @@ def test_it_learns(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [8, 91])
 def test_killed_in_the_middle_of_a_checkpoint_it_goes_on_as_before(tmp_path, straight, count):
     """A checkpoint behind every step, each with four ``fsync``: the counts are within some of
