@@ -81,7 +81,7 @@ def test_the_placement_is_found_at_the_start(
         tmp_path,
         tiny_engine | {"speculative_config": spec(deep_draft, shards=2)},
         [{"requests": mixed_requests}],
-        env=ENV,
+        env=ENV | {"VLLM_LOGGING_LEVEL": "INFO"},
     )
     assert harness.ids(result) == harness.ids(plain)
     assert result["counters"]["draft_failures"] == 0
